@@ -1,0 +1,16 @@
+"""The nodes: schemas and wiring."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from ..step1x_core.host.model import register
+from .edit import Step1XDecode, Step1XEditEncode
+from .loaders import Step1XMLLMLoader, Step1XModelLoader
+from .sampling import Step1XGuidance, Step1XSampler, Step1XScheduler
+
+
+class Step1XExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        register()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [Step1XModelLoader, Step1XMLLMLoader, Step1XEditEncode, Step1XSampler, Step1XDecode, Step1XScheduler, Step1XGuidance]

@@ -1,0 +1,73 @@
+import torch
+from comfy_api.latest import io
+
+from ..step1x_core.config import VERSIONS
+from ..step1x_core.host.folders import choices, resolve
+from ..step1x_core.host.loading import load_model, load_text_encoder
+
+CATEGORY = "model/loaders/step1x"
+
+WEIGHT_DTYPES = {
+    "default": {},
+    "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
+    "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
+    "fp8_e5m2": {"dtype": torch.float8_e5m2},
+}
+
+
+class Step1XModelLoader(io.ComfyNode):
+    """Loads a Step1X-Edit model. Unlike the stock 'Load Diffusion Model' it also opens diffusers folders, lets you set the
+    version, checks that the file is complete, and switches on the official guidance."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Step1XModelLoader",
+            display_name="Load Step1X-Edit Model",
+            category=CATEGORY,
+            description="Loads a Step1X-Edit model: a single file (original, fp8 or scaled fp8) or a diffusers folder.",
+            search_aliases=["step1x", "step1x-edit", "image edit model", "load diffusion model"],
+            inputs=[
+                io.Combo.Input("model", options=list(choices("diffusion_models", "transformer")),
+                               tooltip="A file in models/diffusion_models, or a diffusers folder there or in models/diffusers (shown with a slash)."),
+                io.Combo.Input("version", options=["auto", *VERSIONS], default="auto",
+                               tooltip="auto reads the version off the file. Choose one only for a file that was renamed or converted without its version mark: "
+                                       "v1.0 and v1.1 place the reference picture differently."),
+                io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default", advanced=True,
+                               tooltip="Precision the weights are kept in. default keeps the file's; fp8 halves the memory of a bf16 file at some loss of quality; "
+                                       "fp8_e4m3fn_fast also multiplies in fp8 where the card can."),
+            ],
+            outputs=[io.Model.Output(tooltip="The model, with norm-limited guidance switched on.")],
+        )
+
+    @classmethod
+    def execute(cls, model, version, weight_dtype) -> io.NodeOutput:
+        path = resolve(model, "diffusion_models", "transformer")
+        return io.NodeOutput(load_model(path, None if version == "auto" else version, WEIGHT_DTYPES[weight_dtype]))
+
+
+class Step1XMLLMLoader(io.ComfyNode):
+    """Loads Qwen2.5-VL-7B as Step1X-Edit's text encoder. The stock 'Load CLIP' knows the file but not this model's prompt layout."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Step1XMLLMLoader",
+            display_name="Load Step1X-Edit MLLM",
+            category=CATEGORY,
+            description="Loads Qwen2.5-VL-7B-Instruct, which reads the instruction and looks at the picture. The file that Qwen-Image uses fits, bf16 or scaled fp8.",
+            search_aliases=["step1x", "qwen2.5-vl", "qwen_2.5_vl_7b", "text encoder", "load clip"],
+            inputs=[
+                io.Combo.Input("mllm", options=list(choices("text_encoders", "text_encoder")),
+                               tooltip="A file in models/text_encoders such as qwen_2.5_vl_7b.safetensors, or a Hugging Face folder (shown with a slash)."),
+                io.Combo.Input("device", options=["default", "cpu"], default="default", advanced=True,
+                               tooltip="cpu keeps the text encoder off the graphics card: slower, but it needs no VRAM."),
+            ],
+            outputs=[io.Clip.Output(tooltip="Text encoder for 'Step1X-Edit Encode'. For text to image it also works with the stock 'CLIP Text Encode'.")],
+        )
+
+    @classmethod
+    def execute(cls, mllm, device) -> io.NodeOutput:
+        path = resolve(mllm, "text_encoders", "text_encoder")
+        options = {"load_device": torch.device("cpu"), "offload_device": torch.device("cpu")} if device == "cpu" else {}
+        return io.NodeOutput(load_text_encoder(path, options))

@@ -1,0 +1,94 @@
+import comfy.samplers
+from comfy_api.latest import io
+
+from ..step1x_core.config import GUIDANCE_NORM_POWER, GUIDANCE_TRUNCATE, VERSIONS
+from ..step1x_core.guidance import NormLimiter
+from ..step1x_core.host.sampling import check_model, flow_sigmas, sample, set_norm_limiter, with_norm_limiter
+
+CATEGORY = "model/sampling/step1x"
+DEFAULTS = VERSIONS["v1.1"]
+
+
+class Step1XSampler(io.ComfyNode):
+    """The official sampling in one node: resolution-dependent schedule, norm-limited guidance, Euler steps."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Step1XSampler",
+            display_name="Step1X-Edit Sampler",
+            category=CATEGORY,
+            description="Edits with the schedule and guidance of the official code. KSampler works as well; its schedulers do not know the picture's size.",
+            search_aliases=["step1x", "ksampler", "sampler", "edit sampler"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model from 'Load Step1X-Edit Model', with any LoRA or model patch."),
+                io.Conditioning.Input("positive", tooltip="The instruction."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt."),
+                io.Latent.Input("latent", tooltip="The latent from 'Step1X-Edit Encode', or an empty latent for text to image."),
+                io.Int.Input("seed", default=42, min=0, max=0xffffffffffffffff, control_after_generate=True, tooltip="The random seed: same seed and inputs, same picture."),
+                io.Int.Input("steps", default=DEFAULTS.steps, min=1, max=200, tooltip="Number of denoising steps. The official default is 28."),
+                io.Float.Input("cfg", default=DEFAULTS.cfg, min=0.0, max=100.0, step=0.1, round=0.01,
+                               tooltip="How strongly the instruction is followed. The official default is 6."),
+                io.Combo.Input("sampler_name", options=comfy.samplers.SAMPLER_NAMES, default="euler", advanced=True, tooltip="The official code uses euler."),
+                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
+                               tooltip="Below 1 only the last part of the schedule is run, starting from the picture itself: less change. 0 returns the latent unchanged."),
+            ],
+            outputs=[io.Latent.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, latent, seed, steps, cfg, sampler_name, denoise) -> io.NodeOutput:
+        check_model(model)
+        sigmas = flow_sigmas(steps, latent["samples"], denoise)
+        return io.NodeOutput(sample(with_norm_limiter(model), positive, negative, latent, sigmas, cfg, seed, sampler_name))
+
+
+class Step1XScheduler(io.ComfyNode):
+    """The official schedule for 'SamplerCustomAdvanced'. The stock schedulers do not depend on the picture's size."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Step1XScheduler",
+            display_name="Step1X-Edit Scheduler",
+            category=CATEGORY,
+            description="Noise levels of the official code for a latent's size, for the custom samplers.",
+            search_aliases=["step1x", "sigmas", "flux shift", "scheduler"],
+            inputs=[
+                io.Latent.Input("latent", tooltip="The latent that will be sampled; its size decides the shift of the schedule."),
+                io.Int.Input("steps", default=DEFAULTS.steps, min=1, max=200, tooltip="Number of denoising steps. The official default is 28."),
+                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="The part of the schedule that is run, counted from its end."),
+            ],
+            outputs=[io.Sigmas.Output()],
+        )
+
+    @classmethod
+    def execute(cls, latent, steps, denoise) -> io.NodeOutput:
+        return io.NodeOutput(flow_sigmas(steps, latent["samples"], denoise))
+
+
+class Step1XGuidance(io.ComfyNode):
+    """Norm-limited guidance as a pre-CFG hook; it combines with the other guidance nodes."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Step1XGuidance",
+            display_name="Step1X-Edit Guidance",
+            category=CATEGORY,
+            description="Sets the norm limiter of Step1X-Edit's guidance. 'Load Step1X-Edit Model' switches the official one on; "
+                        "add this node to change it, or to give it to a model from the stock loader.",
+            search_aliases=["step1x", "cfg norm", "norm limiter", "process norm"],
+            inputs=[
+                io.Model.Input("model", tooltip="A Step1X-Edit model."),
+                io.Float.Input("truncate", default=GUIDANCE_TRUNCATE, min=0.0, max=1.0, step=0.01,
+                               tooltip="Guidance is limited while the noise level is above this value. 1 switches the limiter off, as the first official release had it; 0 limits every step."),
+                io.Float.Input("power", default=GUIDANCE_NORM_POWER, min=0.0, max=1.0, step=0.05, advanced=True,
+                               tooltip="Strong guidance of norm n is divided by n to this power."),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, truncate, power) -> io.NodeOutput:
+        return io.NodeOutput(set_norm_limiter(model, NormLimiter(truncate, power)))

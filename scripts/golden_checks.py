@@ -1,0 +1,478 @@
+"""The golden checks behind parity.py: every kind of file, through the product's own code and the host's sampler.
+
+Runs where ComfyUI's modules can be imported. Errors are absolute differences after division by the
+expected tensor's maximum; ids and tables are exact (an error of 1 stands for any mismatch).
+"""
+
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+
+import comfy.ldm.models.autoencoder
+import comfy.lora
+import comfy.lora_convert
+import comfy.model_patcher
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import comfy.utils
+import torch
+from comfy.k_diffusion.sampling import sample_euler
+from comfy.ldm.flux.layers import timestep_embedding
+from safetensors import safe_open
+from safetensors.torch import save_file
+from step1x_core.config import CONFIG_KEY, VERSIONS, Step1XError
+from step1x_core.connector import TimestepEmbedder, scale_time, time_features
+from step1x_core.guidance import NormLimiter, norm_divisor, patch_norm
+from step1x_core.host.loading import load_model
+from step1x_core.host.sampling import flow_sigmas, set_norm_limiter
+from step1x_core.host.text_encoder import Step1XTokenizer
+from step1x_core.host.caching import TeaCache, apply_teacache
+from step1x_core.images import BLACK_PICTURE, truncate_uint8, vision_sizes, working_size
+from step1x_core.keys import diffusers_to_original
+from step1x_core.lora import official_alphas
+from step1x_core.mllm import attention_mask, layout_states, mrope_positions
+from step1x_core.prompt import prompt_ids
+from step1x_core.schedule import image_to_image_start, latent_tokens, shift_mu, sigma_schedule
+from tiny_models import TransformerSize, random_weights, transformer_shapes
+
+TOLERANCE = 1e-5
+MISMATCH = 1.0
+
+
+class Golden:
+    """Tensors of one golden file by group, and its configuration."""
+
+    def __init__(self, path: Path):
+        with safe_open(path, framework="pt") as f:
+            self.config = json.loads(f.metadata()["json"])["config"]
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+        self.weights, self.inputs, self.outputs = (
+            {k[len(group):]: v for k, v in tensors.items() if k.startswith(group)} for group in ("weights.", "inputs.", "outputs.")
+        )
+
+    def load_model(self):
+        """The weights as a MODEL, through a checkpoint file and the pack's loader. Weights that a file leaves out are random."""
+        c = self.config
+        size = TransformerSize(hidden=c["hidden_size"], head_dim=c["hidden_size"] // c["num_heads"], depth=c["depth"], depth_single=c["depth_single_blocks"],
+                               text=c["connector_in_channels"], connector=c["connector_hidden_size"], connector_depth=c["connector_depth"],
+                               vector=c["vec_in_dim"], channels=c["in_channels"])
+        weights = {**random_weights(transformer_shapes(c["version"], size), seed=0), **self.weights}
+        overrides = {k: self.config[k] for k in ("version", "axes_dim", "theta", "connector_heads") if k in self.config}
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "golden.safetensors"
+            save_file(weights, path, metadata={CONFIG_KEY: json.dumps(overrides)})
+            model = load_model(path)
+            model.model.diffusion_model.to(torch.float32)
+        return model
+
+
+class Errors:
+    """Collects the largest error of a file."""
+
+    def __init__(self):
+        self.max = 0.0
+
+    def tensor(self, found: torch.Tensor, expected: torch.Tensor) -> None:
+        if found.shape != expected.shape or not torch.isfinite(found.float()).all():
+            self.max = math.inf
+            return
+        scale = expected.float().abs().max().clamp(min=1e-12)
+        self.max = max(self.max, float((found.float() - expected.float()).abs().max() / scale))
+
+    def equal(self, found, expected) -> None:
+        if found != expected:
+            self.max = max(self.max, MISMATCH)
+
+
+def unpack(model, tokens: torch.Tensor, config: dict) -> torch.Tensor:
+    return model.unpack(tokens, config["latent_h"], config["latent_w"])
+
+
+def pack(model, latent: torch.Tensor) -> torch.Tensor:
+    return model.process_img(latent)[0]
+
+
+def check_connector(golden: Golden, errors: Errors) -> None:
+    from comfy.ldm.modules.attention import optimized_attention_masked
+    from comfy.ops import disable_weight_init
+    from step1x_core.connector import Connector
+
+    c = golden.config
+    connector = Connector(c["connector_in_channels"], c["connector_hidden_size"], c["connector_heads"], c["connector_depth"], c["vec_in_dim"],
+                          "scale_factor" in golden.weights, optimized_attention_masked, dtype=torch.float32, operations=disable_weight_init)
+    connector.load_state_dict(golden.weights)
+    tokens, pooled = connector(golden.inputs["x"], golden.inputs["t"], golden.inputs["mask"])
+    errors.tensor(tokens, golden.outputs["encoder_hidden_states"])
+    errors.tensor(pooled, golden.outputs["global_out"])
+
+
+def record_intermediates(model, seen: dict) -> list:
+    """Hooks that store what the golden files call the transformer's intermediates. Blocks add in place, so results are copied."""
+    def store(name):
+        def hook(module, args, output):
+            seen[name] = output.clone() if torch.is_tensor(output) else tuple(o.clone() for o in output)
+        return hook
+
+    hooks = [model.connector.register_forward_hook(store("connector")), model.img_in.register_forward_hook(store("img_in")),
+             model.txt_in.register_forward_hook(store("txt_in")), model.time_in.register_forward_hook(store("time_in")),
+             model.vector_in.register_forward_hook(store("vector_in")), model.final_layer.register_forward_hook(store("final"))]
+    hooks.append(model.time_in.register_forward_pre_hook(lambda module, args: seen.update(time_embedding_256=args[0].clone())))
+    for kind, blocks in (("double", model.double_blocks), ("single", model.single_blocks)):
+        hooks += [block.register_forward_hook(store(f"{kind}.{i}")) for i, block in enumerate(blocks)]
+    return hooks
+
+
+def check_dit_forward(golden: Golden, errors: Errors) -> None:
+    model = golden.load_model().model.diffusion_model
+    seen = {}
+    record_intermediates(model, seen)
+    tokens = golden.inputs["img"].shape[1] // 2
+    target, reference = (unpack(model, golden.inputs["img"][:, part], golden.config) for part in (slice(0, tokens), slice(tokens, None)))
+    velocity = model(target, golden.inputs["timesteps"], golden.inputs["llm_embedding"], ref_latents=[reference], text_mask=golden.inputs["mask"])
+
+    out = golden.outputs
+    errors.tensor(pack(model, velocity), out["pred"][:, :tokens])
+    errors.tensor(seen["final"], out["pred"])
+    errors.tensor(seen["connector"][0], out["connector.txt"])
+    errors.tensor(seen["connector"][1], out["connector.vec"])
+    errors.tensor(seen["time_in"] + seen["vector_in"], out["vec"])
+    for name in out:
+        if name in ("img_in", "txt_in", "time_embedding_256") or name.startswith("single."):
+            errors.tensor(seen[name], out[name])
+        elif name.startswith("double."):
+            block, stream = name.rsplit(".", 1)
+            errors.tensor(seen[block][("img", "txt").index(stream)], out[name])
+
+
+def check_ids(golden: Golden, errors: Errors) -> None:
+    from comfy.ops import disable_weight_init
+    from step1x_core.host.transformer import Step1XTransformer
+
+    axes, theta = golden.config["axes_dim"], golden.config["theta"]
+    latent = golden.inputs["latent"]
+    models = {version: Step1XTransformer(version, {"in_channels": 8, "hidden_size": 8, "num_heads": 1, "depth": 1, "vec_in_dim": 8, "scale_factor": False},
+                                         dtype=torch.float32, operations=disable_weight_init, in_channels=latent.shape[1], out_channels=latent.shape[1],
+                                         hidden_size=sum(axes), num_heads=1, depth=1, depth_single_blocks=1, mlp_ratio=1.0, axes_dim=axes, theta=theta,
+                                         context_in_dim=8, vec_in_dim=8, patch_size=2, qkv_bias=True, guidance_embed=False, txt_ids_dims=[])
+              for version in VERSIONS}
+
+    def ids(version, h, w, reference=True):
+        blank = torch.zeros(1, latent.shape[1], h, w)
+        parts = [models[version].process_img(blank)[1]]
+        if reference:
+            parts.append(models[version].process_reference(blank, 0)[1])
+        return torch.cat(parts, dim=1)[0]
+
+    for name, (h, w, text) in golden.config["cases"].items():
+        for version in VERSIONS:
+            errors.tensor(ids(version, h, w), golden.outputs[f"{name}.{version}.img_ids"])
+            errors.equal(golden.outputs[f"{name}.{version}.txt_ids"].tolist(), torch.zeros(text, 3).tolist())
+        errors.tensor(ids("v1.1", h, w, reference=False), golden.outputs[f"{name}.t2i.img_ids"])
+
+    model = models["v1.1"]
+    packed = torch.cat((pack(model, latent), model.process_reference(golden.inputs["ref_latent"], 0)[0]), dim=1)
+    errors.tensor(packed, golden.outputs["packed_img"])
+    first_half = packed[:, :packed.shape[1] // 2]
+    errors.tensor(model.unpack(first_half, *latent.shape[-2:]), golden.outputs["unpacked_first_half"])
+    h, w, text = next(iter(golden.config["cases"].values()))
+    all_ids = torch.cat((torch.zeros(text, 3), ids("v1.1", h, w)))[None]
+    errors.tensor(model.pe_embedder(all_ids), golden.outputs["rope_pe"])
+
+
+def check_schedule(table: dict, errors: Errors) -> None:
+    for row in table["schedules"]:
+        latent = torch.zeros(1, 16, math.ceil(row["height"] / 16) * 2, math.ceil(row["width"] / 16) * 2)
+        errors.equal(latent_tokens(*latent.shape[-2:]), row["image_seq_len"])
+        errors.tensor(torch.tensor(shift_mu(row["image_seq_len"])), torch.tensor(row["mu"]))
+        errors.tensor(flow_sigmas(row["num_steps"], latent), torch.tensor(row["timesteps"]))
+    for row in table["unshifted"]:
+        errors.tensor(sigma_schedule(row["num_steps"]), torch.tensor(row["timesteps"]))
+    for row in table["image2image"]:
+        start = image_to_image_start(row["num_steps"], row["image2image_strength"])
+        sigmas = sigma_schedule(row["num_steps"], 1024)[start:]
+        errors.equal(start, row["t_idx"])
+        errors.tensor(sigmas[0], torch.tensor(row["t"]))
+        errors.equal(len(sigmas) - 1, row["remaining_steps"])
+
+
+def check_cfg(golden: Golden, errors: Errors) -> None:
+    """Guidance and one Euler step: the pack's hook, the host's CFG function, the host's Euler sampler."""
+    def latent(name):
+        tokens = golden.inputs[name]
+        # Any arrangement of the tokens serves: guidance is per token.
+        return tokens.reshape(1, 1, tokens.shape[1], -1, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(1, -1, 2, tokens.shape[1] * 2)
+
+    def tokens(x):
+        return x.reshape(1, x.shape[1], 1, 2, -1, 2).permute(0, 2, 4, 1, 3, 5).reshape(1, x.shape[-1] // 2, -1)
+
+    cond, uncond = latent("cond"), latent("uncond")
+    norm = patch_norm(cond - uncond)[:, :, ::2, ::2].reshape(1, -1, 1)
+    errors.tensor(norm, golden.outputs["diff_norm"])
+    errors.tensor(norm_divisor(norm, golden.config["exponent"]), golden.outputs["divisor"])
+    errors.tensor(norm_divisor(golden.inputs["norm_table"], golden.config["exponent"]), golden.outputs["divisor_table"])
+
+    for name, case in golden.config["cases"].items():
+        limiter = NormLimiter(case["timesteps_truncate"], golden.config["exponent"])
+
+        def denoise(x, sigma, **kwargs):
+            conds_out = limiter({"conds": [True, True], "conds_out": [x - sigma * cond, x - sigma * uncond], "sigma": sigma})
+            return comfy.samplers.cfg_function(None, *conds_out, case["cfg_guidance"], x, sigma)
+
+        x_next = sample_euler(denoise, latent("x"), torch.tensor([case["t_curr"], case["t_prev"]]), disable=True)
+        errors.tensor(tokens(x_next), golden.outputs[f"{name}.x_next"])
+
+
+def run_loop(golden: Golden, model, cfg: float, steps: int, reference: bool = True, after_step=lambda: None):
+    """The denoising loop through the host's sampler -> latents after each step, in the model's own scale."""
+    def callback(step, denoised, x, total):
+        latents.append(x.clone())
+        after_step()
+
+    def scale_out(latent):
+        return model.model.process_latent_out(latent)
+
+    noise = golden.inputs["noise"][:1]
+    sigmas = flow_sigmas(steps, noise)
+    conds = []
+    for row in range(2):
+        extra = {"attention_mask": golden.inputs["mask"][row:row + 1]}
+        if reference:
+            extra["reference_latents"] = [scale_out(golden.inputs["ref_latent"][row:row + 1])]
+        conds.append([[golden.inputs["llm_embedding"][row:row + 1], extra]])
+    latents = []
+    result = comfy.sample.sample_custom(model, noise, cfg, comfy.samplers.sampler_object("euler"), sigmas, *conds, torch.zeros_like(noise),
+                                        callback=callback, disable_pbar=True, seed=0)
+    return [*latents[1:], model.model.process_latent_in(result)], sigmas
+
+
+def check_denoise_loop(golden: Golden, errors: Errors) -> None:
+    model = golden.load_model()
+    transformer = model.model.diffusion_model
+    out, config = golden.outputs, golden.config
+    reference = golden.inputs["ref_latent"]
+    packed = torch.cat((pack(transformer, golden.inputs["noise"]), transformer.process_reference(reference, 0)[0]), dim=1)
+    errors.tensor(packed, out["packed_input"])
+    ids = torch.cat((transformer.process_img(reference)[1], transformer.process_reference(reference, 0)[1]), dim=1)
+    errors.tensor(ids, out["img_ids"])
+
+    for tag, truncate in config["truncates"].items():
+        first_call = []
+        hook = transformer.final_layer.register_forward_hook(lambda module, args, output: first_call.append(output))
+        latents, sigmas = run_loop(golden, set_norm_limiter(model, NormLimiter(truncate)), config["cfg_guidance"], config["num_steps"])
+        hook.remove()
+        errors.tensor(sigmas, out["timesteps"])
+        # The host may order the rows of a batch as it likes; compare each expected row with the nearest one.
+        rows = torch.cat(first_call)[:2]
+        expected = out[f"{tag}.model_pred_step_0"]
+        straight, swapped = ((order - expected).abs().max() for order in (rows, rows.flip(0)))
+        errors.tensor(rows if straight <= swapped else rows.flip(0), expected)
+        for step, latent in enumerate(latents):
+            errors.tensor(pack(transformer, latent), out[f"{tag}.latents_after_step_{step}"])
+        errors.tensor(latents[-1], out[f"{tag}.final_unpacked"])
+    if config["t2i"]:
+        latents, _ = run_loop(golden, model, config["cfg_guidance"], config["num_steps"], reference=False)
+        for step, latent in enumerate(latents):
+            errors.tensor(pack(transformer, latent), out[f"t2i.latents_after_step_{step}"])
+
+
+def check_vae(golden: Golden, errors: Errors) -> None:
+    """The host's autoencoder classes on the golden weights; the pack itself adds the conversion to 8 bit."""
+    from comfy.latent_formats import Flux as FluxLatent
+
+    c = golden.config
+    params = {"double_z": True, "z_channels": c["z_channels"], "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": c["ch"], "ch_mult": c["ch_mult"],
+              "num_res_blocks": c["num_res_blocks"], "attn_resolutions": [], "dropout": 0.0}
+    vae = comfy.ldm.models.autoencoder.AutoencodingEngine(
+        regularizer_config={"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"},
+        encoder_config={"target": "comfy.ldm.modules.diffusionmodules.model.Encoder", "params": params},
+        decoder_config={"target": "comfy.ldm.modules.diffusionmodules.model.Decoder", "params": params}).eval()
+    vae.load_state_dict(golden.weights)
+    scale = FluxLatent()
+    with torch.no_grad():
+        moments = vae.encoder(golden.inputs["image"] * 2 - 1)
+        posterior = comfy.ldm.models.autoencoder.DiagonalGaussianDistribution(moments)
+        decoded = vae.decode(scale.process_out(golden.inputs["latent"]))
+    errors.tensor(moments, golden.outputs["moments"])
+    errors.tensor(scale.process_in(posterior.mean), golden.outputs["encoded_mean"])
+    errors.tensor(scale.process_in(posterior.mean + posterior.std * golden.outputs["eps"]), golden.outputs["encoded_sampled"])
+    errors.tensor(decoded, golden.outputs["decoded"])
+    picture = (decoded + 1) / 2
+    errors.tensor(picture.clamp(0, 1), golden.outputs["decoded_01"])
+    difference = truncate_uint8(picture.movedim(1, -1)).int() - golden.outputs["decoded_uint8"].int()
+    # Truncation turns a rounding error at a step into one whole level, in a handful of values at most.
+    if difference.abs().max() > 1 or (difference != 0).float().mean() > 1e-3:
+        errors.max = max(errors.max, MISMATCH)
+
+
+def check_resize(table: dict, errors: Errors) -> None:
+    def vision(size, first, second, grid, tokens):
+        errors.equal([list(s) for s in vision_sizes(*size)], [first, second])
+        errors.equal([1, second[1] // 14, second[0] // 14], grid)
+        errors.equal(second[0] // 28 * (second[1] // 28), tokens)
+
+    for row in table["rows"]:
+        try:
+            size = working_size(row["width"], row["height"], row["size_level"])
+        except Step1XError:
+            errors.equal("error" in row, True)
+            continue
+        errors.equal("error" in row, False)
+        errors.equal(list(size), row["resized"])
+        errors.equal([size[1] // 8, size[0] // 8], row["latent_hw"])
+        errors.equal([size[1] // 16, size[0] // 16], row["tokens_hw"])
+        errors.equal(latent_tokens(size[1] // 8, size[0] // 8), row["image_seq_len"])
+        if "mllm_error" in row:
+            try:
+                vision_sizes(*size)
+                errors.max = max(errors.max, MISMATCH)
+            except Step1XError:
+                pass
+        else:
+            vision(size, row["mllm_first_resize"], row["mllm_second_resize"], row["grid_thw"], row["image_tokens"])
+    black = table["text_to_image_black_1024"]
+    vision((BLACK_PICTURE, BLACK_PICTURE), black["first"], black["second"], black["grid_thw"], black["image_tokens"])
+
+
+def check_tokenization(table: dict, errors: Errors) -> None:
+    tokenizer = Step1XTokenizer()
+    for row in table["rows"]:
+        before, after = prompt_ids(row["prompt"], tokenizer.token_ids)
+        if "reference_error" in row:
+            # The official code fails here; this pack must not.
+            errors.equal(after.count(151655), 0)
+            continue
+        grid = row["grid_thw"][1] // 2, row["grid_thw"][2] // 2
+        _, second = vision_sizes(*row["image_size"])
+        errors.equal((second[1] // 28, second[0] // 28), grid)
+        ids = [*before, *[151655] * row["image_tokens"], *after]
+        errors.equal(ids, row["token_ids"])
+        mask = attention_mask(torch.tensor(ids))
+        errors.equal((mask == 0).nonzero().flatten().tolist(), row["attention_mask_zero_positions"])
+        cond, kept = layout_states(torch.ones(1, len(ids), 4))
+        errors.equal(int(kept.sum()), row["kept_length"])
+        errors.equal(list(cond.shape), [1, table["max_length"], 4])
+        positions = mrope_positions(mask, len(before), grid)
+        end = row["mrope"]["vision_end_index"]
+        errors.equal(positions[:, end:].tolist(), row["mrope"]["from_vision_end"])
+        errors.equal(positions[:, len(before)].tolist(), row["mrope"]["first_image_token"])
+        errors.equal(positions[:, end - 1].tolist(), row["mrope"]["last_image_token"])
+
+
+def check_lora(golden: Golden, errors: Errors) -> None:
+    """The host's LoRA machinery on the pack's MODEL."""
+    model = golden.load_model()
+    key_map = comfy.lora.model_lora_keys_unet(model.model, {})
+    for name, shape in golden.config["all_trainable_lora_names"].items():
+        errors.equal(name in key_map, True)
+        if name in key_map:
+            errors.equal(list(comfy.utils.get_attr(model.model, key_map[name]).shape), shape)
+    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(official_alphas(golden.inputs)), key_map)
+    for strength in golden.config["multipliers"]:
+        patched = model.clone()
+        errors.equal(len(patched.add_patches(patches, strength)), len(golden.config["changed_keys"]))
+        for key in golden.config["changed_keys"]:
+            name = f"diffusion_model.{key}"
+            merged = comfy.lora.calculate_weight(patched.patches[name], golden.weights[key].clone(), name)
+            errors.tensor(merged, golden.outputs[f"merged.{strength}.{key}"])
+
+
+def check_keymap(golden: Golden, errors: Errors) -> None:
+    source = {k[len("diffusers."):]: v for k, v in golden.inputs.items()}
+    expected = {k[len("original."):]: v for k, v in golden.outputs.items()}
+    converted = diffusers_to_original(source)
+    errors.equal(sorted(converted), sorted(expected))
+    for key in expected.keys() & converted.keys():
+        errors.equal(torch.equal(converted[key], expected[key]), True)
+
+
+def check_teacache(golden: Golden, errors: Errors) -> None:
+    config = golden.config
+    for threshold in config["thresholds"]:
+        model = apply_teacache(golden.load_model(), threshold)
+        cache = model.model_options["transformer_options"]["patches"]["post_input"][0].__self__
+        assert isinstance(cache, TeaCache)
+        ran, accumulated = [], []
+
+        def after_step():
+            (state,) = cache.states.values()
+            ran.append(float(state.ran))
+            accumulated.append(state.accumulated)
+
+        latents, _ = run_loop(golden, model, config["cfg_guidance"], config["num_steps"], after_step=after_step)
+        errors.equal(ran, golden.outputs[f"thr_{threshold}.blocks_ran"].tolist())
+        errors.tensor(torch.tensor(accumulated), golden.outputs[f"thr_{threshold}.accumulated"])
+        errors.tensor(pack(model.model.diffusion_model, latents[-1]), golden.outputs[f"thr_{threshold}.final_latents"])
+        errors.equal(cache.states, {})
+
+
+def check_time_embedding(golden: Golden, errors: Errors) -> None:
+    from comfy.ops import disable_weight_init
+
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        t = golden.inputs["t"].to(dtype)
+        errors.tensor(timestep_embedding(t, 256), golden.outputs[f"dit.{name}"])
+        scaled = scale_time(t)
+        errors.tensor(scaled, golden.outputs[f"connector_t.{name}"])
+        errors.tensor(time_features(scaled), golden.outputs[f"connector_raw.{name}"])
+        for weights, stored in (("bf16", torch.bfloat16), ("fp8", torch.float8_e4m3fn)):
+            embedder = TimestepEmbedder(8, dtype=stored, operations=disable_weight_init)
+            errors.tensor(embedder.features(scaled).float(), golden.outputs[f"connector_{weights}_weights.{name}"])
+
+
+CHECKS = {
+    "cfg.safetensors": check_cfg,
+    "connector_v1.0.safetensors": check_connector,
+    "connector_v1.1.safetensors": check_connector,
+    "denoise_loop_v1.0.safetensors": check_denoise_loop,
+    "denoise_loop_v1.1.safetensors": check_denoise_loop,
+    "dit_forward_v1.0.safetensors": check_dit_forward,
+    "dit_forward_v1.1.safetensors": check_dit_forward,
+    "ids.safetensors": check_ids,
+    "keymap.safetensors": check_keymap,
+    "lora.safetensors": check_lora,
+    "resize.json": check_resize,
+    "schedule.json": check_schedule,
+    "teacache.safetensors": check_teacache,
+    "time_embedding.safetensors": check_time_embedding,
+    "tokenization.json": check_tokenization,
+    "vae.safetensors": check_vae,
+}
+
+
+def check_file(path: Path) -> float:
+    """Largest error of one golden file. Raises KeyError for a kind that is not known."""
+    check = CHECKS[path.name]
+    errors = Errors()
+    with torch.inference_mode():
+        check(Golden(path) if path.suffix == ".safetensors" else json.loads(path.read_text(encoding="utf-8")), errors)
+    return errors.max
+
+
+def main(folders: list[str]) -> int:
+    if not folders:
+        print("usage: parity.py DIR...", file=sys.stderr)
+        return 2
+    failed = False
+    for folder in map(Path, folders):
+        files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json")) if folder.is_dir() else []
+        if not files:
+            print(f"FAIL {folder} has no golden files")
+            failed = True
+        for path in files:
+            if path.name not in CHECKS:
+                print(f"FAIL {path.name} unknown kind of golden file")
+                failed = True
+                continue
+            try:
+                error = check_file(path)
+            except Exception as problem:  # one broken file must not hide the others
+                print(f"FAIL {path.name} max_err=inf tol={TOLERANCE:g} ({type(problem).__name__}: {problem})")
+                failed = True
+                continue
+            passed = error <= TOLERANCE
+            failed |= not passed
+            print(f"{'PASS' if passed else 'FAIL'} {path.name} max_err={error:.2e} tol={TOLERANCE:g}")
+    return int(failed)

@@ -1,0 +1,18 @@
+#!/usr/bin/env python3
+"""Run golden files through this pack: `python scripts/parity.py DIR...`.
+
+Prints one line per file, `PASS|FAIL <file> max_err=<x> tol=<y>`, and exits with 1 if any file failed or
+is unknown. Works from a bare checkout: it prepares the same environment as the tests.
+"""
+
+import sys
+
+import environment
+
+if __name__ == "__main__":
+    environment.reexecute_in_host(__file__)
+    environment.use_host_in_process()
+
+    import golden_checks
+
+    sys.exit(golden_checks.main(sys.argv[1:]))

@@ -1,0 +1,233 @@
+"""Writes miniature checkpoints with random weights and exactly the key layout of the published files.
+
+The pictures they make are meaningless; they let the whole path run on a machine without the real weights.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+# The file names that the shipped workflows ask for.
+V10_FILE = "step1x-edit-i1258.safetensors"
+V11_FILE = "step1x-edit-v1p1-official.safetensors"
+MLLM_FILE = "qwen_2.5_vl_7b.safetensors"
+VAE_FILE = "ae.safetensors"
+
+VOCABULARY = 152064
+
+
+@dataclass
+class TransformerSize:
+    hidden: int
+    head_dim: int
+    depth: int
+    depth_single: int
+    text: int
+    connector: int
+    connector_depth: int
+    vector: int
+    channels: int = 64
+
+
+FULL_TRANSFORMER = TransformerSize(hidden=3072, head_dim=128, depth=19, depth_single=38, text=3584, connector=4096, connector_depth=2, vector=768)
+TINY_TRANSFORMER = TransformerSize(hidden=64, head_dim=32, depth=2, depth_single=2, text=64, connector=128, connector_depth=2, vector=32)
+
+
+def transformer_shapes(version: str, size: TransformerSize) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of an original single file (specification v1.md a.2, b)."""
+    shapes = {}
+
+    def linear(name, rows, columns):
+        shapes[f"{name}.weight"] = (rows, columns)
+        shapes[f"{name}.bias"] = (rows,)
+
+    def norm(name, width):
+        shapes[f"{name}.weight"] = (width,)
+        shapes[f"{name}.bias"] = (width,)
+
+    h, c = size.hidden, size.connector
+    linear("img_in", h, size.channels)
+    linear("time_in.in_layer", h, 256)
+    linear("time_in.out_layer", h, h)
+    linear("vector_in.in_layer", h, size.vector)
+    linear("vector_in.out_layer", h, h)
+    linear("txt_in", h, c)
+    for i in range(size.depth):
+        for stream in ("img", "txt"):
+            block = f"double_blocks.{i}.{stream}"
+            linear(f"{block}_mod.lin", 6 * h, h)
+            linear(f"{block}_attn.qkv", 3 * h, h)
+            shapes[f"{block}_attn.norm.query_norm.scale"] = (size.head_dim,)
+            shapes[f"{block}_attn.norm.key_norm.scale"] = (size.head_dim,)
+            linear(f"{block}_attn.proj", h, h)
+            linear(f"{block}_mlp.0", 4 * h, h)
+            linear(f"{block}_mlp.2", h, 4 * h)
+    for i in range(size.depth_single):
+        block = f"single_blocks.{i}"
+        linear(f"{block}.linear1", 7 * h, h)
+        linear(f"{block}.linear2", h, 5 * h)
+        shapes[f"{block}.norm.query_norm.scale"] = (size.head_dim,)
+        shapes[f"{block}.norm.key_norm.scale"] = (size.head_dim,)
+        linear(f"{block}.modulation.lin", 3 * h, h)
+    linear("final_layer.linear", size.channels, h)
+    linear("final_layer.adaLN_modulation.1", 2 * h, h)
+
+    if version == "v1.0":
+        shapes["connector.scale_factor"] = (1,)
+    linear("connector.S.input_embedder", c, size.text)
+    linear("connector.S.t_embedder.mlp.0", c, 256)
+    linear("connector.S.t_embedder.mlp.2", c, c)
+    linear("connector.S.c_embedder.linear_1", c, size.text)
+    linear("connector.S.c_embedder.linear_2", c, c)
+    for i in range(size.connector_depth):
+        block = f"connector.S.individual_token_refiner.blocks.{i}"
+        norm(f"{block}.norm1", c)
+        norm(f"{block}.norm2", c)
+        linear(f"{block}.self_attn_qkv", 3 * c, c)
+        linear(f"{block}.self_attn_proj", c, c)
+        linear(f"{block}.mlp.fc1", 4 * c, c)
+        linear(f"{block}.mlp.fc2", c, 4 * c)
+        linear(f"{block}.adaLN_modulation.1", 2 * c, c)
+    linear("connector.global_proj_out", size.vector, size.text)
+    return shapes
+
+
+# A Hugging Face config.json in miniature.
+TINY_MLLM = {
+    "hidden_size": TINY_TRANSFORMER.text,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": VOCABULARY,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+    "vision_config": {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 2, "window_size": 112, "fullatt_block_indexes": [1], "out_hidden_size": TINY_TRANSFORMER.text},
+}
+
+
+def mllm_shapes(config: dict, lm_head: bool = True) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a Qwen2.5-VL file as ComfyUI and older transformers name them."""
+    hidden, inter, vision = config["hidden_size"], config["intermediate_size"], config["vision_config"]
+    head_dim = hidden // config["num_attention_heads"]
+    kv = head_dim * config["num_key_value_heads"]
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    if lm_head:
+        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        for name, rows in (("q", hidden), ("k", kv), ("v", kv)):
+            shapes[f"{layer}.self_attn.{name}_proj.weight"] = (rows, hidden)
+            shapes[f"{layer}.self_attn.{name}_proj.bias"] = (rows,)
+        shapes[f"{layer}.self_attn.o_proj.weight"] = (hidden, hidden)
+        shapes[f"{layer}.mlp.gate_proj.weight"] = (inter, hidden)
+        shapes[f"{layer}.mlp.up_proj.weight"] = (inter, hidden)
+        shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, inter)
+        shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
+    v, v_inter = vision["hidden_size"], vision["intermediate_size"]
+    shapes["visual.patch_embed.proj.weight"] = (v, 3, 2, 14, 14)
+    for i in range(vision["depth"]):
+        block = f"visual.blocks.{i}"
+        for name, rows, columns in (("attn.qkv", 3 * v, v), ("attn.proj", v, v), ("mlp.gate_proj", v_inter, v), ("mlp.up_proj", v_inter, v), ("mlp.down_proj", v, v_inter)):
+            shapes[f"{block}.{name}.weight"] = (rows, columns)
+            shapes[f"{block}.{name}.bias"] = (rows,)
+        shapes[f"{block}.norm1.weight"] = (v,)
+        shapes[f"{block}.norm2.weight"] = (v,)
+    shapes["visual.merger.ln_q.weight"] = (v,)
+    shapes["visual.merger.mlp.0.weight"] = (4 * v, 4 * v)
+    shapes["visual.merger.mlp.0.bias"] = (4 * v,)
+    shapes["visual.merger.mlp.2.weight"] = (hidden, 4 * v)
+    shapes["visual.merger.mlp.2.bias"] = (hidden,)
+    return shapes
+
+
+def vae_shapes() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a 16-channel TAESD, which the stock VAE loader opens."""
+    shapes = {"vae_scale": (), "vae_shift": ()}
+
+    def conv(name, rows, columns, bias=True):
+        shapes[f"{name}.weight"] = (rows, columns, 3, 3)
+        if bias:
+            shapes[f"{name}.bias"] = (rows,)
+
+    def blocks(prefix, indexes):
+        for i in indexes:
+            for layer in (0, 2, 4):
+                conv(f"{prefix}.{i}.conv.{layer}", 64, 64)
+
+    conv("taesd_encoder.0", 64, 3)
+    for i in (2, 6, 10):
+        conv(f"taesd_encoder.{i}", 64, 64, bias=False)
+    blocks("taesd_encoder", (1, 3, 4, 5, 7, 8, 9, 11, 12, 13))
+    conv("taesd_encoder.14", 16, 64)
+    conv("taesd_decoder.1", 64, 16)
+    for i in (7, 12, 17):
+        conv(f"taesd_decoder.{i}", 64, 64, bias=False)
+    blocks("taesd_decoder", (3, 4, 5, 8, 9, 10, 13, 14, 15, 18))
+    conv("taesd_decoder.19", 3, 64)
+    return shapes
+
+
+def random_weights(shapes: dict[str, tuple[int, ...]], seed: int, dtype=torch.float32) -> dict[str, torch.Tensor]:
+    """Weights that keep activations at about unit size: ones for norms, 1/sqrt(fan_in) for matrices, small biases."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in shapes.items():
+        noise = torch.randn(shape, generator=generator)
+        if name == "vae_scale":
+            weight = torch.ones(())
+        elif name == "vae_shift":
+            weight = torch.zeros(())
+        elif name.endswith("scale_factor"):
+            weight = torch.full(shape, -0.91)
+        elif len(shape) == 1:
+            is_norm = "norm" in name or "ln_q" in name
+            weight = noise * 0.1 + (1.0 if is_norm and not name.endswith("bias") else 0.0)
+        elif "embed_tokens" in name:
+            weight = noise
+        else:
+            fan_in = torch.Size(shape[1:]).numel()
+            weight = noise * fan_in**-0.5
+        weights[name] = weight.to(dtype)
+    return weights
+
+
+def write_transformer(path: Path, version: str = "v1.1", size: TransformerSize = TINY_TRANSFORMER, seed: int = 1, dtype=torch.float32) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(random_weights(transformer_shapes(version, size), seed, dtype), path)
+
+
+def write_mllm(path: Path, config: dict = TINY_MLLM, seed: int = 2, dtype=torch.bfloat16) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(random_weights(mllm_shapes(config), seed, dtype), path, metadata={"step1x_edit_config": json.dumps(config)})
+
+
+def write_vae(path: Path, seed: int = 3) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(random_weights(vae_shapes(), seed), path)
+
+
+def write_all(models: Path) -> None:
+    """All files the shipped workflows name, in ComfyUI's folder layout; files that exist are kept."""
+    for path, write in (
+        (models / "diffusion_models" / V10_FILE, lambda p: write_transformer(p, "v1.0")),
+        (models / "diffusion_models" / V11_FILE, lambda p: write_transformer(p, "v1.1")),
+        (models / "text_encoders" / MLLM_FILE, write_mllm),
+        (models / "vae" / VAE_FILE, write_vae),
+    ):
+        if not path.exists():
+            partial = path.with_suffix(".part")
+            write(partial)
+            partial.replace(path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path, help="a ComfyUI models folder")
+    write_all(parser.parse_args().models)

@@ -1,0 +1,107 @@
+"""Finding and checking checkpoint files before anything is loaded: single safetensors files and Hugging Face folders of shards."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from .config import Step1XError
+
+SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
+INDEX_SUFFIX = ".safetensors.index.json"
+
+
+@dataclass
+class Checkpoint:
+    """Files of one model, all inside one folder. config: the folder's config.json, {} for a single file."""
+
+    path: Path
+    files: list[Path]
+    config: dict = field(default_factory=dict)
+    pipeline: str | None = None
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Step1XError(f"{path.name} in {path.parent} could not be read ({error}). Download that file again.") from error
+    if not isinstance(content, dict):
+        raise Step1XError(f"{path.name} in {path.parent} is not what a model folder holds. Download that file again.")
+    return content
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder: those its index names, else every one in it; [] where there is none.
+
+    Raises Step1XError for a missing shard and for an index that points outside the folder.
+    """
+    indexes = sorted(folder.glob("*" + INDEX_SUFFIX))
+    if not indexes:
+        return sorted(p for p in folder.iterdir() if p.suffix in SAFETENSORS_SUFFIXES)
+    weight_map = read_json(indexes[0]).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise Step1XError(f"{indexes[0].name} in {folder} lists no weights. Download that file again.")
+    files = []
+    for name in sorted(set(weight_map.values()), key=str):
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(SAFETENSORS_SUFFIXES):
+            raise Step1XError(f"{indexes[0].name} in {folder} names '{name}', which is not a safetensors file of that folder. Download the index again.")
+        if not (folder / name).is_file():
+            raise Step1XError(f"{name} is missing from {folder}. Download that file; the index lists {len(set(weight_map.values()))} shards.")
+        files.append(folder / name)
+    return files
+
+
+def is_model_folder(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(p.suffix in SAFETENSORS_SUFFIXES or p.name.endswith(INDEX_SUFFIX) for p in folder.iterdir())
+
+
+def find_checkpoint(path: str | Path, subfolder: str) -> Checkpoint:
+    """Resolve a file, a model folder, or a diffusers repository with the model in `subfolder`.
+
+    Raises Step1XError when the path is none of these.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix.lower() not in SAFETENSORS_SUFFIXES:
+            raise Step1XError(f"{path.name} is not a safetensors file. Only safetensors files are loaded; get the model in that format.")
+        return Checkpoint(path, [path])
+    if not path.is_dir():
+        raise Step1XError(f"{path} does not exist (any more). Refresh the node list and choose the model again.")
+    pipeline = None
+    if (path / "model_index.json").is_file():
+        pipeline = read_json(path / "model_index.json").get("_class_name")
+    folder = path / subfolder if (path / subfolder).is_dir() else path
+    files = shard_files(folder)
+    if not files:
+        raise Step1XError(f"There is no safetensors file in {folder}. A model folder holds config.json and *.safetensors.")
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    return Checkpoint(folder, files, config, pipeline)
+
+
+def check_file(path: Path) -> None:
+    """Raise Step1XError unless the file has an intact safetensors header that matches its size."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except FileNotFoundError as error:
+        raise Step1XError(f"{path} does not exist (any more). Refresh the node list and choose the model again.") from error
+    except (SafetensorError, OSError) as error:
+        raise Step1XError(f"{path.name} is damaged, incomplete or no safetensors file ({error}). Download it again and compare its size.") from error
+
+
+def check_tensors(name: str, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+    """Compare names and shapes of a checkpoint with those a model needs; extra tensors (scales of quantised files) are accepted.
+
+    Raises Step1XError naming the first missing or misshapen tensor.
+    """
+    missing = [key for key in expected if key not in found]
+    if missing:
+        raise Step1XError(f"{name} lacks {len(missing)} of {len(expected)} tensors, for example {missing[0]}. The file is incomplete or belongs to "
+                          "another model; download it again.")
+    wrong = [key for key in expected if expected[key] != found[key]]
+    if wrong:
+        key = wrong[0]
+        raise Step1XError(f"{name} does not fit the model: {key} has shape {list(found[key])} where {list(expected[key])} is needed "
+                          f"({len(wrong)} tensors differ). The file belongs to another model.")

@@ -1,0 +1,148 @@
+"""Model versions, named constants and the configuration read off a checkpoint."""
+
+import json
+from dataclasses import asdict, dataclass
+
+# Text conditioning of v1.0 and v1.1 (official inference code, spec v1.md c.5).
+PROMPT_DROP_TOKENS = 217
+PROMPT_MAX_TOKENS = 640
+
+# Norm-limited guidance (official inference code, spec v1.md e.4).
+GUIDANCE_TRUNCATE = 0.93
+GUIDANCE_NORM_POWER = 0.4
+
+# Connector time input is 0..1 and is scaled like the transformer's (spec v1.md b.1).
+TIME_FACTOR = 1000.0
+
+# The head width of the transformer and of the connector in every published checkpoint.
+HEAD_DIM = 128
+
+# Name under which a configuration travels: safetensors metadata key of small checkpoints, and the
+# uint8 JSON tensor that carries it through the host's loader (the host's `comfy_quant` convention).
+CONFIG_KEY = "step1x_edit_config"
+
+CONNECTOR_KEY = "connector.S.input_embedder.weight"
+
+
+class Step1XError(ValueError):
+    """An error whose text is meant for the person at the graph."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """What differs between model versions.
+
+    reference_offset: (t, y, x) added to the position ids of the reference picture's tokens.
+    """
+
+    name: str
+    reference_offset: tuple[int, int, int]
+    steps: int
+    cfg: float
+
+
+VERSIONS = {
+    # The reference shares the target's positions; the network tells them apart by content.
+    "v1.0": Version("v1.0", (0, 0, 0), steps=28, cfg=6.0),
+    # The official position table starts from ones on all three axes (spec v1.md a.4).
+    "v1.1": Version("v1.1", (1, 1, 1), steps=28, cfg=6.0),
+}
+
+
+@dataclass
+class Step1XConfig:
+    """Hyper-parameters of one checkpoint. `in_channels` and `out_channels` count latent channels (16 in every published model)."""
+
+    version: str
+    in_channels: int
+    out_channels: int
+    hidden_size: int
+    num_heads: int
+    depth: int
+    depth_single_blocks: int
+    mlp_ratio: float
+    axes_dim: list[int]
+    theta: int
+    context_in_dim: int
+    vec_in_dim: int
+    connector_in_channels: int
+    connector_hidden_size: int
+    connector_heads: int
+    connector_depth: int
+    scale_factor: bool
+
+    def flux_params(self) -> dict:
+        """The keyword arguments that the host's Flux class takes."""
+        names = ("in_channels", "out_channels", "hidden_size", "num_heads", "depth", "depth_single_blocks",
+                 "mlp_ratio", "axes_dim", "theta", "context_in_dim", "vec_in_dim")
+        values = asdict(self)
+        return {**{name: values[name] for name in names}, "patch_size": 2, "qkv_bias": True, "guidance_embed": False, "txt_ids_dims": []}
+
+    def connector_params(self) -> dict:
+        return {"in_channels": self.connector_in_channels, "hidden_size": self.connector_hidden_size, "num_heads": self.connector_heads,
+                "depth": self.connector_depth, "vec_in_dim": self.vec_in_dim, "scale_factor": self.scale_factor}
+
+
+def default_axes_dim(head_dim: int) -> list[int]:
+    """The rope axes of the published models, (16, 56, 56) at head width 128, in proportion for another width."""
+    time = head_dim // 8
+    return [time, (head_dim - time) // 2, (head_dim - time) // 2]
+
+
+def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
+    """Read the configuration off a state dict in the original key layout (spec v1.md a.2).
+
+    Sizes come from shapes; what shapes do not show (rope axes, connector heads, a version override)
+    comes from the optional `step1x_edit_config` entry and else from the published models' rules.
+
+    Raises Step1XError for a v1.2 checkpoint and for an unknown version name.
+    """
+    def rows(key):
+        return state_dict[prefix + key].shape[0]
+
+    def columns(key):
+        weight = state_dict[prefix + key]
+        # 4-bit weights are stored two to a byte.
+        return weight.shape[1] * (2 if weight.element_size() == 1 and not weight.dtype.is_floating_point else 1)
+
+    def count(block):
+        return len({k[len(prefix) + len(block):].split(".")[0] for k in state_dict if k.startswith(prefix + block)})
+
+    if prefix + "text_token_mapping.weight" in state_dict:
+        raise Step1XError("This is a Step1X-Edit v1.2 checkpoint; only v1.0 and v1.1 are supported so far. Load a v1.0 or v1.1 file.")
+
+    overrides = {}
+    if prefix + CONFIG_KEY in state_dict:
+        overrides = json.loads(bytes(state_dict[prefix + CONFIG_KEY].tolist()))
+
+    norm = "double_blocks.0.img_attn.norm.key_norm."
+    head_dim = rows(norm + ("scale" if prefix + norm + "scale" in state_dict else "weight"))
+    hidden = rows("img_in.weight")
+    connector_hidden = rows(CONNECTOR_KEY)
+    scale_factor = prefix + "connector.scale_factor" in state_dict
+
+    config = Step1XConfig(
+        version="v1.0" if scale_factor else "v1.1",
+        in_channels=columns("img_in.weight") // 4,
+        out_channels=rows("final_layer.linear.weight") // 4,
+        hidden_size=hidden,
+        num_heads=hidden // head_dim,
+        depth=count("double_blocks."),
+        depth_single_blocks=count("single_blocks."),
+        mlp_ratio=rows("double_blocks.0.img_mlp.0.weight") / hidden,
+        axes_dim=default_axes_dim(head_dim),
+        theta=10000,
+        context_in_dim=columns("txt_in.weight"),
+        vec_in_dim=rows("connector.global_proj_out.weight"),
+        connector_in_channels=columns(CONNECTOR_KEY),
+        connector_hidden_size=connector_hidden,
+        connector_heads=max(1, connector_hidden // HEAD_DIM),
+        connector_depth=count("connector.S.individual_token_refiner.blocks."),
+        scale_factor=scale_factor,
+    )
+    for name in ("version", "axes_dim", "theta", "connector_heads"):
+        if name in overrides:
+            setattr(config, name, overrides[name])
+    if config.version not in VERSIONS:
+        raise Step1XError(f"Unknown Step1X-Edit version '{config.version}'. Choose one of: {', '.join(VERSIONS)}.")
+    return config

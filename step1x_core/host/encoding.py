@@ -1,0 +1,78 @@
+"""Picture and instruction to conditioning, latents to picture, with the host's CLIP and VAE objects."""
+
+import torch
+from torch import Tensor
+
+import comfy.model_management
+import comfy.utils
+
+from ..config import Step1XError
+from ..images import to_output_size, to_working_size
+from .text_encoder import Step1XTokenizer
+
+LATENT_CHANNELS = 16
+
+
+def check_vae(vae) -> None:
+    if vae.latent_channels != LATENT_CHANNELS:
+        raise Step1XError(f"This VAE makes latents of {vae.latent_channels} channels, Step1X-Edit needs {LATENT_CHANNELS}. Load the FLUX VAE (ae.safetensors).")
+
+
+def check_text_encoder(clip) -> None:
+    if not isinstance(clip.tokenizer, Step1XTokenizer):
+        raise Step1XError("This text encoder lays out prompts for another model. Use the one from 'Load Step1X-Edit MLLM'.")
+
+
+def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, size_level: int) -> tuple[list, list, dict]:
+    """Pictures [B, H, W, C] in 0..1 and an instruction -> positive and negative conditioning, and the pictures' latent.
+
+    Every picture is brought to its working size; the language model sees it with both prompts, and its
+    latent (posterior mean) is the reference in both. The latent returned is the same one: at full
+    denoise its content has no influence, below that sampling starts from it.
+
+    Raises Step1XError for an empty batch, a foreign text encoder or VAE, and sizes that degenerate.
+    """
+    check_text_encoder(clip)
+    check_vae(vae)
+    if image.shape[0] == 0:
+        raise Step1XError("There is no picture to edit: the image batch is empty. Connect a picture.")
+    pictures = torch.stack([to_working_size(picture, size_level) for picture in image])
+
+    progress = comfy.utils.ProgressBar(2 * len(pictures) + 1)
+    conditionings = []
+    for text in (prompt, negative_prompt):
+        parts = []
+        for picture in pictures:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            parts.append(clip.encode_from_tokens_scheduled(clip.tokenize(text, images=[picture[None]])))
+            progress.update(1)
+        conditionings.append(merge_batch(parts))
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    latent = vae.encode(pictures)
+    progress.update(1)
+    positive, negative = ([[cond, {**extra, "reference_latents": [latent]}] for cond, extra in c] for c in conditionings)
+    return positive, negative, {"samples": latent}
+
+
+def merge_batch(parts: list[list]) -> list:
+    """Conditionings of single pictures -> one conditioning with a batch dimension."""
+    if len(parts) == 1:
+        return parts[0]
+    merged = []
+    for entries in zip(*parts):
+        extra = {**entries[0][1], "attention_mask": torch.cat([e[1]["attention_mask"] for e in entries])}
+        merged.append([torch.cat([e[0] for e in entries]), extra])
+    return merged
+
+
+def decode_edit(vae, latent: dict, source: Tensor | None = None) -> Tensor:
+    """Latent dict -> pictures [B, H, W, 3] in 0..1, resized to the source picture's size where one is given.
+
+    The resize works on 8-bit values as the official code does; a result that has the size already keeps its full precision.
+    """
+    check_vae(vae)
+    pictures = vae.decode(latent["samples"])
+    if source is None or source.shape[1:3] == pictures.shape[1:3]:
+        return pictures
+    size = (source.shape[2], source.shape[1])
+    return torch.stack([to_output_size(picture, size) for picture in pictures])

@@ -1,0 +1,176 @@
+"""Checkpoints to the host's MODEL and CLIP objects."""
+
+import functools
+import json
+import logging
+
+import torch
+
+import comfy.model_patcher
+import comfy.ops
+import comfy.sd
+import comfy.text_encoders.hunyuan_video
+import comfy.utils
+from comfy.supported_models_base import ClipTarget
+
+from ..checkpoint import Checkpoint, check_file, check_tensors, find_checkpoint
+from ..config import CONFIG_KEY, CONNECTOR_KEY, VERSIONS, Step1XError, detect_config
+from ..guidance import NormLimiter
+from ..keys import diffusers_to_original, is_diffusers_layout
+from ..mllm import TEXT_KEY, VISION_KEY, MLLMConfig, detect_mllm_config, normalize_keys
+from .model import register
+from .sampling import set_norm_limiter
+from .text_encoder import Qwen25VL, Step1XTEModel, Step1XTokenizer
+from .transformer import Step1XTransformer
+
+log = logging.getLogger(__name__)
+
+# The class names of diffusers repositories (spec v12.md a.4).
+PIPELINE_VERSIONS = {"Step1XEditPipeline": "v1.1"}
+
+
+def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], dict]:
+    """All tensors of a checkpoint (memory mapped where the host does so) and the metadata of its files.
+
+    Raises Step1XError for a damaged file.
+    """
+    state_dict, metadata = {}, {}
+    for path in checkpoint.files:
+        check_file(path)
+        tensors, file_metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
+        state_dict.update(tensors)
+        metadata.update(file_metadata or {})
+    return state_dict, metadata
+
+
+def strip_prefix(state_dict):
+    """Drop the prefix under which the host's ModelSave and CheckpointSave store a diffusion model."""
+    prefix = "model.diffusion_model."
+    inner = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
+    return inner or state_dict
+
+
+def shapes(state_dict) -> dict[str, tuple[int, ...]]:
+    """Tensor shapes by name. The size of packed 4-bit weights, which the host unpacks itself, is given unpacked."""
+    out = {}
+    for key, tensor in state_dict.items():
+        packed = tensor.dtype == torch.uint8 and key.endswith(".weight")
+        out[key.replace("_norm.scale", "_norm.weight")] = (*tensor.shape[:-1], tensor.shape[-1] * 2) if packed else tuple(tensor.shape)
+    return out
+
+
+def model_shapes(config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the transformer's tensors, read off the model class itself on the meta device."""
+    model = Step1XTransformer(version=config.version, connector=config.connector_params(), operations=comfy.ops.disable_weight_init,
+                              device="meta", dtype=torch.bfloat16, **config.flux_params())
+    return shapes(model.state_dict())
+
+
+def mllm_shapes(config: MLLMConfig) -> dict[str, tuple[int, ...]]:
+    return shapes(Qwen25VL(config.__dict__, torch.bfloat16, "meta", comfy.ops.disable_weight_init).state_dict())
+
+
+def config_tensor(values: dict) -> torch.Tensor:
+    return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
+
+
+def choose_version(checkpoint: Checkpoint, version: str | None) -> str | None:
+    """The version to assume against the checkpoint's own keys, or None to go by those."""
+    if version is not None:
+        if version not in VERSIONS:
+            raise Step1XError(f"Unknown Step1X-Edit version '{version}'. Choose one of: {', '.join(VERSIONS)}.")
+        return version
+    if checkpoint.pipeline is None:
+        return None
+    if checkpoint.pipeline not in PIPELINE_VERSIONS:
+        raise Step1XError(f"{checkpoint.path} belongs to the pipeline {checkpoint.pipeline}, which this node pack cannot run yet. "
+                          f"Supported: {', '.join(PIPELINE_VERSIONS)}.")
+    return PIPELINE_VERSIONS[checkpoint.pipeline]
+
+
+def model_state_dict(path, version: str | None = None) -> tuple[dict, dict]:
+    """Transformer weights in the original layout, ready for the host's loader, and the file metadata.
+
+    Raises Step1XError for files that are damaged, of another model, or incomplete.
+    """
+    checkpoint = find_checkpoint(path, "transformer")
+    version = choose_version(checkpoint, version)
+    state_dict, metadata = read_checkpoint(checkpoint)
+    name = checkpoint.path.name
+    state_dict = strip_prefix(state_dict)
+    if is_diffusers_layout(state_dict):
+        state_dict = diffusers_to_original(state_dict)
+    if CONNECTOR_KEY not in state_dict:
+        if "double_blocks.0.img_attn.qkv.weight" in state_dict:
+            raise Step1XError(f"{name} is a FLUX model: it has no Step1X-Edit connector. Load it with 'Load Diffusion Model', or choose a Step1X-Edit file here.")
+        raise Step1XError(f"{name} is not a Step1X-Edit model: {CONNECTOR_KEY} is not in it. Choose a file such as step1x-edit-v1p1-official.safetensors.")
+
+    overrides = json.loads(metadata.get(CONFIG_KEY, "{}"))
+    if checkpoint.config.get("axes_dims_rope"):
+        overrides["axes_dim"] = list(checkpoint.config["axes_dims_rope"])
+    if version is not None:
+        overrides["version"] = version
+    if overrides:
+        state_dict[CONFIG_KEY] = config_tensor(overrides)
+    try:
+        config = detect_config(state_dict)
+    except KeyError as error:
+        raise Step1XError(f"{name} lacks the tensor {error.args[0]}. The file is incomplete; download it again.") from error
+    check_tensors(name, model_shapes(config), shapes(state_dict))
+    log.info("Step1X-Edit %s from %s", config.version, checkpoint.path)
+    return state_dict, metadata
+
+
+def load_model(path, version: str | None = None, model_options={}, disable_dynamic=False):
+    """Load a Step1X-Edit transformer as a ModelPatcher with norm-limited guidance switched on.
+
+    path: single file (original or diffusers layout, any dtype), model folder, or diffusers repository.
+    version: "v1.0", "v1.1", or None to detect it.
+    model_options, disable_dynamic: as for `comfy.sd.load_diffusion_model`.
+    """
+    register()
+    state_dict, metadata = model_state_dict(path, version)
+    patcher = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=model_options, metadata=metadata, disable_dynamic=disable_dynamic)
+    patcher.cached_patcher_init = (load_model, (path, version, model_options))
+    return set_norm_limiter(patcher, NormLimiter())
+
+
+def mllm_state_dict(path) -> tuple[dict, MLLMConfig]:
+    """Language-model weights with `model.*` and `visual.*` names, and their configuration.
+
+    Raises Step1XError for files that are damaged, of another model, or incomplete.
+    """
+    checkpoint = find_checkpoint(path, "text_encoder")
+    state_dict, metadata = read_checkpoint(checkpoint)
+    name = checkpoint.path.name
+    state_dict, metadata = comfy.utils.convert_old_quants(state_dict, model_prefix="", metadata=metadata)
+    state_dict = normalize_keys(state_dict)
+    if TEXT_KEY not in state_dict:
+        raise Step1XError(f"{name} is not a Qwen2.5-VL model: {TEXT_KEY} is not in it. Choose a file such as qwen_2.5_vl_7b.safetensors.")
+    if VISION_KEY not in state_dict:
+        raise Step1XError(f"{name} has no vision tower ({VISION_KEY}); Step1X-Edit must see the picture. Choose the full Qwen2.5-VL-7B-Instruct.")
+    try:
+        config = detect_mllm_config(state_dict, checkpoint.config or json.loads(metadata.get(CONFIG_KEY, "{}")))
+    except KeyError as error:
+        raise Step1XError(f"{name} lacks the tensor {error.args[0]}. The file is incomplete or another model; choose the full Qwen2.5-VL-7B-Instruct.") from error
+    check_tensors(name, mllm_shapes(config), shapes(state_dict))
+    log.info("Step1X-Edit text encoder from %s", checkpoint.path)
+    return state_dict, config
+
+
+def load_text_encoder(path, model_options={}, disable_dynamic=False) -> comfy.sd.CLIP:
+    """Load Qwen2.5-VL as a CLIP object that tokenises and lays out prompts as Step1X-Edit was trained with.
+
+    path: the single file Qwen-Image users have (bf16 or scaled fp8), or a Hugging Face folder.
+    """
+    state_dict, config = mllm_state_dict(path)
+    detected = comfy.text_encoders.hunyuan_video.llama_detect(state_dict)
+    target = ClipTarget(Step1XTokenizer, functools.partial(Step1XTEModel, config=config, **detected))
+    parameters = comfy.utils.calculate_parameters(state_dict)
+    clip = comfy.sd.CLIP(target, parameters=parameters, state_dict=[state_dict], model_options=model_options, disable_dynamic=disable_dynamic)
+    clip.patcher.cached_patcher_init = (load_text_encoder_patcher, (path, model_options))
+    return clip
+
+
+def load_text_encoder_patcher(path, model_options={}, disable_dynamic=False) -> comfy.model_patcher.ModelPatcher:
+    return load_text_encoder(path, model_options, disable_dynamic).patcher

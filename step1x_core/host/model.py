@@ -1,0 +1,72 @@
+"""Step1X-Edit as one of the host's model families: detection, model class, registration."""
+
+import functools
+
+import comfy.conds
+import comfy.model_base
+import comfy.supported_models
+import comfy.text_encoders.hunyuan_video
+from comfy.supported_models_base import ClipTarget
+
+from ..config import CONFIG_KEY, CONNECTOR_KEY, Step1XError, detect_config
+from .text_encoder import TEXT_ENCODER_NAME, Step1XTEModel, Step1XTokenizer
+from .transformer import Step1XTransformer
+
+
+class Step1XEditModel(comfy.model_base.Flux):
+    def __init__(self, model_config, device=None):
+        super().__init__(model_config, device=device, unet_model=Step1XTransformer)
+
+    def encode_adm(self, **kwargs):
+        # The pooled vector comes from the connector.
+        return None
+
+    def extra_conds(self, **kwargs):
+        """The host's Flux conds without guidance, plus the text mask.
+
+        Raises Step1XError when the conditioning was not made with a Step1X-Edit text encoder.
+        """
+        out = super().extra_conds(**kwargs)
+        out.pop("guidance", None)
+        context = kwargs.get("cross_attn", None)
+        expected = self.diffusion_model.connector.S.c_embedder.linear_1.in_features
+        if context is None or context.shape[-1] != expected:
+            found = "none" if context is None else f"{context.shape[-1]} channels"
+            raise Step1XError(f"This conditioning does not fit the Step1X-Edit model: it has {found}, the model reads {expected}. "
+                              "Encode the instruction with the text encoder from 'Load Step1X-Edit MLLM'.")
+        mask = kwargs.get("attention_mask", None)
+        if mask is not None:
+            out["text_mask"] = comfy.conds.CONDRegular(mask)
+        return out
+
+
+class Step1XEdit(comfy.supported_models.Flux):
+    """Model family entry. A Step1X-Edit file is a FLUX file plus a connector, so it must be asked before FLUX is."""
+
+    unet_config = {"image_model": "flux"}
+
+    @classmethod
+    def matches(cls, unet_config, state_dict=None, unet_key_prefix=""):
+        # Not through `required_keys`: older hosts look those up without the prefix.
+        return super().matches(unet_config) and state_dict is not None and any(k.endswith(CONNECTOR_KEY) for k in state_dict)
+
+    def get_model(self, state_dict, prefix="", device=None):
+        config = detect_config(state_dict, prefix)
+        self.unet_config.update(config.flux_params(), version=config.version, connector=config.connector_params())
+        return Step1XEditModel(self, device=device)
+
+    def process_unet_state_dict(self, state_dict):
+        state_dict.pop(CONFIG_KEY, None)
+        return super().process_unet_state_dict(state_dict)
+
+    def clip_target(self, state_dict={}):
+        prefix = f"{self.text_encoder_key_prefix[0]}{TEXT_ENCODER_NAME}.transformer."
+        detected = comfy.text_encoders.hunyuan_video.llama_detect(state_dict, prefix)
+        return ClipTarget(Step1XTokenizer, functools.partial(Step1XTEModel, **detected))
+
+
+def register() -> None:
+    """Put the family at the head of the host's list, once; a host that brings a family of this name keeps its own."""
+    models = comfy.supported_models.models
+    if not any(model.__name__ == Step1XEdit.__name__ for model in models):
+        models.insert(0, Step1XEdit)

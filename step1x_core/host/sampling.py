@@ -1,0 +1,67 @@
+"""Sampling through the host's own sampler machinery."""
+
+from torch import Tensor
+
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+
+from ..config import Step1XError
+from ..guidance import NormLimiter
+from ..schedule import image_to_image_start, latent_tokens, sigma_schedule
+from .model import Step1XEditModel
+
+HOOKS = "sampler_pre_cfg_function"
+
+
+def check_model(model) -> None:
+    """Raise Step1XError unless this is a Step1X-Edit model."""
+    if not isinstance(model.model, Step1XEditModel):
+        raise Step1XError(f"This is not a Step1X-Edit model but {type(model.model).__name__}. Connect the model from 'Load Step1X-Edit Model'.")
+
+
+def set_norm_limiter(model, limiter: NormLimiter):
+    """A clone of the model with this norm limiter among its pre-CFG hooks, in place of any earlier one.
+
+    The unconditional pass is kept at CFG 1 while the limiter is active: it still shapes the early steps.
+    """
+    model = model.clone()
+    hooks = model.model_options.get(HOOKS, [])
+    model.model_options[HOOKS] = [hook for hook in hooks if not isinstance(hook, NormLimiter)]
+    model.set_model_sampler_pre_cfg_function(limiter, disable_cfg1_optimization=limiter.truncate < 1)
+    return model
+
+
+def with_norm_limiter(model):
+    """The model itself where it has a norm limiter, else a clone with the official one (a model from a stock loader has none)."""
+    if any(isinstance(hook, NormLimiter) for hook in model.model_options.get(HOOKS, [])):
+        return model
+    return set_norm_limiter(model, NormLimiter())
+
+
+def flow_sigmas(steps: int, latent: Tensor, denoise: float = 1.0) -> Tensor:
+    """The official schedule for a latent [B, C, h, w]: [remaining steps + 1] noise levels in float32."""
+    sigmas = sigma_schedule(steps, latent_tokens(*latent.shape[-2:]))
+    return sigmas[image_to_image_start(steps, denoise):]
+
+
+def sample(model, positive, negative, latent: dict, sigmas: Tensor, cfg: float, seed: int, sampler_name: str = "euler", callback=None) -> dict:
+    """Denoise a latent dict with the host's sampler; returns a new latent dict.
+
+    Noise is drawn on the CPU from `seed`. With fewer than two noise levels nothing is run and the latent comes back as it is.
+    callback: the host's step callback `(step, denoised, x, total_steps)`; by default progress bar and live preview.
+    """
+    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    out = latent.copy()
+    if sigmas.shape[0] < 2:
+        out["samples"] = samples
+        return out
+    if callback is None:
+        callback = latent_preview.prepare_callback(model, sigmas.shape[0] - 1)
+    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    out["samples"] = comfy.sample.sample_custom(
+        model, noise, cfg, comfy.samplers.sampler_object(sampler_name), sigmas, positive, negative, samples,
+        noise_mask=latent.get("noise_mask"), callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed,
+    )
+    return out

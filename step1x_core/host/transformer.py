@@ -1,0 +1,64 @@
+"""The Step1X-Edit transformer: the host's Flux with a connector in front of it (spec v1.md a)."""
+
+import torch
+from torch import Tensor
+
+from comfy.ldm.flux.model import Flux
+from comfy.ldm.modules.attention import optimized_attention_masked
+
+from ..config import VERSIONS
+from ..connector import Connector
+
+
+class Step1XTransformer(Flux):
+    """Same blocks and key names as FLUX.1 without guidance embedding, plus `connector.*`.
+
+    version: decides where reference tokens stand; it may be changed after construction.
+    connector: keyword arguments of the Connector.
+    """
+
+    def __init__(self, version, connector, dtype=None, device=None, operations=None, **kwargs):
+        super().__init__(dtype=dtype, device=device, operations=operations, **kwargs)
+        self.version = version
+        self.connector = Connector(**connector, attention=optimized_attention_masked, dtype=dtype, device=device, operations=operations)
+
+    def process_reference(self, latent: Tensor, index: int, transformer_options={}) -> tuple[Tensor, Tensor]:
+        """Latent [B, C, h, w] of reference number `index` (from 0) -> tokens [B, N, C*4] and position ids [B, N, 3].
+
+        The model was trained with one reference; further ones step along the time axis (experimental).
+        """
+        t, y, x = VERSIONS[self.version].reference_offset
+        return self.process_img(latent, index=t * (index + 1), h_offset=y * self.patch_size, w_offset=x * self.patch_size, transformer_options=transformer_options)
+
+    def _forward(self, x, timestep, context, y=None, guidance=None, ref_latents=None, control=None, transformer_options={}, text_mask=None, **kwargs):
+        """x [B, C, h, w] noisy latent, timestep [B] in 0..1, context [B, T, C_llm] language-model states,
+        text_mask [B, T] of 0/1, ref_latents list of [B, C, h, w] -> velocity [B, C, h, w].
+
+        y and guidance belong to the host's interface and are not used: the pooled vector comes from the connector.
+        """
+        height, width = x.shape[-2:]
+        img, img_ids = self.process_img(x, transformer_options=transformer_options)
+        img_tokens = img.shape[1]
+        if ref_latents is not None:
+            transformer_options = transformer_options.copy()
+            transformer_options["reference_image_num_tokens"] = []
+            for index, latent in enumerate(ref_latents):
+                ref, ref_ids = self.process_reference(latent, index, transformer_options)
+                img = torch.cat((img, ref), dim=1)
+                img_ids = torch.cat((img_ids, ref_ids), dim=1)
+                transformer_options["reference_image_num_tokens"].append(ref.shape[1])
+
+        if text_mask is None:
+            text_mask = torch.ones(context.shape[:2], dtype=torch.long, device=context.device)
+        txt, vec = self.connector(context, timestep, text_mask, transformer_options)
+        txt_ids = torch.zeros((*txt.shape[:2], 3), device=x.device, dtype=torch.float32)
+        # Padded text takes part in the transformer's attention: no mask here, and no trimming.
+        out = self.forward_orig(img, img_ids, txt, txt_ids, timestep, vec, control=control, transformer_options=transformer_options)
+        return self.unpack(out[:, :img_tokens], height, width)
+
+    def unpack(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        """Tokens [B, N, C*4] -> latent [B, C, height, width]; the padding of odd sides is cut off."""
+        p = self.patch_size
+        rows, columns = -(-height // p), -(-width // p)
+        latent = tokens.reshape(tokens.shape[0], rows, columns, -1, p, p).permute(0, 3, 1, 4, 2, 5)
+        return latent.reshape(tokens.shape[0], -1, rows * p, columns * p)[:, :, :height, :width]

@@ -1,0 +1,109 @@
+"""Picture sizes and resizing, bit for bit as the official code does them with Pillow (spec v1.md c.1, c.6)."""
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .config import Step1XError
+
+# Working sizes are multiples of 16 pixels: VAE factor 8 times patch size 2.
+SIZE_MULTIPLE = 16
+
+# Qwen2.5-VL: 14-pixel patches merged 2x2 (spec v1.md c.1).
+VISION_PATCH = 14
+VISION_CELL = 28
+# Limits of the picture helper library and of the processor the model was trained with.
+HELPER_MIN_PIXELS, HELPER_MAX_PIXELS = 4 * VISION_CELL**2, 16384 * VISION_CELL**2
+PROCESSOR_MIN_PIXELS, PROCESSOR_MAX_PIXELS = 256 * VISION_CELL**2, 324 * VISION_CELL**2
+MAX_ASPECT_RATIO = 200
+
+# Text-to-image shows the language model a black picture of this size (spec v1.md c.6).
+BLACK_PICTURE = 1024
+
+
+def working_size(width: int, height: int, size_level: int) -> tuple[int, int]:
+    """Size (width, height) at which a picture is edited: about size_level**2 pixels, same aspect ratio, sides in steps of 16.
+
+    Raises Step1XError when a side would vanish.
+    """
+    ratio = width / height
+    if width > height:
+        w = math.ceil(math.sqrt(size_level * size_level * ratio))
+        h = math.ceil(w / ratio)
+    else:
+        h = math.ceil(math.sqrt(size_level * size_level / ratio))
+        w = math.ceil(h * ratio)
+    w, h = (side // SIZE_MULTIPLE * SIZE_MULTIPLE for side in (w, h))
+    if w == 0 or h == 0:
+        raise Step1XError(f"A picture of {width}x{height} pixels is too narrow to edit at size level {size_level}: one side would shrink "
+                          f"below {SIZE_MULTIPLE} pixels. Crop the picture or raise the size level.")
+    return w, h
+
+
+def _fit_cells(width: int, height: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    w, h = (max(VISION_CELL, round(side / VISION_CELL) * VISION_CELL) for side in (width, height))
+    if h * w > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        w, h = (max(VISION_CELL, math.floor(side / shrink / VISION_CELL) * VISION_CELL) for side in (width, height))
+    elif h * w < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        w, h = (math.ceil(side * grow / VISION_CELL) * VISION_CELL for side in (width, height))
+    return w, h
+
+
+def vision_sizes(width: int, height: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The two sizes (width, height) through which a picture goes on its way to the vision tower.
+
+    Raises Step1XError for aspect ratios above 200, which the processor rejects.
+    """
+    if max(width, height) / min(width, height) > MAX_ASPECT_RATIO:
+        raise Step1XError(f"A picture of {width}x{height} pixels is too long for the language model: its sides may differ by a factor of "
+                          f"{MAX_ASPECT_RATIO} at most. Crop the picture.")
+    first = _fit_cells(width, height, HELPER_MIN_PIXELS, HELPER_MAX_PIXELS)
+    return first, _fit_cells(*first, PROCESSOR_MIN_PIXELS, PROCESSOR_MAX_PIXELS)
+
+
+def to_uint8(image: Tensor) -> np.ndarray:
+    """Picture [H, W, C] with values 0..1 -> uint8 [H, W, 3]. Grey becomes RGB, an alpha channel is dropped, NaN becomes black."""
+    image = image[..., :3] if image.shape[-1] >= 3 else image[..., :1].expand(*image.shape[:-1], 3)
+    return (image.float().nan_to_num(0.0).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def from_uint8(pixels: np.ndarray) -> Tensor:
+    """uint8 [H, W, 3] -> float32 tensor [H, W, 3] with values 0..1."""
+    return torch.from_numpy(np.array(pixels)).float() / 255
+
+
+def resize(pixels: np.ndarray, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
+    """Resize uint8 [H, W, 3] to size (width, height); a picture that has the size already is returned as it is."""
+    if pixels.shape[1::-1] == tuple(size):
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize(size, resample))
+
+
+def to_working_size(image: Tensor, size_level: int) -> Tensor:
+    """Picture [H, W, C] in 0..1 -> the picture at its working size, [h, w, 3] in 0..1, Lanczos on 8-bit values."""
+    pixels = to_uint8(image)
+    return from_uint8(resize(pixels, working_size(pixels.shape[1], pixels.shape[0], size_level), Image.Resampling.LANCZOS))
+
+
+def to_vision_size(image: Tensor) -> Tensor:
+    """Picture [H, W, C] in 0..1 -> uint8 [h, w, 3] with sides in multiples of 28, after the official pair of bicubic resizes."""
+    pixels = to_uint8(image)
+    for size in vision_sizes(pixels.shape[1], pixels.shape[0]):
+        pixels = resize(pixels, size, Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(pixels))
+
+
+def truncate_uint8(image: Tensor) -> Tensor:
+    """Decoded picture in 0..1 -> uint8 by truncation, as the official code writes its result (spec v1.md e.5)."""
+    return (image.float().clamp(0, 1) * 255).to(torch.uint8)
+
+
+def to_output_size(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Decoded picture [H, W, 3] in 0..1 -> [h, w, 3] at size (width, height), bicubic on 8-bit values; unchanged where it fits."""
+    pixels = truncate_uint8(image).cpu().numpy()
+    return from_uint8(resize(pixels, size, Image.Resampling.BICUBIC))

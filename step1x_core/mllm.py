@@ -1,0 +1,126 @@
+"""The language model's configuration, key names, positions and output layout (spec v1.md c.4, c.5)."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .config import HEAD_DIM, PROMPT_DROP_TOKENS, PROMPT_MAX_TOKENS
+
+VISION_KEY = "visual.patch_embed.proj.weight"
+TEXT_KEY = "model.layers.0.self_attn.q_proj.weight"
+
+
+@dataclass
+class MLLMConfig:
+    """Hyper-parameters of a Qwen2.5-VL checkpoint; the defaults are those of the 7B model that shapes do not show."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vision_hidden_size: int
+    vision_intermediate_size: int
+    vision_depth: int
+    vision_heads: int = 16
+    vision_window_size: int = 112
+    vision_full_attention: list[int] = field(default_factory=lambda: [7, 15, 23, 31])
+    head_dim: int = HEAD_DIM
+    rope_theta: float = 1e6
+    mrope_section: list[int] = field(default_factory=lambda: [16, 24, 24])
+    rms_norm_eps: float = 1e-6
+
+
+def normalize_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names of any Hugging Face or ComfyUI file -> `model.*` and `visual.*`. The language-model head is left out: conditioning does not use it."""
+    out = {}
+    for key, tensor in state_dict.items():
+        name = key.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
+        if not name.removeprefix("model.").startswith("lm_head."):
+            out[name] = tensor
+    return out
+
+
+def detect_mllm_config(state_dict, hf_config: dict) -> MLLMConfig:
+    """Configuration of a state dict with normalised keys.
+
+    hf_config: the content of a Hugging Face `config.json`, or {} for a bare file, whose sizes are read off the shapes.
+    """
+    text = hf_config.get("text_config", hf_config)
+    vision = hf_config.get("vision_config", {})
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    layer = "model.layers.0."
+    hidden = state_dict["model.norm.weight"].shape[0]
+    heads = text.get("num_attention_heads")
+    head_dim = hidden // heads if heads else HEAD_DIM
+
+    def rows(key):
+        return state_dict[key].shape[0]
+
+    def count(block):
+        return len({k[len(block):].split(".")[0] for k in state_dict if k.startswith(block)})
+
+    known = {
+        "rope_theta": text.get("rope_theta", rope.get("rope_theta")),
+        "mrope_section": rope.get("mrope_section"),
+        "rms_norm_eps": text.get("rms_norm_eps"),
+        "vision_heads": vision.get("num_heads"),
+        "vision_window_size": vision.get("window_size"),
+        "vision_full_attention": vision.get("fullatt_block_indexes"),
+    }
+    return MLLMConfig(
+        vocab_size=rows("model.embed_tokens.weight"),
+        hidden_size=hidden,
+        intermediate_size=rows(layer + "mlp.gate_proj.weight"),
+        num_hidden_layers=count("model.layers."),
+        num_attention_heads=rows(layer + "self_attn.q_proj.weight") // head_dim,
+        num_key_value_heads=rows(layer + "self_attn.k_proj.weight") // head_dim,
+        vision_hidden_size=rows(VISION_KEY),
+        vision_intermediate_size=rows("visual.blocks.0.mlp.gate_proj.weight"),
+        vision_depth=count("visual.blocks."),
+        head_dim=head_dim,
+        **{k: v for k, v in known.items() if v is not None},
+    )
+
+
+def attention_mask(ids: Tensor) -> Tensor:
+    """The official mask is `id > 0`; id 0 is a lone exclamation mark, which the whole model therefore does not see."""
+    return (ids > 0).long()
+
+
+def mrope_positions(mask: Tensor, image_start: int, grid: tuple[int, int]) -> Tensor:
+    """Rope positions [3, L] (time, row, column) of a sequence with one picture.
+
+    mask: [L] of 0/1; masked tokens take position 1 on every axis and do not advance the count.
+    image_start: index of the first picture token. grid: picture tokens (rows, columns).
+    """
+    rows, columns = grid
+    image_end = image_start + rows * columns
+    positions = torch.ones((3, mask.shape[0]), dtype=torch.long, device=mask.device)
+
+    def text(span, start):
+        positions[:, span] = torch.where(mask[span].bool(), mask[span].cumsum(0) - 1 + start, 1)
+
+    first = int(mask[:image_start].sum())
+    text(slice(0, image_start), 0)
+    cells = torch.arange(rows * columns, device=mask.device)
+    positions[0, image_start:image_end] = first
+    positions[1, image_start:image_end] = first + cells // columns
+    positions[2, image_start:image_end] = first + cells % columns
+    text(slice(image_end, mask.shape[0]), first + max(rows, columns))
+    return positions
+
+
+def layout_states(states: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states [1, L, C] of a whole sequence -> conditioning [1, 640, C], zero padded on the right, and its mask [1, 640].
+
+    The fixed head is dropped but for its last token, and a long prompt loses its tail. The mask is 1 on
+    every kept token, lone exclamation marks included.
+    """
+    kept = states[:, PROMPT_DROP_TOKENS:PROMPT_DROP_TOKENS + PROMPT_MAX_TOKENS]
+    length = kept.shape[1]
+    mask = torch.zeros((kept.shape[0], PROMPT_MAX_TOKENS), dtype=torch.long, device=kept.device)
+    mask[:, :length] = 1
+    return torch.nn.functional.pad(kept, (0, 0, 0, PROMPT_MAX_TOKENS - length)), mask
