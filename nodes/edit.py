@@ -26,7 +26,7 @@ class Step1XEditEncode(io.ComfyNode):
                 io.String.Input("negative_prompt", multiline=True, dynamic_prompts=True, default="", advanced=True,
                                 tooltip="What guidance steers away from. The model was trained with an empty one for edits."),
                 io.Int.Input("size_level", default=1024, min=256, max=2048, step=64,
-                             tooltip="The picture is edited at about this many pixels squared, keeping its aspect ratio. 1024 gives the best quality; 512 is about four times as fast."),
+                             tooltip="The picture is edited at about this many pixels squared, keeping its aspect ratio. 1024 gives the best quality; 512 is much faster."),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive"),

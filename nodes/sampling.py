@@ -82,7 +82,8 @@ class Step1XGuidance(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="A Step1X-Edit model."),
                 io.Float.Input("truncate", default=GUIDANCE_TRUNCATE, min=0.0, max=1.0, step=0.01,
-                               tooltip="Guidance is limited while the noise level is above this value. 1 switches the limiter off, as the first official release had it; 0 limits every step."),
+                               tooltip="Guidance is limited while the noise level is above this value. 1 switches the limiter off, as the first official release had it; "
+                                       "0 limits every step."),
                 io.Float.Input("power", default=GUIDANCE_NORM_POWER, min=0.0, max=1.0, step=0.05, advanced=True,
                                tooltip="Strong guidance of norm n is divided by n to this power."),
             ],

@@ -23,20 +23,21 @@ from comfy.k_diffusion.sampling import sample_euler
 from comfy.ldm.flux.layers import timestep_embedding
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tiny_models import TransformerSize, random_weights, transformer_shapes
+
 from step1x_core.config import CONFIG_KEY, VERSIONS, Step1XError
 from step1x_core.connector import TimestepEmbedder, scale_time, time_features
 from step1x_core.guidance import NormLimiter, norm_divisor, patch_norm
+from step1x_core.host.caching import TeaCache, apply_teacache
 from step1x_core.host.loading import load_model
 from step1x_core.host.sampling import flow_sigmas, set_norm_limiter
 from step1x_core.host.text_encoder import Step1XTokenizer
-from step1x_core.host.caching import TeaCache, apply_teacache
 from step1x_core.images import BLACK_PICTURE, truncate_uint8, vision_sizes, working_size
 from step1x_core.keys import diffusers_to_original
 from step1x_core.lora import official_alphas
 from step1x_core.mllm import attention_mask, layout_states, mrope_positions
 from step1x_core.prompt import prompt_ids
 from step1x_core.schedule import image_to_image_start, latent_tokens, shift_mu, sigma_schedule
-from tiny_models import TransformerSize, random_weights, transformer_shapes
 
 TOLERANCE = 1e-5
 MISMATCH = 1.0
@@ -98,6 +99,7 @@ def pack(model, latent: torch.Tensor) -> torch.Tensor:
 def check_connector(golden: Golden, errors: Errors) -> None:
     from comfy.ldm.modules.attention import optimized_attention_masked
     from comfy.ops import disable_weight_init
+
     from step1x_core.connector import Connector
 
     c = golden.config
@@ -149,6 +151,7 @@ def check_dit_forward(golden: Golden, errors: Errors) -> None:
 
 def check_ids(golden: Golden, errors: Errors) -> None:
     from comfy.ops import disable_weight_init
+
     from step1x_core.host.transformer import Step1XTransformer
 
     axes, theta = golden.config["axes_dim"], golden.config["theta"]

@@ -107,7 +107,10 @@ TINY_MLLM = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 1e6,
     "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
-    "vision_config": {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 2, "window_size": 112, "fullatt_block_indexes": [1], "out_hidden_size": TINY_TRANSFORMER.text},
+    "vision_config": {
+        "hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 2, "window_size": 112, "fullatt_block_indexes": [1],
+        "out_hidden_size": TINY_TRANSFORMER.text,
+    },
 }
 
 

@@ -1,6 +1,5 @@
 """TeaCache as a model patch."""
 
-import comfy.patcher_extension
 import torch
 from comfy.patcher_extension import WrappersMP
 

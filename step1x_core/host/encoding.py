@@ -1,10 +1,9 @@
 """Picture and instruction to conditioning, latents to picture, with the host's CLIP and VAE objects."""
 
-import torch
-from torch import Tensor
-
 import comfy.model_management
 import comfy.utils
+import torch
+from torch import Tensor
 
 from ..config import Step1XError
 from ..images import to_output_size, to_working_size

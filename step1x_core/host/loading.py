@@ -4,13 +4,12 @@ import functools
 import json
 import logging
 
-import torch
-
 import comfy.model_patcher
 import comfy.ops
 import comfy.sd
 import comfy.text_encoders.hunyuan_video
 import comfy.utils
+import torch
 from comfy.supported_models_base import ClipTarget
 
 from ..checkpoint import Checkpoint, check_file, check_tensors, find_checkpoint

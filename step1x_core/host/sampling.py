@@ -1,11 +1,10 @@
 """Sampling through the host's own sampler machinery."""
 
-from torch import Tensor
-
 import comfy.sample
 import comfy.samplers
 import comfy.utils
 import latent_preview
+from torch import Tensor
 
 from ..config import Step1XError
 from ..guidance import NormLimiter

@@ -3,12 +3,11 @@
 from dataclasses import asdict
 
 import torch
-from torch import Tensor
-
 from comfy import sd1_clip
 from comfy.ldm.modules.attention import optimized_attention_for_device
 from comfy.text_encoders import llama, qwen_vl
 from comfy.text_encoders.qwen_image import Qwen25_7BVLITokenizer
+from torch import Tensor
 
 from ..config import Step1XError
 from ..images import BLACK_PICTURE, to_vision_size

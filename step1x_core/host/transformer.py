@@ -1,10 +1,9 @@
 """The Step1X-Edit transformer: the host's Flux with a connector in front of it (spec v1.md a)."""
 
 import torch
-from torch import Tensor
-
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.modules.attention import optimized_attention_masked
+from torch import Tensor
 
 from ..config import VERSIONS
 from ..connector import Connector

