@@ -3,8 +3,9 @@
 from comfy_api.latest import ComfyExtension, io
 
 from ..step1x_core.host.model import register
+from .caching import Step1XTeaCache
 from .edit import Step1XDecode, Step1XEditEncode
-from .loaders import Step1XMLLMLoader, Step1XModelLoader
+from .loaders import Step1XLoraLoader, Step1XMLLMLoader, Step1XModelLoader
 from .sampling import Step1XGuidance, Step1XSampler, Step1XScheduler
 
 
@@ -13,4 +14,14 @@ class Step1XExtension(ComfyExtension):
         register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [Step1XModelLoader, Step1XMLLMLoader, Step1XEditEncode, Step1XSampler, Step1XDecode, Step1XScheduler, Step1XGuidance]
+        return [
+            Step1XModelLoader,
+            Step1XMLLMLoader,
+            Step1XLoraLoader,
+            Step1XEditEncode,
+            Step1XSampler,
+            Step1XDecode,
+            Step1XScheduler,
+            Step1XGuidance,
+            Step1XTeaCache,
+        ]

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import comfy.ldm.models.autoencoder
 import comfy.lora
-import comfy.lora_convert
-import comfy.model_patcher
 import comfy.sample
 import comfy.samplers
 import comfy.sd
@@ -30,11 +28,11 @@ from step1x_core.connector import TimestepEmbedder, scale_time, time_features
 from step1x_core.guidance import NormLimiter, norm_divisor, patch_norm
 from step1x_core.host.caching import TeaCache, apply_teacache
 from step1x_core.host.loading import load_model
+from step1x_core.host.lora import apply_lora, lora_keys
 from step1x_core.host.sampling import flow_sigmas, set_norm_limiter
 from step1x_core.host.text_encoder import Step1XTokenizer
 from step1x_core.images import BLACK_PICTURE, truncate_uint8, vision_sizes, working_size
 from step1x_core.keys import diffusers_to_original
-from step1x_core.lora import official_alphas
 from step1x_core.mllm import attention_mask, layout_states, mrope_positions
 from step1x_core.prompt import prompt_ids
 from step1x_core.schedule import image_to_image_start, latent_tokens, shift_mu, sigma_schedule
@@ -367,15 +365,14 @@ def check_tokenization(table: dict, errors: Errors) -> None:
 def check_lora(golden: Golden, errors: Errors) -> None:
     """The host's LoRA machinery on the pack's MODEL."""
     model = golden.load_model()
-    key_map = comfy.lora.model_lora_keys_unet(model.model, {})
+    key_map = lora_keys(model)
     for name, shape in golden.config["all_trainable_lora_names"].items():
         errors.equal(name in key_map, True)
         if name in key_map:
             errors.equal(list(comfy.utils.get_attr(model.model, key_map[name]).shape), shape)
-    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(official_alphas(golden.inputs)), key_map)
     for strength in golden.config["multipliers"]:
-        patched = model.clone()
-        errors.equal(len(patched.add_patches(patches, strength)), len(golden.config["changed_keys"]))
+        patched = apply_lora(model, golden.inputs, strength)
+        errors.equal(len(patched.patches), len(golden.config["changed_keys"]))
         for key in golden.config["changed_keys"]:
             name = f"diffusion_model.{key}"
             merged = comfy.lora.calculate_weight(patched.patches[name], golden.weights[key].clone(), name)

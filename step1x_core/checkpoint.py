@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from safetensors import SafetensorError, safe_open
 
@@ -43,14 +43,14 @@ def shard_files(folder: Path) -> list[Path]:
     weight_map = read_json(indexes[0]).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise Step1XError(f"{indexes[0].name} in {folder} lists no weights. Download that file again.")
-    files = []
-    for name in sorted(set(weight_map.values()), key=str):
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(SAFETENSORS_SUFFIXES):
+    names = sorted(set(weight_map.values()), key=str)
+    for name in names:
+        if not isinstance(name, str) or PureWindowsPath(name).name != name or not name.endswith(SAFETENSORS_SUFFIXES):
             raise Step1XError(f"{indexes[0].name} in {folder} names '{name}', which is not a safetensors file of that folder. Download the index again.")
+    for name in names:
         if not (folder / name).is_file():
-            raise Step1XError(f"{name} is missing from {folder}. Download that file; the index lists {len(set(weight_map.values()))} shards.")
-        files.append(folder / name)
-    return files
+            raise Step1XError(f"{name} is missing from {folder}. Download that file; the index lists {len(names)} shards.")
+    return [folder / name for name in names]
 
 
 def is_model_folder(folder: Path) -> bool:

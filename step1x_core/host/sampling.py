@@ -26,8 +26,11 @@ def set_norm_limiter(model, limiter: NormLimiter):
     The unconditional pass is kept at CFG 1 while the limiter is active: it still shapes the early steps.
     """
     model = model.clone()
-    hooks = model.model_options.get(HOOKS, [])
-    model.model_options[HOOKS] = [hook for hook in hooks if not isinstance(hook, NormLimiter)]
+    options = model.model_options
+    options[HOOKS] = [hook for hook in options.get(HOOKS, []) if not isinstance(hook, NormLimiter)]
+    if not (options[HOOKS] or "sampler_post_cfg_function" in options or "sampler_cfg_function" in options):
+        # Left by an earlier limiter: no other hook asked for it.
+        options.pop("disable_cfg1_optimization", None)
     model.set_model_sampler_pre_cfg_function(limiter, disable_cfg1_optimization=limiter.truncate < 1)
     return model
 

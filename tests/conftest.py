@@ -1,0 +1,61 @@
+"""The tests run in a ComfyUI source tree named by STEP1X_COMFYUI; scripts/test.py sets it up."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+PACK = Path(__file__).absolute().parent.parent
+
+if "STEP1X_COMFYUI" not in os.environ:
+    pytest.exit("STEP1X_COMFYUI does not name a ComfyUI folder. Run the tests with: python scripts/test.py", returncode=2)
+
+sys.path += [str(PACK / "scripts"), str(PACK / "tests")]
+import environment  # noqa: E402
+
+environment.use_host_in_process()
+
+import comfy.utils  # noqa: E402
+import tiny_models  # noqa: E402
+
+comfy.utils.set_progress_bar_enabled(False)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Path:
+    """A models folder with tiny checkpoints of v1.0 and v1.1, a language model and a VAE. Not to be changed by tests."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny_models.write_all(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photo():
+    """The sample photograph as the host's IMAGE: [1, 400, 600, 3] in 0..1."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    return torch.from_numpy(np.array(Image.open(PACK / "assets" / "coffee.jpg"))).float()[None] / 255
+
+
+@pytest.fixture(scope="session")
+def clip(models):
+    from step1x_core.host.loading import load_text_encoder
+
+    return load_text_encoder(models / "text_encoders" / tiny_models.MLLM_FILE)
+
+
+@pytest.fixture(scope="session")
+def vae(models):
+    import comfy.sd
+
+    return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(models / "vae" / tiny_models.VAE_FILE)))
+
+
+@pytest.fixture(scope="session")
+def model(models):
+    from step1x_core.host.loading import load_model
+
+    return load_model(models / "diffusion_models" / tiny_models.V11_FILE)

@@ -1,0 +1,234 @@
+"""The pack in a real ComfyUI server: shipped workflows over the HTTP API, previews, cancel, reload."""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+from comfy_server import Client, ComfyServer, ExecutionError, find_nodes, install_pack, to_api
+from conftest import PACK
+from diffusers_layout import diffusers_repository, to_diffusers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+WORKFLOWS = PACK / "workflows"
+PHOTO = PACK / "assets" / "coffee.jpg"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    base = tmp_path_factory.mktemp("comfyui")
+    tiny_models.write_all(base / "models")
+    install_pack(base)
+    with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base, arguments=("--cpu", "--preview-method", "latent2rgb")) as running:
+        Client(running.url).upload_image(PHOTO, "coffee.jpg")
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return Client(server.url)
+
+
+@pytest.fixture(scope="module")
+def object_info(client):
+    return client.get("/object_info")
+
+
+@pytest.fixture
+def prompt_of(object_info):
+    """A shipped workflow in API form, at a size and step count for a CPU."""
+    def load(name, **changes):
+        prompt = to_api(json.loads((WORKFLOWS / name).read_text(encoding="utf-8")), object_info)
+        small = {"LoadImage": {"image": "coffee.jpg"}, "Step1XEditEncode": {"size_level": 256}, "Step1XSampler": {"steps": 4}, "Step1XScheduler": {"steps": 4},
+                 "EmptySD3LatentImage": {"width": 256, "height": 192}}
+        for settings in (small, changes):
+            for class_type, values in settings.items():
+                for node in find_nodes(prompt, class_type):
+                    prompt[node]["inputs"].update(values)
+        return prompt
+
+    return load
+
+
+def pixels(run) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(run.images[0])).convert("RGB"))
+
+
+def sampler_of(prompt) -> str:
+    return (find_nodes(prompt, "Step1XSampler") + find_nodes(prompt, "SamplerCustomAdvanced"))[0]
+
+
+def test_pack_is_loaded_without_complaint(server, object_info, client):
+    log = server.log_text()
+    assert "IMPORT FAILED" not in log and "Cannot import" not in log
+    ours = {name: info for name, info in object_info.items() if name.startswith("Step1X")}
+    assert len(ours) == 9 and all(info["python_module"].startswith("custom_nodes.") for info in ours.values())
+    for name in ours:
+        assert f"# {ours[name]['display_name']}" in client.get_text(f"/extensions/ComfyUI-Step1X-Edit/docs/{name}.md")
+
+
+def test_workflows_are_offered_as_templates(client):
+    templates = client.get("/workflow_templates")["ComfyUI-Step1X-Edit"]
+    assert sorted(templates) == sorted(p.stem for p in WORKFLOWS.glob("*.json"))
+    for name in templates:
+        assert client.get(f"/api/workflow_templates/ComfyUI-Step1X-Edit/{name}.json")["nodes"]
+
+
+@pytest.mark.parametrize("name, size", [("step1x_edit.json", (600, 400)), ("step1x_edit_custom_sampler.json", (600, 400)), ("step1x_text_to_image.json", (256, 192))])
+def test_shipped_workflow_makes_a_picture(client, prompt_of, name, size):
+    prompt = prompt_of(name)
+    run = client.run(prompt)
+    picture = pixels(run)
+    assert picture.shape == (size[1], size[0], 3) and picture.std() > 10
+    progress = run.progress(sampler_of(prompt))
+    assert progress[-1] == (4, 4) and [value for value, _ in progress] == sorted(value for value, _ in progress)
+    assert run.previews > 0
+
+
+def test_every_shipped_workflow_is_tested():
+    tested = {"step1x_edit.json", "step1x_edit_custom_sampler.json", "step1x_text_to_image.json"}
+    assert {p.name for p in WORKFLOWS.glob("*.json")} == tested
+
+
+def test_custom_sampler_workflow_equals_the_one_stop_sampler(client, prompt_of):
+    one_stop, custom = (pixels(client.run(prompt_of(name))) for name in ("step1x_edit.json", "step1x_edit_custom_sampler.json"))
+    assert np.array_equal(one_stop, custom)
+
+
+def test_prompt_picture_and_seed_matter_and_equal_inputs_give_equal_pictures(client, prompt_of):
+    def edit(**changes):
+        return pixels(client.run(prompt_of("step1x_edit.json", **changes)))
+
+    base = edit(Step1XSampler={"seed": 1})
+    assert not np.array_equal(base, edit(Step1XSampler={"seed": 2}))
+    assert not np.array_equal(base, edit(Step1XSampler={"seed": 1}, Step1XEditEncode={"prompt": "turn the coffee into tea"}))
+    assert not np.array_equal(base, edit(Step1XSampler={"seed": 1}, Step1XEditEncode={"negative_prompt": "blurry"}))
+    client.post("/free", {"unload_models": True, "free_memory": True})
+    again = client.run(prompt_of("step1x_edit.json", Step1XSampler={"seed": 1}))
+    assert np.array_equal(base, pixels(again)) and len(again.executed) == 8
+
+
+def test_a_new_seed_encodes_nothing_again(client, prompt_of):
+    client.run(prompt_of("step1x_edit.json", Step1XSampler={"seed": 11}))
+    prompt = prompt_of("step1x_edit.json", Step1XSampler={"seed": 12})
+    executed = {prompt[node]["class_type"] for node in client.run(prompt).executed}
+    assert executed == {"Step1XSampler", "Step1XDecode", "SaveImage"}
+
+
+def test_cancel_in_mid_sampling_and_run_again(client, prompt_of):
+    prompt = prompt_of("step1x_edit.json", Step1XSampler={"seed": 21, "steps": 60})
+    cancelled = client.run(prompt, interrupt_at=2)
+    assert cancelled.interrupted and cancelled.progress(sampler_of(prompt))[-1][0] < 60 and not cancelled.images
+    assert pixels(client.run(prompt_of("step1x_edit.json", Step1XSampler={"seed": 21}))).std() > 10
+
+
+def test_output_stays_at_working_size_without_a_source(client, prompt_of):
+    prompt = prompt_of("step1x_edit.json")
+    del prompt[find_nodes(prompt, "Step1XDecode")[0]]["inputs"]["source"]
+    assert pixels(client.run(prompt)).shape == (208, 304, 3)
+
+
+def test_ksampler_and_stock_model_loader(client, prompt_of):
+    """The stock nodes in place of ours: Load Diffusion Model, ModelSamplingFlux, KSampler, VAE Decode."""
+    prompt = prompt_of("step1x_edit.json")
+    encode = find_nodes(prompt, "Step1XEditEncode")[0]
+    loader = find_nodes(prompt, "Step1XModelLoader")[0]
+    sampler, decode = find_nodes(prompt, "Step1XSampler")[0], find_nodes(prompt, "Step1XDecode")[0]
+    ours = pixels(client.run(prompt_of("step1x_edit.json", Step1XSampler={"seed": 5})))
+    prompt[loader] = {"class_type": "UNETLoader", "inputs": {"unet_name": tiny_models.V11_FILE, "weight_dtype": "default"}}
+    prompt["guidance"] = {"class_type": "Step1XGuidance", "inputs": {"model": [loader, 0], "truncate": 0.93, "power": 0.4}}
+    prompt["shift"] = {"class_type": "ModelSamplingFlux", "inputs": {"model": ["guidance", 0], "max_shift": 1.15, "base_shift": 0.5, "width": 304, "height": 208}}
+    prompt[sampler] = {"class_type": "KSampler", "inputs": {"model": ["shift", 0], "positive": [encode, 0], "negative": [encode, 1], "latent_image": [encode, 2], "seed": 5,
+                                                          "steps": 4, "cfg": 6.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}}
+    assert np.abs(pixels(client.run(prompt)).astype(int) - ours).mean() < 1.5
+    prompt[decode] = {"class_type": "VAEDecode", "inputs": {"samples": [sampler, 0], "vae": prompt[encode]["inputs"]["vae"]}}
+    assert pixels(client.run(prompt)).shape == (208, 304, 3)
+
+
+def test_reference_latent_node_and_text_only_encoder(client, prompt_of):
+    """Text to image plus the stock ReferenceLatent is a different picture: the reference is really read."""
+    prompt = prompt_of("step1x_text_to_image.json")
+    without = pixels(client.run(prompt))
+    vae = find_nodes(prompt, "VAELoader")[0]
+    prompt["image"] = {"class_type": "LoadImage", "inputs": {"image": "coffee.jpg"}}
+    prompt["scaled"] = {"class_type": "ImageScale", "inputs": {"image": ["image", 0], "upscale_method": "lanczos", "width": 256, "height": 192, "crop": "disabled"}}
+    prompt["latent"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["scaled", 0], "vae": [vae, 0]}}
+    sampler = prompt[sampler_of(prompt)]["inputs"]
+    for side in ("positive", "negative"):
+        prompt[f"reference_{side}"] = {"class_type": "ReferenceLatent", "inputs": {"conditioning": sampler[side], "latent": ["latent", 0]}}
+        sampler[side] = [f"reference_{side}", 0]
+    assert not np.array_equal(pixels(client.run(prompt)), without)
+
+
+def test_unload_and_load_another_version(client, prompt_of):
+    first = pixels(client.run(prompt_of("step1x_edit.json")))
+    client.post("/free", {"unload_models": True, "free_memory": True})
+    other = pixels(client.run(prompt_of("step1x_edit.json", Step1XModelLoader={"model": tiny_models.V10_FILE})))
+    assert not np.array_equal(first, other)
+    forced = pixels(client.run(prompt_of("step1x_edit.json", Step1XModelLoader={"model": tiny_models.V10_FILE, "version": "v1.1"})))
+    assert not np.array_equal(other, forced)
+    assert np.array_equal(first, pixels(client.run(prompt_of("step1x_edit.json"))))
+
+
+def test_weight_dtypes_and_model_patches_run(client, prompt_of):
+    exact = pixels(client.run(prompt_of("step1x_edit.json")))
+    fp8 = pixels(client.run(prompt_of("step1x_edit.json", Step1XModelLoader={"weight_dtype": "fp8_e4m3fn"})))
+    assert not np.array_equal(exact, fp8)
+    prompt = prompt_of("step1x_edit.json")
+    loader = find_nodes(prompt, "Step1XModelLoader")[0]
+    prompt["cache"] = {"class_type": "Step1XTeaCache", "inputs": {"model": [loader, 0], "threshold": 2.0}}
+    prompt[sampler_of(prompt)]["inputs"]["model"] = ["cache", 0]
+    assert not np.array_equal(exact, pixels(client.run(prompt)))
+
+
+def test_errors_are_sentences_and_the_next_run_works(server, client, prompt_of):
+    folder = server.base / "models" / "diffusion_models"
+    (folder / "page.safetensors").write_bytes(b"<html>404</html>")
+    with pytest.raises(ExecutionError, match="page.safetensors is damaged, incomplete or no safetensors file") as error:
+        client.run(prompt_of("step1x_edit.json", Step1XModelLoader={"model": "page.safetensors"}))
+    assert error.value.details["node_type"] == "Step1XModelLoader"
+    with pytest.raises(ExecutionError, match="not in"):
+        client.run(prompt_of("step1x_edit.json", Step1XModelLoader={"model": "../../secret.safetensors"}))
+    with pytest.raises(ExecutionError, match="lays out prompts for another model"):
+        prompt = prompt_of("step1x_edit.json")
+        loader = find_nodes(prompt, "Step1XMLLMLoader")[0]
+        clip = server.base / "models" / "text_encoders" / "clip_l.safetensors"
+        write_clip_l(clip)
+        prompt[loader] = {"class_type": "CLIPLoader", "inputs": {"clip_name": clip.name, "type": "stable_diffusion"}}
+        client.run(prompt)
+    with pytest.raises(ExecutionError, match="too narrow"):
+        prompt = prompt_of("step1x_edit.json")
+        prompt[find_nodes(prompt, "LoadImage")[0]] = {"class_type": "EmptyImage", "inputs": {"width": 4096, "height": 4, "batch_size": 1, "color": 0}}
+        client.run(prompt)
+    assert pixels(client.run(prompt_of("step1x_edit.json", Step1XEditEncode={"prompt": "say <|image_pad|> twice <|image_pad|>"}))).std() > 10
+
+
+def write_clip_l(path):
+    """A CLIP-L text encoder of the real sizes but one layer, as a file of another model."""
+    import torch
+
+    sd = {"text_model.embeddings.token_embedding.weight": torch.zeros(49408, 768), "text_model.embeddings.position_embedding.weight": torch.zeros(77, 768),
+          "text_model.final_layer_norm.weight": torch.ones(768), "text_model.final_layer_norm.bias": torch.zeros(768)}
+    for i in (0, 1, 10, 11):
+        layer = f"text_model.encoder.layers.{i}"
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            sd[f"{layer}.self_attn.{name}.weight"], sd[f"{layer}.self_attn.{name}.bias"] = torch.zeros(768, 768), torch.zeros(768)
+        sd[f"{layer}.mlp.fc1.weight"], sd[f"{layer}.mlp.fc1.bias"] = torch.zeros(3072, 768), torch.zeros(3072)
+        sd[f"{layer}.mlp.fc2.weight"], sd[f"{layer}.mlp.fc2.bias"] = torch.zeros(768, 3072), torch.zeros(768)
+        for norm in ("layer_norm1", "layer_norm2"):
+            sd[f"{layer}.{norm}.weight"], sd[f"{layer}.{norm}.bias"] = torch.ones(768), torch.zeros(768)
+    save_file(sd, path)
+
+
+def test_diffusers_folder_is_offered_and_loads(server, client, prompt_of):
+    source = server.base / "models" / "diffusion_models" / tiny_models.V11_FILE
+    diffusers_repository(server.base / "models" / "diffusers" / "Step1X-Edit-v1p1-diffusers", to_diffusers(load_file(source)))
+    info = client.get("/object_info/Step1XModelLoader")["Step1XModelLoader"]["input"]["required"]["model"]
+    offered = info[0] if isinstance(info[0], list) else info[1]["options"]
+    assert "Step1X-Edit-v1p1-diffusers/" in offered and not any("00001-of-00003" in name for name in offered)
+    expected = pixels(client.run(prompt_of("step1x_edit.json")))
+    assert np.array_equal(pixels(client.run(prompt_of("step1x_edit.json", Step1XModelLoader={"model": "Step1X-Edit-v1p1-diffusers/"}))), expected)

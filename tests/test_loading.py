@@ -1,0 +1,227 @@
+"""Checkpoints of every kind, good and bad, through the pack's loader and the stock one."""
+
+import hashlib
+import json
+
+import comfy.sd
+import comfy.utils
+import pytest
+import tiny_models
+import torch
+from diffusers_layout import diffusers_repository, to_diffusers
+from safetensors.torch import load_file, save_file
+
+from step1x_core.checkpoint import shard_files
+from step1x_core.config import Step1XError, detect_config
+from step1x_core.host.loading import load_model, model_shapes
+from step1x_core.host.model import Step1XEdit, Step1XEditModel, register
+from step1x_core.host.sampling import flow_sigmas, sample
+from step1x_core.keys import diffusers_to_original
+
+FLOAT8 = torch.float8_e4m3fn
+
+
+def key_hash(shapes):
+    """The hash by which model files are told apart: names and names with shapes, sorted, MD5."""
+    entries = [entry for key, shape in shapes.items() for entry in (f"{key}:{'_'.join(map(str, shape))}", key)]
+    return hashlib.md5(",".join(sorted(entries)).encode()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def files(models):
+    folder = models / "diffusion_models"
+    return {"v1.0": folder / tiny_models.V10_FILE, "v1.1": folder / tiny_models.V11_FILE}
+
+
+def predict(model, seed=0):
+    """One call of the network on fixed inputs, in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    network = model.model.diffusion_model
+    x, ref = torch.randn(2, 16, 6, 8, generator=generator), torch.randn(2, 16, 6, 8, generator=generator)
+    context = torch.randn(2, 20, 64, generator=generator)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[1, 11:] = 0
+    with torch.inference_mode():
+        return network(x, torch.tensor([0.7, 0.7]), context, ref_latents=[ref], text_mask=mask).float()
+
+
+@pytest.mark.parametrize("version, tensors, digest", [("v1.0", 817, "d30fb9e02b1dbf4e509142f05cf7dd50"), ("v1.1", 816, "165ac33005344846889110500f31a959")])
+def test_full_size_key_list_is_that_of_the_published_file(version, tensors, digest):
+    published = tiny_models.transformer_shapes(version, tiny_models.FULL_TRANSFORMER)
+    assert len(published) == tensors and key_hash(published) == digest
+
+    config = detect_config({key: torch.empty(shape, device="meta") for key, shape in published.items()})
+    assert config.version == version and config.axes_dim == [16, 56, 56] and config.connector_heads == 32 and config.num_heads == 24
+    built = model_shapes(config)
+    restored = {key.replace("_norm.weight", "_norm.scale"): shape for key, shape in built.items()}
+    assert key_hash(restored) == digest
+    expected_parameters = {"v1.0": 12_427_800_385, "v1.1": 12_427_800_384}
+    assert sum(torch.Size(shape).numel() for shape in built.values()) == expected_parameters[version]
+
+
+@pytest.mark.parametrize("version", ["v1.0", "v1.1"])
+def test_version_is_detected_and_can_be_overridden(files, version):
+    other = {"v1.0": "v1.1", "v1.1": "v1.0"}[version]
+    detected, overridden = load_model(files[version]), load_model(files[version], other)
+    assert detected.model.diffusion_model.version == version and overridden.model.diffusion_model.version == other
+    assert (predict(detected) - predict(overridden)).abs().max() > 1e-3
+
+
+def test_stock_loader_recognises_the_model(files):
+    register()
+    model = comfy.sd.load_diffusion_model(str(files["v1.1"]))
+    assert isinstance(model.model, Step1XEditModel) and isinstance(model.model.model_config, Step1XEdit)
+    assert torch.equal(predict(model), predict(load_model(files["v1.1"])))
+
+
+def test_stock_loader_still_takes_flux_for_flux(files, tmp_path):
+    register()
+    size = tiny_models.TransformerSize(hidden=128, head_dim=128, depth=1, depth_single=1, text=64, connector=128, connector_depth=1, vector=32)
+    flux = tiny_models.transformer_shapes("v1.1", size)
+    path = tmp_path / "flux.safetensors"
+    save_file(tiny_models.random_weights({k: s for k, s in flux.items() if not k.startswith("connector.")}, seed=0), path)
+    assert not isinstance(comfy.sd.load_diffusion_model(str(path)).model, Step1XEditModel)
+    with pytest.raises(Step1XError, match="is a FLUX model"):
+        load_model(path)
+
+
+def test_plain_fp8_file_and_fp8_weight_dtype_compute_the_same(files, tmp_path):
+    path = tmp_path / "fp8.safetensors"
+    save_file({k: v.to(FLOAT8) for k, v in load_file(files["v1.0"]).items()}, path)
+    from_file, cast = load_model(path), load_model(files["v1.0"], model_options={"dtype": FLOAT8})
+    assert cast.model.diffusion_model.double_blocks[0].img_attn.qkv.weight.dtype == FLOAT8
+    assert cast.model.get_dtype_inference() != FLOAT8
+    # An initial scale_factor of -0.91 is -0.9375 in e4m3: the factor falls from 0.09 to 0.0625 as in the official code.
+    assert float(cast.model.diffusion_model.connector.scale_factor.float()) == -0.9375
+    loops = [short_edit(m) for m in (from_file, cast, load_model(files["v1.0"]))]
+    assert (loops[0] - loops[1]).norm() / loops[1].norm() < 2e-2
+    assert 1e-3 < (loops[2] - loops[1]).norm() / loops[2].norm() < 0.5
+
+
+def short_edit(model, steps=2):
+    generator = torch.Generator().manual_seed(3)
+    latent = torch.randn(1, 16, 8, 12, generator=generator)
+    cond = [[torch.randn(1, 640, 64, generator=generator), {"reference_latents": [latent], "attention_mask": torch.ones(1, 640, dtype=torch.long)}] for _ in range(2)]
+    positive, negative = [cond[0]], [cond[1]]
+    return sample(model, positive, negative, {"samples": latent}, flow_sigmas(steps, latent), 6.0, seed=1, callback=lambda *args: None)["samples"]
+
+
+def test_scaled_fp8_file_loads_through_the_hosts_quantised_format(files, tmp_path):
+    weights = load_file(files["v1.1"])
+    scaled = {"scaled_fp8": torch.zeros(2, dtype=FLOAT8)}
+    for key, weight in weights.items():
+        if "_blocks." in key and weight.ndim == 2:
+            scale = weight.abs().max() / 448
+            scaled[key] = (weight / scale).to(FLOAT8)
+            scaled[key.removesuffix("weight") + "scale_weight"] = scale
+        else:
+            scaled[key] = weight
+    path = tmp_path / "scaled.safetensors"
+    save_file(scaled, path)
+    found, expected = short_edit(load_model(path)), short_edit(load_model(files["v1.1"]))
+    assert 0 < (found - expected).norm() / expected.norm() < 0.2
+
+
+@pytest.fixture(scope="module")
+def repository(files, tmp_path_factory):
+    return diffusers_repository(tmp_path_factory.mktemp("diffusers") / "Step1X-Edit-v1p1-diffusers", to_diffusers(load_file(files["v1.1"])))
+
+
+def test_diffusers_folder_with_shards_equals_the_original_file(files, repository):
+    expected = predict(load_model(files["v1.1"]))
+    assert torch.equal(predict(load_model(repository)), expected)
+    assert torch.equal(predict(load_model(repository / "transformer")), expected)
+
+
+def test_single_file_in_the_diffusers_layout(files, tmp_path):
+    weights = to_diffusers(load_file(files["v1.1"]))
+    original = load_file(files["v1.1"])
+    assert {k: v.tolist() for k, v in diffusers_to_original(dict(weights)).items()} == {k: v.tolist() for k, v in original.items()}
+    save_file(weights, tmp_path / "single.safetensors")
+    assert torch.equal(predict(load_model(tmp_path / "single.safetensors")), predict(load_model(files["v1.1"])))
+
+
+def test_v12_is_refused_by_class_name_and_by_key(files, tmp_path):
+    folder = diffusers_repository(tmp_path / "v12", to_diffusers(load_file(files["v1.1"])), pipeline="Step1XEditPipelineV1P2")
+    with pytest.raises(Step1XError, match="Step1XEditPipelineV1P2"):
+        load_model(folder)
+    save_file({**load_file(files["v1.1"]), "text_token_mapping.weight": torch.zeros(128, 64)}, tmp_path / "v12.safetensors")
+    with pytest.raises(Step1XError, match="v1.2"):
+        load_model(tmp_path / "v12.safetensors")
+
+
+def test_a_model_saved_by_the_host_loads_again(files, tmp_path):
+    model = load_model(files["v1.0"])
+    path = tmp_path / "saved.safetensors"
+    comfy.utils.save_torch_file({k: v.contiguous() for k, v in model.model.state_dict_for_saving(model.model.diffusion_model.state_dict()).items()}, str(path))
+    again, stock = load_model(path), comfy.sd.load_diffusion_model(str(path))
+    assert again.model.diffusion_model.version == stock.model.diffusion_model.version == "v1.0"
+    assert torch.equal(predict(again), predict(model)) and torch.equal(predict(stock), predict(model))
+
+
+def test_patcher_can_be_rebuilt_for_another_device(files):
+    model = load_model(files["v1.1"], "v1.0")
+    factory, arguments = model.cached_patcher_init
+    again = factory(*arguments, disable_dynamic=True)
+    assert again.model.diffusion_model.version == "v1.0" and torch.equal(predict(again), predict(model))
+    assert model.clone().cached_patcher_init == model.cached_patcher_init
+
+
+def broken(path, content):
+    path.write_bytes(content)
+    return path
+
+
+def test_damaged_and_foreign_files_are_named_in_one_sentence(files, tmp_path):
+    data = files["v1.1"].read_bytes()
+    weights = load_file(files["v1.1"])
+    cases = [
+        (broken(tmp_path / "truncated.safetensors", data[:len(data) // 2]), "damaged, incomplete or no safetensors"),
+        (broken(tmp_path / "page.safetensors", b"<!DOCTYPE html><html>Not found</html>"), "damaged, incomplete or no safetensors"),
+        (broken(tmp_path / "empty.safetensors", b""), "damaged, incomplete or no safetensors"),
+        (broken(tmp_path / "model.ckpt", b"\x80\x02}q\x00."), "not a safetensors file"),
+        (tmp_path / "gone.safetensors", "does not exist"),
+    ]
+    lacking = {k: v for k, v in weights.items() if k != "single_blocks.1.linear2.bias"}
+    save_file(lacking, tmp_path / "lacking.safetensors")
+    cases.append((tmp_path / "lacking.safetensors", "lacks 1 of .* single_blocks.1.linear2.bias"))
+    save_file({k: v for k, v in weights.items() if k != "double_blocks.0.img_mlp.0.weight"}, tmp_path / "headless.safetensors")
+    cases.append((tmp_path / "headless.safetensors", "lacks the tensor double_blocks.0.img_mlp.0.weight"))
+    save_file({**weights, "connector.S.c_embedder.linear_1.weight": torch.zeros(128, 32)}, tmp_path / "shape.safetensors")
+    cases.append((tmp_path / "shape.safetensors", r"linear_1.weight has shape \[128, 32\] where \[128, 64\] is needed"))
+    save_file({"model.embed_tokens.weight": torch.zeros(2, 2)}, tmp_path / "llm.safetensors")
+    cases.append((tmp_path / "llm.safetensors", "not a Step1X-Edit model"))
+    for path, message in cases:
+        with pytest.raises(Step1XError, match=message) as error:
+            load_model(path)
+        assert str(error.value).rstrip().endswith((".", ".)"))
+    assert torch.isfinite(predict(load_model(files["v1.1"]))).all()
+
+
+def test_broken_folders_are_named(repository, files, tmp_path):
+    weights = to_diffusers(load_file(files["v1.1"]))
+    folder = diffusers_repository(tmp_path / "missing", weights)
+    (folder / "transformer" / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(Step1XError, match="00002-of-00003.safetensors is missing"):
+        load_model(folder)
+
+    index = repository / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    for name in ("../../secret.safetensors", "/etc/passwd", "shard.bin", "..\\up.safetensors/", 7):
+        (tmp_path / "evil").mkdir(exist_ok=True)
+        table = json.loads(index.read_text())
+        table["weight_map"]["img_in.weight"] = name
+        (tmp_path / "evil" / index.name).write_text(json.dumps(table))
+        with pytest.raises(Step1XError, match="not a safetensors file of that folder"):
+            shard_files(tmp_path / "evil")
+
+    (tmp_path / "evil" / index.name).write_text("{")
+    with pytest.raises(Step1XError, match="could not be read"):
+        shard_files(tmp_path / "evil")
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(Step1XError, match="no safetensors file"):
+        load_model(tmp_path / "bare")
+
+
+def test_unknown_version_is_refused(files):
+    with pytest.raises(Step1XError, match="Choose one of"):
+        load_model(files["v1.1"], "v9")

@@ -1,0 +1,104 @@
+"""Schemas, documentation and workflows stay complete and consistent."""
+
+import ast
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import PACK
+
+EARLIER_PACKS = {
+    "Step-1XEditNode", "Step1XEditModelLoader", "Step1XEditGenerate", "Step1XEditTeaCacheModelLoader", "Step1XEditTeaCacheGenerate", "REDStep1XEditModelLoader",
+    "REDStep1XEditGenerate", "LoadImagePath", "LoadAEModel", "LoadDITModel", "LoadQwenVLModel", "Prompt", "GenerateEditedImage", "SaveEditedImage", "RunningHub_Step1XEdit",
+}
+
+
+@pytest.fixture(scope="module")
+def schemas():
+    """The nodes as the host loads them: by file path, under a name of the host's choice."""
+    import asyncio
+
+    spec = importlib.util.spec_from_file_location("custom_pack", PACK / "__init__.py", submodule_search_locations=[str(PACK)])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["custom_pack"] = module
+    spec.loader.exec_module(module)
+
+    async def load():
+        extension = await module.comfy_entrypoint()
+        return await extension.get_node_list()
+
+    return {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in asyncio.run(load())}
+
+
+def test_node_ids_are_ours_alone(schemas):
+    assert all(name.startswith("Step1X") for name in schemas) and not EARLIER_PACKS & set(schemas)
+
+
+def test_every_node_explains_itself(schemas):
+    for name, schema in schemas.items():
+        assert schema.description and schema.display_name and schema.search_aliases, name
+        for entry in schema.inputs:
+            assert entry.tooltip and entry.tooltip.rstrip().endswith("."), f"{name}.{entry.id} has no tooltip"
+
+
+def test_defaults_are_the_official_ones(schemas):
+    inputs = {f"{name}.{entry.id}": entry for name, schema in schemas.items() for entry in schema.inputs}
+    assert inputs["Step1XSampler.steps"].default == 28 and inputs["Step1XSampler.cfg"].default == 6.0
+    assert inputs["Step1XEditEncode.size_level"].default == 1024 and inputs["Step1XGuidance.truncate"].default == 0.93
+
+
+def test_every_node_has_a_documentation_page(schemas):
+    for name, schema in schemas.items():
+        page = (PACK / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        for entry in schema.inputs:
+            assert f"`{entry.id}`" in page, f"web/docs/{name}.md does not mention the input {entry.id}"
+    pages = {p.stem for p in (PACK / "web" / "docs").glob("*.md")}
+    assert pages == set(schemas), "a page without a node"
+
+
+def test_workflows_only_use_known_nodes_and_connect_them(schemas):
+    from nodes import NODE_CLASS_MAPPINGS
+
+    workflows = sorted((PACK / "workflows").glob("*.json"))
+    assert workflows
+    for path in workflows:
+        workflow = json.loads(path.read_text(encoding="utf-8"))
+        nodes = {node["id"]: node for node in workflow["nodes"]}
+        extras = {"CFGGuider", "RandomNoise", "KSamplerSelect", "SamplerCustomAdvanced", "EmptySD3LatentImage", "MarkdownNote"}
+        for node in nodes.values():
+            assert node["type"] in schemas or node["type"] in NODE_CLASS_MAPPINGS or node["type"] in extras, f"{path.name}: {node['type']}"
+        for link, source, output, target, slot, kind in workflow["links"]:
+            assert link in nodes[source]["outputs"][output]["links"] and nodes[target]["inputs"][slot]["link"] == link
+            assert nodes[source]["outputs"][output]["type"] == kind == nodes[target]["inputs"][slot]["type"]
+
+
+def python_without_host(code: str) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k not in ("STEP1X_COMFYUI", "PYTHONPATH")}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACK, env=env)
+
+
+def test_core_and_pack_import_without_comfyui():
+    modules = [p.stem for p in (PACK / "step1x_core").glob("*.py") if p.stem != "__init__"]
+    assert "prompt" in modules
+    imports = "; ".join(f"import step1x_core.{name}" for name in modules)
+    result = python_without_host(f"{imports}; import sys; assert not any(m.split('.')[0] == 'comfy' for m in sys.modules)")
+    assert result.returncode == 0, result.stderr
+    code = ("import importlib.util as u, sys; s = u.spec_from_file_location('pack', '__init__.py', submodule_search_locations=['.']); "
+            "m = u.module_from_spec(s); sys.modules['pack'] = m; s.loader.exec_module(m); assert not hasattr(m, 'comfy_entrypoint'); assert m.WEB_DIRECTORY")
+    result = python_without_host(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_only_the_host_package_touches_comfyui():
+    for path in (PACK / "step1x_core").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split(".")[0] in ("comfy", "comfy_api", "folder_paths", "nodes", "host") for name in names), path.name
+
+
+def test_requirements_bring_nothing_beyond_the_host():
+    lines = (PACK / "requirements.txt").read_text().splitlines()
+    assert all(not line.strip() or line.startswith("#") for line in lines)
