@@ -42,6 +42,8 @@ WORDS = ("OPEN", "SALE", "STOP", "EXIT", "CAFE", "HELLO", "PIZZA", "MUSIC", "BOO
 
 # Drawn at this scale and averaged down, for smooth edges.
 OVERSAMPLING = 4
+# Thickness added to the built-in font's thin strokes, as a share of the letters' size.
+BOLDNESS = 0.025
 # The word's strip along the upper or lower edge, as a share of the picture's height.
 STRIP_HEIGHT = 0.23
 
@@ -168,23 +170,24 @@ def strip_rows(scene: Scene) -> slice:
 
 
 @lru_cache(maxsize=64)
-def _word_font(width: int, height: int) -> ImageFont.FreeTypeFont:
-    """The largest size at which every word fits, so that changing the word leaves the size of its letters alone."""
+def _word_font(width: int, height: int) -> tuple[ImageFont.FreeTypeFont, int]:
+    """The built-in font at the largest size at which every word fits (so that all have letters of one size), and its stroke width."""
     trial = 100
     font = ImageFont.load_default(trial)
-    boxes = [font.getbbox(word, anchor="ls") for word in WORDS]
+    boxes = [font.getbbox(word, anchor="ls", stroke_width=round(BOLDNESS * trial)) for word in WORDS]
     widest = max(right - left for left, _, right, _ in boxes)
     tallest = max(bottom - top for _, top, _, bottom in boxes)
-    return ImageFont.load_default(trial * OVERSAMPLING * min(0.9 * width / widest, 0.74 * height / tallest))
+    size = trial * OVERSAMPLING * min(0.94 * width / widest, 0.76 * height / tallest)
+    return ImageFont.load_default(size), round(BOLDNESS * size)
 
 
 @lru_cache(maxsize=1024)
 def word_mask(text: str, width: int, height: int) -> np.ndarray:
     """Opacity 0..1 of a word in the middle of its strip, float32 [height, width]."""
-    font = _word_font(width, height)
+    font, stroke = _word_font(width, height)
     image = Image.new("L", (width * OVERSAMPLING, height * OVERSAMPLING))
     capital = -font.getbbox("H", anchor="ls")[1]
-    ImageDraw.Draw(image).text((image.width / 2, (image.height + capital) / 2), text, font=font, fill=255, anchor="ms")
+    ImageDraw.Draw(image).text((image.width / 2, (image.height + capital) / 2), text, font=font, fill=255, anchor="ms", stroke_width=stroke)
     return _opacity(image)
 
 
