@@ -19,7 +19,8 @@ class Step1XTeaCache(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="A Step1X-Edit model."),
                 io.Float.Input("threshold", default=DEFAULT_THRESHOLD, min=0.0, max=2.0, step=0.05,
-                               tooltip="How much change may accumulate before the blocks run again: higher is faster and less exact. 0 never skips; the official default is 0.2."),
+                               tooltip="How much change may accumulate before the blocks run again: higher is faster and less exact. "
+                                       "The official default is 0.2; below 0.18 nothing is ever skipped."),
             ],
             outputs=[io.Model.Output()],
         )

@@ -1,9 +1,8 @@
-import comfy.samplers
 from comfy_api.latest import io
 
 from ..step1x_core.config import GUIDANCE_NORM_POWER, GUIDANCE_TRUNCATE, VERSIONS
 from ..step1x_core.guidance import NormLimiter
-from ..step1x_core.host.sampling import check_model, flow_sigmas, sample, set_norm_limiter, with_norm_limiter
+from ..step1x_core.host.sampling import SAMPLERS, check_model, flow_sigmas, sample, set_norm_limiter, with_norm_limiter
 
 CATEGORY = "model/sampling/step1x"
 DEFAULTS = VERSIONS["v1.1"]
@@ -29,7 +28,7 @@ class Step1XSampler(io.ComfyNode):
                 io.Int.Input("steps", default=DEFAULTS.steps, min=1, max=200, tooltip="Number of denoising steps. The official default is 28."),
                 io.Float.Input("cfg", default=DEFAULTS.cfg, min=0.0, max=100.0, step=0.1, round=0.01,
                                tooltip="How strongly the instruction is followed. The official default is 6."),
-                io.Combo.Input("sampler_name", options=comfy.samplers.SAMPLER_NAMES, default="euler", advanced=True, tooltip="The official code uses euler."),
+                io.Combo.Input("sampler_name", options=SAMPLERS, default="euler", advanced=True, tooltip="The official code uses euler."),
                 io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
                                tooltip="Below 1 only the last part of the schedule is run, starting from the picture itself: less change. 0 returns the latent unchanged."),
             ],
@@ -92,4 +91,5 @@ class Step1XGuidance(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, truncate, power) -> io.NodeOutput:
+        check_model(model)
         return io.NodeOutput(set_norm_limiter(model, NormLimiter(truncate, power)))

@@ -44,7 +44,7 @@ class Host:
 
 
 def say(text: str) -> None:
-    print(f"[setup] {text}", flush=True)
+    print(f"[setup] {text}", file=sys.stderr, flush=True)
 
 
 def home() -> Path:

@@ -57,7 +57,7 @@ class Golden:
         c = self.config
         size = TransformerSize(hidden=c["hidden_size"], head_dim=c["hidden_size"] // c["num_heads"], depth=c["depth"], depth_single=c["depth_single_blocks"],
                                text=c["connector_in_channels"], connector=c["connector_hidden_size"], connector_depth=c["connector_depth"],
-                               vector=c["vec_in_dim"], channels=c["in_channels"])
+                               vector=c["vec_in_dim"], channels=c["in_channels"], mlp_ratio=int(c["mlp_ratio"]))
         weights = {**random_weights(transformer_shapes(c["version"], size), seed=0), **self.weights}
         overrides = {k: self.config[k] for k in ("version", "axes_dim", "theta", "connector_heads") if k in self.config}
         with tempfile.TemporaryDirectory() as folder:

@@ -31,6 +31,7 @@ class TransformerSize:
     connector_depth: int
     vector: int
     channels: int = 64
+    mlp_ratio: int = 4
 
 
 FULL_TRANSFORMER = TransformerSize(hidden=3072, head_dim=128, depth=19, depth_single=38, text=3584, connector=4096, connector_depth=2, vector=768)
@@ -49,7 +50,7 @@ def transformer_shapes(version: str, size: TransformerSize) -> dict[str, tuple[i
         shapes[f"{name}.weight"] = (width,)
         shapes[f"{name}.bias"] = (width,)
 
-    h, c = size.hidden, size.connector
+    h, c, mlp = size.hidden, size.connector, size.hidden * size.mlp_ratio
     linear("img_in", h, size.channels)
     linear("time_in.in_layer", h, 256)
     linear("time_in.out_layer", h, h)
@@ -64,12 +65,12 @@ def transformer_shapes(version: str, size: TransformerSize) -> dict[str, tuple[i
             shapes[f"{block}_attn.norm.query_norm.scale"] = (size.head_dim,)
             shapes[f"{block}_attn.norm.key_norm.scale"] = (size.head_dim,)
             linear(f"{block}_attn.proj", h, h)
-            linear(f"{block}_mlp.0", 4 * h, h)
-            linear(f"{block}_mlp.2", h, 4 * h)
+            linear(f"{block}_mlp.0", mlp, h)
+            linear(f"{block}_mlp.2", h, mlp)
     for i in range(size.depth_single):
         block = f"single_blocks.{i}"
-        linear(f"{block}.linear1", 7 * h, h)
-        linear(f"{block}.linear2", h, 5 * h)
+        linear(f"{block}.linear1", 3 * h + mlp, h)
+        linear(f"{block}.linear2", h, h + mlp)
         shapes[f"{block}.norm.query_norm.scale"] = (size.head_dim,)
         shapes[f"{block}.norm.key_norm.scale"] = (size.head_dim,)
         linear(f"{block}.modulation.lin", 3 * h, h)

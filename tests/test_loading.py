@@ -106,6 +106,22 @@ def short_edit(model, steps=2):
     return sample(model, positive, negative, {"samples": latent}, flow_sigmas(steps, latent), 6.0, seed=1, callback=lambda *args: None)["samples"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_files_are_close_to_float32(files, tmp_path, dtype):
+    path = tmp_path / "half.safetensors"
+    save_file({k: v.to(dtype) for k, v in load_file(files["v1.1"]).items()}, path)
+    expected = short_edit(load_model(files["v1.1"]))
+    assert 0 < (short_edit(load_model(path)) - expected).norm() / expected.norm() < 0.05
+
+
+def test_partly_loaded_model_computes_the_same(files):
+    """Low VRAM: most layers stay on the offload device and are cast when they are used."""
+    whole, partly = load_model(files["v1.0"]), load_model(files["v1.0"])
+    partly.load(torch.device("cpu"), lowvram_model_memory=200_000)
+    assert partly.model.model_lowvram
+    assert torch.equal(predict(partly), predict(whole))
+
+
 def test_scaled_fp8_file_loads_through_the_hosts_quantised_format(files, tmp_path):
     weights = load_file(files["v1.1"])
     scaled = {"scaled_fp8": torch.zeros(2, dtype=FLOAT8)}
@@ -157,6 +173,23 @@ def test_a_model_saved_by_the_host_loads_again(files, tmp_path):
     again, stock = load_model(path), comfy.sd.load_diffusion_model(str(path))
     assert again.model.diffusion_model.version == stock.model.diffusion_model.version == "v1.0"
     assert torch.equal(predict(again), predict(model)) and torch.equal(predict(stock), predict(model))
+
+
+def test_all_in_one_checkpoint_of_the_host(files, models, tmp_path):
+    """What the stock CheckpointSave writes: model, text encoder and VAE in one file, for the stock Load Checkpoint."""
+    config = {**tiny_models.TINY_MLLM, "hidden_size": 128, "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 152064,
+              "vision_config": {**tiny_models.TINY_MLLM["vision_config"], "hidden_size": 64, "num_heads": 16, "depth": 1}}
+    text = tiny_models.random_weights(tiny_models.mllm_shapes(config, lm_head=False), seed=2)
+    model = load_file(files["v1.1"])
+    vae = load_file(models / "vae" / tiny_models.VAE_FILE)
+    path = tmp_path / "all_in_one.safetensors"
+    save_file({**{f"model.diffusion_model.{k}": v for k, v in model.items()}, **{f"text_encoders.qwen25_7b.transformer.{k}": v for k, v in text.items()},
+               **{f"vae.{k}": v for k, v in vae.items()}}, path)
+    register()
+    loaded, clip, _, _ = comfy.sd.load_checkpoint_guess_config(str(path))
+    assert isinstance(loaded.model, Step1XEditModel) and torch.equal(predict(loaded), predict(load_model(files["v1.1"])))
+    found = clip.cond_stage_model.qwen25_7b.transformer.state_dict()
+    assert torch.equal(found["visual.merger.mlp.2.weight"].float(), text["visual.merger.mlp.2.weight"])
 
 
 def test_patcher_can_be_rebuilt_for_another_device(files):

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from step1x_core.config import Step1XError
-from step1x_core.host.loading import load_text_encoder
+from step1x_core.host.loading import load_text_encoder, mllm_shapes
 from step1x_core.host.text_encoder import Step1XTokenizer
-from step1x_core.mllm import attention_mask, layout_states
+from step1x_core.mllm import attention_mask, detect_mllm_config, layout_states, normalize_keys
 from step1x_core.prompt import IMAGE_PAD_ID, prompt_head_ids, split_quotations
 
 NAME = "qwen25_7b"
@@ -196,6 +196,18 @@ def test_scaled_fp8_file_is_close_to_the_original(tmp_path, float_file, float_cl
     found, expected = loaded.encode_from_tokens(tokens), float_clip.encode_from_tokens(tokens)
     error = (found - expected).norm() / expected.norm()
     assert 0 < error < 0.1
+
+
+def test_full_size_key_list_is_that_of_the_7b_model():
+    """Qwen2.5-VL-7B-Instruct: 729 tensors, 8.29 billion parameters, the head that conditioning leaves out included."""
+    vision = {"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}
+    published = tiny_models.mllm_shapes({"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+                                         "vocab_size": 152064, "vision_config": vision})
+    assert len(published) == 729 and sum(torch.Size(s).numel() for s in published.values()) == 8_292_166_656
+    weights = normalize_keys({key: torch.empty(shape, device="meta") for key, shape in published.items()})
+    config = detect_mllm_config(weights, {})
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.vision_heads) == (28, 4, 128, 16)
+    assert mllm_shapes(config) == {k: v for k, v in published.items() if k != "lm_head.weight"}
 
 
 def test_patcher_can_be_rebuilt_from_its_file(float_clip):

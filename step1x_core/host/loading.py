@@ -7,10 +7,10 @@ import logging
 import comfy.model_patcher
 import comfy.ops
 import comfy.sd
-import comfy.text_encoders.hunyuan_video
 import comfy.utils
 import torch
 from comfy.supported_models_base import ClipTarget
+from comfy.text_encoders.hunyuan_video import llama_detect
 
 from ..checkpoint import Checkpoint, check_file, check_tensors, find_checkpoint
 from ..config import CONFIG_KEY, CONNECTOR_KEY, VERSIONS, Step1XError, detect_config
@@ -163,8 +163,7 @@ def load_text_encoder(path, model_options={}, disable_dynamic=False) -> comfy.sd
     path: the single file Qwen-Image users have (bf16 or scaled fp8), or a Hugging Face folder.
     """
     state_dict, config = mllm_state_dict(path)
-    detected = comfy.text_encoders.hunyuan_video.llama_detect(state_dict)
-    target = ClipTarget(Step1XTokenizer, functools.partial(Step1XTEModel, config=config, **detected))
+    target = ClipTarget(Step1XTokenizer, functools.partial(Step1XTEModel, config=config, **llama_detect(state_dict)))
     parameters = comfy.utils.calculate_parameters(state_dict)
     clip = comfy.sd.CLIP(target, parameters=parameters, state_dict=[state_dict], model_options=model_options, disable_dynamic=disable_dynamic)
     clip.patcher.cached_patcher_init = (load_text_encoder_patcher, (path, model_options))

@@ -5,10 +5,11 @@ import functools
 import comfy.conds
 import comfy.model_base
 import comfy.supported_models
-import comfy.text_encoders.hunyuan_video
 from comfy.supported_models_base import ClipTarget
+from comfy.text_encoders.hunyuan_video import llama_detect
 
 from ..config import CONFIG_KEY, CONNECTOR_KEY, Step1XError, detect_config
+from ..mllm import detect_mllm_config
 from .text_encoder import TEXT_ENCODER_NAME, Step1XTEModel, Step1XTokenizer
 from .transformer import Step1XTransformer
 
@@ -61,8 +62,10 @@ class Step1XEdit(comfy.supported_models.Flux):
 
     def clip_target(self, state_dict={}):
         prefix = f"{self.text_encoder_key_prefix[0]}{TEXT_ENCODER_NAME}.transformer."
-        detected = comfy.text_encoders.hunyuan_video.llama_detect(state_dict, prefix)
-        return ClipTarget(Step1XTokenizer, functools.partial(Step1XTEModel, **detected))
+        weights = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
+        if not weights:
+            return None
+        return ClipTarget(Step1XTokenizer, functools.partial(Step1XTEModel, config=detect_mllm_config(weights, {}), **llama_detect(weights)))
 
 
 def register() -> None:

@@ -12,6 +12,7 @@ from ..schedule import image_to_image_start, latent_tokens, sigma_schedule
 from .model import Step1XEditModel
 
 HOOKS = "sampler_pre_cfg_function"
+SAMPLERS = comfy.samplers.SAMPLER_NAMES
 
 
 def check_model(model) -> None:

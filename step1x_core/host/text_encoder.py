@@ -16,12 +16,6 @@ from ..prompt import prompt_ids
 
 TEXT_ENCODER_NAME = "qwen25_7b"
 
-# Qwen2.5-VL-7B-Instruct.
-MLLM_7B = MLLMConfig(
-    vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-    vision_hidden_size=1280, vision_intermediate_size=3420, vision_depth=32,
-)
-
 
 class VisionTransformer(qwen_vl.Qwen2VLVisionTransformer):
     def __init__(self, config: MLLMConfig, device=None, dtype=None, ops=None):
@@ -111,7 +105,7 @@ class Step1XTextModel(sd1_clip.SDClipModel):
 class Step1XTEModel(sd1_clip.SD1ClipModel):
     """Conditioning of one prompt: [1, 640, C] with its attention mask [1, 640]."""
 
-    def __init__(self, device="cpu", dtype=None, model_options={}, config=MLLM_7B, dtype_llama=None, llama_quantization_metadata=None):
+    def __init__(self, config: MLLMConfig, device="cpu", dtype=None, model_options={}, dtype_llama=None, llama_quantization_metadata=None):
         if llama_quantization_metadata is not None:
             model_options = {**model_options, "quantization_metadata": llama_quantization_metadata}
 
