@@ -8,6 +8,9 @@ the picture.
 """
 
 import argparse
+import json
+import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -32,8 +35,8 @@ def arguments() -> argparse.Namespace:
 
 
 def pick(offered: list[str], *words: str) -> str | None:
-    """The first file whose name contains one of the words."""
-    return next((name for name in offered if any(word in name.lower() for word in words)), None)
+    """The first file whose name contains the first word that occurs in any."""
+    return next((name for word in words for name in offered if word in name.lower()), None)
 
 
 def choose_models(object_info: dict) -> dict[str, str] | None:
@@ -43,7 +46,7 @@ def choose_models(object_info: dict) -> dict[str, str] | None:
         return definition[0] if isinstance(definition[0], list) else definition[1]["options"]
 
     chosen = {
-        "Step1XModelLoader": pick(offered("Step1XModelLoader", "model"), "step1x"),
+        "Step1XModelLoader": pick(offered("Step1XModelLoader", "model"), "step1x-edit-v1p1", "step1x"),
         "Step1XMLLMLoader": pick(offered("Step1XMLLMLoader", "mllm"), "qwen_2.5_vl_7b", "qwen2.5-vl-7b", "step1x"),
         "VAELoader": pick(offered("VAELoader", "vae_name"), "ae.safetensors", "step1x"),
     }
@@ -64,34 +67,31 @@ def main() -> int:
         print(f"{options.image} does not exist.", file=sys.stderr)
         return 2
 
-    import json
-    import os
-
     from comfy_server import Client, ComfyServer, ExecutionError, find_nodes, install_pack, to_api
 
     tree = Path(os.environ["STEP1X_COMFYUI"])
     base = environment.home() / "demo"
-    base.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(base, ignore_errors=True)
+    base.mkdir(parents=True)
     install_pack(base)
-    installed = tree / "models" if os.environ["STEP1X_COMFYUI_INSTALLED"] else None
 
     def serve(models):
         return ComfyServer(tree, base, models, () if has_accelerator() else ("--cpu",))
 
     say = environment.say
     say("starting ComfyUI")
-    chosen, tiny = None, False
-    if installed is not None:
-        with serve(installed) as server:
-            chosen = choose_models(Client(server.url).get("/object_info"))
-    if chosen is None:
+    models, tiny = tree / "models", True
+    if os.environ["STEP1X_COMFYUI_INSTALLED"]:
+        with serve(models) as server:
+            tiny = choose_models(Client(server.url).get("/object_info")) is None
+    if tiny:
         import tiny_models
 
-        tiny, installed = True, None
         say("no Step1X-Edit model found: using a tiny one with random weights (its pictures make no sense)")
-        tiny_models.write_all(base / "models")
+        models = environment.home() / "tiny-models"
+        tiny_models.write_all(models)
 
-    with serve(installed) as server:
+    with serve(models) as server:
         client = Client(server.url)
         info = client.get("/object_info")
         chosen = choose_models(info)
