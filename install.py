@@ -1,4 +1,7 @@
-"""Run by ComfyUI-Manager after an installation: looks around and advises. Installs nothing, downloads nothing, always succeeds."""
+"""Run by ComfyUI-Manager after an installation: looks around and advises. Installs nothing, downloads nothing, always succeeds.
+
+It looks into ComfyUI's own models folder only; folders named in extra_model_paths.yaml are not read.
+"""
 
 import importlib.util
 import re
@@ -45,7 +48,7 @@ def advise(root: Path) -> list[str]:
         if found is not None:
             lines.append(f"{name}: {found.relative_to(root)}")
         else:
-            lines.append(f"{name}: not found. Put it into models/{folders[0]}: {source}.")
+            lines.append(f"{name}: not found in models/ (folders of extra_model_paths.yaml are not searched). Where you lack it, put it into models/{folders[0]}: {source}.")
     return lines
 
 

@@ -25,7 +25,7 @@ class Step1XEditEncode(io.ComfyNode):
                                 tooltip="What to change, in English or Chinese. Put words that are to appear in the picture in double quotes."),
                 io.String.Input("negative_prompt", multiline=True, dynamic_prompts=True, default="", advanced=True,
                                 tooltip="What guidance steers away from. The model was trained with an empty one for edits."),
-                io.Int.Input("size_level", default=1024, min=256, max=2048, step=64,
+                io.Int.Input("size_level", default=1024, min=64, max=2048, step=16,
                              tooltip="The picture is edited at about this many pixels squared, keeping its aspect ratio. 1024 gives the best quality; 512 is much faster."),
             ],
             outputs=[

@@ -32,7 +32,7 @@ class Step1XModelLoader(io.ComfyNode):
             search_aliases=["step1x", "step1x-edit", "image edit model", "load diffusion model"],
             inputs=[
                 io.Combo.Input("model", options=list(choices("diffusion_models", "transformer")),
-                               tooltip="A file in models/diffusion_models, or a diffusers folder there or in models/diffusers (shown with a slash)."),
+                               tooltip="A file in models/diffusion_models, or a diffusers folder there or in models/diffusers, up to three levels deep (shown with a slash)."),
                 io.Combo.Input("version", options=["auto", *VERSIONS], default="auto",
                                tooltip="auto reads the version off the file. Choose one only for a file that was renamed or converted without its version mark: "
                                        "v1.0 and v1.1 place the reference picture differently."),
@@ -90,7 +90,8 @@ class Step1XLoraLoader(io.ComfyNode):
             search_aliases=["step1x", "lora", "load lora"],
             inputs=[
                 io.Model.Input("model", tooltip="A Step1X-Edit model."),
-                io.Combo.Input("lora_name", options=folder_paths.get_filename_list("loras"), tooltip="A file in models/loras, in the kohya or PEFT layout."),
+                io.Combo.Input("lora_name", options=folder_paths.get_filename_list("loras"),
+                               tooltip="A file in models/loras, in the kohya layout or in PEFT layout with diffusers names."),
                 io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.01, tooltip="How strongly the LoRA acts. The official code uses 1."),
             ],
             outputs=[io.Model.Output()],

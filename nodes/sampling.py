@@ -1,11 +1,10 @@
 from comfy_api.latest import io
 
-from ..step1x_core.config import GUIDANCE_NORM_POWER, GUIDANCE_TRUNCATE, VERSIONS
+from ..step1x_core.config import DEFAULT_CFG, DEFAULT_STEPS, GUIDANCE_NORM_POWER, GUIDANCE_TRUNCATE
 from ..step1x_core.guidance import NormLimiter
-from ..step1x_core.host.sampling import SAMPLERS, check_model, flow_sigmas, sample, set_norm_limiter, with_norm_limiter
+from ..step1x_core.host.sampling import SAMPLERS, check_model, fit_latent, flow_sigmas, sample, set_norm_limiter, with_norm_limiter
 
 CATEGORY = "model/sampling/step1x"
-DEFAULTS = VERSIONS["v1.1"]
 
 
 class Step1XSampler(io.ComfyNode):
@@ -25,8 +24,8 @@ class Step1XSampler(io.ComfyNode):
                 io.Conditioning.Input("negative", tooltip="The negative prompt."),
                 io.Latent.Input("latent", tooltip="The latent from 'Step1X-Edit Encode', or an empty latent for text to image."),
                 io.Int.Input("seed", default=42, min=0, max=0xffffffffffffffff, control_after_generate=True, tooltip="The random seed: same seed and inputs, same picture."),
-                io.Int.Input("steps", default=DEFAULTS.steps, min=1, max=200, tooltip="Number of denoising steps. The official default is 28."),
-                io.Float.Input("cfg", default=DEFAULTS.cfg, min=0.0, max=100.0, step=0.1, round=0.01,
+                io.Int.Input("steps", default=DEFAULT_STEPS, min=1, max=200, tooltip="Number of denoising steps. The official default is 28."),
+                io.Float.Input("cfg", default=DEFAULT_CFG, min=0.0, max=100.0, step=0.1, round=0.01,
                                tooltip="How strongly the instruction is followed. The official default is 6."),
                 io.Combo.Input("sampler_name", options=SAMPLERS, default="euler", advanced=True, tooltip="The official code uses euler."),
                 io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
@@ -38,6 +37,7 @@ class Step1XSampler(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, negative, latent, seed, steps, cfg, sampler_name, denoise) -> io.NodeOutput:
         check_model(model)
+        latent = fit_latent(model, latent)
         sigmas = flow_sigmas(steps, latent["samples"], denoise)
         return io.NodeOutput(sample(with_norm_limiter(model), positive, negative, latent, sigmas, cfg, seed, sampler_name))
 
@@ -55,7 +55,7 @@ class Step1XScheduler(io.ComfyNode):
             search_aliases=["step1x", "sigmas", "flux shift", "scheduler"],
             inputs=[
                 io.Latent.Input("latent", tooltip="The latent that will be sampled; its size decides the shift of the schedule."),
-                io.Int.Input("steps", default=DEFAULTS.steps, min=1, max=200, tooltip="Number of denoising steps. The official default is 28."),
+                io.Int.Input("steps", default=DEFAULT_STEPS, min=1, max=200, tooltip="Number of denoising steps. The official default is 28."),
                 io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="The part of the schedule that is run, counted from its end."),
             ],
             outputs=[io.Sigmas.Output()],

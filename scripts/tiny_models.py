@@ -178,6 +178,55 @@ def vae_shapes() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def flux_vae_shapes() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the FLUX VAE, full size (specification v1.md d)."""
+    shapes = {}
+
+    def conv(name, rows, columns, kernel=3):
+        shapes[f"{name}.weight"] = (rows, columns, kernel, kernel)
+        shapes[f"{name}.bias"] = (rows,)
+
+    def norm(name, width):
+        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
+
+    def block(name, rows, columns):
+        norm(f"{name}.norm1", columns)
+        conv(f"{name}.conv1", rows, columns)
+        norm(f"{name}.norm2", rows)
+        conv(f"{name}.conv2", rows, rows)
+        if rows != columns:
+            conv(f"{name}.nin_shortcut", rows, columns, 1)
+
+    def middle(name, width):
+        block(f"{name}.block_1", width, width)
+        norm(f"{name}.attn_1.norm", width)
+        for layer in ("q", "k", "v", "proj_out"):
+            conv(f"{name}.attn_1.{layer}", width, width, 1)
+        block(f"{name}.block_2", width, width)
+
+    widths = (128, 256, 512, 512)
+    conv("encoder.conv_in", widths[0], 3)
+    for i, (previous, width) in enumerate(zip((widths[0], *widths), widths)):
+        block(f"encoder.down.{i}.block.0", width, previous)
+        block(f"encoder.down.{i}.block.1", width, width)
+        if i < 3:
+            conv(f"encoder.down.{i}.downsample.conv", width, width)
+    middle("encoder.mid", widths[-1])
+    norm("encoder.norm_out", widths[-1])
+    conv("encoder.conv_out", 2 * 16, widths[-1])
+
+    conv("decoder.conv_in", widths[-1], 16)
+    middle("decoder.mid", widths[-1])
+    for i, (previous, width) in enumerate(zip((*widths[1:], widths[-1]), widths)):
+        for j in range(3):
+            block(f"decoder.up.{i}.block.{j}", width, width if j else previous)
+        if i > 0:
+            conv(f"decoder.up.{i}.upsample.conv", width, width)
+    norm("decoder.norm_out", widths[0])
+    conv("decoder.conv_out", 3, widths[0])
+    return shapes
+
+
 def random_weights(shapes: dict[str, tuple[int, ...]], seed: int, dtype=torch.float32) -> dict[str, torch.Tensor]:
     """Weights that keep activations at about unit size: ones for norms, 1/sqrt(fan_in) for matrices, small biases."""
     generator = torch.Generator().manual_seed(seed)
@@ -217,13 +266,13 @@ def write_vae(path: Path, seed: int = 3) -> None:
     save_file(random_weights(vae_shapes(), seed), path)
 
 
-def write_all(models: Path) -> None:
-    """All files the shipped workflows name, in ComfyUI's folder layout; files that exist are kept."""
+def write_all(models: Path, prefix: str = "") -> None:
+    """All files the shipped workflows name, in ComfyUI's folder layout, with a prefix to their names; files that exist are kept."""
     for path, write in (
-        (models / "diffusion_models" / V10_FILE, lambda p: write_transformer(p, "v1.0")),
-        (models / "diffusion_models" / V11_FILE, lambda p: write_transformer(p, "v1.1")),
-        (models / "text_encoders" / MLLM_FILE, write_mllm),
-        (models / "vae" / VAE_FILE, write_vae),
+        (models / "diffusion_models" / (prefix + V10_FILE), lambda p: write_transformer(p, "v1.0")),
+        (models / "diffusion_models" / (prefix + V11_FILE), lambda p: write_transformer(p, "v1.1")),
+        (models / "text_encoders" / (prefix + MLLM_FILE), write_mllm),
+        (models / "vae" / (prefix + VAE_FILE), write_vae),
     ):
         if not path.exists():
             partial = path.with_suffix(".part")

@@ -22,6 +22,15 @@ class Checkpoint:
     pipeline: str | None = None
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether the name is that of a safetensors file, in any case of letters."""
+    return path.suffix.lower() in SAFETENSORS_SUFFIXES
+
+
+def is_index(path: Path) -> bool:
+    return path.name.lower().endswith(INDEX_SUFFIX)
+
+
 def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -37,15 +46,15 @@ def shard_files(folder: Path) -> list[Path]:
 
     Raises Step1XError for a missing shard and for an index that points outside the folder.
     """
-    indexes = sorted(folder.glob("*" + INDEX_SUFFIX))
+    indexes = sorted(filter(is_index, folder.iterdir()))
     if not indexes:
-        return sorted(p for p in folder.iterdir() if p.suffix in SAFETENSORS_SUFFIXES)
+        return sorted(filter(is_safetensors, folder.iterdir()))
     weight_map = read_json(indexes[0]).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise Step1XError(f"{indexes[0].name} in {folder} lists no weights. Download that file again.")
     names = sorted(set(weight_map.values()), key=str)
     for name in names:
-        if not isinstance(name, str) or PureWindowsPath(name).name != name or not name.endswith(SAFETENSORS_SUFFIXES):
+        if not isinstance(name, str) or PureWindowsPath(name).name != name or not is_safetensors(Path(name)):
             raise Step1XError(f"{indexes[0].name} in {folder} names '{name}', which is not a safetensors file of that folder. Download the index again.")
     for name in names:
         if not (folder / name).is_file():
@@ -54,7 +63,7 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def is_model_folder(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and any(p.suffix in SAFETENSORS_SUFFIXES or p.name.endswith(INDEX_SUFFIX) for p in folder.iterdir())
+    return (folder / "config.json").is_file() and any(is_safetensors(p) or is_index(p) for p in folder.iterdir())
 
 
 def find_checkpoint(path: str | Path, subfolder: str) -> Checkpoint:
@@ -64,7 +73,7 @@ def find_checkpoint(path: str | Path, subfolder: str) -> Checkpoint:
     """
     path = Path(path)
     if path.is_file():
-        if path.suffix.lower() not in SAFETENSORS_SUFFIXES:
+        if not is_safetensors(path):
             raise Step1XError(f"{path.name} is not a safetensors file. Only safetensors files are loaded; get the model in that format.")
         return Checkpoint(path, [path])
     if not path.is_dir():

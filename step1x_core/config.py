@@ -3,9 +3,15 @@
 import json
 from dataclasses import asdict, dataclass
 
+import torch
+
 # Text conditioning of v1.0 and v1.1 (official inference code, spec v1.md c.5).
 PROMPT_DROP_TOKENS = 217
 PROMPT_MAX_TOKENS = 640
+
+# Sampling defaults of every version (official inference code).
+DEFAULT_STEPS = 28
+DEFAULT_CFG = 6.0
 
 # Norm-limited guidance (official inference code, spec v1.md e.4).
 GUIDANCE_TRUNCATE = 0.93
@@ -22,6 +28,8 @@ HEAD_DIM = 128
 CONFIG_KEY = "step1x_edit_config"
 
 CONNECTOR_KEY = "connector.S.input_embedder.weight"
+# Only v1.0 has it.
+SCALE_FACTOR_KEY = "connector.scale_factor"
 
 
 class Step1XError(ValueError):
@@ -37,15 +45,13 @@ class Version:
 
     name: str
     reference_offset: tuple[int, int, int]
-    steps: int
-    cfg: float
 
 
 VERSIONS = {
     # The reference shares the target's positions; the network tells them apart by content.
-    "v1.0": Version("v1.0", (0, 0, 0), steps=28, cfg=6.0),
+    "v1.0": Version("v1.0", (0, 0, 0)),
     # The official position table starts from ones on all three axes (spec v1.md a.4).
-    "v1.1": Version("v1.1", (1, 1, 1), steps=28, cfg=6.0),
+    "v1.1": Version("v1.1", (1, 1, 1)),
 }
 
 
@@ -102,8 +108,8 @@ def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
 
     def columns(key):
         weight = state_dict[prefix + key]
-        # 4-bit weights are stored two to a byte.
-        return weight.shape[1] * (2 if weight.element_size() == 1 and not weight.dtype.is_floating_point else 1)
+        # 4-bit weights are stored two to a byte, as uint8.
+        return weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
 
     def count(block):
         return len({k[len(prefix) + len(block):].split(".")[0] for k in state_dict if k.startswith(prefix + block)})
@@ -119,7 +125,7 @@ def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
     head_dim = rows(norm + ("scale" if prefix + norm + "scale" in state_dict else "weight"))
     hidden = rows("img_in.weight")
     connector_hidden = rows(CONNECTOR_KEY)
-    scale_factor = prefix + "connector.scale_factor" in state_dict
+    scale_factor = prefix + SCALE_FACTOR_KEY in state_dict
 
     config = Step1XConfig(
         version="v1.0" if scale_factor else "v1.1",
@@ -132,7 +138,7 @@ def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
         mlp_ratio=rows("double_blocks.0.img_mlp.0.weight") / hidden,
         axes_dim=default_axes_dim(head_dim),
         theta=10000,
-        context_in_dim=columns("txt_in.weight"),
+        context_in_dim=connector_hidden,
         vec_in_dim=rows("connector.global_proj_out.weight"),
         connector_in_channels=columns(CONNECTOR_KEY),
         connector_hidden_size=connector_hidden,

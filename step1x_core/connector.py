@@ -7,16 +7,19 @@ from torch import Tensor, nn
 
 from .config import TIME_FACTOR
 
+TIME_FEATURES = 256
+MAX_PERIOD = 10000
+
 
 def scale_time(t: Tensor) -> Tensor:
     """Time 0..1 -> 0..1000, in t's own dtype as the official code does (bf16 0.9824 gives 980, not 982.4)."""
     return t * TIME_FACTOR
 
 
-def time_features(t: Tensor, dim: int = 256, max_period: int = 10000) -> Tensor:
-    """Sinusoid of an already scaled time [B] -> [B, dim] in float32, cosines first."""
-    half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+def time_features(t: Tensor) -> Tensor:
+    """Sinusoid of an already scaled time [B] -> [B, 256] in float32, cosines first."""
+    half = TIME_FEATURES // 2
+    frequencies = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t[:, None].float() * frequencies[None]
     return torch.cat((torch.cos(angles), torch.sin(angles)), dim=-1)
 
@@ -25,7 +28,7 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size, dtype=None, device=None, operations=None):
         super().__init__()
         self.mlp = nn.Sequential(
-            operations.Linear(256, hidden_size, dtype=dtype, device=device),
+            operations.Linear(TIME_FEATURES, hidden_size, dtype=dtype, device=device),
             nn.SiLU(),
             operations.Linear(hidden_size, hidden_size, dtype=dtype, device=device),
         )
@@ -37,6 +40,7 @@ class TimestepEmbedder(nn.Module):
         """
         features = time_features(t)
         stored = self.mlp[0].weight.dtype
+        # GGUF nodes keep weights as raw uint8, which is no precision to round to.
         return features.to(stored) if stored.is_floating_point else features
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -57,13 +57,16 @@ def _fit_cells(width: int, height: int, min_pixels: int, max_pixels: int) -> tup
 def vision_sizes(width: int, height: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """The two sizes (width, height) through which a picture goes on its way to the vision tower.
 
-    Raises Step1XError for aspect ratios above 200, which the processor rejects.
+    Raises Step1XError for aspect ratios above 200, which either resize rejects; the first one's rounding can exceed it, too.
     """
-    if max(width, height) / min(width, height) > MAX_ASPECT_RATIO:
-        raise Step1XError(f"A picture of {width}x{height} pixels is too long for the language model: its sides may differ by a factor of "
-                          f"{MAX_ASPECT_RATIO} at most. Crop the picture.")
-    first = _fit_cells(width, height, HELPER_MIN_PIXELS, HELPER_MAX_PIXELS)
-    return first, _fit_cells(*first, PROCESSOR_MIN_PIXELS, PROCESSOR_MAX_PIXELS)
+    sizes, size = [], (width, height)
+    for limits in ((HELPER_MIN_PIXELS, HELPER_MAX_PIXELS), (PROCESSOR_MIN_PIXELS, PROCESSOR_MAX_PIXELS)):
+        if max(size) / min(size) > MAX_ASPECT_RATIO:
+            raise Step1XError(f"A picture of {width}x{height} pixels is too long for the language model: its sides may differ by a factor of "
+                              f"{MAX_ASPECT_RATIO} at most. Crop the picture.")
+        size = _fit_cells(*size, *limits)
+        sizes.append(size)
+    return tuple(sizes)
 
 
 def to_uint8(image: Tensor) -> np.ndarray:

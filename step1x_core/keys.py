@@ -5,13 +5,18 @@ import re
 import torch
 from torch import Tensor
 
-_PLAIN = {
-    "x_embedder": "img_in",
-    "context_embedder": "txt_in",
+# Names that differ from FLUX's in diffusers.
+EMBEDDERS = {
     "time_embed.in_layer": "time_in.in_layer",
     "time_embed.out_layer": "time_in.out_layer",
     "vec_embed.in_layer": "vector_in.in_layer",
     "vec_embed.out_layer": "vector_in.out_layer",
+}
+
+_PLAIN = {
+    **EMBEDDERS,
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
     "proj_out": "final_layer.linear",
 }
 

@@ -20,8 +20,8 @@ def estimated_change(relative: float) -> float:
 
 
 def first_block_norm(img: Tensor) -> Tensor:
-    """The first double block's image norm: [B, N, C] without modulation, so it does not depend on the time."""
-    return torch.nn.functional.layer_norm(img, img.shape[-1:], eps=1e-6)
+    """The first double block's image norm: [B, N, C] in float32, without modulation, so it does not depend on the time."""
+    return torch.nn.functional.layer_norm(img.float(), img.shape[-1:], eps=1e-6)
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The tests run in a ComfyUI source tree named by STEP1X_COMFYUI; scripts/test.py sets it up."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,9 @@ PACK = Path(__file__).absolute().parent.parent
 
 if "STEP1X_COMFYUI" not in os.environ:
     pytest.exit("STEP1X_COMFYUI does not name a ComfyUI folder. Run the tests with: python scripts/test.py", returncode=2)
+
+# The fixtures stop what they started when the tests are terminated, too.
+signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
 
 sys.path += [str(PACK / "scripts"), str(PACK / "tests")]
 import environment  # noqa: E402

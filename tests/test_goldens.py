@@ -1,7 +1,9 @@
 """Parity with the official code: the golden files, and the runner itself."""
 
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,8 @@ from pathlib import Path
 import golden_checks
 import pytest
 from conftest import PACK
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -32,12 +36,36 @@ def test_parity_runner_prints_a_line_per_file_and_fails_on_wrong_and_unknown_fil
     table["schedules"][1]["timesteps"][1] += 1e-4
     (tmp_path / "schedule.json").write_text(json.dumps(table))
     (tmp_path / "something_new.json").write_text("{}")
+    (tmp_path / "tensors.bin").write_bytes(b"?")
+    (tmp_path / "README.md").write_text("not a golden file")
+    (tmp_path / "folder").mkdir()
     bad = parity(tmp_path)
     assert bad.returncode == 1
     lines = bad.stdout.strip().splitlines()
-    assert lines[0].startswith("PASS resize.json") and lines[1].startswith("FAIL schedule.json") and lines[2].startswith("FAIL something_new.json")
+    assert [line.split()[:2] for line in lines] == [["PASS", "resize.json"], ["FAIL", "schedule.json"], ["FAIL", "something_new.json"], ["FAIL", "tensors.bin"]]
+    assert all(re.fullmatch(r"(PASS|FAIL) \S+ max_err=(inf|[\d.e+-]+) tol=1e-05( \(.+\))?", line) for line in lines)
+    assert "max_err=inf" in lines[2] and "max_err=inf" in lines[3]
+
+
+@pytest.mark.parametrize("column, value", [("output_size", [1, 1]), ("resized", [16, 16])])
+def test_wrong_columns_of_the_size_table_are_found(tmp_path, column, value):
+    table = json.loads((GOLDENS / "resize.json").read_text())
+    table["rows"][0][column] = value
+    (tmp_path / "resize.json").write_text(json.dumps(table))
+    assert golden_checks.check_file(tmp_path / "resize.json") == golden_checks.MISMATCH
+
+
+@pytest.mark.parametrize("file, tensor, change", [("ids.safetensors", "outputs.a.v1.1.img_ids", 1e-6), ("ids.safetensors", "outputs.rope_pe", math.nan),
+                                                  ("cfg.safetensors", "outputs.divisor", math.nan)])
+def test_ids_are_compared_exactly_and_nan_never_passes(tmp_path, file, tensor, change):
+    with safe_open(GOLDENS / file, framework="pt") as golden:
+        metadata, tensors = golden.metadata(), {k: golden.get_tensor(k) for k in golden.keys()}
+    tensors[tensor].view(-1)[0] += change
+    save_file(tensors, tmp_path / file, metadata=metadata)
+    assert not golden_checks.check_file(tmp_path / file) <= golden_checks.TOLERANCE
 
 
 def test_parity_runner_fails_on_a_folder_without_goldens(tmp_path):
-    assert parity(tmp_path).returncode == 1
+    empty = parity(tmp_path)
+    assert empty.returncode == 1 and empty.stdout.startswith("FAIL ") and "max_err=inf" in empty.stdout
     assert parity().returncode == 2

@@ -1,18 +1,25 @@
 """The pack in a real ComfyUI server: shipped workflows over the HTTP API, previews, cancel, reload."""
 
+import hashlib
 import io
 import json
 import os
 from pathlib import Path
 
+import demo
+import folder_paths
 import numpy as np
 import pytest
 import tiny_models
-from comfy_server import Client, ComfyServer, ExecutionError, find_nodes, install_pack, to_api
+import torch
+from comfy_server import AFTER_GENERATE, Client, ComfyServer, ExecutionError, find_nodes, install_pack, to_api
 from conftest import PACK
 from diffusers_layout import diffusers_repository, to_diffusers
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
+
+from step1x_core.config import Step1XError
+from step1x_core.host.folders import resolve
 
 WORKFLOWS = PACK / "workflows"
 PHOTO = PACK / "assets" / "coffee.jpg"
@@ -94,6 +101,25 @@ def test_every_shipped_workflow_is_tested():
     assert {p.name for p in WORKFLOWS.glob("*.json")} == tested
 
 
+@pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.json")), ids=lambda path: path.stem)
+def test_nodes_of_a_shipped_workflow_exist_with_all_their_inputs(object_info, path):
+    """Every input is linked to an output that exists, or has a value in the list of widget values; no value is left over."""
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    prompt = to_api(workflow, object_info)
+    for node in workflow["nodes"]:
+        if node["type"] in ("Note", "MarkdownNote"):
+            continue
+        info, inputs = object_info[node["type"]], prompt[str(node["id"])]["inputs"]
+        definitions = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+        assert set(info["input"].get("required", {})) <= set(inputs) <= set(definitions), node["type"]
+        values = [value for value in node.get("widgets_values", []) if value not in (*AFTER_GENERATE, "image")]
+        assert values == [value for value in inputs.values() if not isinstance(value, list)], node["type"]
+        for name, value in inputs.items():
+            if isinstance(value, list):
+                outputs = object_info[prompt[value[0]]["class_type"]]["output"]
+                assert outputs[value[1]] == definitions[name][0], f"{node['type']}.{name}"
+
+
 def test_custom_sampler_workflow_equals_the_one_stop_sampler(client, prompt_of):
     one_stop, custom = (pixels(client.run(prompt_of(name))) for name in ("step1x_edit.json", "step1x_edit_custom_sampler.json"))
     assert np.array_equal(one_stop, custom)
@@ -110,6 +136,13 @@ def test_prompt_picture_and_seed_matter_and_equal_inputs_give_equal_pictures(cli
     client.post("/free", {"unload_models": True, "free_memory": True})
     again = client.run(prompt_of("step1x_edit.json", Step1XSampler={"seed": 1}))
     assert np.array_equal(base, pixels(again)) and len(again.executed) == 8
+
+
+def test_the_source_picture_matters(client, prompt_of, tmp_path):
+    ImageOps.mirror(Image.open(PHOTO)).save(tmp_path / "mirrored.png")
+    client.upload_image(tmp_path / "mirrored.png", "mirrored.png")
+    straight, mirrored = (pixels(client.run(prompt_of("step1x_edit.json", LoadImage={"image": name}))) for name in ("coffee.jpg", "mirrored.png"))
+    assert straight.shape == mirrored.shape and np.abs(straight.astype(int) - mirrored).mean() > 1
 
 
 def test_a_new_seed_encodes_nothing_again(client, prompt_of):
@@ -191,6 +224,7 @@ def test_errors_are_sentences_and_the_next_run_works(server, client, prompt_of):
     with pytest.raises(ExecutionError, match="page.safetensors is damaged, incomplete or no safetensors file") as error:
         client.run(prompt_of("step1x_edit.json", Step1XModelLoader={"model": "page.safetensors"}))
     assert error.value.details["node_type"] == "Step1XModelLoader"
+    # The host compares the name with the list the node offers; our own check is behind that (test_only_offered_names_are_resolved).
     with pytest.raises(ExecutionError, match="not in"):
         client.run(prompt_of("step1x_edit.json", Step1XModelLoader={"model": "../../secret.safetensors"}))
     with pytest.raises(ExecutionError, match="lays out prompts for another model"):
@@ -209,8 +243,6 @@ def test_errors_are_sentences_and_the_next_run_works(server, client, prompt_of):
 
 def write_clip_l(path):
     """A CLIP-L text encoder of the real sizes but one layer, as a file of another model."""
-    import torch
-
     sd = {"text_model.embeddings.token_embedding.weight": torch.zeros(49408, 768), "text_model.embeddings.position_embedding.weight": torch.zeros(77, 768),
           "text_model.final_layer_norm.weight": torch.ones(768), "text_model.final_layer_norm.bias": torch.zeros(768)}
     for i in (0, 1, 10, 11):
@@ -232,3 +264,33 @@ def test_diffusers_folder_is_offered_and_loads(server, client, prompt_of):
     assert "Step1X-Edit-v1p1-diffusers/" in offered and not any("00001-of-00003" in name for name in offered)
     expected = pixels(client.run(prompt_of("step1x_edit.json")))
     assert np.array_equal(pixels(client.run(prompt_of("step1x_edit.json", Step1XModelLoader={"model": "Step1X-Edit-v1p1-diffusers/"}))), expected)
+
+
+def test_only_offered_names_are_resolved(models, tmp_path, monkeypatch):
+    """The pack's own check, for names that come past the host's: a file that exists outside the model folders is not reached."""
+    folder = models / "diffusion_models"
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(folder)], {".safetensors"}))
+    assert Path(resolve(tiny_models.V11_FILE, "diffusion_models", "transformer")) == folder / tiny_models.V11_FILE
+    secret = tmp_path / "secret.safetensors"
+    secret.touch()
+    for name in (os.path.relpath(secret, folder), str(secret), f"../vae/{tiny_models.VAE_FILE}", ""):
+        assert (folder / name).exists()
+        with pytest.raises(Step1XError, match="is not in the diffusion_models folder"):
+            resolve(name, "diffusion_models", "transformer")
+
+
+def test_the_flux_vae_of_full_size(server, client, prompt_of):
+    """The published layout of ae.safetensors (with random weights, in half precision) through the stock VAE loader."""
+    shapes = tiny_models.flux_vae_shapes()
+    entries = [entry for key, shape in shapes.items() for entry in (f"{key}:{'_'.join(map(str, shape))}", key)]
+    assert len(shapes) == 244 and hashlib.md5(",".join(sorted(entries)).encode()).hexdigest() == "21ea55f476dfc4fd135587abb59dfe5d"
+    save_file(tiny_models.random_weights(shapes, seed=4, dtype=torch.bfloat16), server.base / "models" / "vae" / "full_size.safetensors")
+    picture = pixels(client.run(prompt_of("step1x_edit.json", VAELoader={"vae_name": "full_size.safetensors"}, Step1XSampler={"steps": 2})))
+    assert picture.shape == (400, 600, 3) and picture.std() > 1
+
+
+def test_the_demo_takes_no_vae_of_another_model():
+    others = ["qwen_image_vae.safetensors", "wan_2.1_vae.safetensors", "other/vae.safetensors", "taef1", "vae.safetensors"]
+    assert demo.pick_vae(others) is None
+    assert demo.pick_vae([*others, "FLUX/ae.safetensors"]) == "FLUX/ae.safetensors"
+    assert demo.pick_vae([*others, "Step1X-Edit\\vae.safetensors"]) == "Step1X-Edit\\vae.safetensors"

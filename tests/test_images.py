@@ -68,3 +68,7 @@ def test_degenerate_sizes_are_refused_in_words():
         working_size(20000, 3, 512)
     with pytest.raises(Step1XError, match="too long for the language model"):
         vision_sizes(16 * 201, 16)
+    # 199 passes the first resize, whose 6356x28 is above 200 for the second.
+    assert working_size(15500, 100, 512) == (6368, 32)
+    with pytest.raises(Step1XError, match="6368x32 pixels is too long for the language model"):
+        vision_sizes(6368, 32)

@@ -2,17 +2,23 @@
 
 import hashlib
 import json
+import os
+import shutil
 
+import comfy.memory_management
 import comfy.sd
 import comfy.utils
+import folder_paths
 import pytest
 import tiny_models
 import torch
 from diffusers_layout import diffusers_repository, to_diffusers
 from safetensors.torch import load_file, save_file
 
-from step1x_core.checkpoint import shard_files
-from step1x_core.config import Step1XError, detect_config
+from step1x_core.checkpoint import is_model_folder, shard_files
+from step1x_core.config import CONNECTOR_KEY, Step1XError, detect_config
+from step1x_core.host import loading
+from step1x_core.host.folders import choices
 from step1x_core.host.loading import load_model, model_shapes
 from step1x_core.host.model import Step1XEdit, Step1XEditModel, register
 from step1x_core.host.sampling import flow_sigmas, sample
@@ -57,6 +63,24 @@ def test_full_size_key_list_is_that_of_the_published_file(version, tensors, dige
     assert key_hash(restored) == digest
     expected_parameters = {"v1.0": 12_427_800_385, "v1.1": 12_427_800_384}
     assert sum(torch.Size(shape).numel() for shape in built.values()) == expected_parameters[version]
+
+
+def test_all_layers_are_expected_with_dynamic_vram(files, monkeypatch):
+    """With it the host's own layers have no weights before they are loaded."""
+    monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
+    weights = load_file(files["v1.1"])
+    assert set(model_shapes(detect_config(weights))) == {key.replace("_norm.scale", "_norm.weight") for key in weights}
+
+
+@pytest.mark.parametrize("dtype, packed", [(torch.uint8, 2), (torch.int8, 1), (FLOAT8, 1)])
+def test_only_uint8_weights_are_packed(dtype, packed):
+    shapes = tiny_models.transformer_shapes("v1.1", tiny_models.TINY_TRANSFORMER)
+    weights = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    for key in ("img_in.weight", "txt_in.weight", CONNECTOR_KEY):
+        rows, columns = shapes[key]
+        weights[key] = torch.empty((rows, columns // packed), dtype=dtype, device="meta")
+    config = detect_config(weights)
+    assert (config.in_channels, config.context_in_dim, config.connector_in_channels) == (16, 128, 64)
 
 
 @pytest.mark.parametrize("version", ["v1.0", "v1.1"])
@@ -164,6 +188,50 @@ def test_v12_is_refused_by_class_name_and_by_key(files, tmp_path):
     save_file({**load_file(files["v1.1"]), "text_token_mapping.weight": torch.zeros(128, 64)}, tmp_path / "v12.safetensors")
     with pytest.raises(Step1XError, match="v1.2"):
         load_model(tmp_path / "v12.safetensors")
+
+
+def test_foreign_diffusers_files_are_refused_before_they_are_converted(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "diffusers_to_original", lambda state_dict: pytest.fail("converted"))
+    flux = {k: v for k, v in to_diffusers(load_file(files["v1.1"])).items() if not k.startswith("connector.")}
+    other = {k: v for k, v in flux.items() if not k.startswith("single_")}
+    for weights, message in ((flux, "is a FLUX model"), (other, "is not a Step1X-Edit model")):
+        save_file(weights, tmp_path / "foreign.safetensors")
+        with pytest.raises(Step1XError, match=message):
+            load_model(tmp_path / "foreign.safetensors")
+
+
+def test_folder_whose_class_and_weights_contradict_needs_a_version(files, tmp_path):
+    folder = diffusers_repository(tmp_path / "mixed", to_diffusers(load_file(files["v1.0"])))
+    with pytest.raises(Step1XError, match="Step1XEditPipeline is v1.1, but connector.scale_factor is in v1.0 only"):
+        load_model(folder)
+    assert load_model(folder, "v1.0").model.diffusion_model.version == "v1.0"
+
+
+def test_suffixes_are_compared_in_any_case(repository, files, tmp_path):
+    folder = tmp_path / "loud"
+    folder.mkdir()
+    for path in (repository / "transformer").iterdir():
+        name = path.name.replace(".safetensors", ".SAFETENSORS")
+        (folder / name).write_bytes(path.read_bytes().replace(b".safetensors\"", b".SAFETENSORS\"") if path.suffix == ".json" else path.read_bytes())
+    assert is_model_folder(folder) and len(shard_files(folder)) == 3
+    (folder / "diffusion_pytorch_model.SAFETENSORS.index.json").unlink()
+    assert is_model_folder(folder) and len(shard_files(folder)) == 3
+
+
+def test_choices_list_nested_folders_and_no_shards(repository, files, tmp_path, monkeypatch):
+    root, diffusers = tmp_path / "diffusion_models", tmp_path / "diffusers"
+    shutil.copytree(repository / "transformer", root / "a" / "b" / "folder")
+    shutil.copytree(repository / "transformer", root / "a" / "b" / "c" / "too_deep")
+    shutil.copytree(repository, diffusers / "stepfun" / "repository")
+    shutil.copytree(repository / "transformer", diffusers / "other" / "vae")
+    (diffusers / "other" / "model_index.json").write_text("{}")
+    shutil.copy(files["v1.1"], root / "a" / "single.Safetensors")
+    for name, folder in (("diffusion_models", root), ("diffusers", diffusers)):
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(folder)], {".safetensors", ".Safetensors", ""}))
+        monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    found = choices("diffusion_models", "transformer")
+    assert found == {"a/b/folder/": str(root / "a" / "b" / "folder"), "stepfun/repository/": str(diffusers / "stepfun" / "repository"),
+                     os.path.join("a", "single.Safetensors"): str(root / "a" / "single.Safetensors")}
 
 
 def test_a_model_saved_by_the_host_loads_again(files, tmp_path):

@@ -1,5 +1,6 @@
 """LoRA files in the host's machinery."""
 
+import comfy.model_management
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -16,6 +17,8 @@ def kohya(name, out, rank, inp, alpha):
 
 
 def weight_after(model, key):
+    # Other tests may have left the shared weights loaded, which patch_model takes for patched.
+    comfy.model_management.unload_all_models()
     model.patch_model()
     try:
         return dict(model.model.diffusion_model.named_parameters())[key].detach().clone()
@@ -42,6 +45,18 @@ def test_peft_names_reach_the_fused_rows(model):
     assert torch.allclose(merged[64:128], before[64:128] + up @ down, atol=1e-5) and torch.equal(merged[:64], before[:64]) and torch.equal(merged[128:], before[128:])
 
 
+@pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model.", ""])
+@pytest.mark.parametrize("name, key", [("time_embed.in_layer", "time_in.in_layer"), ("time_embed.out_layer", "time_in.out_layer"),
+                                       ("vec_embed.in_layer", "vector_in.in_layer"), ("vec_embed.out_layer", "vector_in.out_layer"),
+                                       ("connector.S.input_embedder", "connector.S.input_embedder")])
+def test_peft_names_that_flux_does_not_have(model, prefix, name, key):
+    before = model.model.diffusion_model.get_submodule(key).weight.detach().clone()
+    g = torch.Generator().manual_seed(2)
+    down, up = torch.randn(4, before.shape[1], generator=g), torch.randn(before.shape[0], 4, generator=g)
+    merged = weight_after(apply_lora(model, {f"{prefix}{name}.lora_A.weight": down, f"{prefix}{name}.lora_B.weight": up}, 1.0), f"{key}.weight")
+    assert torch.allclose(merged, before + up @ down, atol=1e-5)
+
+
 def test_connector_layers_can_be_trained(model):
     lora = kohya("connector_global_proj_out", 32, 2, 64, alpha=2)
     before = model.model.diffusion_model.connector.global_proj_out.weight.detach().clone()
@@ -60,5 +75,12 @@ def test_foreign_lora_is_refused(model, tmp_path):
     (tmp_path / "lora.safetensors").write_bytes(b"garbage")
     with pytest.raises(Step1XError, match="damaged"):
         load_lora_file(tmp_path / "lora.safetensors")
+    for name in ("folder", "lora.ckpt"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(Step1XError, match="not a safetensors file"):
+            load_lora_file(tmp_path / name)
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(Step1XError, match="damaged"):
+        load_lora_file(tmp_path / "folder.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "ok.safetensors")
     assert list(load_lora_file(tmp_path / "ok.safetensors")) == ["a"]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import PACK
 
 EARLIER_PACKS = {
@@ -48,6 +49,16 @@ def test_defaults_are_the_official_ones(schemas):
     inputs = {f"{name}.{entry.id}": entry for name, schema in schemas.items() for entry in schema.inputs}
     assert inputs["Step1XSampler.steps"].default == 28 and inputs["Step1XSampler.cfg"].default == 6.0
     assert inputs["Step1XEditEncode.size_level"].default == 1024 and inputs["Step1XGuidance.truncate"].default == 0.93
+
+
+def test_sampler_makes_its_schedule_for_the_fitted_latent(schemas, monkeypatch):
+    module = sys.modules["custom_pack.nodes.sampling"]
+    monkeypatch.setattr(module, "check_model", lambda model: None)
+    monkeypatch.setattr(module, "with_norm_limiter", lambda model: model)
+    monkeypatch.setattr(module, "fit_latent", lambda model, latent: {"samples": torch.zeros(1, 16, 128, 128)})
+    monkeypatch.setattr(module, "sample", lambda model, positive, negative, latent, sigmas, *rest: sigmas)
+    sigmas = module.Step1XSampler.execute(None, [], [], {"samples": torch.zeros(1, 128, 64, 64)}, 0, 4, 6.0, "euler", 1.0).result[0]
+    assert torch.equal(sigmas, module.flow_sigmas(4, torch.zeros(1, 16, 128, 128)))
 
 
 def test_every_node_has_a_documentation_page(schemas):

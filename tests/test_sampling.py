@@ -13,8 +13,9 @@ from step1x_core.guidance import NormLimiter, patch_norm
 from step1x_core.host.caching import apply_teacache
 from step1x_core.host.encoding import decode_edit, encode_edit
 from step1x_core.host.loading import load_model
-from step1x_core.host.sampling import HOOKS, check_model, flow_sigmas, sample, set_norm_limiter, with_norm_limiter
+from step1x_core.host.sampling import HOOKS, check_model, fit_latent, flow_sigmas, sample, set_norm_limiter, with_norm_limiter
 from step1x_core.schedule import sigma_schedule
+from step1x_core.teacache import TeaCacheState
 
 
 def quiet(*args):
@@ -50,8 +51,7 @@ def run(model, edit, steps=3, cfg=6.0, seed=7, denoise=1.0, latent=None, **kwarg
 
 def test_encode_edit_gives_both_prompts_the_picture(edit, photo):
     positive, negative, latent = edit
-    assert latent["samples"].shape == (1, 16, 25, 39)[:2] + tuple(latent["samples"].shape[2:])
-    assert latent["samples"].shape[-2:] == (26, 38)  # 304x208 pixels from 600x400 at level 256
+    assert latent["samples"].shape == (1, 16, 26, 38)  # 304x208 pixels from 600x400 at level 256
     for cond in (positive, negative):
         assert cond[0][1]["reference_latents"][0] is latent["samples"]
     assert not torch.equal(positive[0][0], negative[0][0])
@@ -215,12 +215,52 @@ def test_conditioning_of_another_model_is_refused(model, edit):
         run(model, (foreign, foreign, edit[2]))
 
 
+def test_concatenated_conditionings_are_refused(model, edit):
+    from nodes import ConditioningConcat
+
+    (joined,) = ConditioningConcat().concat(edit[0], edit[1])
+    with pytest.raises(Step1XError, match="1280 text positions and a mask of 640: .* cannot be concatenated"):
+        run(model, (joined, edit[1], edit[2]))
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 26, 38), (1, 16, 1, 26, 38)])
+def test_latents_of_another_model_are_refused(model, edit, shape):
+    positive, negative, _ = edit
+    with pytest.raises(Step1XError, match="A latent of shape .* belongs to another model"):
+        run(model, edit, latent={"samples": torch.ones(shape)})
+    foreign = [[[c, {**e, "reference_latents": [torch.ones(shape)]}] for c, e in cond] for cond in (positive, negative)]
+    with pytest.raises(Step1XError, match="A reference latent of shape .* belongs to another model"):
+        run(model, (*foreign, edit[2]))
+
+
+def test_empty_latents_of_other_models_are_adapted(model, edit):
+    """An empty latent of FLUX.2: 128 channels at a sixteenth of the size."""
+    other = {"samples": torch.zeros(1, 128, 13, 19), "downscale_ratio_spacial": 16}
+    fitted = fit_latent(model, other)
+    assert fitted["samples"].shape == (1, 16, 26, 38) and "downscale_ratio_spacial" not in fitted and other["samples"].shape[1] == 128
+    sigmas = flow_sigmas(1, fitted["samples"])
+    results = [sample(model, *edit[:2], latent, sigmas, 6.0, 7, callback=quiet)["samples"] for latent in (other, {"samples": torch.zeros(1, 16, 26, 38)})]
+    assert torch.equal(*results)
+
+
+def test_v10_without_a_picture_warns_once(models, edit, caplog):
+    model = load_model(models / "diffusion_models" / tiny_models.V10_FILE)
+    with caplog.at_level("WARNING"):
+        run(model, edit, steps=1)
+        assert "can only edit" not in caplog.text
+        run(model, (*[[[c, {k: v for k, v in e.items() if k != "reference_latents"}] for c, e in cond] for cond in edit[:2]], edit[2]), steps=2)
+    assert caplog.text.count("can only edit") == 1
+
+
 def test_foreign_parts_are_refused_by_name(clip, vae, photo):
     class Patcher:
         model = object()
 
     class FourChannels:
-        latent_channels = 4
+        latent_channels, latent_dim = 4, 2
+
+    class Video:
+        latent_channels, latent_dim = 16, 3
 
     class OtherClip:
         tokenizer = object()
@@ -229,6 +269,8 @@ def test_foreign_parts_are_refused_by_name(clip, vae, photo):
         check_model(Patcher())
     with pytest.raises(Step1XError, match="4 channels"):
         encode_edit(clip, FourChannels(), photo, "x", "", 512)
+    with pytest.raises(Step1XError, match="Load the FLUX VAE .*, not that of Qwen-Image"):
+        encode_edit(clip, Video(), photo, "x", "", 512)
     with pytest.raises(Step1XError, match="another model"):
         encode_edit(OtherClip(), vae, photo, "x", "", 512)
     with pytest.raises(Step1XError, match="batch is empty"):
@@ -242,6 +284,13 @@ def test_schedule_depends_on_size_and_ends_at_zero():
     for sigmas in (small, large):
         assert len(sigmas) == 29 and sigmas[0] == 1 and sigmas[-1] == 0 and (sigmas[1:] < sigmas[:-1]).all()
     assert (large[1:-1] > small[1:-1]).all() and (small[1:-1] > sigma_schedule(28)[1:-1]).all()
+
+
+def test_teacache_measures_in_float32():
+    img = torch.randn(1, 8, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    state = TeaCacheState(0.2)
+    state.begin(img, False)
+    assert torch.equal(state.previous, torch.nn.functional.layer_norm(img.float(), (64,), eps=1e-6))
 
 
 def test_teacache_at_threshold_zero_is_exact_and_skips_above(model, edit):

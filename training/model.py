@@ -7,10 +7,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-from step1x_core.config import HEAD_DIM, PROMPT_MAX_TOKENS, VERSIONS, default_axes_dim
-from step1x_core.connector import Connector, scale_time, time_features
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from step1x_core.config import HEAD_DIM, PROMPT_MAX_TOKENS, VERSIONS, default_axes_dim
+from step1x_core.connector import Connector, scale_time, time_features
 
 VERSION = "v1.1"
 THETA = 10000
@@ -88,8 +89,7 @@ def rotate_pairs(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 def rms_norm(x: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """RMS norm over the last dimension, in float32."""
-    x = x.float()
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * scale.float()
+    return F.rms_norm(x.float(), scale.shape, scale.float(), eps)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ def padding_bias(mask: Tensor) -> Tensor | None:
 class DemoTransformer(nn.Module):
     """Step1X-Edit v1.1 in miniature, for one reference of the target's size."""
 
-    def __init__(self, size: DemoSize = DemoSize()):
+    def __init__(self, size: DemoSize):
         super().__init__()
         channels = size.channels * PATCH * PATCH
         self.axes_dim = default_axes_dim(size.head_dim)

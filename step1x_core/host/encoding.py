@@ -13,11 +13,17 @@ LATENT_CHANNELS = 16
 
 
 def check_vae(vae) -> None:
+    """Raise Step1XError unless the VAE makes latents like FLUX's; those of Wan and Qwen-Image have 16 channels, too, and a time axis."""
+    axes = getattr(vae, "latent_dim", 2)
+    if axes != 2:
+        raise Step1XError(f"This VAE makes latents with {axes} axes beside the channels, Step1X-Edit needs 2 (height and width). "
+                          "Load the FLUX VAE (ae.safetensors), not that of Qwen-Image or a video model.")
     if vae.latent_channels != LATENT_CHANNELS:
         raise Step1XError(f"This VAE makes latents of {vae.latent_channels} channels, Step1X-Edit needs {LATENT_CHANNELS}. Load the FLUX VAE (ae.safetensors).")
 
 
 def check_text_encoder(clip) -> None:
+    """Raise Step1XError unless the text encoder is ours."""
     if not isinstance(clip.tokenizer, Step1XTokenizer):
         raise Step1XError("This text encoder lays out prompts for another model. Use the one from 'Load Step1X-Edit MLLM'.")
 
@@ -54,7 +60,7 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
 
 
 def merge_batch(parts: list[list]) -> list:
-    """Conditionings of single pictures -> one conditioning with a batch dimension."""
+    """Conditionings of single pictures, each [1, 640, C] with a mask [1, 640] -> one with [B, 640, C] and [B, 640]."""
     if len(parts) == 1:
         return parts[0]
     merged = []
@@ -68,6 +74,8 @@ def decode_edit(vae, latent: dict, source: Tensor | None = None) -> Tensor:
     """Latent dict -> pictures [B, H, W, 3] in 0..1, resized to the source picture's size where one is given.
 
     The resize works on 8-bit values as the official code does; a result that has the size already keeps its full precision.
+
+    Raises Step1XError for a foreign VAE.
     """
     check_vae(vae)
     pictures = vae.decode(latent["samples"])

@@ -1,27 +1,41 @@
 """Model files and folders that the loaders offer."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import folder_paths
 
-from ..checkpoint import SAFETENSORS_SUFFIXES, is_model_folder
+from ..checkpoint import is_model_folder, is_safetensors
 from ..config import Step1XError
+
+FOLDER_DEPTH = 3
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+
+
+def model_folders(root: Path, subfolder: str, depth: int = FOLDER_DEPTH) -> Iterator[Path]:
+    """Hugging Face model folders and diffusers repositories with the model in `subfolder`, at most `depth` levels below `root`; none lies within another."""
+    for folder in sorted(path for path in root.glob("*") if path.is_dir()):
+        if is_model_folder(folder) or (folder / subfolder).is_dir() and is_model_folder(folder / subfolder):
+            yield folder
+        elif depth > 1 and not (folder / "model_index.json").is_file():
+            yield from model_folders(folder, subfolder, depth - 1)
 
 
 def choices(folder_name: str, subfolder: str) -> dict[str, str]:
     """What a loader can offer, name -> path: safetensors files of one of the host's model folders, and Hugging Face folders.
 
-    A folder is listed as `name/`; its shards are not listed one by one. Diffusers repositories, whose model
+    A folder is listed as `name/`; shards are not listed one by one. Diffusers repositories, whose model
     is in `subfolder`, are looked for in the host's `diffusers` folder, too.
     """
     found = {}
-    for root in (*folder_paths.get_folder_paths(folder_name), *folder_paths.get_folder_paths("diffusers")):
-        for folder in sorted(Path(root).iterdir()) if Path(root).is_dir() else ():
-            if folder.is_dir() and (is_model_folder(folder) or (folder / subfolder).is_dir() and is_model_folder(folder / subfolder)):
-                found[folder.name + "/"] = str(folder)
+    for root in map(Path, (*folder_paths.get_folder_paths(folder_name), *folder_paths.get_folder_paths("diffusers"))):
+        for folder in model_folders(root, subfolder):
+            found[folder.relative_to(root).as_posix() + "/"] = str(folder)
+    folders = {Path(path) for path in found.values()}
     for name in folder_paths.get_filename_list(folder_name):
         path = folder_paths.get_full_path(folder_name, name)
-        if path is not None and name.lower().endswith(SAFETENSORS_SUFFIXES) and Path(name).parts[0] + "/" not in found:
+        if path is not None and is_safetensors(Path(name)) and not SHARD.search(name) and folders.isdisjoint(Path(path).parents):
             found[name] = path
     return found
 

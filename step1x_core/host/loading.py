@@ -5,7 +5,6 @@ import json
 import logging
 
 import comfy.model_patcher
-import comfy.ops
 import comfy.sd
 import comfy.utils
 import torch
@@ -13,7 +12,7 @@ from comfy.supported_models_base import ClipTarget
 from comfy.text_encoders.hunyuan_video import llama_detect
 
 from ..checkpoint import Checkpoint, check_file, check_tensors, find_checkpoint
-from ..config import CONFIG_KEY, CONNECTOR_KEY, VERSIONS, Step1XError, detect_config
+from ..config import CONFIG_KEY, CONNECTOR_KEY, SCALE_FACTOR_KEY, VERSIONS, Step1XError, detect_config
 from ..guidance import NormLimiter
 from ..keys import diffusers_to_original, is_diffusers_layout
 from ..mllm import TEXT_KEY, VISION_KEY, MLLMConfig, detect_mllm_config, normalize_keys
@@ -26,6 +25,9 @@ log = logging.getLogger(__name__)
 
 # The class names of diffusers repositories (spec v12.md a.4).
 PIPELINE_VERSIONS = {"Step1XEditPipeline": "v1.1"}
+
+# Tensors by which FLUX is told from other models, in the original and in the diffusers layout.
+FLUX_KEYS = (("double_blocks.0.img_attn.qkv.weight",), ("x_embedder.weight", "single_transformer_blocks.0.proj_mlp.weight"))
 
 
 def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], dict]:
@@ -60,13 +62,13 @@ def shapes(state_dict) -> dict[str, tuple[int, ...]]:
 
 def model_shapes(config) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the transformer's tensors, read off the model class itself on the meta device."""
-    model = Step1XTransformer(version=config.version, connector=config.connector_params(), operations=comfy.ops.disable_weight_init,
-                              device="meta", dtype=torch.bfloat16, **config.flux_params())
+    # Built of plain torch layers: with dynamic VRAM the host's own have no weights before they are loaded.
+    model = Step1XTransformer(version=config.version, connector=config.connector_params(), operations=torch.nn, device="meta", dtype=torch.bfloat16, **config.flux_params())
     return shapes(model.state_dict())
 
 
 def mllm_shapes(config: MLLMConfig) -> dict[str, tuple[int, ...]]:
-    return shapes(Qwen25VL(config.__dict__, torch.bfloat16, "meta", comfy.ops.disable_weight_init).state_dict())
+    return shapes(Qwen25VL(config.__dict__, torch.bfloat16, "meta", torch.nn).state_dict())
 
 
 def config_tensor(values: dict) -> torch.Tensor:
@@ -90,25 +92,29 @@ def choose_version(checkpoint: Checkpoint, version: str | None) -> str | None:
 def model_state_dict(path, version: str | None = None) -> tuple[dict, dict]:
     """Transformer weights in the original layout, ready for the host's loader, and the file metadata.
 
-    Raises Step1XError for files that are damaged, of another model, or incomplete.
+    Raises Step1XError for files that are damaged, of another model or version, or incomplete, and for a folder whose class and weights contradict.
     """
     checkpoint = find_checkpoint(path, "transformer")
-    version = choose_version(checkpoint, version)
+    assumed = choose_version(checkpoint, version)
     state_dict, metadata = read_checkpoint(checkpoint)
     name = checkpoint.path.name
     state_dict = strip_prefix(state_dict)
-    if is_diffusers_layout(state_dict):
-        state_dict = diffusers_to_original(state_dict)
+    # The connector has the same names in both layouts: a foreign file is refused before the conversion copies it.
     if CONNECTOR_KEY not in state_dict:
-        if "double_blocks.0.img_attn.qkv.weight" in state_dict:
+        if any(all(key in state_dict for key in keys) for keys in FLUX_KEYS):
             raise Step1XError(f"{name} is a FLUX model: it has no Step1X-Edit connector. Load it with 'Load Diffusion Model', or choose a Step1X-Edit file here.")
         raise Step1XError(f"{name} is not a Step1X-Edit model: {CONNECTOR_KEY} is not in it. Choose a file such as step1x-edit-v1p1-official.safetensors.")
+    if version is None and assumed == "v1.1" and SCALE_FACTOR_KEY in state_dict:
+        raise Step1XError(f"{checkpoint.path} contradicts itself: the pipeline {checkpoint.pipeline} is v1.1, but {SCALE_FACTOR_KEY} is in v1.0 only. "
+                          "Set the version by hand, or download the folder again.")
+    if is_diffusers_layout(state_dict):
+        state_dict = diffusers_to_original(state_dict)
 
     overrides = json.loads(metadata.get(CONFIG_KEY, "{}"))
     if checkpoint.config.get("axes_dims_rope"):
         overrides["axes_dim"] = list(checkpoint.config["axes_dims_rope"])
-    if version is not None:
-        overrides["version"] = version
+    if assumed is not None:
+        overrides["version"] = assumed
     if overrides:
         state_dict[CONFIG_KEY] = config_tensor(overrides)
     try:
@@ -126,6 +132,8 @@ def load_model(path, version: str | None = None, model_options={}, disable_dynam
     path: single file (original or diffusers layout, any dtype), model folder, or diffusers repository.
     version: "v1.0", "v1.1", or None to detect it.
     model_options, disable_dynamic: as for `comfy.sd.load_diffusion_model`.
+
+    Raises Step1XError as `model_state_dict` does, and for an unknown version.
     """
     register()
     state_dict, metadata = model_state_dict(path, version)
@@ -161,6 +169,8 @@ def load_text_encoder(path, model_options={}, disable_dynamic=False) -> comfy.sd
     """Load Qwen2.5-VL as a CLIP object that tokenises and lays out prompts as Step1X-Edit was trained with.
 
     path: the single file Qwen-Image users have (bf16 or scaled fp8), or a Hugging Face folder.
+
+    Raises Step1XError as `mllm_state_dict` does.
     """
     state_dict, config = mllm_state_dict(path)
     target = ClipTarget(Step1XTokenizer, functools.partial(Step1XTEModel, config=config, **llama_detect(state_dict)))

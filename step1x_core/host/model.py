@@ -1,6 +1,7 @@
 """Step1X-Edit as one of the host's model families: detection, model class, registration."""
 
 import functools
+import logging
 
 import comfy.conds
 import comfy.model_base
@@ -13,10 +14,16 @@ from ..mllm import detect_mllm_config
 from .text_encoder import TEXT_ENCODER_NAME, Step1XTEModel, Step1XTokenizer
 from .transformer import Step1XTransformer
 
+log = logging.getLogger(__name__)
+
 
 class Step1XEditModel(comfy.model_base.Flux):
     def __init__(self, model_config, device=None):
         super().__init__(model_config, device=device, unet_model=Step1XTransformer)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.model_config.unet_config["out_channels"]
 
     def encode_adm(self, **kwargs):
         # The pooled vector comes from the connector.
@@ -25,8 +32,16 @@ class Step1XEditModel(comfy.model_base.Flux):
     def extra_conds(self, **kwargs):
         """The host's Flux conds without guidance, plus the text mask.
 
-        Raises Step1XError when the conditioning was not made with a Step1X-Edit text encoder.
+        Raises Step1XError when the conditioning was not made with a Step1X-Edit text encoder or was joined from two, and for a reference latent of another model.
         """
+        references = kwargs.get("reference_latents") or []
+        channels = self.latent_channels
+        for latent in references:
+            if latent.ndim != 4 or latent.shape[1] != channels:
+                raise Step1XError(f"A reference latent of shape {list(latent.shape)} belongs to another model; Step1X-Edit needs [batch, {channels}, height, width]. "
+                                  "Encode the picture with 'Step1X-Edit Encode', or with the FLUX VAE.")
+        if not references and self.diffusion_model.version == "v1.0" and kwargs.get("prompt_type") == "positive":
+            log.warning("Step1X-Edit v1.0 can only edit; it was not made to draw without a picture. Use v1.1 for text to image, or connect a picture.")
         out = super().extra_conds(**kwargs)
         out.pop("guidance", None)
         context = kwargs.get("cross_attn", None)
@@ -37,6 +52,9 @@ class Step1XEditModel(comfy.model_base.Flux):
                               "Encode the instruction with the text encoder from 'Load Step1X-Edit MLLM'.")
         mask = kwargs.get("attention_mask", None)
         if mask is not None:
+            if mask.shape[1] != context.shape[1]:
+                raise Step1XError(f"This conditioning has {context.shape[1]} text positions and a mask of {mask.shape[1]}: conditionings of Step1X-Edit cannot be concatenated. "
+                                  "Write everything into one prompt.")
             out["text_mask"] = comfy.conds.CONDRegular(mask)
         return out
 

@@ -49,16 +49,32 @@ def flow_sigmas(steps: int, latent: Tensor, denoise: float = 1.0) -> Tensor:
     return sigmas[image_to_image_start(steps, denoise):]
 
 
+def fit_latent(model, latent: dict) -> dict:
+    """A copy of the latent dict whose samples are [B, C, h, w] for this model: an empty one of another layout is adapted as the host's samplers do.
+
+    Raises Step1XError for any other latent of another model.
+    """
+    out = latent.copy()
+    # The host's other factor is for latents with a time axis, which are refused below.
+    out["samples"] = samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], out.pop("downscale_ratio_spacial", None))
+    channels = model.model.latent_channels
+    if samples.is_nested or samples.ndim != 4 or samples.shape[1] != channels:
+        raise Step1XError(f"A latent of shape {list(samples.shape)} belongs to another model; Step1X-Edit needs [batch, {channels}, height, width]. "
+                          "Connect the latent from 'Step1X-Edit Encode', or an empty one from 'EmptySD3LatentImage'.")
+    return out
+
+
 def sample(model, positive, negative, latent: dict, sigmas: Tensor, cfg: float, seed: int, sampler_name: str = "euler", callback=None) -> dict:
     """Denoise a latent dict with the host's sampler; returns a new latent dict.
 
     Noise is drawn on the CPU from `seed`. With fewer than two noise levels nothing is run and the latent comes back as it is.
     callback: the host's step callback `(step, denoised, x, total_steps)`; by default progress bar and live preview.
+
+    Raises Step1XError for a latent or a conditioning of another model.
     """
-    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
-    out = latent.copy()
+    out = fit_latent(model, latent)
+    samples = out["samples"]
     if sigmas.shape[0] < 2:
-        out["samples"] = samples
         return out
     if callback is None:
         callback = latent_preview.prepare_callback(model, sigmas.shape[0] - 1)

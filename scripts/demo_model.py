@@ -1,0 +1,17 @@
+"""The miniature model that is shipped with the pack (assets/demo_model)."""
+
+from environment import PACK
+
+FOLDER = PACK / "assets" / "demo_model"
+MODEL_FILE = "step1x-edit-demo.safetensors"
+MLLM_FILE = "qwen_2.5_vl_demo.safetensors"
+VAE_FILE = "ae_demo.safetensors"
+
+# What it was made for: pictures of 128x128 pixels.
+SIZE_LEVEL = 128
+STEPS = 20
+CFG = 2.0
+
+# What the demo does with it. The picture is one the model was not trained on.
+SAMPLE_IMAGE = PACK / "assets" / "scene.png"
+SAMPLE_PROMPT = "make the red circle blue"
