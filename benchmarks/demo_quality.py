@@ -14,16 +14,17 @@ from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "scripts"))
+import demo_model
 import environment
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", type=Path, default=environment.PACK / "assets" / "demo_model")
+    parser.add_argument("--models", type=Path, default=demo_model.FOLDER)
     parser.add_argument("--edits", type=int, default=500, help="number of held-out edits")
     parser.add_argument("--controls", type=int, default=60, help="number of edits with an empty instruction")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cfg", type=float, default=2.0)
+    parser.add_argument("--steps", type=int, default=demo_model.STEPS)
+    parser.add_argument("--cfg", type=float, default=demo_model.CFG)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--sheet", type=Path, help="write a contact sheet of source, result and target to this file")
     return parser.parse_args()
@@ -35,7 +36,7 @@ class Demo:
     def __init__(self, models: Path, steps: int, cfg: float):
         import comfy.sd
         import comfy.utils
-        import demo_model
+
         from step1x_core.host.loading import load_model, load_text_encoder
 
         self.model = load_model(models / "diffusion_models" / demo_model.MODEL_FILE)
@@ -78,6 +79,7 @@ def main() -> int:
     import numpy as np
     import torch
     from PIL import Image
+
     from training.scenes import judge, pair_at
 
     comfy.utils.set_progress_bar_enabled(False)

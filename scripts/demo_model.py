@@ -10,8 +10,8 @@ VAE_FILE = "ae_demo.safetensors"
 # What it was made for: pictures of 128x128 pixels.
 SIZE_LEVEL = 128
 STEPS = 20
-CFG = 2.0
+CFG = 1.5
 
 # What the demo does with it. The picture is one the model was not trained on.
 SAMPLE_IMAGE = PACK / "assets" / "scene.png"
-SAMPLE_PROMPT = "make the red circle blue"
+SAMPLE_PROMPT = "make the green triangle purple"

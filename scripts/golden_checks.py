@@ -321,6 +321,7 @@ class BlankVAE:
     """Stands for a VAE where only picture sizes matter: decodes black pictures."""
 
     latent_channels = LATENT_CHANNELS
+    latent_dim = 2
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         return torch.zeros(1, latent.shape[2] * 8, latent.shape[3] * 8, 3)

@@ -14,9 +14,8 @@ LATENT_CHANNELS = 16
 
 def check_vae(vae) -> None:
     """Raise Step1XError unless the VAE makes latents like FLUX's; those of Wan and Qwen-Image have 16 channels, too, and a time axis."""
-    axes = getattr(vae, "latent_dim", 2)
-    if axes != 2:
-        raise Step1XError(f"This VAE makes latents with {axes} axes beside the channels, Step1X-Edit needs 2 (height and width). "
+    if vae.latent_dim != 2:
+        raise Step1XError(f"This VAE makes latents with {vae.latent_dim} axes beside the channels, Step1X-Edit needs 2 (height and width). "
                           "Load the FLUX VAE (ae.safetensors), not that of Qwen-Image or a video model.")
     if vae.latent_channels != LATENT_CHANNELS:
         raise Step1XError(f"This VAE makes latents of {vae.latent_channels} channels, Step1X-Edit needs {LATENT_CHANNELS}. Load the FLUX VAE (ae.safetensors).")

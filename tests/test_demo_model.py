@@ -1,0 +1,76 @@
+"""The shipped miniature model edits right: held-out edits through the real host's API, judged on the pixels."""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import demo_model
+import numpy as np
+import pytest
+from comfy_server import Client, ComfyServer, find_nodes, install_pack, to_api
+from conftest import PACK
+from PIL import Image
+
+from training.scenes import judge, pair_at
+
+EDITS = 20
+# Of the 20; benchmarks/demo_quality.py measures the rate on more edits.
+LEAST_RIGHT = 14
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    base = tmp_path_factory.mktemp("demo")
+    install_pack(base)
+    with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base, demo_model.FOLDER) as server:
+        yield Client(server.url)
+
+
+def edit(client, folder, pixels, instruction, seed=42) -> np.ndarray:
+    """uint8 [H, W, 3] through the shipped edit workflow with the demo model."""
+    picture = folder / "source.png"
+    Image.fromarray(pixels).save(picture)
+    name = f"{abs(hash((instruction, pixels.tobytes())))}.png"
+    client.upload_image(picture, name)
+    prompt = to_api(json.loads((PACK / "workflows" / "step1x_edit.json").read_text(encoding="utf-8")), client.get("/object_info"))
+    for class_type, values in {
+        "Step1XModelLoader": {"model": demo_model.MODEL_FILE}, "Step1XMLLMLoader": {"mllm": demo_model.MLLM_FILE}, "VAELoader": {"vae_name": demo_model.VAE_FILE},
+        "LoadImage": {"image": name}, "Step1XEditEncode": {"prompt": instruction, "size_level": demo_model.SIZE_LEVEL},
+        "Step1XSampler": {"steps": demo_model.STEPS, "cfg": demo_model.CFG, "seed": seed},
+    }.items():
+        prompt[find_nodes(prompt, class_type)[0]]["inputs"].update(values)
+    run = client.run(prompt)
+    return np.asarray(Image.open(io.BytesIO(run.images[0])).convert("RGB"))
+
+
+def test_held_out_edits_are_right(client, tmp_path):
+    verdicts = []
+    for index in range(EDITS):
+        pair = pair_at(1, index, "heldout")
+        verdicts.append((pair.kind, pair.instruction, judge(pair, edit(client, tmp_path, pair.source, pair.instruction)).success))
+    wrong = [verdict[:2] for verdict in verdicts if not verdict[2]]
+    assert EDITS - len(wrong) >= LEAST_RIGHT, wrong
+
+
+def test_an_empty_instruction_changes_nothing(client, tmp_path):
+    for index in range(3):
+        pair = pair_at(2, index, "heldout", kind="none")
+        assert judge(pair, edit(client, tmp_path, pair.source, "")).success
+
+
+def test_the_instruction_decides_which_object_changes(client, tmp_path):
+    source = np.asarray(Image.open(demo_model.SAMPLE_IMAGE).convert("RGB"))
+    green, blue = (slice(20, 42), slice(14, 36)), (slice(14, 30), slice(98, 114))
+    changed = edit(client, tmp_path, source, demo_model.SAMPLE_PROMPT)
+
+    def difference(area):
+        return np.abs(changed[area].astype(int) - source[area]).mean()
+
+    assert difference(green) > 60 and difference(blue) < 15
+
+
+def test_the_demo_model_is_small_enough_for_a_clone():
+    files = [path for path in demo_model.FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 30e6
+    assert (demo_model.FOLDER / "README.md").is_file()
