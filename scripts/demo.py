@@ -79,9 +79,8 @@ def choose_models(object_info: dict) -> dict[str, str] | None:
 
 def demo_setup() -> Setup:
     """The miniature model that comes with the pack."""
-    sample = (demo_model.SAMPLE_IMAGE, demo_model.SAMPLE_PROMPT) if demo_model.SAMPLE_IMAGE.is_file() else (SAMPLE, SAMPLE_PROMPT)
     chosen = {"Step1XModelLoader": demo_model.MODEL_FILE, "Step1XMLLMLoader": demo_model.MLLM_FILE, "VAELoader": demo_model.VAE_FILE}
-    return Setup(demo_model.FOLDER, chosen, *sample, demo_model.SIZE_LEVEL, demo_model.STEPS, demo_model.CFG)
+    return Setup(demo_model.FOLDER, chosen, demo_model.SAMPLE_IMAGE, demo_model.SAMPLE_PROMPT, demo_model.SIZE_LEVEL, demo_model.STEPS, demo_model.CFG)
 
 
 def tiny_setup() -> Setup:

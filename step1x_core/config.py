@@ -43,15 +43,14 @@ class Version:
     reference_offset: (t, y, x) added to the position ids of the reference picture's tokens.
     """
 
-    name: str
     reference_offset: tuple[int, int, int]
 
 
 VERSIONS = {
     # The reference shares the target's positions; the network tells them apart by content.
-    "v1.0": Version("v1.0", (0, 0, 0)),
+    "v1.0": Version((0, 0, 0)),
     # The official position table starts from ones on all three axes (spec v1.md a.4).
-    "v1.1": Version("v1.1", (1, 1, 1)),
+    "v1.1": Version((1, 1, 1)),
 }
 
 

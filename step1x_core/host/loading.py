@@ -12,7 +12,7 @@ from comfy.supported_models_base import ClipTarget
 from comfy.text_encoders.hunyuan_video import llama_detect
 
 from ..checkpoint import Checkpoint, check_file, check_tensors, find_checkpoint
-from ..config import CONFIG_KEY, CONNECTOR_KEY, SCALE_FACTOR_KEY, VERSIONS, Step1XError, detect_config
+from ..config import CONFIG_KEY, CONNECTOR_KEY, SCALE_FACTOR_KEY, Step1XError, detect_config
 from ..guidance import NormLimiter
 from ..keys import diffusers_to_original, is_diffusers_layout
 from ..mllm import TEXT_KEY, VISION_KEY, MLLMConfig, detect_mllm_config, normalize_keys
@@ -77,12 +77,8 @@ def config_tensor(values: dict) -> torch.Tensor:
 
 def choose_version(checkpoint: Checkpoint, version: str | None) -> str | None:
     """The version to assume against the checkpoint's own keys, or None to go by those."""
-    if version is not None:
-        if version not in VERSIONS:
-            raise Step1XError(f"Unknown Step1X-Edit version '{version}'. Choose one of: {', '.join(VERSIONS)}.")
+    if version is not None or checkpoint.pipeline is None:
         return version
-    if checkpoint.pipeline is None:
-        return None
     if checkpoint.pipeline not in PIPELINE_VERSIONS:
         raise Step1XError(f"{checkpoint.path} belongs to the pipeline {checkpoint.pipeline}, which this node pack cannot run yet. "
                           f"Supported: {', '.join(PIPELINE_VERSIONS)}.")
