@@ -5,8 +5,10 @@ from comfy_api.latest import ComfyExtension, io
 from ..step1x_core.host.model import register
 from .caching import Step1XTeaCache
 from .edit import Step1XDecode, Step1XEditEncode
-from .loaders import Step1XLoraLoader, Step1XMLLMLoader, Step1XModelLoader
+from .loaders import Step1XLoraLoader, Step1XMLLMLoader, Step1XModelLoader, Step1XVAELoader
+from .loop import LOOP_NODES
 from .sampling import Step1XGuidance, Step1XSampler, Step1XScheduler
+from .thinking import Step1XReflect, Step1XThink
 
 
 class Step1XExtension(ComfyExtension):
@@ -17,6 +19,7 @@ class Step1XExtension(ComfyExtension):
         return [
             Step1XModelLoader,
             Step1XMLLMLoader,
+            Step1XVAELoader,
             Step1XLoraLoader,
             Step1XEditEncode,
             Step1XSampler,
@@ -24,4 +27,7 @@ class Step1XExtension(ComfyExtension):
             Step1XScheduler,
             Step1XGuidance,
             Step1XTeaCache,
+            Step1XThink,
+            Step1XReflect,
+            *LOOP_NODES,
         ]

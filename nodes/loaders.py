@@ -4,11 +4,12 @@ from comfy_api.latest import io
 
 from ..step1x_core.config import VERSIONS
 from ..step1x_core.host.folders import choices, resolve
-from ..step1x_core.host.loading import load_model, load_text_encoder
+from ..step1x_core.host.loading import load_model, load_text_encoder, load_vae
 from ..step1x_core.host.lora import apply_lora, load_lora_file
 from ..step1x_core.host.sampling import check_model
 
 CATEGORY = "model/loaders/step1x"
+LAYOUTS = ("v1.1", "v1.2")
 
 WEIGHT_DTYPES = {
     "default": {},
@@ -34,8 +35,8 @@ class Step1XModelLoader(io.ComfyNode):
                 io.Combo.Input("model", options=list(choices("diffusion_models", "transformer")),
                                tooltip="A file in models/diffusion_models, or a diffusers folder there or in models/diffusers, up to three levels deep (shown with a slash)."),
                 io.Combo.Input("version", options=["auto", *VERSIONS], default="auto",
-                               tooltip="auto reads the version off the file. Choose one only for a file that was renamed or converted without its version mark: "
-                                       "v1.0 and v1.1 place the reference picture differently."),
+                               tooltip="auto reads the version off the tensors, the repository's class or the file's name. Choose one for a renamed or converted file "
+                                       "that tells none of it: v1.1 and v1.2-preview can be alike to the last tensor."),
                 io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default", advanced=True,
                                tooltip="Precision the weights are kept in. default keeps the file's; fp8 halves the memory of a bf16 file at some loss of quality; "
                                        "fp8_e4m3fn_fast also multiplies in fp8 where the card can."),
@@ -65,15 +66,41 @@ class Step1XMLLMLoader(io.ComfyNode):
                                tooltip="A file in models/text_encoders such as qwen_2.5_vl_7b.safetensors, or a Hugging Face folder (shown with a slash)."),
                 io.Combo.Input("device", options=["default", "cpu"], default="default", advanced=True,
                                tooltip="cpu keeps the text encoder off the graphics card: slower, but it needs no VRAM."),
+                io.Combo.Input("version", options=["auto", *LAYOUTS], default="auto",
+                               tooltip="How the instruction is laid out: v1.1 for Step1X-Edit v1.0 and v1.1, v1.2 for v1.2 and its preview. "
+                                       "auto follows the repository a folder belongs to and takes v1.1 for a single file."),
             ],
             outputs=[io.Clip.Output(tooltip="Text encoder for 'Step1X-Edit Encode'. For text to image it also works with the stock 'CLIP Text Encode'.")],
         )
 
     @classmethod
-    def execute(cls, mllm, device) -> io.NodeOutput:
+    def execute(cls, mllm, device, version) -> io.NodeOutput:
         path = resolve(mllm, "text_encoders", "text_encoder")
         options = {"load_device": torch.device("cpu"), "offload_device": torch.device("cpu")} if device == "cpu" else {}
-        return io.NodeOutput(load_text_encoder(path, options))
+        return io.NodeOutput(load_text_encoder(path, None if version == "auto" else version, options))
+
+
+class Step1XVAELoader(io.ComfyNode):
+    """Loads the VAE of a Step1X-Edit repository. For a single file such as ae.safetensors the stock 'Load VAE' does the same."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Step1XVAELoader",
+            display_name="Load Step1X-Edit VAE",
+            category=CATEGORY,
+            description="Loads the FLUX VAE from the vae folder of a diffusers repository, or from a single file.",
+            search_aliases=["step1x", "vae", "load vae", "diffusers vae"],
+            inputs=[
+                io.Combo.Input("vae", options=list(choices("vae", "vae")),
+                               tooltip="A file in models/vae, or a diffusers repository there or in models/diffusers (shown with a slash)."),
+            ],
+            outputs=[io.Vae.Output()],
+        )
+
+    @classmethod
+    def execute(cls, vae) -> io.NodeOutput:
+        return io.NodeOutput(load_vae(resolve(vae, "vae", "vae")))
 
 
 class Step1XLoraLoader(io.ComfyNode):

@@ -1,8 +1,8 @@
 from comfy_api.latest import io
 
-from ..step1x_core.config import DEFAULT_CFG, DEFAULT_STEPS, GUIDANCE_NORM_POWER, GUIDANCE_TRUNCATE
+from ..step1x_core.config import DEFAULT_STEPS, GUIDANCE_NORM_POWER, GUIDANCE_TRUNCATE
 from ..step1x_core.guidance import NormLimiter
-from ..step1x_core.host.sampling import SAMPLERS, check_model, fit_latent, flow_sigmas, sample, set_norm_limiter, with_norm_limiter
+from ..step1x_core.host.sampling import SAMPLERS, check_model, fit_latent, flow_sigmas, sample, set_norm_limiter, version_defaults, with_norm_limiter
 
 CATEGORY = "model/sampling/step1x"
 
@@ -24,9 +24,9 @@ class Step1XSampler(io.ComfyNode):
                 io.Conditioning.Input("negative", tooltip="The negative prompt."),
                 io.Latent.Input("latent", tooltip="The latent from 'Step1X-Edit Encode', or an empty latent for text to image."),
                 io.Int.Input("seed", default=42, min=0, max=0xffffffffffffffff, control_after_generate=True, tooltip="The random seed: same seed and inputs, same picture."),
-                io.Int.Input("steps", default=DEFAULT_STEPS, min=1, max=200, tooltip="Number of denoising steps. The official default is 28."),
-                io.Float.Input("cfg", default=DEFAULT_CFG, min=0.0, max=100.0, step=0.1, round=0.01,
-                               tooltip="How strongly the instruction is followed. The official default is 6."),
+                io.Int.Input("steps", default=0, min=0, max=200, tooltip="Number of denoising steps. 0 takes the version's default: 28, for v1.2 50."),
+                io.Float.Input("cfg", default=0.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                               tooltip="How strongly the instruction is followed. 0 takes the version's default: 6, for v1.2-preview 4. 1 switches guidance off."),
                 io.Combo.Input("sampler_name", options=SAMPLERS, default="euler", advanced=True, tooltip="The official code uses euler."),
                 io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
                                tooltip="Below 1 only the last part of the schedule is run, starting from the picture itself: less change. 0 returns the latent unchanged."),
@@ -37,6 +37,7 @@ class Step1XSampler(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, negative, latent, seed, steps, cfg, sampler_name, denoise) -> io.NodeOutput:
         check_model(model)
+        steps, cfg = version_defaults(model, steps, cfg)
         latent = fit_latent(model, latent)
         sigmas = flow_sigmas(steps, latent["samples"], denoise)
         return io.NodeOutput(sample(with_norm_limiter(model), positive, negative, latent, sigmas, cfg, seed, sampler_name))
@@ -55,7 +56,7 @@ class Step1XScheduler(io.ComfyNode):
             search_aliases=["step1x", "sigmas", "flux shift", "scheduler"],
             inputs=[
                 io.Latent.Input("latent", tooltip="The latent that will be sampled; its size decides the shift of the schedule."),
-                io.Int.Input("steps", default=DEFAULT_STEPS, min=1, max=200, tooltip="Number of denoising steps. The official default is 28."),
+                io.Int.Input("steps", default=DEFAULT_STEPS, min=1, max=200, tooltip="Number of denoising steps. The official default is 28, for v1.2 50."),
                 io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="The part of the schedule that is run, counted from its end."),
             ],
             outputs=[io.Sigmas.Output()],
@@ -82,7 +83,7 @@ class Step1XGuidance(io.ComfyNode):
                 io.Model.Input("model", tooltip="A Step1X-Edit model."),
                 io.Float.Input("truncate", default=GUIDANCE_TRUNCATE, min=0.0, max=1.0, step=0.01,
                                tooltip="Guidance is limited while the noise level is above this value. 1 switches the limiter off, as the first official release had it; "
-                                       "0 limits every step."),
+                                       "0 limits every step, as v1.2 does."),
                 io.Float.Input("power", default=GUIDANCE_NORM_POWER, min=0.0, max=1.0, step=0.05, advanced=True,
                                tooltip="Strong guidance of norm n is divided by n to this power."),
             ],

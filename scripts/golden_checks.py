@@ -1,13 +1,8 @@
-"""The golden checks behind parity.py: every kind of file, through the product's own code and the host's sampler.
-
-Runs where ComfyUI's modules can be imported. Errors are absolute differences after division by the
-expected tensor's maximum; ids and tables are exact (an error of 1 stands for any mismatch).
-"""
+"""The golden checks of v1.0 and v1.1, through the product's own code and the host's sampler."""
 
 import functools
 import json
 import math
-import sys
 import tempfile
 from pathlib import Path
 
@@ -23,11 +18,11 @@ from comfy.ldm.flux.layers import timestep_embedding
 from comfy.ldm.models.autoencoder import DiagonalGaussianDistribution
 from comfy.ldm.modules.attention import optimized_attention_masked
 from comfy.ops import disable_weight_init
-from safetensors import safe_open
+from golden_files import MISMATCH, Errors, Golden
 from safetensors.torch import save_file
 from tiny_models import TransformerSize, random_weights, transformer_shapes
 
-from step1x_core.config import CONFIG_KEY, VERSIONS, Step1XError
+from step1x_core.config import CONFIG_KEY, Step1XError
 from step1x_core.connector import Connector, TimestepEmbedder, scale_time, time_features
 from step1x_core.guidance import NormLimiter, norm_divisor, patch_norm
 from step1x_core.host.caching import TeaCache, apply_teacache
@@ -43,57 +38,21 @@ from step1x_core.mllm import attention_mask, layout_states, mrope_positions
 from step1x_core.prompt import prompt_ids
 from step1x_core.schedule import image_to_image_start, latent_tokens, shift_mu, sigma_schedule
 
-TOLERANCE = 1e-5
-MISMATCH = 1.0
 
-
-class Golden:
-    """Tensors of one golden file by group, and its configuration."""
-
-    def __init__(self, path: Path):
-        with safe_open(path, framework="pt") as f:
-            self.config = json.loads(f.metadata()["json"])["config"]
-            tensors = {k: f.get_tensor(k) for k in f.keys()}
-        self.weights, self.inputs, self.outputs = (
-            {k[len(group):]: v for k, v in tensors.items() if k.startswith(group)} for group in ("weights.", "inputs.", "outputs.")
-        )
-
-    def load_model(self):
-        """The weights as a MODEL, through a checkpoint file and the pack's loader. Weights that a file leaves out are random."""
-        c = self.config
-        size = TransformerSize(hidden=c["hidden_size"], head_dim=c["hidden_size"] // c["num_heads"], depth=c["depth"], depth_single=c["depth_single_blocks"],
-                               text=c["connector_in_channels"], connector=c["connector_hidden_size"], connector_depth=c["connector_depth"],
-                               vector=c["vec_in_dim"], channels=c["in_channels"], mlp_ratio=int(c["mlp_ratio"]))
-        weights = {**random_weights(transformer_shapes(c["version"], size), seed=0), **self.weights}
-        overrides = {k: self.config[k] for k in ("version", "axes_dim", "theta", "connector_heads") if k in self.config}
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "golden.safetensors"
-            save_file(weights, path, metadata={CONFIG_KEY: json.dumps(overrides)})
-            model = load_model(path)
-            model.model.diffusion_model.to(torch.float32)
-        return model
-
-
-class Errors:
-    """Collects the largest error of a file."""
-
-    def __init__(self):
-        self.max = 0.0
-
-    def tensor(self, found: torch.Tensor, expected: torch.Tensor) -> None:
-        """Within the tolerance. Another shape and NaN, on either side, count as an infinite error."""
-        error = math.inf
-        if found.shape == expected.shape:
-            scale = expected.float().abs().max().clamp(min=1e-12)
-            error = float((found.float() - expected.float()).abs().max() / scale)
-        self.max = max(self.max, math.inf if math.isnan(error) else error)
-
-    def equal(self, found, expected) -> None:
-        """Exactly equal: numbers, lists, or tensors by value."""
-        if torch.is_tensor(found):
-            found, expected = found.tolist(), expected.tolist()
-        if found != expected:
-            self.max = max(self.max, MISMATCH)
+def golden_model(golden: Golden):
+    """The weights as a MODEL, through a checkpoint file and the pack's loader. Weights that a file leaves out are random."""
+    c = golden.config
+    size = TransformerSize(hidden=c["hidden_size"], head_dim=c["hidden_size"] // c["num_heads"], depth=c["depth"], depth_single=c["depth_single_blocks"],
+                           text=c["connector_in_channels"], connector=c["connector_hidden_size"], connector_depth=c["connector_depth"],
+                           vector=c["vec_in_dim"], channels=c["in_channels"], mlp_ratio=int(c["mlp_ratio"]))
+    weights = {**random_weights(transformer_shapes(c["version"], size), seed=0), **golden.weights}
+    overrides = {k: golden.config[k] for k in ("version", "axes_dim", "theta", "connector_heads") if k in golden.config}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "golden.safetensors"
+        save_file(weights, path, metadata={CONFIG_KEY: json.dumps(overrides)})
+        model = load_model(path)
+        model.model.diffusion_model.to(torch.float32)
+    return model
 
 
 def unpack(model, tokens: torch.Tensor, config: dict) -> torch.Tensor:
@@ -131,7 +90,7 @@ def record_intermediates(model, seen: dict) -> list:
 
 
 def check_dit_forward(golden: Golden, errors: Errors) -> None:
-    model = golden.load_model().model.diffusion_model
+    model = golden_model(golden).model.diffusion_model
     seen = {}
     record_intermediates(model, seen)
     tokens = golden.inputs["img"].shape[1] // 2
@@ -159,7 +118,7 @@ def check_ids(golden: Golden, errors: Errors) -> None:
                                          dtype=torch.float32, operations=disable_weight_init, in_channels=latent.shape[1], out_channels=latent.shape[1],
                                          hidden_size=sum(axes), num_heads=1, depth=1, depth_single_blocks=1, mlp_ratio=1.0, axes_dim=axes, theta=theta,
                                          context_in_dim=8, vec_in_dim=8, patch_size=2, qkv_bias=True, guidance_embed=False, txt_ids_dims=[])
-              for version in VERSIONS}
+              for version in ("v1.0", "v1.1")}
 
     def ids(version, h, w, reference=True):
         blank = torch.zeros(1, latent.shape[1], h, w)
@@ -169,7 +128,7 @@ def check_ids(golden: Golden, errors: Errors) -> None:
         return torch.cat(parts, dim=1)[0]
 
     for name, (h, w, text) in golden.config["cases"].items():
-        for version in VERSIONS:
+        for version in models:
             errors.equal(ids(version, h, w), golden.outputs[f"{name}.{version}.img_ids"])
             errors.equal(torch.zeros(text, 3), golden.outputs[f"{name}.{version}.txt_ids"])
         errors.equal(ids("v1.1", h, w, reference=False), golden.outputs[f"{name}.t2i.img_ids"])
@@ -256,7 +215,7 @@ def set_main_limiter(model, config: dict):
 
 
 def check_denoise_loop(golden: Golden, errors: Errors) -> None:
-    model = golden.load_model()
+    model = golden_model(golden)
     transformer = model.model.diffusion_model
     out, config = golden.outputs, golden.config
     reference = golden.inputs["ref_latent"]
@@ -392,7 +351,7 @@ def check_tokenization(table: dict, errors: Errors) -> None:
 
 def check_lora(golden: Golden, errors: Errors) -> None:
     """The host's LoRA machinery on the pack's MODEL."""
-    model = golden.load_model()
+    model = golden_model(golden)
     key_map = lora_keys(model)
     for name, shape in golden.config["all_trainable_lora_names"].items():
         errors.equal(name in key_map, True)
@@ -419,7 +378,7 @@ def check_keymap(golden: Golden, errors: Errors) -> None:
 def check_teacache(golden: Golden, errors: Errors) -> None:
     config = golden.config
     for threshold in config["thresholds"]:
-        model = apply_teacache(set_main_limiter(golden.load_model(), config), threshold)
+        model = apply_teacache(set_main_limiter(golden_model(golden), config), threshold)
         cache = model.model_options["transformer_options"]["patches"]["post_input"][0].__self__
         assert isinstance(cache, TeaCache)
         ran, accumulated = [], []
@@ -466,43 +425,3 @@ CHECKS = {
     "tokenization.json": check_tokenization,
     "vae.safetensors": check_vae,
 }
-
-
-def check_file(path: Path) -> float:
-    """Largest error of one golden file. Raises KeyError for a kind that is not known."""
-    compare = CHECKS[path.name]
-    errors = Errors()
-    with torch.inference_mode():
-        compare(Golden(path) if path.suffix == ".safetensors" else json.loads(path.read_text(encoding="utf-8")), errors)
-    return errors.max
-
-
-def check(path: Path) -> tuple[float, str]:
-    """Largest error of one file, and a note where it could not be compared."""
-    if path.name not in CHECKS:
-        return math.inf, "unknown kind of golden file"
-    try:
-        return check_file(path), ""
-    except Exception as problem:  # one broken file must not hide the others
-        return math.inf, f"{type(problem).__name__}: {problem}"
-
-
-def main(folders: list[str]) -> int:
-    if not folders:
-        print("usage: parity.py DIR...", file=sys.stderr)
-        return 2
-    failed = False
-
-    def report(name, error, note=""):
-        nonlocal failed
-        passed = error <= TOLERANCE
-        failed |= not passed
-        print(f"{'PASS' if passed else 'FAIL'} {name} max_err={error:.2e} tol={TOLERANCE:g}{f' ({note})' if note else ''}", flush=True)
-
-    for folder in map(Path, folders):
-        files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix != ".md") if folder.is_dir() else []
-        if not files:
-            report(folder, math.inf, "has no golden files")
-        for path in files:
-            report(path.name, *check(path))
-    return int(failed)

@@ -16,6 +16,6 @@ if __name__ == "__main__":
         environment.reexecute_in_host(__file__)
         environment.use_host_in_process()
 
-        import golden_checks
+        import golden_runner
 
-        sys.exit(golden_checks.main(sys.argv[1:]))
+        sys.exit(golden_runner.main(sys.argv[1:]))

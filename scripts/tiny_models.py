@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 # The file names that the shipped workflows ask for.
 V10_FILE = "step1x-edit-i1258.safetensors"
 V11_FILE = "step1x-edit-v1p1-official.safetensors"
+V12_FILE = "step1x-edit-v1p2.safetensors"
 MLLM_FILE = "qwen_2.5_vl_7b.safetensors"
 VAE_FILE = "ae.safetensors"
 
@@ -94,6 +95,8 @@ def transformer_shapes(version: str, size: TransformerSize) -> dict[str, tuple[i
         linear(f"{block}.mlp.fc2", c, 4 * c)
         linear(f"{block}.adaLN_modulation.1", 2 * c, c)
     linear("connector.global_proj_out", size.vector, size.text)
+    if version == "v1.2":
+        linear("text_token_mapping", c, size.text)
     return shapes
 
 
@@ -271,6 +274,7 @@ def write_all(models: Path, prefix: str = "") -> None:
     for path, write in (
         (models / "diffusion_models" / (prefix + V10_FILE), lambda p: write_transformer(p, "v1.0")),
         (models / "diffusion_models" / (prefix + V11_FILE), lambda p: write_transformer(p, "v1.1")),
+        (models / "diffusion_models" / (prefix + V12_FILE), lambda p: write_transformer(p, "v1.2")),
         (models / "text_encoders" / (prefix + MLLM_FILE), write_mllm),
         (models / "vae" / (prefix + VAE_FILE), write_vae),
     ):

@@ -9,13 +9,15 @@ import torch
 PROMPT_DROP_TOKENS = 217
 PROMPT_MAX_TOKENS = 640
 
-# Sampling defaults of every version (official inference code).
+# Sampling defaults of v1.0 and v1.1 (official inference code); those of every version are in `VERSIONS`.
 DEFAULT_STEPS = 28
 DEFAULT_CFG = 6.0
 
 # Norm-limited guidance (official inference code, spec v1.md e.4).
 GUIDANCE_TRUNCATE = 0.93
 GUIDANCE_NORM_POWER = 0.4
+# v1.2 compares the same 0.93 with times that run to 1000: its guidance is limited at every step (spec v12.md e).
+GUIDANCE_TRUNCATE_V12 = GUIDANCE_TRUNCATE / 1000
 
 # Connector time input is 0..1 and is scaled like the transformer's (spec v1.md b.1).
 TIME_FACTOR = 1000.0
@@ -30,6 +32,8 @@ CONFIG_KEY = "step1x_edit_config"
 CONNECTOR_KEY = "connector.S.input_embedder.weight"
 # Only v1.0 has it.
 SCALE_FACTOR_KEY = "connector.scale_factor"
+# Only v1.2 has it, the preview perhaps not (spec v12.md a.4).
+TEXT_MAPPING_KEY = "text_token_mapping.weight"
 
 
 class Step1XError(ValueError):
@@ -41,9 +45,18 @@ class Version:
     """What differs between model versions.
 
     reference_offset: (t, y, x) added to the position ids of the reference picture's tokens.
+    layout: how the instruction is laid out for the language model, "v1.1" (with v1.0) or "v1.2" (with its preview).
+    steps, cfg: defaults of sampling.
+    guidance_truncate: noise level above which guidance is norm limited.
+    uncond_at_cfg1: whether the limited guidance still runs the unconditional pass at CFG 1.
     """
 
     reference_offset: tuple[int, int, int]
+    layout: str = "v1.1"
+    steps: int = DEFAULT_STEPS
+    cfg: float = DEFAULT_CFG
+    guidance_truncate: float = GUIDANCE_TRUNCATE
+    uncond_at_cfg1: bool = True
 
 
 VERSIONS = {
@@ -51,6 +64,9 @@ VERSIONS = {
     "v1.0": Version((0, 0, 0)),
     # The official position table starts from ones on all three axes (spec v1.md a.4).
     "v1.1": Version((1, 1, 1)),
+    # One network; whether it has the text-token mapping is read off the weights (spec v12.md a.4).
+    "v1.2-preview": Version((1, 0, 0), "v1.2", 28, 4.0, GUIDANCE_TRUNCATE_V12, uncond_at_cfg1=False),
+    "v1.2": Version((1, 0, 0), "v1.2", 50, 6.0, GUIDANCE_TRUNCATE_V12, uncond_at_cfg1=False),
 }
 
 
@@ -75,6 +91,7 @@ class Step1XConfig:
     connector_heads: int
     connector_depth: int
     scale_factor: bool
+    text_token_mapping: bool
 
     def flux_params(self) -> dict:
         """The keyword arguments that the host's Flux class takes."""
@@ -86,6 +103,10 @@ class Step1XConfig:
     def connector_params(self) -> dict:
         return {"in_channels": self.connector_in_channels, "hidden_size": self.connector_hidden_size, "num_heads": self.connector_heads,
                 "depth": self.connector_depth, "vec_in_dim": self.vec_in_dim, "scale_factor": self.scale_factor}
+
+    def transformer_params(self) -> dict:
+        """The keyword arguments of this pack's transformer."""
+        return {"version": self.version, "connector": self.connector_params(), "text_token_mapping": self.text_token_mapping, **self.flux_params()}
 
 
 def default_axes_dim(head_dim: int) -> list[int]:
@@ -100,7 +121,9 @@ def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
     Sizes come from shapes; what shapes do not show (rope axes, connector heads, a version override)
     comes from the optional `step1x_edit_config` entry and else from the published models' rules.
 
-    Raises Step1XError for a v1.2 checkpoint and for an unknown version name.
+    The version is a guess where there is no override: weights of v1.1 and of a v1.2-preview without mapping have the same names.
+
+    Raises Step1XError for an unknown version name and for one that the weights contradict.
     """
     def rows(key):
         return state_dict[prefix + key].shape[0]
@@ -113,9 +136,6 @@ def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
     def count(block):
         return len({k[len(prefix) + len(block):].split(".")[0] for k in state_dict if k.startswith(prefix + block)})
 
-    if prefix + "text_token_mapping.weight" in state_dict:
-        raise Step1XError("This is a Step1X-Edit v1.2 checkpoint; only v1.0 and v1.1 are supported so far. Load a v1.0 or v1.1 file.")
-
     overrides = {}
     if prefix + CONFIG_KEY in state_dict:
         overrides = json.loads(bytes(state_dict[prefix + CONFIG_KEY].tolist()))
@@ -125,9 +145,10 @@ def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
     hidden = rows("img_in.weight")
     connector_hidden = rows(CONNECTOR_KEY)
     scale_factor = prefix + SCALE_FACTOR_KEY in state_dict
+    mapping = prefix + TEXT_MAPPING_KEY in state_dict
 
     config = Step1XConfig(
-        version="v1.0" if scale_factor else "v1.1",
+        version="v1.0" if scale_factor else "v1.2" if mapping else "v1.1",
         in_channels=columns("img_in.weight") // 4,
         out_channels=rows("final_layer.linear.weight") // 4,
         hidden_size=hidden,
@@ -144,10 +165,14 @@ def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
         connector_heads=max(1, connector_hidden // HEAD_DIM),
         connector_depth=count("connector.S.individual_token_refiner.blocks."),
         scale_factor=scale_factor,
+        text_token_mapping=mapping,
     )
     for name in ("version", "axes_dim", "theta", "connector_heads"):
         if name in overrides:
             setattr(config, name, overrides[name])
     if config.version not in VERSIONS:
         raise Step1XError(f"Unknown Step1X-Edit version '{config.version}'. Choose one of: {', '.join(VERSIONS)}.")
+    for key, found, layout, owner in ((SCALE_FACTOR_KEY, scale_factor, "v1.1", "v1.0"), (TEXT_MAPPING_KEY, mapping, "v1.2", "v1.2")):
+        if found and VERSIONS[config.version].layout != layout:
+            raise Step1XError(f"This model cannot be {config.version}: it has {key}, which only {owner} has. Set the version to auto or to {owner}.")
     return config

@@ -1,4 +1,4 @@
-"""Picture sizes and resizing, bit for bit as the official code does them with Pillow (spec v1.md c.1, c.6)."""
+"""Picture sizes and resizing, bit for bit as the official code does them with Pillow and torch (spec v1.md c.1, c.6; v12.md d, f.1)."""
 
 import math
 
@@ -15,10 +15,15 @@ SIZE_MULTIPLE = 16
 # Qwen2.5-VL: 14-pixel patches merged 2x2 (spec v1.md c.1).
 VISION_PATCH = 14
 VISION_CELL = 28
-# Limits of the picture helper library and of the processor the model was trained with.
-HELPER_MIN_PIXELS, HELPER_MAX_PIXELS = 4 * VISION_CELL**2, 16384 * VISION_CELL**2
-PROCESSOR_MIN_PIXELS, PROCESSOR_MAX_PIXELS = 256 * VISION_CELL**2, 324 * VISION_CELL**2
 MAX_ASPECT_RATIO = 200
+
+# Least and most pixels: of the picture helper library, of the processors the models were trained with, and of the one for reading and judging pictures.
+HELPER_LIMITS = (4 * VISION_CELL**2, 16384 * VISION_CELL**2)
+PROCESSOR_LIMITS = (256 * VISION_CELL**2, 324 * VISION_CELL**2)
+PROCESSOR_LIMITS_V12 = (256 * VISION_CELL**2, 400 * VISION_CELL**2)
+THINKER_LIMITS = (512**2, 1024 * VISION_CELL**2)
+# Pictures to read and judge are first made smaller than this on both sides.
+THINKER_SIDE = 1024
 
 # Text-to-image shows the language model a black picture of this size (spec v1.md c.6).
 BLACK_PICTURE = 1024
@@ -54,25 +59,30 @@ def _fit_cells(width: int, height: int, min_pixels: int, max_pixels: int) -> tup
     return w, h
 
 
-def vision_sizes(width: int, height: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The two sizes (width, height) through which a picture goes on its way to the vision tower.
+def vision_sizes(width: int, height: int, limits=(HELPER_LIMITS, PROCESSOR_LIMITS)) -> list[tuple[int, int]]:
+    """The sizes (width, height) through which a picture goes on its way to the vision tower, one for each pair of limits.
 
-    Raises Step1XError for aspect ratios above 200, which either resize rejects; the first one's rounding can exceed it, too.
+    Raises Step1XError for aspect ratios above 200, which every resize rejects; the first one's rounding can exceed it, too.
     """
     sizes, size = [], (width, height)
-    for limits in ((HELPER_MIN_PIXELS, HELPER_MAX_PIXELS), (PROCESSOR_MIN_PIXELS, PROCESSOR_MAX_PIXELS)):
+    for low, high in limits:
         if max(size) / min(size) > MAX_ASPECT_RATIO:
             raise Step1XError(f"A picture of {width}x{height} pixels is too long for the language model: its sides may differ by a factor of "
                               f"{MAX_ASPECT_RATIO} at most. Crop the picture.")
-        size = _fit_cells(*size, *limits)
+        size = _fit_cells(*size, low, high)
         sizes.append(size)
-    return tuple(sizes)
+    return sizes
+
+
+def to_rgb(image: Tensor) -> Tensor:
+    """Picture [H, W, C] -> float32 [H, W, 3] with values 0..1 on the CPU. Grey becomes RGB, an alpha channel is dropped, NaN becomes black."""
+    image = image[..., :3] if image.shape[-1] >= 3 else image[..., :1].expand(*image.shape[:-1], 3)
+    return image.float().nan_to_num(0.0).clamp(0, 1).cpu()
 
 
 def to_uint8(image: Tensor) -> np.ndarray:
-    """Picture [H, W, C] with values 0..1 -> uint8 [H, W, 3]. Grey becomes RGB, an alpha channel is dropped, NaN becomes black."""
-    image = image[..., :3] if image.shape[-1] >= 3 else image[..., :1].expand(*image.shape[:-1], 3)
-    return (image.float().nan_to_num(0.0).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    """Picture [H, W, C] with values 0..1 -> uint8 [H, W, 3]; see `to_rgb` for other channels and values."""
+    return (to_rgb(image) * 255).round().to(torch.uint8).numpy()
 
 
 def from_uint8(pixels: np.ndarray) -> Tensor:
@@ -85,6 +95,12 @@ def resize(pixels: np.ndarray, size: tuple[int, int], resample: Image.Resampling
     if pixels.shape[1::-1] == tuple(size):
         return pixels
     return np.asarray(Image.fromarray(pixels).resize(size, resample))
+
+
+def resize_tensor(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """Resize [H, W, 3] to size (width, height) with antialias. Of uint8, torch's own 8-bit arithmetic: up to 2 levels from Pillow's."""
+    batch = image.movedim(-1, 0)[None]
+    return torch.nn.functional.interpolate(batch, size[::-1], mode=mode, antialias=True)[0].movedim(0, -1).contiguous()
 
 
 def to_working_size(image: Tensor, size_level: int) -> Tensor:
@@ -101,12 +117,51 @@ def to_vision_size(image: Tensor) -> Tensor:
     return torch.from_numpy(np.array(pixels))
 
 
+def to_working_size_v12(image: Tensor, size_level: int) -> Tensor:
+    """Picture [H, W, C] in 0..1 -> the picture at its working size as the VAE of v1.2 sees it, [h, w, 3] in 0..1, bilinear on floats."""
+    image = to_rgb(image)
+    return resize_tensor(image, working_size(image.shape[1], image.shape[0], size_level), "bilinear")
+
+
+def to_vision_size_v12(image: Tensor, size_level: int) -> tuple[Tensor, tuple[int, int]]:
+    """Picture [H, W, C] in 0..1 -> uint8 [h, w, 3] with sides in multiples of 28, and the working size (width, height) through which it went.
+
+    Raises Step1XError for sizes that degenerate.
+    """
+    pixels = to_uint8(image)
+    working = working_size(pixels.shape[1], pixels.shape[0], size_level)
+    (size,) = vision_sizes(*working, limits=[PROCESSOR_LIMITS_V12])
+    pixels = resize(pixels, working, Image.Resampling.LANCZOS)
+    return resize_tensor(torch.from_numpy(np.array(pixels)), size, "bicubic"), working
+
+
+def thumbnail(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] -> the same with at most 1024 pixels on the longer side."""
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((THINKER_SIDE, THINKER_SIDE), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    return np.asarray(picture)
+
+
+def to_thinker_size(image: Tensor) -> Tensor:
+    """Picture [H, W, C] in 0..1 -> uint8 [h, w, 3] with sides in multiples of 28, for the language model to read and judge (spec v12.md f.1).
+
+    Raises Step1XError for aspect ratios above 200.
+    """
+    pixels = thumbnail(to_uint8(image))
+    loaded, size = vision_sizes(pixels.shape[1], pixels.shape[0], limits=[HELPER_LIMITS, THINKER_LIMITS])
+    pixels = resize(pixels, loaded, Image.Resampling.BICUBIC)
+    return resize_tensor(torch.from_numpy(np.array(pixels)), size, "bicubic")
+
+
 def truncate_uint8(image: Tensor) -> Tensor:
     """Decoded picture in 0..1 -> uint8 by truncation, as the official code writes its result (spec v1.md e.5)."""
     return (image.float().clamp(0, 1) * 255).to(torch.uint8)
 
 
-def to_output_size(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Decoded picture [H, W, 3] in 0..1 -> [h, w, 3] at size (width, height), bicubic on 8-bit values; unchanged where it fits."""
-    pixels = truncate_uint8(image).cpu().numpy()
+def to_output_size(image: Tensor, size: tuple[int, int], truncate: bool = True) -> Tensor:
+    """Decoded picture [H, W, 3] in 0..1 -> [h, w, 3] at size (width, height), bicubic on 8-bit values.
+
+    truncate: whether those values are truncated, as by the official code of v1.0 and v1.1, or rounded, as by that of v1.2.
+    """
+    pixels = truncate_uint8(image).cpu().numpy() if truncate else to_uint8(image)
     return from_uint8(resize(pixels, size, Image.Resampling.BICUBIC))

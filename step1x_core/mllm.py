@@ -1,5 +1,6 @@
 """The language model's configuration, key names, positions and output layout (spec v1.md c.4, c.5)."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +10,7 @@ from .config import HEAD_DIM, PROMPT_DROP_TOKENS, PROMPT_MAX_TOKENS
 
 VISION_KEY = "visual.patch_embed.proj.weight"
 TEXT_KEY = "model.layers.0.self_attn.q_proj.weight"
+HEAD_KEY = "model.lm_head.weight"
 
 
 @dataclass
@@ -31,15 +33,17 @@ class MLLMConfig:
     rope_theta: float = 1e6
     mrope_section: list[int] = field(default_factory=lambda: [16, 24, 24])
     rms_norm_eps: float = 1e-6
+    # Whether there is a language-model head; one with tied embeddings generates from the embedding table instead.
+    lm_head: bool = False
+    tie_word_embeddings: bool = False
 
 
 def normalize_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names of any Hugging Face or ComfyUI file -> `model.*` and `visual.*`. The language-model head is left out: conditioning does not use it."""
+    """Names of any Hugging Face or ComfyUI file -> `model.*` and `visual.*`; the language-model head becomes `model.lm_head.*`."""
     out = {}
     for key, tensor in state_dict.items():
         name = key.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
-        if not name.removeprefix("model.").startswith("lm_head."):
-            out[name] = tensor
+        out["model." + name if name.startswith("lm_head.") else name] = tensor
     return out
 
 
@@ -81,6 +85,8 @@ def detect_mllm_config(state_dict, hf_config: dict) -> MLLMConfig:
         vision_intermediate_size=rows("visual.blocks.0.mlp.gate_proj.weight"),
         vision_depth=count("visual.blocks."),
         head_dim=head_dim,
+        lm_head=HEAD_KEY in state_dict,
+        tie_word_embeddings=bool(hf_config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
         **{k: v for k, v in known.items() if v is not None},
     )
 
@@ -111,6 +117,24 @@ def mrope_positions(mask: Tensor, image_start: int, grid: tuple[int, int]) -> Te
     positions[2, image_start:image_end] = first + cells % columns
     text(slice(image_end, mask.shape[0]), first + max(rows, columns))
     return positions
+
+
+def rope_positions(runs: Iterable[int | tuple[int, int]]) -> Tensor:
+    """Rope positions [3, L] (time, row, column) of a sequence without masked tokens, as it is used for generation.
+
+    runs: the sequence as text (a number of tokens) and pictures (rows and columns of tokens), in order.
+    """
+    parts, start = [], 0
+    for run in runs:
+        if isinstance(run, int):
+            parts.append((start + torch.arange(run)).expand(3, -1))
+            start += run
+        else:
+            rows, columns = run
+            cells = torch.arange(rows * columns)
+            parts.append(start + torch.stack((torch.zeros_like(cells), cells // columns, cells % columns)))
+            start += max(rows, columns)
+    return torch.cat(parts, dim=1)
 
 
 def layout_states(states: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,18 +9,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-import golden_checks
+import golden_runner
 import pytest
 from conftest import PACK
+from golden_files import MISMATCH, TOLERANCE
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 GOLDENS = Path(__file__).parent / "goldens"
 
 
-@pytest.mark.parametrize("name", sorted(golden_checks.CHECKS))
-def test_golden(name):
-    assert golden_checks.check_file(GOLDENS / name) <= golden_checks.TOLERANCE
+@pytest.mark.parametrize("path", sorted(p for p in GOLDENS.rglob("*") if p.is_file()), ids=lambda path: path.name)
+def test_golden(path):
+    assert golden_runner.check_file(path) <= TOLERANCE
+
+
+def test_every_kind_of_golden_file_is_there():
+    assert {p.name for p in GOLDENS.rglob("*") if p.is_file()} == set(golden_runner.CHECKS)
 
 
 def parity(*arguments) -> subprocess.CompletedProcess:
@@ -52,7 +57,7 @@ def test_wrong_columns_of_the_size_table_are_found(tmp_path, column, value):
     table = json.loads((GOLDENS / "resize.json").read_text())
     table["rows"][0][column] = value
     (tmp_path / "resize.json").write_text(json.dumps(table))
-    assert golden_checks.check_file(tmp_path / "resize.json") == golden_checks.MISMATCH
+    assert golden_runner.check_file(tmp_path / "resize.json") == MISMATCH
 
 
 @pytest.mark.parametrize("file, tensor, change", [("ids.safetensors", "outputs.a.v1.1.img_ids", 1e-6), ("ids.safetensors", "outputs.rope_pe", math.nan),
@@ -62,7 +67,7 @@ def test_ids_are_compared_exactly_and_nan_never_passes(tmp_path, file, tensor, c
         metadata, tensors = golden.metadata(), {k: golden.get_tensor(k) for k in golden.keys()}
     tensors[tensor].view(-1)[0] += change
     save_file(tensors, tmp_path / file, metadata=metadata)
-    assert not golden_checks.check_file(tmp_path / file) <= golden_checks.TOLERANCE
+    assert not golden_runner.check_file(tmp_path / file) <= TOLERANCE
 
 
 def test_parity_runner_fails_on_a_folder_without_goldens(tmp_path):

@@ -31,7 +31,7 @@ def inference():
 @pytest.fixture(scope="module")
 def loud_model(tmp_path_factory):
     """A model whose guidance differences have norms well above 1, so that the limiter acts."""
-    path = tmp_path_factory.mktemp("loud") / "loud.safetensors"
+    path = tmp_path_factory.mktemp("loud") / "loud-v1p1.safetensors"
     weights = tiny_models.random_weights(tiny_models.transformer_shapes("v1.1", tiny_models.TINY_TRANSFORMER), seed=1)
     weights["final_layer.linear.weight"] *= 20
     save_file(weights, path)

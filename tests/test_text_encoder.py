@@ -200,7 +200,7 @@ def test_scaled_fp8_file_is_close_to_the_original(tmp_path, float_file, float_cl
 
 
 def test_full_size_key_list_is_that_of_the_7b_model(monkeypatch):
-    """Qwen2.5-VL-7B-Instruct: 729 tensors, 8.29 billion parameters, the head that conditioning leaves out included."""
+    """Qwen2.5-VL-7B-Instruct: 729 tensors, 8.29 billion parameters, the head included."""
     vision = {"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}
     published = tiny_models.mllm_shapes({"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
                                          "vocab_size": 152064, "vision_config": vision})
@@ -208,7 +208,7 @@ def test_full_size_key_list_is_that_of_the_7b_model(monkeypatch):
     weights = normalize_keys({key: torch.empty(shape, device="meta") for key, shape in published.items()})
     config = detect_mllm_config(weights, {})
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.vision_heads) == (28, 4, 128, 16)
-    expected = {k: v for k, v in published.items() if k != "lm_head.weight"}
+    expected = {"model." + k if k == "lm_head.weight" else k: v for k, v in published.items()}
     assert mllm_shapes(config) == expected
     # With dynamic VRAM the host's own layers have no weights before they are loaded.
     monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)

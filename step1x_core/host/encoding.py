@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from ..config import Step1XError
-from ..images import to_output_size, to_working_size
+from ..images import to_output_size, to_working_size, to_working_size_v12
 from .text_encoder import Step1XTokenizer
 
 LATENT_CHANNELS = 16
+
+# Entry of the latent dict that tells the decoder the prompt layout; the host's samplers pass it on.
+LAYOUT_KEY = "step1x_layout"
 
 
 def check_vae(vae) -> None:
@@ -30,9 +33,9 @@ def check_text_encoder(clip) -> None:
 def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, size_level: int) -> tuple[list, list, dict]:
     """Pictures [B, H, W, C] in 0..1 and an instruction -> positive and negative conditioning, and the pictures' latent.
 
-    Every picture is brought to its working size; the language model sees it with both prompts, and its
-    latent (posterior mean) is the reference in both. The latent returned is the same one: at full
-    denoise its content has no influence, below that sampling starts from it.
+    Every picture is brought to its working size; the language model sees it with both prompts, for v1.2
+    resized anew from the original, and its latent (posterior mean) is the reference in both. The latent
+    returned is the same one: at full denoise its content has no influence, below that sampling starts from it.
 
     Raises Step1XError for an empty batch, a foreign text encoder or VAE, and sizes that degenerate.
     """
@@ -40,31 +43,34 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
     check_vae(vae)
     if image.shape[0] == 0:
         raise Step1XError("There is no picture to edit: the image batch is empty. Connect a picture.")
-    pictures = torch.stack([to_working_size(picture, size_level) for picture in image])
+    layout = clip.tokenizer.layout
+    resize = to_working_size_v12 if layout == "v1.2" else to_working_size
+    pictures = torch.stack([resize(picture, size_level) for picture in image])
+    shown = image if layout == "v1.2" else pictures
 
     progress = comfy.utils.ProgressBar(2 * len(pictures) + 1)
     conditionings = []
     for text in (prompt, negative_prompt):
         parts = []
-        for picture in pictures:
+        for picture in shown:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            parts.append(clip.encode_from_tokens_scheduled(clip.tokenize(text, images=[picture[None]])))
+            parts.append(clip.encode_from_tokens_scheduled(clip.tokenize(text, images=[picture[None]], size_level=size_level)))
             progress.update(1)
         conditionings.append(merge_batch(parts))
     comfy.model_management.throw_exception_if_processing_interrupted()
     latent = vae.encode(pictures)
     progress.update(1)
     positive, negative = ([[cond, {**extra, "reference_latents": [latent]}] for cond, extra in c] for c in conditionings)
-    return positive, negative, {"samples": latent}
+    return positive, negative, {"samples": latent, LAYOUT_KEY: layout}
 
 
 def merge_batch(parts: list[list]) -> list:
-    """Conditionings of single pictures, each [1, 640, C] with a mask [1, 640] -> one with [B, 640, C] and [B, 640]."""
+    """Conditionings of single pictures of one size, [1, L, C] and tensors of one row beside them -> one of B rows."""
     if len(parts) == 1:
         return parts[0]
     merged = []
     for entries in zip(*parts):
-        extra = {**entries[0][1], "attention_mask": torch.cat([e[1]["attention_mask"] for e in entries])}
+        extra = {name: torch.cat([e[1][name] for e in entries]) if torch.is_tensor(value) else value for name, value in entries[0][1].items()}
         merged.append([torch.cat([e[0] for e in entries]), extra])
     return merged
 
@@ -81,4 +87,4 @@ def decode_edit(vae, latent: dict, source: Tensor | None = None) -> Tensor:
     if source is None or source.shape[1:3] == pictures.shape[1:3]:
         return pictures
     size = (source.shape[2], source.shape[1])
-    return torch.stack([to_output_size(picture, size) for picture in pictures])
+    return torch.stack([to_output_size(picture, size, truncate=latent.get(LAYOUT_KEY) != "v1.2") for picture in pictures])

@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import re
 
 import comfy.model_patcher
 import comfy.sd
@@ -12,19 +13,21 @@ from comfy.supported_models_base import ClipTarget
 from comfy.text_encoders.hunyuan_video import llama_detect
 
 from ..checkpoint import Checkpoint, check_file, check_tensors, find_checkpoint
-from ..config import CONFIG_KEY, CONNECTOR_KEY, SCALE_FACTOR_KEY, Step1XError, detect_config
-from ..guidance import NormLimiter
+from ..config import CONFIG_KEY, CONNECTOR_KEY, SCALE_FACTOR_KEY, TEXT_MAPPING_KEY, Step1XError, detect_config
 from ..keys import diffusers_to_original, is_diffusers_layout
 from ..mllm import TEXT_KEY, VISION_KEY, MLLMConfig, detect_mllm_config, normalize_keys
 from .model import register
-from .sampling import set_norm_limiter
-from .text_encoder import Qwen25VL, Step1XTEModel, Step1XTokenizer
+from .qwen import Qwen25VL
+from .sampling import with_norm_limiter
+from .text_encoder import Step1XTEModel, Step1XTokenizer
 from .transformer import Step1XTransformer
 
 log = logging.getLogger(__name__)
 
-# The class names of diffusers repositories (spec v12.md a.4).
-PIPELINE_VERSIONS = {"Step1XEditPipeline": "v1.1"}
+# The class names of diffusers repositories and the prompt layout of their versions (spec v12.md a.4).
+PIPELINE_LAYOUTS = {"Step1XEditPipeline": "v1.1", "Step1XEditPipelineV1P2": "v1.2"}
+# How names of files and folders write a version.
+NAMED_V11, NAMED_V12 = re.compile(r"v1[.p]?1(?!\d)|v1_1(?!\d)", re.IGNORECASE), re.compile(r"v1[.p]?2(?!\d)|v1_2(?!\d)|preview|reasonedit", re.IGNORECASE)
 
 # Tensors by which FLUX is told from other models, in the original and in the diffusers layout.
 FLUX_KEYS = (("double_blocks.0.img_attn.qkv.weight",), ("x_embedder.weight", "single_transformer_blocks.0.proj_mlp.weight"))
@@ -63,7 +66,7 @@ def shapes(state_dict) -> dict[str, tuple[int, ...]]:
 def model_shapes(config) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the transformer's tensors, read off the model class itself on the meta device."""
     # Built of plain torch layers: with dynamic VRAM the host's own have no weights before they are loaded.
-    model = Step1XTransformer(version=config.version, connector=config.connector_params(), operations=torch.nn, device="meta", dtype=torch.bfloat16, **config.flux_params())
+    model = Step1XTransformer(operations=torch.nn, device="meta", dtype=torch.bfloat16, **config.transformer_params())
     return shapes(model.state_dict())
 
 
@@ -75,23 +78,48 @@ def config_tensor(values: dict) -> torch.Tensor:
     return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
 
 
-def choose_version(checkpoint: Checkpoint, version: str | None) -> str | None:
-    """The version to assume against the checkpoint's own keys, or None to go by those."""
-    if version is not None or checkpoint.pipeline is None:
-        return version
-    if checkpoint.pipeline not in PIPELINE_VERSIONS:
-        raise Step1XError(f"{checkpoint.path} belongs to the pipeline {checkpoint.pipeline}, which this node pack cannot run yet. "
-                          f"Supported: {', '.join(PIPELINE_VERSIONS)}.")
-    return PIPELINE_VERSIONS[checkpoint.pipeline]
+def pipeline_layout(checkpoint: Checkpoint) -> str | None:
+    """The prompt layout that a diffusers repository's class name stands for; None without one. Raises Step1XError for another model's class."""
+    if checkpoint.pipeline is None:
+        return None
+    if checkpoint.pipeline not in PIPELINE_LAYOUTS:
+        raise Step1XError(f"{checkpoint.path} belongs to the pipeline {checkpoint.pipeline}, which this node pack does not run. "
+                          f"Supported: {', '.join(PIPELINE_LAYOUTS)}.")
+    return PIPELINE_LAYOUTS[checkpoint.pipeline]
+
+
+def choose_version(checkpoint: Checkpoint, state_dict) -> str:
+    """The version of a checkpoint: by its tensors where they tell, else by the repository's class, else by the names of file and folder.
+
+    Raises Step1XError where nothing tells v1.1 from a v1.2-preview without text-token mapping, and where class and tensors contradict.
+    """
+    layout = pipeline_layout(checkpoint)
+    name = "/".join(checkpoint.path.parts[-2:])
+    if SCALE_FACTOR_KEY in state_dict:
+        if layout is not None:
+            raise Step1XError(f"{checkpoint.path} contradicts itself: the pipeline {checkpoint.pipeline} is no v1.0, but {SCALE_FACTOR_KEY} is in v1.0 only. "
+                              "Set the version by hand, or download the folder again.")
+        return "v1.0"
+    if TEXT_MAPPING_KEY in state_dict:
+        if layout == "v1.1":
+            raise Step1XError(f"{checkpoint.path} contradicts itself: the pipeline {checkpoint.pipeline} is v1.1, but {TEXT_MAPPING_KEY} is in v1.2 only. "
+                              "Set the version by hand, or download the folder again.")
+        return "v1.2-preview" if "preview" in name.lower() else "v1.2"
+    if layout == "v1.2" or layout is None and NAMED_V12.search(name):
+        return "v1.2-preview"
+    if layout == "v1.1" or NAMED_V11.search(name):
+        return "v1.1"
+    raise Step1XError(f"{checkpoint.path.name} is Step1X-Edit v1.1 or v1.2-preview; their tensors are alike, and neither its name nor a model_index.json tells. "
+                      "Choose the version in 'Load Step1X-Edit Model' instead of auto.")
 
 
 def model_state_dict(path, version: str | None = None) -> tuple[dict, dict]:
     """Transformer weights in the original layout, ready for the host's loader, and the file metadata.
 
-    Raises Step1XError for files that are damaged, of another model or version, or incomplete, and for a folder whose class and weights contradict.
+    Raises Step1XError for files that are damaged, of another model, incomplete or of a version that cannot be told, and for contradicting marks of a version.
     """
     checkpoint = find_checkpoint(path, "transformer")
-    assumed = choose_version(checkpoint, version)
+    pipeline_layout(checkpoint)
     state_dict, metadata = read_checkpoint(checkpoint)
     name = checkpoint.path.name
     state_dict = strip_prefix(state_dict)
@@ -100,19 +128,15 @@ def model_state_dict(path, version: str | None = None) -> tuple[dict, dict]:
         if any(all(key in state_dict for key in keys) for keys in FLUX_KEYS):
             raise Step1XError(f"{name} is a FLUX model: it has no Step1X-Edit connector. Load it with 'Load Diffusion Model', or choose a Step1X-Edit file here.")
         raise Step1XError(f"{name} is not a Step1X-Edit model: {CONNECTOR_KEY} is not in it. Choose a file such as step1x-edit-v1p1-official.safetensors.")
-    if version is None and assumed == "v1.1" and SCALE_FACTOR_KEY in state_dict:
-        raise Step1XError(f"{checkpoint.path} contradicts itself: the pipeline {checkpoint.pipeline} is v1.1, but {SCALE_FACTOR_KEY} is in v1.0 only. "
-                          "Set the version by hand, or download the folder again.")
     if is_diffusers_layout(state_dict):
         state_dict = diffusers_to_original(state_dict)
 
     overrides = json.loads(metadata.get(CONFIG_KEY, "{}"))
     if checkpoint.config.get("axes_dims_rope"):
         overrides["axes_dim"] = list(checkpoint.config["axes_dims_rope"])
-    if assumed is not None:
-        overrides["version"] = assumed
-    if overrides:
-        state_dict[CONFIG_KEY] = config_tensor(overrides)
+    if version is not None or "version" not in overrides:
+        overrides["version"] = version or choose_version(checkpoint, state_dict)
+    state_dict[CONFIG_KEY] = config_tensor(overrides)
     try:
         config = detect_config(state_dict)
     except KeyError as error:
@@ -126,7 +150,7 @@ def load_model(path, version: str | None = None, model_options={}, disable_dynam
     """Load a Step1X-Edit transformer as a ModelPatcher with norm-limited guidance switched on.
 
     path: single file (original or diffusers layout, any dtype), model folder, or diffusers repository.
-    version: "v1.0", "v1.1", or None to detect it.
+    version: a name in VERSIONS, or None to detect it.
     model_options, disable_dynamic: as for `comfy.sd.load_diffusion_model`.
 
     Raises Step1XError as `model_state_dict` does, and for an unknown version.
@@ -135,15 +159,14 @@ def load_model(path, version: str | None = None, model_options={}, disable_dynam
     state_dict, metadata = model_state_dict(path, version)
     patcher = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=model_options, metadata=metadata, disable_dynamic=disable_dynamic)
     patcher.cached_patcher_init = (load_model, (path, version, model_options))
-    return set_norm_limiter(patcher, NormLimiter())
+    return with_norm_limiter(patcher)
 
 
-def mllm_state_dict(path) -> tuple[dict, MLLMConfig]:
+def mllm_state_dict(checkpoint: Checkpoint) -> tuple[dict, MLLMConfig]:
     """Language-model weights with `model.*` and `visual.*` names, and their configuration.
 
     Raises Step1XError for files that are damaged, of another model, or incomplete.
     """
-    checkpoint = find_checkpoint(path, "text_encoder")
     state_dict, metadata = read_checkpoint(checkpoint)
     name = checkpoint.path.name
     state_dict, metadata = comfy.utils.convert_old_quants(state_dict, model_prefix="", metadata=metadata)
@@ -161,20 +184,38 @@ def mllm_state_dict(path) -> tuple[dict, MLLMConfig]:
     return state_dict, config
 
 
-def load_text_encoder(path, model_options={}, disable_dynamic=False) -> comfy.sd.CLIP:
+def load_text_encoder(path, layout: str | None = None, model_options={}, disable_dynamic=False) -> comfy.sd.CLIP:
     """Load Qwen2.5-VL as a CLIP object that tokenises and lays out prompts as Step1X-Edit was trained with.
 
-    path: the single file Qwen-Image users have (bf16 or scaled fp8), or a Hugging Face folder.
+    path: the single file Qwen-Image users have (bf16 or scaled fp8), a Hugging Face folder, or a diffusers repository.
+    layout: "v1.1" (for v1.0, too), "v1.2", or None for that of the repository's version and else v1.1.
 
-    Raises Step1XError as `mllm_state_dict` does.
+    Raises Step1XError as `mllm_state_dict` does, and for a repository of another model.
     """
-    state_dict, config = mllm_state_dict(path)
-    target = ClipTarget(Step1XTokenizer, functools.partial(Step1XTEModel, config=config, **llama_detect(state_dict)))
+    checkpoint = find_checkpoint(path, "text_encoder")
+    if layout is None:
+        layout = pipeline_layout(checkpoint) or "v1.1"
+    state_dict, config = mllm_state_dict(checkpoint)
+    tokenizer = functools.partial(Step1XTokenizer, layout=layout)
+    target = ClipTarget(tokenizer, functools.partial(Step1XTEModel, config=config, **llama_detect(state_dict)))
     parameters = comfy.utils.calculate_parameters(state_dict)
     clip = comfy.sd.CLIP(target, parameters=parameters, state_dict=[state_dict], model_options=model_options, disable_dynamic=disable_dynamic)
-    clip.patcher.cached_patcher_init = (load_text_encoder_patcher, (path, model_options))
+    clip.patcher.cached_patcher_init = (load_text_encoder_patcher, (path, layout, model_options))
     return clip
 
 
-def load_text_encoder_patcher(path, model_options={}, disable_dynamic=False) -> comfy.model_patcher.ModelPatcher:
-    return load_text_encoder(path, model_options, disable_dynamic).patcher
+def load_text_encoder_patcher(path, layout=None, model_options={}, disable_dynamic=False) -> comfy.model_patcher.ModelPatcher:
+    return load_text_encoder(path, layout, model_options, disable_dynamic).patcher
+
+
+def load_vae(path) -> comfy.sd.VAE:
+    """Load the VAE of a diffusers repository, a model folder or a file with the host's own VAE class.
+
+    Raises Step1XError for files that are damaged or hold no VAE.
+    """
+    checkpoint = find_checkpoint(path, "vae")
+    state_dict, metadata = read_checkpoint(checkpoint)
+    vae = comfy.sd.VAE(sd=state_dict, metadata=metadata)
+    if vae.first_stage_model is None:
+        raise Step1XError(f"{checkpoint.path.name} holds no VAE that ComfyUI knows. Choose the vae folder of a Step1X-Edit repository, or ae.safetensors.")
+    return vae

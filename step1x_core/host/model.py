@@ -9,10 +9,10 @@ import comfy.supported_models
 from comfy.supported_models_base import ClipTarget
 from comfy.text_encoders.hunyuan_video import llama_detect
 
-from ..config import CONFIG_KEY, CONNECTOR_KEY, Step1XError, detect_config
+from ..config import CONFIG_KEY, CONNECTOR_KEY, VERSIONS, Step1XError, detect_config
 from ..mllm import detect_mllm_config
 from .text_encoder import TEXT_ENCODER_NAME, Step1XTEModel, Step1XTokenizer
-from .transformer import Step1XTransformer
+from .transformer import Step1XTransformer, position_bits
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +30,10 @@ class Step1XEditModel(comfy.model_base.Flux):
         return None
 
     def extra_conds(self, **kwargs):
-        """The host's Flux conds without guidance, plus the text mask.
+        """The host's Flux conds without guidance, plus the text mask, or for v1.2 the text's positions and input embeddings.
 
-        Raises Step1XError when the conditioning was not made with a Step1X-Edit text encoder or was joined from two, and for a reference latent of another model.
+        Raises Step1XError when the conditioning was not made with a Step1X-Edit text encoder of the model's layout or was joined from two, and for a
+        reference latent of another model.
         """
         references = kwargs.get("reference_latents") or []
         channels = self.latent_channels
@@ -56,6 +57,23 @@ class Step1XEditModel(comfy.model_base.Flux):
                 raise Step1XError(f"This conditioning has {context.shape[1]} text positions and a mask of {mask.shape[1]}: conditionings of Step1X-Edit cannot be concatenated. "
                                   "Write everything into one prompt.")
             out["text_mask"] = comfy.conds.CONDRegular(mask)
+        return out | self.layout_conds(context, **kwargs)
+
+    def layout_conds(self, context, text_ids=None, text_embeds=None, text_mask=None, **kwargs) -> dict:
+        """What the layout of v1.2 adds to the conds; {} for the other one. Raises Step1XError for a conditioning of the other layout."""
+        version = self.diffusion_model.version
+        layout = VERSIONS[version].layout
+        if (text_ids is not None) != (layout == "v1.2"):
+            raise Step1XError(f"The model was loaded as {version}, but the instruction was encoded for {'v1.0 or v1.1' if text_ids is None else 'v1.2'}. "
+                              f"Set the version of 'Load Step1X-Edit MLLM' to {layout}, or correct that of 'Load Step1X-Edit Model'.")
+        if text_ids is None:
+            return {}
+        if text_ids.shape[1] != context.shape[1]:
+            raise Step1XError(f"This conditioning has {context.shape[1]} text positions and ids for {text_ids.shape[1]}: conditionings of Step1X-Edit cannot be concatenated. "
+                              "Write everything into one prompt.")
+        out = {"text_ids": comfy.conds.CONDRegular(position_bits(text_ids))}
+        if self.diffusion_model.text_token_mapping is not None:
+            out |= {"text_embeds": comfy.conds.CONDRegular(text_embeds), "quoted_mask": comfy.conds.CONDRegular(text_mask)}
         return out
 
 
@@ -71,7 +89,7 @@ class Step1XEdit(comfy.supported_models.Flux):
 
     def get_model(self, state_dict, prefix="", device=None):
         config = detect_config(state_dict, prefix)
-        self.unet_config.update(config.flux_params(), version=config.version, connector=config.connector_params())
+        self.unet_config.update(config.transformer_params())
         return Step1XEditModel(self, device=device)
 
     def process_unet_state_dict(self, state_dict):
@@ -83,7 +101,8 @@ class Step1XEdit(comfy.supported_models.Flux):
         weights = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
         if not weights:
             return None
-        return ClipTarget(Step1XTokenizer, functools.partial(Step1XTEModel, config=detect_mllm_config(weights, {}), **llama_detect(weights)))
+        tokenizer = functools.partial(Step1XTokenizer, layout=VERSIONS[self.unet_config["version"]].layout)
+        return ClipTarget(tokenizer, functools.partial(Step1XTEModel, config=detect_mllm_config(weights, {}), **llama_detect(weights)))
 
 
 def register() -> None:

@@ -6,7 +6,7 @@ import comfy.utils
 import latent_preview
 from torch import Tensor
 
-from ..config import Step1XError
+from ..config import VERSIONS, Step1XError, Version
 from ..guidance import NormLimiter
 from ..schedule import image_to_image_start, latent_tokens, sigma_schedule
 from .model import Step1XEditModel
@@ -24,7 +24,7 @@ def check_model(model) -> None:
 def set_norm_limiter(model, limiter: NormLimiter):
     """A clone of the model with this norm limiter among its pre-CFG hooks, in place of any earlier one.
 
-    The unconditional pass is kept at CFG 1 while the limiter is active: it still shapes the early steps.
+    The unconditional pass is kept at CFG 1 while the limiter is active: in v1.0 and v1.1 it still shapes the early steps.
     """
     model = model.clone()
     options = model.model_options
@@ -32,15 +32,25 @@ def set_norm_limiter(model, limiter: NormLimiter):
     if not (options[HOOKS] or "sampler_post_cfg_function" in options or "sampler_cfg_function" in options):
         # Left by an earlier limiter: no other hook asked for it.
         options.pop("disable_cfg1_optimization", None)
-    model.set_model_sampler_pre_cfg_function(limiter, disable_cfg1_optimization=limiter.truncate < 1)
+    model.set_model_sampler_pre_cfg_function(limiter, disable_cfg1_optimization=limiter.truncate < 1 and model_version(model).uncond_at_cfg1)
     return model
 
 
 def with_norm_limiter(model):
-    """The model itself where it has a norm limiter, else a clone with the official one (a model from a stock loader has none)."""
+    """The model itself where it has a norm limiter, else a clone with its version's (a model from a stock loader has none)."""
     if any(isinstance(hook, NormLimiter) for hook in model.model_options.get(HOOKS, [])):
         return model
-    return set_norm_limiter(model, NormLimiter())
+    return set_norm_limiter(model, NormLimiter(model_version(model).guidance_truncate))
+
+
+def model_version(model) -> Version:
+    return VERSIONS[model.model.diffusion_model.version]
+
+
+def version_defaults(model, steps: int, cfg: float) -> tuple[int, float]:
+    """Steps and CFG with the defaults of the model's version where they are 0."""
+    version = model_version(model)
+    return steps or version.steps, cfg or version.cfg
 
 
 def flow_sigmas(steps: int, latent: Tensor, denoise: float = 1.0) -> Tensor:

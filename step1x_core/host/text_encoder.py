@@ -1,90 +1,22 @@
-"""The Step1X-Edit text encoder on the host's Qwen2.5-VL (spec v1.md c)."""
+"""The Step1X-Edit text encoder on the host's Qwen2.5-VL (spec v1.md c, v12.md b)."""
 
 from dataclasses import asdict
 
 import torch
 from comfy import sd1_clip
-from comfy.ldm.modules.attention import optimized_attention_for_device
-from comfy.text_encoders import llama, qwen_vl
 from comfy.text_encoders.qwen_image import Qwen25_7BVLITokenizer
-from torch import Tensor
 
+from ..chat import chat, untemplated
 from ..config import Step1XError
-from ..images import BLACK_PICTURE, to_vision_size
-from ..mllm import MLLMConfig, attention_mask, layout_states, mrope_positions
-from ..prompt import prompt_ids
+from ..images import BLACK_PICTURE, to_thinker_size, to_vision_size, to_vision_size_v12
+from ..mllm import MLLMConfig, layout_states
+from ..positions import text_ids
+from ..prompt import IMAGE_PAD_ID, prompt_ids
+from ..prompt_v12 import KEPT, SPECIAL_TOKENS, prompt_ids_v12
+from ..token_sampling import Sampling
+from .qwen import STOP_IDS, Qwen25VL, picture_grid
 
 TEXT_ENCODER_NAME = "qwen25_7b"
-
-
-class VisionTransformer(qwen_vl.Qwen2VLVisionTransformer):
-    def __init__(self, config: MLLMConfig, device=None, dtype=None, ops=None):
-        super().__init__(
-            hidden_size=config.vision_hidden_size, output_hidden_size=config.hidden_size, intermediate_size=config.vision_intermediate_size,
-            num_heads=config.vision_heads, num_layers=config.vision_depth, window_size=config.vision_window_size, device=device, dtype=dtype, ops=ops,
-        )
-        self.fullatt_block_indexes = config.vision_full_attention
-
-    def forward(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        """Patches [N, 1176] of one picture, grid [1, 3] -> features [N / 4, C] in row-major order of the merged grid.
-
-        The host's own forward of 0.18 leaves the features in window order; Hugging Face's and later hosts restore it.
-        """
-        attention = optimized_attention_for_device(pixel_values.device, mask=False, small_input=True)
-        x = self.patch_embed(pixel_values)
-        tokens, merge = x.shape[0], self.spatial_merge_size**2
-
-        window_index, window_ends = self.get_window_index(image_grid_thw)
-        windows = torch.unique_consecutive(torch.tensor(window_ends, device=x.device))
-        whole = torch.tensor([0, tokens], device=x.device)
-
-        def to_windows(values):
-            return values.reshape(tokens // merge, merge, -1)[window_index].reshape(tokens, -1)
-
-        angles = to_windows(self.get_position_embeddings(image_grid_thw, x.device))
-        angles = torch.cat((angles, angles), dim=-1)
-        rope = (angles.cos(), angles.sin())
-        x = to_windows(x)
-        for i, block in enumerate(self.blocks):
-            x = block(x, rope, whole if i in self.fullatt_block_indexes else windows, optimized_attention=attention)
-        return self.merger(x)[torch.argsort(window_index)]
-
-
-class Qwen25VL(llama.BaseLlama, torch.nn.Module):
-    """The host's Qwen2.5-VL with sizes taken from the checkpoint and the official attention mask and positions."""
-
-    def __init__(self, config_dict, dtype, device, operations):
-        super().__init__()
-        config = MLLMConfig(**config_dict)
-        text = llama.Qwen25_7BVLI_Config(
-            vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads, rms_norm_eps=config.rms_norm_eps, rope_theta=config.rope_theta,
-        )
-        text.head_dim = config.head_dim
-        text.rope_dims = config.mrope_section
-        self.num_layers = text.num_hidden_layers
-        self.model = llama.Llama2_(text, device=device, dtype=dtype, ops=operations)
-        self.visual = VisionTransformer(config, device=device, dtype=dtype, ops=operations)
-        self.dtype = dtype
-
-    def encode_image(self, image: Tensor, device) -> tuple[Tensor, tuple[int, int]]:
-        """uint8 [h, w, 3] with sides in multiples of 28 -> features [rows * columns, C] in float32 and (rows, columns)."""
-        patches, grid = qwen_vl.process_qwen2vl_images(image[None].float() / 255)
-        features = self.visual(patches.to(device), grid)
-        return features.float(), (image.shape[0] // 28, image.shape[1] // 28)
-
-    def encode(self, before: list[int], image: Tensor, after: list[int], device) -> Tensor:
-        """Token ids around one picture -> hidden states after the final norm, [1, L, C] in float32."""
-        features, grid = self.encode_image(image, device)
-        ids = torch.tensor([before + after], device=device)
-        start = len(before)
-        embeds = self.model.embed_tokens(ids, out_dtype=torch.float32)
-        embeds = torch.cat((embeds[:, :start], features[None], embeds[:, start:]), dim=1)
-        mask = attention_mask(ids[0])
-        mask = torch.cat((mask[:start], mask.new_ones(features.shape[0]), mask[start:]))
-        positions = mrope_positions(mask, start, grid)
-        return self.model(None, attention_mask=mask[None], embeds=embeds, dtype=torch.float32, position_ids=positions)[0].float()
 
 
 class Step1XTextModel(sd1_clip.SDClipModel):
@@ -93,17 +25,46 @@ class Step1XTextModel(sd1_clip.SDClipModel):
                          layer_norm_hidden_state=False, model_class=Qwen25VL, model_options=model_options)
 
     def forward(self, tokens):
-        """tokens: one list of ids with one picture among them, as Step1XTokenizer makes it -> states [1, L, C] and no pooled output."""
+        """tokens: one list of ids with one picture among them, as Step1XTokenizer makes it -> states [1, L, C] and no pooled output.
+
+        For the layout of v1.2 only the kept states, and a dict with what else the transformer needs of them:
+        "text_ids" [1, L, 3], "text_embeds" [1, L, C], "text_mask" [1, L].
+        """
         device = self.execution_device
         if device is None:
             device = self.transformer.get_input_embeddings().weight.device
         sequence = tokens[0]
         at = next(i for i, token in enumerate(sequence) if isinstance(token, dict))
-        return self.transformer.encode(sequence[:at], sequence[at]["data"], sequence[at + 1:], device), None
+        picture = sequence[at]
+        if "text_mask" not in picture:
+            return self.transformer.encode(sequence, device, hide_zeros=True)[0], None
+        states, embeds, positions = self.transformer.encode(sequence, device, hide_zeros=False)
+        grid = picture_grid(picture["data"])
+        mask = [*picture["text_mask"][:at], *[0] * (grid[0] * grid[1]), *picture["text_mask"][at + 1:]]
+        # The official code hands both over in bfloat16, whatever the models run in.
+        states, embeds = (tensor[:, KEPT].bfloat16().float() for tensor in (states, embeds))
+        return states, None, {"text_ids": text_ids(positions, at, grid, picture["working_size"])[None], "text_embeds": embeds, "text_mask": torch.tensor([mask])[:, KEPT]}
+
+    def check_can_generate(self) -> None:
+        """Raise Step1XError for weights without a language-model head."""
+        if not self.transformer.can_generate:
+            raise Step1XError("This text encoder cannot write text: its file has no language-model head (lm_head.weight). "
+                              "Load the full Qwen2.5-VL-7B-Instruct, or for v1.2 the text_encoder folder of the Step1X-Edit v1.2 repository.")
+
+    def generate(self, tokens, do_sample, max_length, temperature, top_k, top_p, min_p, repetition_penalty, seed, presence_penalty=0.0):
+        """The host's token structure of one prompt -> ids of the reply. The settings are those of Hugging Face's `generate`.
+
+        Without sampling the most probable token is taken every time.
+        Raises Step1XError for weights without a language-model head, and for a repetition penalty of 0.
+        """
+        self.check_can_generate()
+        sampling = Sampling(temperature=temperature if do_sample else 0, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+                            presence_penalty=presence_penalty, seed=seed or 0)
+        return self.transformer.generate([token[0] for token in tokens[TEXT_ENCODER_NAME][0]], self.execution_device, max_length, sampling)
 
 
 class Step1XTEModel(sd1_clip.SD1ClipModel):
-    """Conditioning of one prompt: [1, 640, C] with its attention mask [1, 640]."""
+    """Conditioning of one prompt: [1, 640, C] with its attention mask [1, 640], or for v1.2 [1, L, C] with what `Step1XTextModel.forward` gives."""
 
     def __init__(self, config: MLLMConfig, device="cpu", dtype=None, model_options={}, dtype_llama=None, llama_quantization_metadata=None):
         if llama_quantization_metadata is not None:
@@ -112,27 +73,73 @@ class Step1XTEModel(sd1_clip.SD1ClipModel):
         super().__init__(device=device, dtype=dtype_llama or dtype, name=TEXT_ENCODER_NAME, clip_model=Step1XTextModel, model_options=model_options, config=config)
 
     def encode_token_weights(self, token_weight_pairs):
-        states, pooled = super().encode_token_weights(token_weight_pairs)[:2]
+        states, pooled, *extra = super().encode_token_weights(token_weight_pairs)
+        if extra:
+            return states, pooled, {name: tensor.to(states.device) for name, tensor in extra[0].items()}
         cond, mask = layout_states(states)
         return cond, pooled, {"attention_mask": mask}
 
+    def memory_estimation_function(self, tokens, device=None) -> int:
+        """Bytes that a run over these tokens needs beside the weights; the host asks before it loads them."""
+        model = getattr(self, self.clip).transformer
+        return max((model.working_memory([token[0] for token in sequence]) for sequence in tokens.get(TEXT_ENCODER_NAME, [])), default=0)
+
 
 class Step1XTokenizer(sd1_clip.SD1Tokenizer):
-    def __init__(self, embedding_directory=None, tokenizer_data={}):
+    """layout: how prompts are laid out, "v1.1" for v1.0 and v1.1, "v1.2" for its preview and final."""
+
+    def __init__(self, embedding_directory=None, tokenizer_data={}, layout="v1.1"):
         super().__init__(embedding_directory=embedding_directory, tokenizer_data=tokenizer_data, name=TEXT_ENCODER_NAME, tokenizer=Qwen25_7BVLITokenizer)
+        self.layout = layout
+        # The host's tokenizer has four tags of later models, which Qwen2.5-VL reads as plain text.
+        inner = getattr(self, self.clip)
+        known = {id: token for id, token in inner.tokenizer.added_tokens_decoder.items() if str(token) in SPECIAL_TOKENS}
+        inner.tokenizer = type(inner.tokenizer).from_pretrained(inner.tokenizer.name_or_path, added_tokens_decoder=known)
 
     def token_ids(self, text: str) -> list[int]:
         return getattr(self, self.clip).tokenizer(text)["input_ids"]
 
-    def tokenize_with_weights(self, text, return_word_ids=False, images=[], **kwargs):
+    def tokenize_chat(self, texts: list[str], pictures: list) -> dict:
+        """Texts around pictures [H, W, C] (see chat.py) -> the host's token structure for generation."""
+        sequence = self.token_ids(texts[0])
+        for picture, text in zip(pictures, texts[1:]):
+            sequence += [{"type": "image", "data": to_thinker_size(picture)}, *self.token_ids(text)]
+        return {TEXT_ENCODER_NAME: [[(token, 1.0) for token in sequence or [STOP_IDS[0]]]]}
+
+    def tokenize_request(self, text, skip_template, image=None, video=None, audio=None) -> dict:
+        """What the host's 'Generate Text' node asks for: a text, and the pictures of a batch [B, H, W, C] in front of it.
+
+        Raises Step1XError for video and sound.
+        """
+        if video is not None or audio is not None:
+            raise Step1XError("Step1X-Edit's text encoder reads pictures, not video or sound. Connect the frames to the image input.")
+        pictures = [] if image is None else list(image)
+        return self.tokenize_chat(*(untemplated(text, pictures) if skip_template else chat(None, [*pictures, text])))
+
+    def decode(self, token_ids, skip_special_tokens=True):
+        # The model has more ids than its tokenizer; some tokenizers fail on those.
+        known = len(getattr(self, self.clip).tokenizer)
+        return super().decode([token for token in token_ids if token < known], skip_special_tokens=skip_special_tokens)
+
+    def tokenize_with_weights(self, text, return_word_ids=False, images=[], size_level=1024, **kwargs):
         """Prompt and at most one picture [B, H, W, C] (its first entry) -> the host's token structure.
 
+        The picture is the one at its working size for v1.0 and v1.1. For v1.2 it is the original, which is edited at size_level.
+
         Without a picture the model is shown a black one, as the official text-to-image does. Prompt
-        weights such as (word:1.2) do not exist here: the text is taken literally.
+        weights such as (word:1.2) do not exist here: the text is taken literally. The host's 'Generate Text'
+        node, which alone passes `skip_template`, gets its text laid out as a chat instead.
         """
+        if "skip_template" in kwargs:
+            return self.tokenize_request(text, kwargs["skip_template"], kwargs.get("image"), kwargs.get("video"), kwargs.get("audio"))
         if len(images) > 1:
             raise Step1XError(f"Step1X-Edit reads one picture with the instruction, not {len(images)}. Connect a single picture.")
         picture = images[0][0] if len(images) > 0 else torch.zeros(BLACK_PICTURE, BLACK_PICTURE, 3)
-        before, after = prompt_ids(text, self.token_ids)
-        sequence = [*before, {"type": "image", "data": to_vision_size(picture)}, *after]
+        if self.layout == "v1.2":
+            sequence, mask = prompt_ids_v12(text, self.token_ids)
+            pixels, working_size = to_vision_size_v12(picture, size_level)
+            sequence[sequence.index(IMAGE_PAD_ID)] = {"type": "image", "data": pixels, "working_size": working_size, "text_mask": mask}
+        else:
+            before, after = prompt_ids(text, self.token_ids)
+            sequence = [*before, {"type": "image", "data": to_vision_size(picture)}, *after]
         return {TEXT_ENCODER_NAME: [[(token, 1.0, 0) if return_word_ids else (token, 1.0) for token in sequence]]}

@@ -1,25 +1,45 @@
-"""The Step1X-Edit transformer: the host's Flux with a connector in front of it (spec v1.md a)."""
+"""The Step1X-Edit transformer: the host's Flux with a connector in front of it (spec v1.md a, v12.md a)."""
 
 import torch
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.modules.attention import optimized_attention_masked
 from torch import Tensor
 
-from ..config import VERSIONS
+from ..config import TIME_FACTOR, VERSIONS
 from ..connector import Connector
+
+
+def position_bits(text_ids: Tensor) -> Tensor:
+    """float32 positions [B, T, 3] as int32 of the same bits.
+
+    The host casts floating-point conditions to the model's dtype; fractional positions must not be rounded to bfloat16.
+    """
+    return text_ids.float().contiguous().view(torch.int32)
+
+
+def official_time(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Time 0..1 as v1.2's pipeline hands it to the network: rounded to the latent's dtype on the way over 0..1000 (spec v12.md e).
+
+    In bfloat16 neighbouring times near 1000 are 4 apart: 993.58 becomes 992.
+    """
+    return (t.float() * TIME_FACTOR).to(dtype) / TIME_FACTOR
 
 
 class Step1XTransformer(Flux):
     """Same blocks and key names as FLUX.1 without guidance embedding, plus `connector.*`.
 
-    version: decides where reference tokens stand; it may be changed after construction.
+    version: decides where reference tokens stand and how times are rounded; it may be changed after construction.
     connector: keyword arguments of the Connector.
+    text_token_mapping: whether there is v1.2's layer that shows the transformer quoted characters as the language model embeds them.
     """
 
-    def __init__(self, version, connector, dtype=None, device=None, operations=None, **kwargs):
+    def __init__(self, version, connector, text_token_mapping=False, dtype=None, device=None, operations=None, **kwargs):
         super().__init__(dtype=dtype, device=device, operations=operations, **kwargs)
         self.version = version
         self.connector = Connector(**connector, attention=optimized_attention_masked, dtype=dtype, device=device, operations=operations)
+        self.text_token_mapping = None
+        if text_token_mapping:
+            self.text_token_mapping = operations.Linear(connector["in_channels"], connector["hidden_size"], dtype=dtype, device=device)
 
     def process_reference(self, latent: Tensor, index: int, transformer_options={}) -> tuple[Tensor, Tensor]:
         """Latent [B, C, h, w] of reference number `index` (from 0) -> tokens [B, N, C*4] and position ids [B, N, 3].
@@ -29,13 +49,19 @@ class Step1XTransformer(Flux):
         t, y, x = VERSIONS[self.version].reference_offset
         return self.process_img(latent, index=t * (index + 1), h_offset=y * self.patch_size, w_offset=x * self.patch_size, transformer_options=transformer_options)
 
-    def _forward(self, x, timestep, context, y=None, guidance=None, ref_latents=None, control=None, transformer_options={}, text_mask=None, **kwargs):
+    def _forward(self, x, timestep, context, y=None, guidance=None, ref_latents=None, control=None, transformer_options={},
+                 text_mask=None, text_ids=None, text_embeds=None, quoted_mask=None, **kwargs):
         """x [B, C, h, w] noisy latent, timestep [B] in 0..1, context [B, T, C_llm] language-model states,
         text_mask [B, T] of 0/1, ref_latents list of [B, C, h, w] -> velocity [B, C, h, w].
+
+        v1.2 only: text_ids [B, T, 3] positions as the bits of float32 (see `position_bits`), text_embeds [B, T, C_llm]
+        input embeddings of the language model, quoted_mask [B, T] of 0/1.
 
         y and guidance belong to the host's interface and are not used: the pooled vector comes from the connector.
         """
         height, width = x.shape[-2:]
+        if VERSIONS[self.version].layout == "v1.2":
+            timestep = official_time(timestep, x.dtype)
         img, img_ids = self.process_img(x, transformer_options=transformer_options)
         img_tokens = img.shape[1]
         if ref_latents is not None:
@@ -50,7 +76,12 @@ class Step1XTransformer(Flux):
         if text_mask is None:
             text_mask = torch.ones(context.shape[:2], dtype=torch.long, device=context.device)
         txt, vec = self.connector(context, timestep, text_mask, transformer_options)
-        txt_ids = torch.zeros((*txt.shape[:2], 3), device=x.device, dtype=torch.float32)
+        if self.text_token_mapping is not None and quoted_mask is not None:
+            txt = txt + quoted_mask[..., None] * self.text_token_mapping(text_embeds)
+        if text_ids is None:
+            txt_ids = torch.zeros((*txt.shape[:2], 3), device=x.device, dtype=torch.float32)
+        else:
+            txt_ids = text_ids.view(torch.float32)
         # Padded text takes part in the transformer's attention: no mask here, and no trimming.
         out = self.forward_orig(img, img_ids, txt, txt_ids, timestep, vec, control=control, transformer_options=transformer_options)
         return self.unpack(out[:, :img_tokens], height, width)

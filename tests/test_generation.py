@@ -1,0 +1,423 @@
+"""Text generation against Hugging Face transformers, and through the host's own node."""
+
+import json
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import pytest
+import tiny_models
+import torch
+import transformers
+from comfy_extras.nodes_textgen import TextGenerate
+from safetensors.torch import load_file, save_file
+
+from step1x_core.chat import DEFAULT_SYSTEM, chat, split_at_pictures, untemplated
+from step1x_core.config import Step1XError
+from step1x_core.host.generation import generate_text
+from step1x_core.host.loading import load_text_encoder
+from step1x_core.host.model import Step1XEdit
+from step1x_core.images import to_thinker_size
+from step1x_core.mllm import normalize_keys, rope_positions
+from step1x_core.prompt import IMAGE_PAD_ID
+from step1x_core.token_sampling import Sampling, TokenChooser, filter_scores, penalise
+
+NAME = "qwen25_7b"
+TOKENS = 48
+
+
+def write(path, weights, config=tiny_models.TINY_MLLM):
+    save_file(weights, path, metadata={"step1x_edit_config": json.dumps(config)})
+    return path
+
+
+def lively_weights(lm_head):
+    """Random weights whose replies depend on every token before, with its place, and do not fall into repeating one."""
+    weights = tiny_models.random_weights(tiny_models.mllm_shapes(tiny_models.TINY_MLLM, lm_head), seed=2)
+    for key, weight in weights.items():
+        if key.startswith("model.layers.") and key.endswith(("q_proj.weight", "k_proj.weight", "o_proj.weight", "down_proj.weight")):
+            weight *= 3
+    if not lm_head:
+        # A large table would make every token name itself as the next one.
+        weights["model.embed_tokens.weight"] *= 0.05
+    return weights
+
+
+@pytest.fixture(scope="module")
+def untied_file(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("untied") / "untied.safetensors", lively_weights(True))
+
+
+@pytest.fixture(scope="module")
+def tied_file(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("tied") / "tied.safetensors", lively_weights(False), {**tiny_models.TINY_MLLM, "tie_word_embeddings": True})
+
+
+@pytest.fixture(scope="module")
+def untied(untied_file):
+    return load_text_encoder(untied_file)
+
+
+@pytest.fixture(scope="module")
+def tied(tied_file):
+    return load_text_encoder(tied_file)
+
+
+def reference_model(path, tie):
+    text = {k: v for k, v in tiny_models.TINY_MLLM.items() if k != "vision_config"}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=tiny_models.TINY_MLLM["vision_config"], image_token_id=IMAGE_PAD_ID,
+                                           vision_start_token_id=151652, tie_word_embeddings=tie)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config).eval().float()
+    weights = {}
+    for key, weight in load_file(path).items():
+        weights["model." + key if key.startswith("visual.") else key.replace("model.", "model.language_model.", 1)] = weight
+    if tie:
+        weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"]
+    model.load_state_dict(weights, strict=True)
+    return model
+
+
+@pytest.fixture(scope="module")
+def references(untied_file, tied_file):
+    return {"untied": reference_model(untied_file, False), "tied": reference_model(tied_file, True)}
+
+
+def picture(width, height, seed=0):
+    return torch.rand(height, width, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def sequence_of(clip, content, system=None):
+    return [token for token, _ in clip.tokenizer.tokenize_chat(*chat(system, content))[NAME][0]]
+
+
+def processor_patches(pixels):
+    """The processor's patch order, written out: merged cells row by row, 2x2 patches inside a cell, then channel, frame, y, x."""
+    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    rows, columns = pixels.shape[0] // 28, pixels.shape[1] // 28
+    patches = ((pixels.float() / 255 - mean) / std).reshape(rows, 2, 14, columns, 2, 14, 3).permute(0, 3, 1, 4, 6, 2, 5)
+    return patches[:, :, :, :, :, None].expand(-1, -1, -1, -1, -1, 2, -1, -1).reshape(rows * columns * 4, -1), [1, rows * 2, columns * 2]
+
+
+def reference_inputs(sequence):
+    ids, patches, grids = [], [], []
+    for token in sequence:
+        if isinstance(token, dict):
+            values, grid = processor_patches(token["data"])
+            patches.append(values)
+            grids.append(grid)
+            ids += [IMAGE_PAD_ID] * (len(values) // 4)
+        else:
+            ids.append(token)
+    ids = torch.tensor([ids])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == IMAGE_PAD_ID).int()}
+    if patches:
+        inputs.update(pixel_values=torch.cat(patches), image_grid_thw=torch.tensor(grids))
+    return inputs
+
+
+def reference_reply(model, sequence, tokens=TOKENS, **settings):
+    inputs = reference_inputs(sequence)
+    with torch.no_grad():
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=tokens, eos_token_id=[151643, 151645], pad_token_id=151643, **settings)
+    return out[0, inputs["input_ids"].shape[1]:].tolist()
+
+
+def greedy(clip, content, tokens=TOKENS, **settings):
+    return clip.generate(clip.tokenizer.tokenize_chat(*chat(None, content)), do_sample=False, max_length=tokens, **settings)
+
+
+CONTENTS = {
+    "text": ["Hello! Rewrite: make it 红色"],
+    "picture": [picture(320, 500), "Describe the picture."],
+    "two pictures": ["Was ", picture(300, 700, 1), " edited into ", picture(640, 200, 2), "? Answer yes or no!"],
+}
+
+
+@pytest.mark.parametrize("head", ["untied", "tied"])
+@pytest.mark.parametrize("content", CONTENTS)
+def test_greedy_decoding_equals_transformers(request, references, head, content):
+    clip = request.getfixturevalue(head)
+    found = greedy(clip, CONTENTS[content])
+    assert len(found) == TOKENS and len(set(found)) > 20
+    assert found == reference_reply(references[head], sequence_of(clip, CONTENTS[content]))
+
+
+def test_repetition_penalty_equals_transformers_over_prompt_and_reply(tied, references):
+    content = CONTENTS["picture"]
+    found = greedy(tied, content, repetition_penalty=1.6)
+    assert found == reference_reply(references["tied"], sequence_of(tied, content), repetition_penalty=1.6)
+    assert found != greedy(tied, content)
+
+
+def test_every_cell_of_a_picture_counts_as_a_token_of_the_prompt(untied):
+    sequence = sequence_of(untied, CONTENTS["two pictures"])
+    embeds, positions, ids = untied.cond_stage_model.qwen25_7b.transformer.embed(sequence, torch.device("cpu"), torch.float32)
+    assert torch.equal(ids, reference_inputs(sequence)["input_ids"][0]) and embeds.shape[1] == positions.shape[1] == len(ids)
+
+
+def test_a_reply_longer_than_the_cache_goes_on(untied, references, monkeypatch):
+    monkeypatch.setattr("step1x_core.host.qwen.REPLY_TOKENS", 5)
+    assert greedy(untied, CONTENTS["text"]) == reference_reply(references["untied"], sequence_of(untied, CONTENTS["text"]))
+
+
+@pytest.mark.parametrize("stop", [151643, 151645])
+def test_stop_tokens_end_the_reply(untied, monkeypatch, stop):
+    free = greedy(untied, CONTENTS["text"])
+    at = next(i for i, token in enumerate(free) if i > 8 and free.index(token) == i)
+    head = untied.cond_stage_model.qwen25_7b.transformer.model.lm_head.weight
+    saved = head[[stop, free[at]]].clone()
+    # The stop token takes the part of the one that would have been said there.
+    with torch.no_grad():
+        head[stop], head[free[at]] = saved[1], saved[0]
+    try:
+        assert greedy(untied, CONTENTS["text"]) == [*free[:at], stop]
+    finally:
+        with torch.no_grad():
+            head[[stop, free[at]]] = saved
+
+
+def test_same_seed_same_text_whatever_the_global_random_state(untied):
+    def ask(seed):
+        return generate_text(untied, "You judge pictures.", CONTENTS["two pictures"], 40, seed)
+
+    torch.manual_seed(1)
+    first = ask(7)
+    state = torch.get_rng_state()
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    assert ask(7) == first and first == first.strip() != "" and ask(8) != first
+    assert torch.equal(torch.get_rng_state(), before) and not torch.equal(state, before)
+    assert ask(2**64 - 1) == ask(2**64 - 1)
+
+
+def test_system_text_and_pictures_change_the_answer(untied):
+    def ask(system, content):
+        return generate_text(untied, system, content, 16, 0, temperature=0)
+
+    a, b = picture(300, 300, 1), picture(300, 560, 2)
+    answers = {ask(None, ["x", a, b]), ask(None, ["x", b, a]), ask(None, [a, "x", b]), ask("Other.", ["x", a, b]), ask(None, ["x", a])}
+    assert len(answers) == 5
+    assert ask(None, ["x"]) == ask(DEFAULT_SYSTEM, ["x"])
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("temperature, top_k, top_p, min_p", [
+    (0.7, 50, 0.9, 0.0), (1.0, 0, 0.6, 0.0), (1.8, 5, 1.0, 0.2), (0.2, 0, 1.0, 0.05), (1.3, 100, 0.95, 0.1),
+    (1.0, 0, 0.0, 0.0), (1.0, 1000, 1.0, 1.0), (1.0, 0, 1.0, 0.0),
+])
+def test_filtered_probabilities_equal_transformers(seed, temperature, top_k, top_p, min_p):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(400, generator=generator) * 3
+    scores[7] = scores.max()  # a tie at the top
+    prompt = torch.randint(400, (60,), generator=generator)
+    reply = torch.randint(400, (9,), generator=generator)
+
+    expected, history = scores[None], torch.cat((prompt, reply))[None]
+    for used, warper, value in ((True, transformers.RepetitionPenaltyLogitsProcessor, 1.3), (True, transformers.TemperatureLogitsWarper, temperature),
+                                (top_k > 0, transformers.TopKLogitsWarper, top_k), (top_p < 1, transformers.TopPLogitsWarper, top_p),
+                                (min_p > 0, transformers.MinPLogitsWarper, min_p)):
+        if used:
+            expected = warper(value)(history, expected)
+
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=1.3)
+    seen = torch.zeros(400, dtype=torch.bool)
+    seen[history[0]] = True
+    found = filter_scores(penalise(scores, seen, torch.zeros_like(seen), sampling), sampling)
+    assert torch.equal(found.softmax(0), expected[0].softmax(0)) and (found > -torch.inf).any()
+
+
+def test_drawn_tokens_follow_the_probabilities():
+    scores = torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0])
+    sampling = Sampling(temperature=0.8, top_k=4, seed=3)
+    expected = filter_scores(scores, sampling).softmax(0)
+    choose = TokenChooser(torch.tensor([0]), 5, sampling)
+    counts = torch.bincount(torch.tensor([choose(scores) for _ in range(4000)]), minlength=5) / 4000
+    assert counts[3] == 0 and (counts - expected).abs().max() < 0.025
+
+
+def test_penalties_count_prompt_and_reply_apart():
+    choose = TokenChooser(torch.tensor([0]), 4, Sampling(temperature=0, repetition_penalty=2.0, presence_penalty=0.7))
+    # 0 stands in the prompt: 2.0 / 2. Then 1 and 2 stand in the reply: 1.9 / 2 - 0.7 and 1.5 / 2 - 0.7.
+    scores = torch.tensor([2.0, 1.9, 1.5, -0.1])
+    assert [choose(scores) for _ in range(4)] == [1, 2, 0, 0]
+
+
+def test_repetition_penalty_of_zero_is_refused(untied):
+    with pytest.raises(Step1XError, match="repetition penalty"):
+        greedy(untied, ["x"], repetition_penalty=0.0)
+
+
+def test_a_file_without_head_says_what_to_load(tmp_path, untied_file, photo):
+    weights = {k: v for k, v in load_file(untied_file).items() if not k.startswith("lm_head")}
+    clip = load_text_encoder(write(tmp_path / "headless.safetensors", weights))
+    with pytest.raises(Step1XError, match="lm_head.weight.*Qwen2.5-VL-7B-Instruct.*text_encoder folder"):
+        generate_text(clip, None, ["x"], 4, 0)
+    assert clip.encode_from_tokens(clip.tokenize("make it red", images=[photo])).shape == (1, 640, 64)
+
+
+def test_a_foreign_text_encoder_is_refused(untied):
+    foreign = untied.clone()
+    foreign.tokenizer = object()
+    with pytest.raises(Step1XError, match="Load Step1X-Edit MLLM"):
+        generate_text(foreign, None, ["x"], 4, 0)
+
+
+@pytest.mark.parametrize("prefixed", [(), ("visual.",), ("visual.", "lm_head.")])
+def test_the_head_is_found_under_every_name(tmp_path, untied_file, untied, prefixed):
+    weights = load_file(untied_file)
+    if prefixed:
+        weights = {"model." + k if k.startswith(prefixed) else k.replace("model.", "model.language_model.", 1): v for k, v in weights.items()}
+    folder = tmp_path / "Qwen2.5-VL"
+    folder.mkdir()
+    index = {}
+    for i, names in enumerate((sorted(weights)[::2], sorted(weights)[1::2])):
+        save_file({k: weights[k] for k in names}, folder / f"model-0000{i + 1}-of-00002.safetensors")
+        index.update(dict.fromkeys(names, f"model-0000{i + 1}-of-00002.safetensors"))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "config.json").write_text(json.dumps(tiny_models.TINY_MLLM))
+    assert greedy(load_text_encoder(folder), ["Hi"], 8) == greedy(untied, ["Hi"], 8)
+
+
+def test_a_scaled_fp8_head_generates(tmp_path, untied_file, untied):
+    weights = load_file(untied_file)
+    head = weights["lm_head.weight"]
+    scale = head.abs().max() / 448
+    quantised = (head / scale).to(torch.float8_e4m3fn)
+    marker = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    path = write(tmp_path / "scaled.safetensors", {**weights, **marker, "lm_head.weight": quantised, "lm_head.scale_weight": scale})
+    plain = load_text_encoder(write(tmp_path / "plain.safetensors", {**weights, "lm_head.weight": quantised.float() * scale}))
+    found = greedy(load_text_encoder(path), CONTENTS["text"], 12)
+    assert found == greedy(plain, CONTENTS["text"], 12)
+
+
+def test_the_head_survives_in_an_all_in_one_checkpoint(untied_file):
+    """Under the names the stock CheckpointSave writes; such a file has no configuration beside the shapes."""
+    config = {**tiny_models.TINY_MLLM, "hidden_size": 128, "num_attention_heads": 1, "num_key_value_heads": 1,
+              "vision_config": {**tiny_models.TINY_MLLM["vision_config"], "hidden_size": 64, "num_heads": 16, "depth": 1}}
+    weights = normalize_keys(tiny_models.random_weights(tiny_models.mllm_shapes(config), seed=2))
+    saved = {f"text_encoders.{NAME}.transformer.{k}": v for k, v in weights.items()}
+    family = Step1XEdit({})
+    clip = comfy.sd.CLIP(family.clip_target(saved), state_dict=family.process_clip_state_dict(saved))
+    found = clip.cond_stage_model.qwen25_7b.transformer.model.lm_head.weight
+    assert torch.equal(found.float(), weights["model.lm_head.weight"]) and len(greedy(clip, ["Hi"], 4)) == 4
+
+
+def test_cancelling_stops_between_tokens_and_the_next_call_works(untied, monkeypatch):
+    seen = []
+
+    def hook(value, total, preview, node_id=None):
+        seen.append((value, total))
+        comfy.model_management.interrupt_current_processing(True)
+
+    expected = greedy(untied, CONTENTS["picture"])
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        greedy(untied, CONTENTS["picture"])
+    assert seen == [(1, TOKENS)]
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", None)
+    assert greedy(untied, CONTENTS["picture"]) == expected
+
+
+def test_every_token_is_reported(untied, monkeypatch):
+    updates = []
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update", lambda self, value: updates.append((value, self.total)))
+    greedy(untied, ["x"], 9)
+    assert updates == [(1, 9)] * 9
+
+
+SAMPLING_ON = {"sampling_mode": "on", "temperature": 0.7, "top_k": 64, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.05, "seed": 2**63 + 5}
+
+
+@pytest.mark.parametrize("mode", [SAMPLING_ON, {"sampling_mode": "off"}])
+def test_stock_generate_text_node(untied, photo, mode):
+    def run(**kwargs):
+        return TextGenerate.execute(untied, "What is (this:1.2)?", 12, mode, **kwargs).result[0]
+
+    plain, seen = run(), run(image=photo)
+    assert plain and seen and plain != seen
+    assert (plain, seen) == (run(), run(image=photo))
+    assert run(image=torch.cat((photo, photo.flip(2)))) not in (plain, seen)
+    if mode["sampling_mode"] == "off":
+        reply = greedy(untied, [photo[0], "What is (this:1.2)?"], 12)
+        assert seen == untied.decode(reply) == untied.tokenizer.qwen25_7b.tokenizer.decode([t for t in reply if t < 151665], skip_special_tokens=True)
+
+
+def test_stock_encode_still_makes_conditionings_after_generating(clip, photo):
+    before = clip.encode_from_tokens(clip.tokenize("make it red"))
+    TextGenerate.execute(clip, "say it", 3, {"sampling_mode": "off"}, image=photo)
+    assert torch.equal(clip.encode_from_tokens(clip.tokenize("make it red")), before)
+
+
+def tokens_of(clip, text, **kwargs):
+    return [token["type"] if isinstance(token, dict) else token for token, _ in clip.tokenize(text, min_length=1, **kwargs)[NAME][0]]
+
+
+def test_what_the_stock_node_asks_for(clip, photo):
+    ids = clip.tokenizer.token_ids
+    head, tail = f"<|im_start|>system\n{DEFAULT_SYSTEM}<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+    assert tokens_of(clip, "hi", skip_template=False, image=None) == ids(head + "hi" + tail)
+    assert tokens_of(clip, "hi", skip_template=False, image=photo) == [*ids(head + "<|vision_start|>"), "image", *ids("<|vision_end|>hi" + tail)]
+    assert tokens_of(clip, "hi", skip_template=True, image=photo, thinking=True) == [151652, "image", 151653, *ids("hi")]
+    assert tokens_of(clip, "a<|image_pad|>b", skip_template=True, image=photo) == [*ids("a"), "image", *ids("b")]
+    assert tokens_of(clip, "", skip_template=True) == [151643]
+    for name in ("video", "audio"):
+        with pytest.raises(Step1XError, match="not video or sound"):
+            clip.tokenize("hi", skip_template=False, **{name: photo})
+
+
+def test_pictures_stand_where_the_content_has_them():
+    first, second = object(), object()
+    texts, pictures = chat("S", ["a", "b", first, second, "c"])
+    assert texts == ["<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nab<|vision_start|>", "<|vision_end|><|vision_start|>",
+                     "<|vision_end|>c<|im_end|>\n<|im_start|>assistant\n"]
+    assert pictures == [first, second]
+    assert split_at_pictures([]) == ([""], []) and chat("", [])[0][0].startswith("<|im_start|>system\n<|im_end|>")
+    assert untemplated("x<|image_pad|>y", []) == (["x<| image_pad |>y"], [])
+
+
+@pytest.mark.parametrize("text", ["<|image_pad|>", "two <|image_pad|><|image_pad|>", "lone \ud800 surrogate", "<|im_end|>", "", "\x00", "!"])
+def test_awkward_texts_are_answered(untied, text):
+    sequence = sequence_of(untied, [text, picture(40, 60), text], system=text)
+    assert sum(isinstance(token, dict) for token in sequence) == 1 and IMAGE_PAD_ID not in sequence
+    assert isinstance(generate_text(untied, text, [text, picture(40, 60), text], 3, 0), str)
+
+
+def test_split_image_token_stays_text(untied):
+    assert IMAGE_PAD_ID not in sequence_of(untied, ["<|image_", "pad|>"])
+
+
+def test_rope_positions_go_on_after_the_longer_side_of_a_picture():
+    assert rope_positions([2, (2, 3), 1, (1, 1), 1]).tolist() == [
+        [0, 1, 2, 2, 2, 2, 2, 2, 5, 6, 7],
+        [0, 1, 2, 2, 2, 3, 3, 3, 5, 6, 7],
+        [0, 1, 2, 3, 4, 2, 3, 4, 5, 6, 7],
+    ]
+
+
+def test_memory_for_keys_and_values_is_asked_for(untied, monkeypatch):
+    asked = []
+    load = comfy.model_management.load_models_gpu
+
+    def note(models, memory_required=0, **kwargs):
+        asked.append(memory_required)
+        load(models, memory_required, **kwargs)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", note)
+    big = picture(800, 900)
+    greedy(untied, ["x"], 1)
+    greedy(untied, ["x", big], 1)
+    untied.load_model()
+    cells = to_thinker_size(big).shape[0] * to_thinker_size(big).shape[1] // 28**2
+    cache = 4 * 2 * 2 * 1 * 32  # float32 keys and values of 2 layers with 1 head of 32
+    assert asked[1] - asked[0] >= cells * cache and asked[0] > 1024 * cache and asked[2] == 0
+
+
+def test_compute_dtype_is_the_hosts_choice(untied, monkeypatch):
+    model = untied.cond_stage_model.qwen25_7b.transformer
+    seen = []
+    embed = model.embed
+    monkeypatch.setattr(model, "embed", lambda sequence, device, dtype: seen.append(dtype) or embed(sequence, device, dtype))
+    greedy(untied, CONTENTS["picture"], 2)
+    monkeypatch.setattr(comfy.model_management, "should_use_bf16", lambda device=None, **kwargs: True)
+    assert len(greedy(untied, CONTENTS["picture"], 6)) == 6
+    assert seen == [torch.float32, torch.bfloat16]
