@@ -24,7 +24,7 @@ from step1x_core.images import to_vision_size
 from step1x_core.prompt import prompt_ids
 from step1x_core.schedule import sigma_schedule
 from training.autoencoder import Autoencoder, channel_statistics, fold_normalization
-from training.data import PairStream, Pool, Tokenizer, find_tokenizer
+from training.data import BLOCK, PairStream, Pool, Tokenizer, find_tokenizer
 from training.mllm import DemoMLLM, vision_pictures
 from training.model import DemoSize, DemoTransformer, parameter_bytes
 from training.sampling import edit, guided_velocity
@@ -61,7 +61,7 @@ def test_all_files_together_stay_below_30_megabytes():
 
 @pytest.fixture(scope="module", params=[SIZE, SMALL], ids=["default", "small"])
 def transformers(request, tmp_path_factory):
-    path = tmp_path_factory.mktemp("transformer") / "model.safetensors"
+    path = tmp_path_factory.mktemp("transformer") / "model-v1p1.safetensors"
     ours, weights = seeded(DemoTransformer(request.param))
     save_file(weights, path)
     patcher = load_model(path, model_options={"dtype": torch.float32})
@@ -178,11 +178,11 @@ def test_workers_deliver_the_same_pairs_as_the_main_process(tokenizer):
 
 
 def test_pool_drops_the_oldest_pairs(tokenizer):
-    stream, pool = PairStream(5, 96, tokenizer), Pool(64, 96, torch.device("cpu"), lambda pictures: torch.zeros(len(pictures), 16, 12, 12))
+    stream, pool = PairStream(5, 96, tokenizer), Pool(2 * BLOCK, 96, torch.device("cpu"), lambda pictures: torch.zeros(len(pictures), 16, 12, 12))
     blocks = [stream.get() for _ in range(3)]
     for block in blocks:
         pool.add(block)
-    assert len(pool) == 64
+    assert len(pool) == 2 * BLOCK
     assert np.array_equal(pool.tensors["ids"].numpy(), np.concatenate((blocks[2]["ids"], blocks[1]["ids"])))
     batch = pool.sample(8, torch.Generator().manual_seed(0), ("source", "target_latent", "length"))
     assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == {"source": (8, 96, 96, 3), "target_latent": (8, 16, 12, 12), "length": (8,)}

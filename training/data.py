@@ -21,9 +21,10 @@ AFTER_LENGTH = 40
 PAD_ID = 151643
 # Conditioning positions in training: the text before the picture that is kept (7), the picture of a square scene (256), the text after it,
 # and one padded position that stands for the rest of the 640.
-TEXT_LENGTH = 7 + 256 + AFTER_LENGTH + 1
+PICTURE = slice(7, 7 + 256)
+TEXT_LENGTH = PICTURE.stop + AFTER_LENGTH + 1
 # Pairs that a worker hands over at a time.
-BLOCK = 32
+BLOCK = 128
 # Kinds of edits whose region is most of the picture: no part of it deserves more weight.
 GLOBAL_KINDS = ("background", "style", "none")
 

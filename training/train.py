@@ -25,9 +25,9 @@ from step1x_core.config import CONFIG_KEY
 from step1x_core.schedule import latent_tokens, shift_mu
 from training import autoencoder, mllm, model, sampling
 from training.autoencoder import DOWNSCALE, Autoencoder
-from training.data import BLOCK, TEXT_LENGTH, PairStream, Pool, Tokenizer, find_tokenizer
+from training.data import BLOCK, PICTURE, TEXT_LENGTH, PairStream, Pool, Tokenizer, find_tokenizer
 from training.mllm import DemoMLLM
-from training.model import SMOKE_SIZE, DemoSize, DemoTransformer
+from training.model import SMOKE_SIZE, DemoSize, DemoTransformer, GroundingHeads
 from training.scenes import KINDS
 from training.trainer import Trainer, averaged_weights, read_checkpoint
 
@@ -39,7 +39,8 @@ VAE_WEIGHTS = "autoencoder.safetensors"
 IDENTITY_SHARE, DROPPED_SHARE = 0.045, 0.04
 DROPPED_TIME = 0.7
 REGION_WEIGHT = 6.0
-RATES = {"transformer": 1e-3, "mllm": 2e-3, "vae": 1e-3}
+GROUNDING_WEIGHT = 0.1
+RATES = {"transformer": 1e-3, "mllm": 2e-3, "grounding": 1e-3, "vae": 1e-3}
 
 
 def sample_times(count: int, tokens: int, device: torch.device, generator: torch.Generator) -> Tensor:
@@ -69,10 +70,13 @@ def edit_loss(networks: nn.ModuleDict, batch: dict[str, Tensor], empty: tuple[Te
     noise = torch.randn(ref.shape, device=device, generator=generator)
     x = torch.lerp(target, noise, t[:, None, None, None])
     cond, mask = networks["mllm"](batch["source"], ids, lengths, TEXT_LENGTH)
-    velocity = networks["transformer"](x, t, cond, mask, ref).float()
+    velocity, tokens, seen = networks["transformer"].run(x, t, cond, mask, ref)
     weight = 1 + (REGION_WEIGHT - 1) * region
-    error = (velocity - (noise - target)).square().mean(dim=1)
-    return (error * weight).sum() / weight.sum()
+    error = (velocity.float() - (noise - target)).square().mean(dim=1)
+    # Only where the instruction is given and names a part of the picture.
+    local = (~unsaid & (region.sum(dim=(1, 2)) > 0)).float()
+    grounding = networks["grounding"](tokens[:, PICTURE], seen, region)
+    return (error * weight).sum() / weight.sum() + GROUNDING_WEIGHT * (grounding * local).sum() / local.sum().clamp(min=1)
 
 
 class Feed:
@@ -152,7 +156,7 @@ def load_autoencoder(folder: Path, device: torch.device) -> Autoencoder:
 
 def build_networks(size: DemoSize) -> nn.ModuleDict:
     """Transformer and language model with fresh weights."""
-    networks = nn.ModuleDict({"transformer": DemoTransformer(size), "mllm": DemoMLLM(size)})
+    networks = nn.ModuleDict({"transformer": DemoTransformer(size), "mllm": DemoMLLM(size), "grounding": GroundingHeads(size)})
     model.initialize(networks["transformer"])
     mllm.initialize(networks["mllm"])
     return networks
@@ -170,7 +174,7 @@ def train_edit(args: argparse.Namespace, stream: PairStream, tokenizer: Tokenize
         # What cannot be compiled on this machine runs as it is.
         torch._dynamo.config.suppress_errors = True
         for network in networks.values():
-            for block in network.blocks():
+            for block in network.blocks() if hasattr(network, "blocks") else ():
                 block.compile(dynamic=False)
     vae = load_autoencoder(args.out, device)
 
@@ -253,7 +257,8 @@ def export(folder: Path, target: Path) -> dict[str, Path]:
     paths = {}
     for name, tensors in weights.items():
         paths[name] = target / FILES[name]
-        metadata = {CONFIG_KEY: json.dumps(size.mllm_config())} if name == "mllm" else None
+        config = {"mllm": size.mllm_config(), "transformer": {"version": model.VERSION}}.get(name)
+        metadata = {CONFIG_KEY: json.dumps(config)} if config else None
         # The two numbers of the latent format stay exact.
         save_file({key: tensor.half().contiguous() if tensor.ndim else tensor for key, tensor in tensors.items()}, paths[name], metadata=metadata)
     total = 0
