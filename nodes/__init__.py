@@ -3,10 +3,13 @@
 from comfy_api.latest import ComfyExtension, io
 
 from ..step1x_core.host.model import register
+from .batch import Step1XBatch
 from .caching import Step1XTeaCache
-from .edit import Step1XDecode, Step1XEditEncode
+from .edit import Step1XDecode, Step1XEditEncode, Step1XReferences
 from .loaders import Step1XLoraLoader, Step1XMLLMLoader, Step1XModelLoader, Step1XVAELoader
+from .local import Step1XCrop, Step1XStitch
 from .loop import LOOP_NODES
+from .replacements import register_replacements
 from .sampling import Step1XGuidance, Step1XSampler, Step1XScheduler
 from .thinking import Step1XReflect, Step1XThink
 
@@ -14,6 +17,7 @@ from .thinking import Step1XReflect, Step1XThink
 class Step1XExtension(ComfyExtension):
     async def on_load(self) -> None:
         register()
+        await register_replacements()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
@@ -30,4 +34,8 @@ class Step1XExtension(ComfyExtension):
             Step1XThink,
             Step1XReflect,
             *LOOP_NODES,
+            Step1XCrop,
+            Step1XStitch,
+            Step1XReferences,
+            Step1XBatch,
         ]

@@ -1,8 +1,10 @@
 from comfy_api.latest import io
 
-from ..step1x_core.host.encoding import decode_edit, encode_edit
+from ..step1x_core.host.encoding import add_references, decode_edit, encode_edit
 
 CATEGORY = "model/conditioning/step1x"
+# More than a few are too much for the model, and for most graphics cards.
+MAX_REFERENCES = 8
 
 
 class Step1XEditEncode(io.ComfyNode):
@@ -27,6 +29,8 @@ class Step1XEditEncode(io.ComfyNode):
                                 tooltip="What guidance steers away from. The model was trained with an empty one for edits."),
                 io.Int.Input("size_level", default=1024, min=64, max=2048, step=16,
                              tooltip="The picture is edited at about this many pixels squared, keeping its aspect ratio. 1024 gives the best quality; 512 is much faster."),
+                io.Latent.Input("latent", optional=True,
+                                tooltip="To edit a result further without loss: the latent it was decoded from. The picture is then read by the language model only."),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive"),
@@ -36,8 +40,39 @@ class Step1XEditEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip, vae, image, prompt, negative_prompt, size_level) -> io.NodeOutput:
-        return io.NodeOutput(*encode_edit(clip, vae, image, prompt, negative_prompt, size_level))
+    def execute(cls, clip, vae, image, prompt, negative_prompt, size_level, latent=None) -> io.NodeOutput:
+        return io.NodeOutput(*encode_edit(clip, vae, image, prompt, negative_prompt, size_level, latent))
+
+
+class Step1XReferences(io.ComfyNode):
+    """Further reference pictures. The stock 'ReferenceLatent' adds one to one conditioning; it needs two for each picture, and scaling and encoding before them."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Step1XReferences",
+            display_name="Step1X-Edit References",
+            category=CATEGORY,
+            description="Experimental: shows the model further pictures beside the one that is edited. It was trained with a single picture.",
+            search_aliases=["step1x", "reference image", "several images", "multiple references"],
+            is_experimental=True,
+            inputs=[
+                io.Conditioning.Input("positive", tooltip="The instruction, from 'Step1X-Edit Encode'."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt, from 'Step1X-Edit Encode'."),
+                io.Vae.Input("vae", tooltip="The VAE that encoded the picture."),
+                io.Autogrow.Input("images", template=io.Autogrow.TemplatePrefix(io.Image.Input("image"), prefix="image", min=1, max=MAX_REFERENCES),
+                                  tooltip="Further pictures, of any size. Each makes sampling slower, about as much as the first."),
+                io.Int.Input("size_level", default=512, min=64, max=2048, step=16, tooltip="Each further picture is shown at about this many pixels squared."),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive"),
+                io.Conditioning.Output(display_name="negative"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, positive, negative, vae, images, size_level) -> io.NodeOutput:
+        return io.NodeOutput(*add_references([positive, negative], vae, list(images.values()), size_level))
 
 
 class Step1XDecode(io.ComfyNode):

@@ -66,7 +66,7 @@ class Step1XMLLMLoader(io.ComfyNode):
                                tooltip="A file in models/text_encoders such as qwen_2.5_vl_7b.safetensors, or a Hugging Face folder (shown with a slash)."),
                 io.Combo.Input("device", options=["default", "cpu"], default="default", advanced=True,
                                tooltip="cpu keeps the text encoder off the graphics card: slower, but it needs no VRAM."),
-                io.Combo.Input("version", options=["auto", *LAYOUTS], default="auto",
+                io.Combo.Input("version", options=["auto", *LAYOUTS], default="auto", optional=True,
                                tooltip="How the instruction is laid out: v1.1 for Step1X-Edit v1.0 and v1.1, v1.2 for v1.2 and its preview. "
                                        "auto follows the repository a folder belongs to and takes v1.1 for a single file."),
             ],
@@ -74,7 +74,7 @@ class Step1XMLLMLoader(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, mllm, device, version) -> io.NodeOutput:
+    def execute(cls, mllm, device, version="auto") -> io.NodeOutput:
         path = resolve(mllm, "text_encoders", "text_encoder")
         options = {"load_device": torch.device("cpu"), "offload_device": torch.device("cpu")} if device == "cpu" else {}
         return io.NodeOutput(load_text_encoder(path, None if version == "auto" else version, options))
@@ -104,8 +104,8 @@ class Step1XVAELoader(io.ComfyNode):
 
 
 class Step1XLoraLoader(io.ComfyNode):
-    """The stock 'Load LoRA (Model)' works, too. This one follows the official merging rule for an alpha of 0 and refuses a file in
-    which nothing fits the model, where the stock node goes on without it."""
+    """The stock 'Load LoRA (Model)' works, too. This one knows more names of layers, follows the official merging rule for an alpha of 0, and
+    refuses a file in which nothing fits the model, where the stock node goes on without it."""
 
     @classmethod
     def define_schema(cls):
@@ -118,7 +118,7 @@ class Step1XLoraLoader(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="A Step1X-Edit model."),
                 io.Combo.Input("lora_name", options=folder_paths.get_filename_list("loras"),
-                               tooltip="A file in models/loras, in the kohya layout or in PEFT layout with diffusers names."),
+                               tooltip="A file in models/loras, in the layout of kohya, of PEFT with diffusers names, or of DiffSynth."),
                 io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.01, tooltip="How strongly the LoRA acts. The official code uses 1."),
             ],
             outputs=[io.Model.Output()],

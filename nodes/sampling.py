@@ -1,8 +1,8 @@
 from comfy_api.latest import io
 
-from ..step1x_core.config import DEFAULT_STEPS, GUIDANCE_NORM_POWER, GUIDANCE_TRUNCATE
+from ..step1x_core.config import DEFAULT_STEPS, GUIDANCE_NORM_POWER
 from ..step1x_core.guidance import NormLimiter
-from ..step1x_core.host.sampling import SAMPLERS, check_model, fit_latent, flow_sigmas, sample, set_norm_limiter, version_defaults, with_norm_limiter
+from ..step1x_core.host.sampling import SAMPLERS, check_model, fit_latent, flow_sigmas, model_version, sample, set_norm_limiter, version_defaults, with_norm_limiter
 
 CATEGORY = "model/sampling/step1x"
 
@@ -81,9 +81,9 @@ class Step1XGuidance(io.ComfyNode):
             search_aliases=["step1x", "cfg norm", "norm limiter", "process norm"],
             inputs=[
                 io.Model.Input("model", tooltip="A Step1X-Edit model."),
-                io.Float.Input("truncate", default=GUIDANCE_TRUNCATE, min=0.0, max=1.0, step=0.01,
-                               tooltip="Guidance is limited while the noise level is above this value. 1 switches the limiter off, as the first official release had it; "
-                                       "0 limits every step, as v1.2 does."),
+                io.Float.Input("truncate", default=-1.0, min=-1.0, max=1.0, step=0.01,
+                               tooltip="Guidance is limited while the noise level is above this value. -1 takes the version's: 0.93, for v1.2 every step. "
+                                       "1 switches the limiter off, as the first official release had it; 0 limits every step."),
                 io.Float.Input("power", default=GUIDANCE_NORM_POWER, min=0.0, max=1.0, step=0.05, advanced=True,
                                tooltip="Strong guidance of norm n is divided by n to this power."),
             ],
@@ -93,4 +93,5 @@ class Step1XGuidance(io.ComfyNode):
     @classmethod
     def execute(cls, model, truncate, power) -> io.NodeOutput:
         check_model(model)
-        return io.NodeOutput(set_norm_limiter(model, NormLimiter(truncate, power)))
+        limit = model_version(model).guidance_truncate if truncate < 0 else truncate
+        return io.NodeOutput(set_norm_limiter(model, NormLimiter(limit, power)))

@@ -115,6 +115,18 @@ def default_axes_dim(head_dim: int) -> list[int]:
     return [time, (head_dim - time) // 2, (head_dim - time) // 2]
 
 
+def config_tensor(values: dict) -> torch.Tensor:
+    """The entry under CONFIG_KEY in which a configuration travels with a state dict, uint8."""
+    return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
+
+
+def stored_config(state_dict, prefix: str = "") -> dict:
+    """What a state dict brings under CONFIG_KEY; {} without that entry."""
+    key = prefix + CONFIG_KEY
+    # GGUF converters make float16 of it.
+    return json.loads(bytes(state_dict[key].to(torch.uint8).tolist())) if key in state_dict else {}
+
+
 def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
     """Read the configuration off a state dict in the original key layout (spec v1.md a.2).
 
@@ -130,16 +142,13 @@ def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
 
     def columns(key):
         weight = state_dict[prefix + key]
-        # 4-bit weights are stored two to a byte, as uint8.
-        return weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
+        # 4-bit weights are stored two to a byte, as uint8. The tensors of GGUF loaders are uint8, too, but a class of their own that tells the unpacked shape.
+        return weight.shape[1] * (2 if weight.dtype == torch.uint8 and type(weight) is torch.Tensor else 1)
 
     def count(block):
         return len({k[len(prefix) + len(block):].split(".")[0] for k in state_dict if k.startswith(prefix + block)})
 
-    overrides = {}
-    if prefix + CONFIG_KEY in state_dict:
-        overrides = json.loads(bytes(state_dict[prefix + CONFIG_KEY].tolist()))
-
+    overrides = stored_config(state_dict, prefix)
     norm = "double_blocks.0.img_attn.norm.key_norm."
     head_dim = rows(norm + ("scale" if prefix + norm + "scale" in state_dict else "weight"))
     hidden = rows("img_in.weight")

@@ -296,7 +296,7 @@ def test_the_head_survives_in_an_all_in_one_checkpoint(untied_file):
               "vision_config": {**tiny_models.TINY_MLLM["vision_config"], "hidden_size": 64, "num_heads": 16, "depth": 1}}
     weights = normalize_keys(tiny_models.random_weights(tiny_models.mllm_shapes(config), seed=2))
     saved = {f"text_encoders.{NAME}.transformer.{k}": v for k, v in weights.items()}
-    family = Step1XEdit({})
+    family = Step1XEdit({"version": "v1.1"})
     clip = comfy.sd.CLIP(family.clip_target(saved), state_dict=family.process_clip_state_dict(saved))
     found = clip.cond_stage_model.qwen25_7b.transformer.model.lm_head.weight
     assert torch.equal(found.float(), weights["model.lm_head.weight"]) and len(greedy(clip, ["Hi"], 4)) == 4

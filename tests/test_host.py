@@ -42,6 +42,11 @@ def server(tmp_path_factory):
     install_pack(base)
     with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base, arguments=("--cpu", "--preview-method", "latent2rgb")) as running:
         Client(running.url).upload_image(PHOTO, "coffee.jpg")
+        with Image.open(PHOTO) as photo:
+            # A mask as the mask editor saves it: what is painted is transparent.
+            photo.putalpha(ImageOps.invert(Image.linear_gradient("L").resize(photo.size).point(lambda value: 255 if 64 < value < 160 else 0)))
+            photo.save(base / "masked.png")
+        Client(running.url).upload_image(base / "masked.png", "masked.png")
         yield running
 
 
@@ -99,13 +104,16 @@ def test_workflows_are_offered_as_templates(client):
 
 
 SHIPPED = [("step1x_edit.json", (600, 400)), ("step1x_edit_custom_sampler.json", (600, 400)), ("step1x_text_to_image.json", (256, 192)),
-           ("step1x_edit_v12.json", (600, 400)), ("step1x_edit_v12_thinking.json", (600, 400))]
+           ("step1x_edit_v12.json", (600, 400)), ("step1x_edit_v12_thinking.json", (600, 400)),
+           ("step1x_masked_edit.json", (600, 400)), ("step1x_crop_and_stitch.json", (600, 400)), ("step1x_edit_in_turns.json", (600, 400))]
 LOOP = "step1x_edit_v12_loop.json"
+# Run in test_batch.py.
+BATCH = "step1x_batch.json"
 
 
 @pytest.mark.parametrize("name, size", SHIPPED)
 def test_shipped_workflow_makes_a_picture(client, prompt_of, name, size):
-    prompt = prompt_of(name)
+    prompt = prompt_of(name, LoadImage={"image": "masked.png"})
     run = client.run(prompt)
     picture = pixels(run)
     assert picture.shape == (size[1], size[0], 3) and picture.std() > 10
@@ -115,7 +123,7 @@ def test_shipped_workflow_makes_a_picture(client, prompt_of, name, size):
 
 
 def test_every_shipped_workflow_is_tested():
-    assert {p.name for p in WORKFLOWS.glob("*.json")} == {*(name for name, _ in SHIPPED), LOOP}
+    assert {p.name for p in WORKFLOWS.glob("*.json")} == {*(name for name, _ in SHIPPED), LOOP, BATCH}
 
 
 def text_of(run, prompt) -> str:
@@ -178,14 +186,17 @@ def test_nodes_of_a_shipped_workflow_exist_with_all_their_inputs(object_info, pa
             continue
         info, inputs = object_info[node["type"]], prompt[str(node["id"])]["inputs"]
         definitions = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
-        assert set(info["input"].get("required", {})) <= set(inputs) <= set(definitions), node["type"]
+        # The slots of a growing input are named after it: "images.image0".
+        assert set(info["input"].get("required", {})) <= {name.split(".")[0] for name in inputs} <= set(definitions), node["type"]
         values = [value for value in node.get("widgets_values", []) if value not in (*AFTER_GENERATE, "image")]
         unlinked = to_api({"nodes": [{**node, "inputs": []}], "links": []}, object_info)[str(node["id"])]["inputs"]
         assert values == list(unlinked.values()), node["type"]
         for name, value in inputs.items():
             if isinstance(value, list):
                 outputs = object_info[prompt[value[0]]["class_type"]]["output"]
-                assert definitions[name][0] in (outputs[value[1]], "*"), f"{node['type']}.{name}"
+                given, taken = outputs[value[1]], definitions[name.split(".")[0]][0]
+                # 'Create List' takes and gives whatever is connected.
+                assert given == taken or taken in ("*", "COMFY_AUTOGROW_V3") or given == "COMFY_MATCHTYPE_V3", f"{node['type']}.{name}"
 
 
 def test_custom_sampler_workflow_equals_the_one_stop_sampler(client, prompt_of):

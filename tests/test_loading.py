@@ -314,6 +314,15 @@ def test_broken_folders_are_named(repository, files, tmp_path):
         load_model(tmp_path / "bare")
 
 
+def test_scales_in_the_diffusers_layout_are_refused_instead_of_dropped(files, tmp_path):
+    """Three matrices with a scale each become one; without the scales the model would draw noise."""
+    weights = to_diffusers(load_file(files["v1.1"]))
+    scales = {f"transformer_blocks.0.attn.{name}.scale_weight": torch.tensor(0.5) for name in ("to_q", "to_k", "to_v")}
+    save_file({**weights, **scales}, tmp_path / "scaled-v1p1.safetensors")
+    with pytest.raises(Step1XError, match="quantised file in the diffusers layout"):
+        load_model(tmp_path / "scaled-v1p1.safetensors")
+
+
 def test_unknown_version_is_refused(files):
     with pytest.raises(Step1XError, match="Choose one of"):
         load_model(files["v1.1"], "v9")

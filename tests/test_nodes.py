@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny_models
 import torch
 from conftest import PACK
 
@@ -50,7 +51,23 @@ def test_defaults_are_the_official_ones(schemas):
     # 0 stands for the version's own.
     assert all(inputs[f"{name}.steps"].default == inputs[f"{name}.cfg"].default == 0 for name in ("Step1XSampler", "Step1XReflectionLoop"))
     assert inputs["Step1XReflectionLoop.rounds"].default == 3 and inputs["Step1XThink.temperature"].default == 0.7
-    assert inputs["Step1XEditEncode.size_level"].default == 1024 and inputs["Step1XGuidance.truncate"].default == 0.93
+    assert inputs["Step1XEditEncode.size_level"].default == 1024 and inputs["Step1XGuidance.truncate"].default == -1
+
+
+def test_guidance_node_takes_the_limit_of_the_models_version(schemas, models):
+    module = sys.modules["custom_pack.nodes.sampling"]
+    loaders = sys.modules["custom_pack.nodes.loaders"]
+    for name, limit in ((tiny_models.V11_FILE, 0.93), (tiny_models.V12_FILE, 0.00093)):
+        model = loaders.load_model(models / "diffusion_models" / name)
+        for truncate, expected in ((-1.0, limit), (0.5, 0.5), (0.0, 0.0)):
+            (hook,) = module.Step1XGuidance.execute(model, truncate, 0.4).result[0].model_options["sampler_pre_cfg_function"]
+            assert hook.truncate == expected
+
+
+def test_prompts_from_before_v12_still_validate(schemas):
+    """They name no version for the text encoder; the host refuses a prompt that lacks a required input."""
+    required = {entry.id for entry in schemas["Step1XMLLMLoader"].inputs if not entry.optional}
+    assert required == {"mllm", "device"}
 
 
 def test_sampler_makes_its_schedule_for_the_fitted_latent(schemas, monkeypatch):
@@ -81,7 +98,7 @@ def test_workflows_only_use_known_nodes_and_connect_them(schemas):
     for path in workflows:
         workflow = json.loads(path.read_text(encoding="utf-8"))
         nodes = {node["id"]: node for node in workflow["nodes"]}
-        extras = {"CFGGuider", "RandomNoise", "KSamplerSelect", "SamplerCustomAdvanced", "EmptySD3LatentImage", "MarkdownNote", "PreviewAny"}
+        extras = {"CFGGuider", "RandomNoise", "KSamplerSelect", "SamplerCustomAdvanced", "EmptySD3LatentImage", "MarkdownNote", "PreviewAny", "CreateList"}
         for node in nodes.values():
             assert node["type"] in schemas or node["type"] in NODE_CLASS_MAPPINGS or node["type"] in extras, f"{path.name}: {node['type']}"
         for link, source, output, target, slot, kind in workflow["links"]:

@@ -26,7 +26,7 @@ from step1x_core.schedule import sigma_schedule
 from training.autoencoder import Autoencoder, channel_statistics, fold_normalization
 from training.data import BLOCK, PairStream, Pool, Tokenizer, find_tokenizer
 from training.mllm import DemoMLLM, vision_pictures
-from training.model import DemoSize, DemoTransformer, parameter_bytes
+from training.model import DemoSize, DemoTransformer, GroundingHeads, folded_attention, parameter_bytes, to_tokens
 from training.sampling import edit, guided_velocity
 from training.scenes import pair_at
 from training.train import load_autoencoder, load_networks, sample_times
@@ -175,6 +175,34 @@ def test_workers_deliver_the_same_pairs_as_the_main_process(tokenizer):
             assert np.array_equal(stream.get(), reference.get())
     finally:
         stream.close()
+
+
+def test_attention_with_the_bias_as_features_equals_the_plain_one():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 5, 24, 32, generator=generator)
+    bias = torch.zeros(2, 1, 1, 24)
+    bias[0, ..., 10:14], bias[1, ..., 20:] = 4.61, -1e4
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(-1, 5, 24, -1))
+    assert torch.allclose(folded_attention(q, k, v, bias), expected, atol=1e-5)
+    assert not torch.allclose(folded_attention(q, k, v, bias * 0), expected, atol=1e-2)
+
+
+def test_grounding_heads_learn_where_the_edit_takes_place():
+    """Tokens that hold the region's cells, pooled as their grids demand: the loss goes to zero, and only for the right places."""
+    torch.manual_seed(0)
+    heads = GroundingHeads(SMALL)
+    region = (torch.rand(4, 16, 16) < 0.3).float()
+    tokens = torch.zeros(4, 256, SMALL.connector)
+    tokens[..., 0] = region.flatten(1)
+    seen = torch.zeros(4, 64, SMALL.hidden)
+    seen[..., :4] = to_tokens(region[:, None])
+    optimizer = torch.optim.Adam(heads.parameters(), 0.3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        heads(tokens, seen, region).sum().backward()
+        optimizer.step()
+    assert heads(tokens, seen, region).max() < 0.05
+    assert heads(tokens, seen, region.flip(1)).min() > 1
 
 
 def test_pool_drops_the_oldest_pairs(tokenizer):

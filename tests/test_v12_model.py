@@ -70,6 +70,10 @@ def test_version_comes_from_the_tensors_then_the_class_then_the_name(v12_file, t
         assert version_of(diffusers_repository(tmp_path / name, to_diffusers(tensors), pipeline=pipeline)) == version
     for name, version in (("step1x-edit-v1p2-preview-fp8", "v1.2-preview"), ("Step1X_Edit_v1.2", "v1.2-preview"), ("step1x-edit-v1p1-official", "v1.1"), ("v1_1", "v1.1")):
         assert version_of(without_mapping(v12_file, tmp_path / f"{name}.safetensors")) == version
+    # The file's own name outweighs its folder's.
+    for folder, name, version in (("ReasonEdit", "step1x-edit-v1p1", "v1.1"), ("v1.1", "converted-v1p2", "v1.2-preview"), ("Step1X-v1p1", "model", "v1.1")):
+        (tmp_path / folder).mkdir()
+        assert version_of(without_mapping(v12_file, tmp_path / folder / f"{name}.safetensors")) == version
 
 
 def test_alike_weights_without_a_mark_ask_for_the_version(v12_file, tmp_path):
@@ -93,6 +97,54 @@ def test_a_version_that_the_tensors_contradict_is_refused(v12_file, models, tmp_
     foreign = diffusers_repository(tmp_path / "foreign", to_diffusers(load_file(v12_file)), pipeline="FluxPipeline")
     with pytest.raises(Step1XError, match="belongs to the pipeline FluxPipeline"):
         load_model(foreign)
+
+
+def save_as_the_host_does(patcher, path):
+    save_file({name: tensor.contiguous() for name, tensor in patcher.model.state_dict_for_saving(patcher.model.diffusion_model.state_dict()).items()}, path)
+    return path
+
+
+def test_a_known_version_survives_the_hosts_model_save_and_a_guess_does_not(v12_file, tmp_path):
+    alike = without_mapping(v12_file, tmp_path / "alike.safetensors")
+    saved = save_as_the_host_does(load_model(alike, "v1.2-preview"), tmp_path / "saved.safetensors")
+    assert version_of(saved) == comfy.sd.load_diffusion_model(str(saved)).model.diffusion_model.version == "v1.2-preview"
+    assert version_of(save_as_the_host_does(load_model(saved), tmp_path / "again.safetensors")) == "v1.2-preview"
+    assert version_of(saved, "v1.1") == "v1.1"
+
+    guessed = comfy.sd.load_diffusion_model(str(alike))
+    assert guessed.model.diffusion_model.version == "v1.1"
+    with pytest.raises(Step1XError, match="v1.1 or v1.2-preview"):
+        load_model(save_as_the_host_does(guessed, tmp_path / "guess.safetensors"))
+
+
+def test_all_in_one_checkpoint_keeps_the_layout_also_when_the_text_encoder_is_loaded_anew(v12, tmp_path):
+    config = {**tiny_models.TINY_MLLM, "hidden_size": 128, "num_attention_heads": 1, "num_key_value_heads": 1,
+              "vision_config": {**tiny_models.TINY_MLLM["vision_config"], "hidden_size": 64, "num_heads": 16, "depth": 1}}
+    text = tiny_models.random_weights(tiny_models.mllm_shapes(config, lm_head=False), seed=2)
+    path = save_as_the_host_does(v12, tmp_path / "all_in_one.safetensors")
+    save_file({**load_file(path), **{f"text_encoders.qwen25_7b.transformer.{name}": tensor for name, tensor in text.items()}}, path)
+    model, clip, *_ = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False)
+    assert model.model.diffusion_model.version == "v1.2" and clip.tokenizer.layout == "v1.2"
+    factory, arguments = clip.patcher.cached_patcher_init
+    again = factory(*arguments, disable_dynamic=True).model
+    assert torch.equal(again.qwen25_7b.transformer.model.norm.weight, clip.cond_stage_model.qwen25_7b.transformer.model.norm.weight)
+
+
+def test_what_shapes_do_not_show_comes_from_the_folders_config(v12_file, tmp_path):
+    root = diffusers_repository(tmp_path / "Step1X-Edit-v1p2", to_diffusers(load_file(v12_file)), pipeline="Step1XEditPipelineV1P2")
+    config = {"axes_dims_rope": [8, 12, 12], "connector_heads_num": 4}
+    (root / "transformer" / "config.json").write_text(json.dumps(config))
+    network = load_model(root).model.diffusion_model
+    assert network.pe_embedder.axes_dim == [8, 12, 12] and network.connector.S.individual_token_refiner.blocks[0].num_heads == 4
+
+
+def test_another_models_repository_lends_its_text_encoder(models, tmp_path):
+    folder = tmp_path / "Qwen-Image-Edit"
+    (folder / "text_encoder").mkdir(parents=True)
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "QwenImageEditPipeline"}))
+    shutil.copy(models / "text_encoders" / tiny_models.MLLM_FILE, folder / "text_encoder" / "model.safetensors")
+    (folder / "text_encoder" / "config.json").write_text(json.dumps(tiny_models.TINY_MLLM))
+    assert load_text_encoder(folder).tokenizer.layout == "v1.1" and load_text_encoder(folder, "v1.2").tokenizer.layout == "v1.2"
 
 
 def test_whole_repository_loads_from_its_folders(v12_file, models, vae, photo, v12, edit, tmp_path):

@@ -40,7 +40,7 @@ IDENTITY_SHARE, DROPPED_SHARE = 0.045, 0.04
 DROPPED_TIME = 0.7
 REGION_WEIGHT = 6.0
 GROUNDING_WEIGHT = 0.1
-RATES = {"transformer": 1e-3, "mllm": 2e-3, "grounding": 1e-3, "vae": 1e-3}
+RATES = {"transformer": 1.3e-3, "mllm": 2.6e-3, "grounding": 1.3e-3, "vae": 1e-3}
 
 
 def sample_times(count: int, tokens: int, device: torch.device, generator: torch.Generator) -> Tensor:
@@ -317,8 +317,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", "--run", type=Path, help="the run's folder (default: run)")
     parser.add_argument("--to", type=Path, default=Path("models"), help="export: folder for the files")
     parser.add_argument("--stage", choices=("vae", "edit", "all"), default="all")
-    parser.add_argument("--minutes", type=float, default=14, help="time budget of the edit stage, over all commands")
-    parser.add_argument("--minutes-vae", type=float, default=3.5, help="time budget of the autoencoder stage, over all commands")
+    parser.add_argument("--minutes", type=float, default=21.5, help="time budget of the edit stage, over all commands")
+    parser.add_argument("--minutes-vae", type=float, default=2.5, help="time budget of the autoencoder stage, over all commands")
     parser.add_argument("--stop-after", type=float, metavar="MINUTES", help="save and stop this command after that time")
     parser.add_argument("--steps", type=int, help="train each stage for so many steps instead of a time")
     parser.add_argument("--resume", action="store_true")
@@ -328,14 +328,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, help="folder with the Qwen2 vocabulary (default: in the ComfyUI that STEP1X_COMFYUI names)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=14, help="processes that draw pairs")
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--batch-vae", type=int, default=64)
     parser.add_argument("--rate", type=float, default=RATES["transformer"], help="peak learning rate of the transformer; the language model has twice that")
     parser.add_argument("--rate-vae", type=float, default=RATES["vae"])
     parser.add_argument("--warm-up", type=int, default=200, metavar="STEPS")
     parser.add_argument("--pool", type=int, default=60_000, help="pairs kept on the device")
     parser.add_argument("--least", type=int, default=4096, help="pairs to wait for before the first step")
-    parser.add_argument("--reuse", type=float, default=3, help="how often a pair is trained on, on average")
+    parser.add_argument("--reuse", type=float, default=5, help="how often a pair is trained on, on average")
     parser.add_argument("--side", type=int, default=128, help="size of the pictures in pixels")
     parser.add_argument("--kind", choices=KINDS, help="train on one kind of edit only")
     parser.add_argument("--crop", type=int, help="train the autoencoder on crops of this size")

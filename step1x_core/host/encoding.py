@@ -10,6 +10,10 @@ from ..images import to_output_size, to_working_size, to_working_size_v12
 from .text_encoder import Step1XTokenizer
 
 LATENT_CHANNELS = 16
+# Pixels of the picture to one of its latent, on each side.
+LATENT_FACTOR = 8
+# Units of progress for one picture: two prompts and the VAE.
+ENCODING_STEPS = 3
 
 # Entry of the latent dict that tells the decoder the prompt layout; the host's samplers pass it on.
 LAYOUT_KEY = "step1x_layout"
@@ -30,14 +34,27 @@ def check_text_encoder(clip) -> None:
         raise Step1XError("This text encoder lays out prompts for another model. Use the one from 'Load Step1X-Edit MLLM'.")
 
 
-def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, size_level: int) -> tuple[list, list, dict]:
+def check_latent(samples: Tensor, pictures: Tensor) -> None:
+    """Raise Step1XError unless this latent can stand for what the VAE would make of these pictures at working size [B, h, w, 3]."""
+    batch, height, width = pictures.shape[:3]
+    expected = [batch, LATENT_CHANNELS, height // LATENT_FACTOR, width // LATENT_FACTOR]
+    if list(samples.shape) != expected:
+        raise Step1XError(f"The latent has the shape {list(samples.shape)}, but this picture is edited at {expected}. Connect the sampler's latent of the turn before, "
+                          "and the picture that 'Step1X-Edit Decode' makes of it with its source connected; keep the size level.")
+
+
+def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, size_level: int, latent: dict | None = None,
+                progress=None) -> tuple[list, list, dict]:
     """Pictures [B, H, W, C] in 0..1 and an instruction -> positive and negative conditioning, and the pictures' latent.
 
     Every picture is brought to its working size; the language model sees it with both prompts, for v1.2
     resized anew from the original, and its latent (posterior mean) is the reference in both. The latent
     returned is the same one: at full denoise its content has no influence, below that sampling starts from it.
 
-    Raises Step1XError for an empty batch, a foreign text encoder or VAE, and sizes that degenerate.
+    latent: what an earlier turn sampled; it is used in place of the pictures' own, which spares them a round trip through the VAE.
+    progress: object whose `update(1)` is called `ENCODING_STEPS` times for a single picture; by default the host's progress bar.
+
+    Raises Step1XError for an empty batch, a foreign text encoder or VAE, a latent of another size, and sizes that degenerate.
     """
     check_text_encoder(clip)
     check_vae(vae)
@@ -47,8 +64,11 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
     resize = to_working_size_v12 if layout == "v1.2" else to_working_size
     pictures = torch.stack([resize(picture, size_level) for picture in image])
     shown = image if layout == "v1.2" else pictures
+    if latent is not None:
+        check_latent(latent["samples"], pictures)
 
-    progress = comfy.utils.ProgressBar(2 * len(pictures) + 1)
+    if progress is None:
+        progress = comfy.utils.ProgressBar(2 * len(pictures) + 1)
     conditionings = []
     for text in (prompt, negative_prompt):
         parts = []
@@ -58,10 +78,21 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
             progress.update(1)
         conditionings.append(merge_batch(parts))
     comfy.model_management.throw_exception_if_processing_interrupted()
-    latent = vae.encode(pictures)
+    samples = vae.encode(pictures) if latent is None else latent["samples"]
     progress.update(1)
-    positive, negative = ([[cond, {**extra, "reference_latents": [latent]}] for cond, extra in c] for c in conditionings)
-    return positive, negative, {"samples": latent, LAYOUT_KEY: layout}
+    positive, negative = ([[cond, {**extra, "reference_latents": [samples]}] for cond, extra in c] for c in conditionings)
+    return positive, negative, {"samples": samples, LAYOUT_KEY: layout}
+
+
+def add_references(conditionings: list[list], vae, images: list[Tensor], size_level: int) -> list[list]:
+    """Conditionings with the latents of further pictures [B, H, W, C] behind the references that they have. Only the transformer sees them (experimental).
+
+    Raises Step1XError for a foreign VAE, and sizes that degenerate.
+    """
+    check_vae(vae)
+    latents = [vae.encode(torch.stack([to_working_size(picture, size_level) for picture in image])) for image in images]
+    return [[[cond, {**extra, "reference_latents": [*extra.get("reference_latents", []), *latents]}] for cond, extra in conditioning]
+            for conditioning in conditionings]
 
 
 def merge_batch(parts: list[list]) -> list:

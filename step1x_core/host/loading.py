@@ -13,7 +13,7 @@ from comfy.supported_models_base import ClipTarget
 from comfy.text_encoders.hunyuan_video import llama_detect
 
 from ..checkpoint import Checkpoint, check_file, check_tensors, find_checkpoint
-from ..config import CONFIG_KEY, CONNECTOR_KEY, SCALE_FACTOR_KEY, TEXT_MAPPING_KEY, Step1XError, detect_config
+from ..config import CONFIG_KEY, CONNECTOR_KEY, SCALE_FACTOR_KEY, TEXT_MAPPING_KEY, Step1XError, config_tensor, detect_config, stored_config
 from ..keys import diffusers_to_original, is_diffusers_layout
 from ..mllm import TEXT_KEY, VISION_KEY, MLLMConfig, detect_mllm_config, normalize_keys
 from .model import register
@@ -27,7 +27,9 @@ log = logging.getLogger(__name__)
 # The class names of diffusers repositories and the prompt layout of their versions (spec v12.md a.4).
 PIPELINE_LAYOUTS = {"Step1XEditPipeline": "v1.1", "Step1XEditPipelineV1P2": "v1.2"}
 # How names of files and folders write a version.
-NAMED_V11, NAMED_V12 = re.compile(r"v1[.p]?1(?!\d)|v1_1(?!\d)", re.IGNORECASE), re.compile(r"v1[.p]?2(?!\d)|v1_2(?!\d)|preview|reasonedit", re.IGNORECASE)
+NAMED_LAYOUTS = {"v1.2": re.compile(r"v1[.p]?2(?!\d)|v1_2(?!\d)|preview|reasonedit", re.IGNORECASE), "v1.1": re.compile(r"v1[.p]?1(?!\d)|v1_1(?!\d)", re.IGNORECASE)}
+# What config.json of a diffusers transformer calls what shapes do not show.
+CONFIG_NAMES = {"axes_dims_rope": "axes_dim", "connector_heads_num": "connector_heads"}
 
 # Tensors by which FLUX is told from other models, in the original and in the diffusers layout.
 FLUX_KEYS = (("double_blocks.0.img_attn.qkv.weight",), ("x_embedder.weight", "single_transformer_blocks.0.proj_mlp.weight"))
@@ -74,10 +76,6 @@ def mllm_shapes(config: MLLMConfig) -> dict[str, tuple[int, ...]]:
     return shapes(Qwen25VL(config.__dict__, torch.bfloat16, "meta", torch.nn).state_dict())
 
 
-def config_tensor(values: dict) -> torch.Tensor:
-    return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
-
-
 def pipeline_layout(checkpoint: Checkpoint) -> str | None:
     """The prompt layout that a diffusers repository's class name stands for; None without one. Raises Step1XError for another model's class."""
     if checkpoint.pipeline is None:
@@ -88,13 +86,18 @@ def pipeline_layout(checkpoint: Checkpoint) -> str | None:
     return PIPELINE_LAYOUTS[checkpoint.pipeline]
 
 
+def named_layout(names) -> str | None:
+    """The prompt layout that the first of these names to name a version stands for; None if none does."""
+    return next((layout for name in names for layout, pattern in NAMED_LAYOUTS.items() if pattern.search(name)), None)
+
+
 def choose_version(checkpoint: Checkpoint, state_dict) -> str:
-    """The version of a checkpoint: by its tensors where they tell, else by the repository's class, else by the names of file and folder.
+    """The version of a checkpoint: by its tensors where they tell, else by the repository's class, else by the file's name, else by its folder's.
 
     Raises Step1XError where nothing tells v1.1 from a v1.2-preview without text-token mapping, and where class and tensors contradict.
     """
     layout = pipeline_layout(checkpoint)
-    name = "/".join(checkpoint.path.parts[-2:])
+    names = checkpoint.path.parts[:-3:-1]
     if SCALE_FACTOR_KEY in state_dict:
         if layout is not None:
             raise Step1XError(f"{checkpoint.path} contradicts itself: the pipeline {checkpoint.pipeline} is no v1.0, but {SCALE_FACTOR_KEY} is in v1.0 only. "
@@ -104,11 +107,10 @@ def choose_version(checkpoint: Checkpoint, state_dict) -> str:
         if layout == "v1.1":
             raise Step1XError(f"{checkpoint.path} contradicts itself: the pipeline {checkpoint.pipeline} is v1.1, but {TEXT_MAPPING_KEY} is in v1.2 only. "
                               "Set the version by hand, or download the folder again.")
-        return "v1.2-preview" if "preview" in name.lower() else "v1.2"
-    if layout == "v1.2" or layout is None and NAMED_V12.search(name):
-        return "v1.2-preview"
-    if layout == "v1.1" or NAMED_V11.search(name):
-        return "v1.1"
+        return "v1.2-preview" if any("preview" in name.lower() for name in names) else "v1.2"
+    layout = layout or named_layout(names)
+    if layout is not None:
+        return "v1.2-preview" if layout == "v1.2" else "v1.1"
     raise Step1XError(f"{checkpoint.path.name} is Step1X-Edit v1.1 or v1.2-preview; their tensors are alike, and neither its name nor a model_index.json tells. "
                       "Choose the version in 'Load Step1X-Edit Model' instead of auto.")
 
@@ -116,7 +118,8 @@ def choose_version(checkpoint: Checkpoint, state_dict) -> str:
 def model_state_dict(path, version: str | None = None) -> tuple[dict, dict]:
     """Transformer weights in the original layout, ready for the host's loader, and the file metadata.
 
-    Raises Step1XError for files that are damaged, of another model, incomplete or of a version that cannot be told, and for contradicting marks of a version.
+    Raises Step1XError for files that are damaged, of another model, incomplete, quantised in the diffusers layout or of a version that cannot be told, and for
+    contradicting marks of a version.
     """
     checkpoint = find_checkpoint(path, "transformer")
     pipeline_layout(checkpoint)
@@ -131,9 +134,8 @@ def model_state_dict(path, version: str | None = None) -> tuple[dict, dict]:
     if is_diffusers_layout(state_dict):
         state_dict = diffusers_to_original(state_dict)
 
-    overrides = json.loads(metadata.get(CONFIG_KEY, "{}"))
-    if checkpoint.config.get("axes_dims_rope"):
-        overrides["axes_dim"] = list(checkpoint.config["axes_dims_rope"])
+    overrides = stored_config(state_dict) | json.loads(metadata.get(CONFIG_KEY, "{}"))
+    overrides |= {name: checkpoint.config[key] for key, name in CONFIG_NAMES.items() if key in checkpoint.config}
     if version is not None or "version" not in overrides:
         overrides["version"] = version or choose_version(checkpoint, state_dict)
     state_dict[CONFIG_KEY] = config_tensor(overrides)
@@ -142,6 +144,10 @@ def model_state_dict(path, version: str | None = None) -> tuple[dict, dict]:
     except KeyError as error:
         raise Step1XError(f"{name} lacks the tensor {error.args[0]}. The file is incomplete; download it again.") from error
     check_tensors(name, model_shapes(config), shapes(state_dict))
+    if is_diffusers_layout(state_dict):
+        # What the conversion left over: scales of matrices that it stacked.
+        raise Step1XError(f"{name} is a quantised file in the diffusers layout, which cannot be read. Choose a scaled file in the original layout, or the unquantised "
+                          "one with an fp8 weight_dtype.")
     log.info("Step1X-Edit %s from %s", config.version, checkpoint.path)
     return state_dict, metadata
 
@@ -188,13 +194,12 @@ def load_text_encoder(path, layout: str | None = None, model_options={}, disable
     """Load Qwen2.5-VL as a CLIP object that tokenises and lays out prompts as Step1X-Edit was trained with.
 
     path: the single file Qwen-Image users have (bf16 or scaled fp8), a Hugging Face folder, or a diffusers repository.
-    layout: "v1.1" (for v1.0, too), "v1.2", or None for that of the repository's version and else v1.1.
+    layout: "v1.1" (for v1.0, too), "v1.2", or None for that of the repository's version and else v1.1: other models' repositories hold the same Qwen2.5-VL.
 
-    Raises Step1XError as `mllm_state_dict` does, and for a repository of another model.
+    Raises Step1XError as `mllm_state_dict` does.
     """
     checkpoint = find_checkpoint(path, "text_encoder")
-    if layout is None:
-        layout = pipeline_layout(checkpoint) or "v1.1"
+    layout = layout or PIPELINE_LAYOUTS.get(checkpoint.pipeline, "v1.1")
     state_dict, config = mllm_state_dict(checkpoint)
     tokenizer = functools.partial(Step1XTokenizer, layout=layout)
     target = ClipTarget(tokenizer, functools.partial(Step1XTEModel, config=config, **llama_detect(state_dict)))

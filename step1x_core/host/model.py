@@ -5,11 +5,12 @@ import logging
 
 import comfy.conds
 import comfy.model_base
+import comfy.model_detection
 import comfy.supported_models
 from comfy.supported_models_base import ClipTarget
 from comfy.text_encoders.hunyuan_video import llama_detect
 
-from ..config import CONFIG_KEY, CONNECTOR_KEY, VERSIONS, Step1XError, detect_config
+from ..config import CONFIG_KEY, CONNECTOR_KEY, VERSIONS, Step1XError, config_tensor, detect_config, stored_config
 from ..mllm import detect_mllm_config
 from .text_encoder import TEXT_ENCODER_NAME, Step1XTEModel, Step1XTokenizer
 from .transformer import Step1XTransformer, position_bits
@@ -88,6 +89,7 @@ class Step1XEdit(comfy.supported_models.Flux):
         return super().matches(unet_config) and state_dict is not None and any(k.endswith(CONNECTOR_KEY) for k in state_dict)
 
     def get_model(self, state_dict, prefix="", device=None):
+        self.stored = stored_config(state_dict, prefix)
         config = detect_config(state_dict, prefix)
         self.unet_config.update(config.transformer_params())
         return Step1XEditModel(self, device=device)
@@ -96,12 +98,20 @@ class Step1XEdit(comfy.supported_models.Flux):
         state_dict.pop(CONFIG_KEY, None)
         return super().process_unet_state_dict(state_dict)
 
+    def process_unet_state_dict_for_saving(self, state_dict):
+        # What the file brought is passed on, a guessed version is not: tensors of v1.1 and of a v1.2-preview can be alike.
+        if self.stored:
+            state_dict[CONFIG_KEY] = config_tensor(self.stored)
+        return super().process_unet_state_dict_for_saving(state_dict)
+
     def clip_target(self, state_dict={}):
         prefix = f"{self.text_encoder_key_prefix[0]}{TEXT_ENCODER_NAME}.transformer."
         weights = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
         if not weights:
             return None
-        tokenizer = functools.partial(Step1XTokenizer, layout=VERSIONS[self.unet_config["version"]].layout)
+        # Unknown where the host loads the text encoder alone; the transformer's tensors are still there then.
+        version = self.unet_config.get("version") or detect_config(state_dict, comfy.model_detection.unet_prefix_from_state_dict(state_dict)).version
+        tokenizer = functools.partial(Step1XTokenizer, layout=VERSIONS[version].layout)
         return ClipTarget(tokenizer, functools.partial(Step1XTEModel, config=detect_mllm_config(weights, {}), **llama_detect(weights)))
 
 

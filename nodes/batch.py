@@ -1,0 +1,62 @@
+from comfy_api.latest import io
+
+from ..step1x_core.batches import ALL, PAIRS, lay_out
+from ..step1x_core.config import Step1XError
+from ..step1x_core.host.batch import edit_batch
+from ..step1x_core.host.rounds import failures
+from ..step1x_core.host.sampling import SAMPLERS
+
+# What may come as a list; of everything else there is one.
+LISTS = ("images", "prompts", "seed")
+
+
+class Step1XBatch(io.ComfyNode):
+    """Many edits in one node. The other nodes take lists, too, but there one bad picture ends everything, and the models take turns in memory."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Step1XBatch",
+            display_name="Step1X-Edit Batch",
+            category="model/sampling/step1x",
+            description="Edits many pictures of any sizes, or one picture in many ways. An edit that fails is reported and the others come out.",
+            search_aliases=["step1x", "batch edit", "bulk edit", "image list", "many images", "variants"],
+            is_input_list=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Model.Input("model", tooltip="The model from 'Load Step1X-Edit Model', with any LoRA or model patch."),
+                io.Clip.Input("clip", tooltip="The text encoder from 'Load Step1X-Edit MLLM'."),
+                io.Vae.Input("vae", tooltip="The FLUX VAE (ae.safetensors), from the stock 'Load VAE'."),
+                io.Image.Input("images", tooltip="The pictures: one, a batch, or a list with pictures of different sizes, as the stock 'Create List' makes it."),
+                io.String.Input("prompts", multiline=True, dynamic_prompts=True, placeholder="make the jacket red\nmake the jacket green",
+                                tooltip="What to change: one instruction a line. Lists can be connected, too."),
+                io.Combo.Input("combine", options=[PAIRS, ALL], default=PAIRS,
+                               tooltip="pairs: the first instruction on the first picture and so on; a single one goes with all. all: every instruction on every picture."),
+                io.String.Input("negative_prompt", multiline=True, dynamic_prompts=True, default="", advanced=True,
+                                tooltip="What guidance steers away from. The model was trained with an empty one for edits."),
+                io.Int.Input("size_level", default=1024, min=64, max=2048, step=16,
+                             tooltip="Each picture is edited at about this many pixels squared, keeping its aspect ratio, and comes out at its own size."),
+                io.Int.Input("seed", default=42, min=0, max=0xffffffffffffffff, control_after_generate=True,
+                             tooltip="The seed of the first edit; each further one takes the next number. Connect a list to choose them all."),
+                io.Int.Input("steps", default=0, min=0, max=200, tooltip="Number of denoising steps. 0 takes the version's default: 28, for v1.2 50."),
+                io.Float.Input("cfg", default=0.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                               tooltip="How strongly the instructions are followed. 0 takes the version's default: 6, for v1.2-preview 4. 1 switches guidance off."),
+                io.Combo.Input("sampler_name", options=SAMPLERS, default="euler", advanced=True, tooltip="The official code uses euler."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images", is_output_list=True, tooltip="The edited pictures as a list, each at the size of its source."),
+                io.String.Output(display_name="report", tooltip="Each edit with picture, seed and instruction, and for those that failed the reason."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs):
+        return failures(cls.hidden.unique_id)
+
+    @classmethod
+    def execute(cls, images, prompts, seed, combine, **settings) -> io.NodeOutput:
+        for name, entries in {"combine": combine, **settings}.items():
+            if len(entries) != 1:
+                raise Step1XError(f"The input '{name}' brings a list of {len(entries)}. Only {', '.join(LISTS)} may be lists; connect a single one.")
+        items = lay_out(images, prompts, seed, combine[0])
+        return io.NodeOutput(*edit_batch(cls.hidden.unique_id, items=items, **{name: entries[0] for name, entries in settings.items()}))

@@ -1,0 +1,117 @@
+"""Workflows of earlier Step1X-Edit packs go on with our nodes: what the server offers, and what the editor makes of it."""
+
+import io
+
+import demo_host
+import demo_model
+import numpy as np
+import pytest
+from comfy_server import ExecutionError
+from conftest import PACK
+from PIL import Image
+
+PROMPT = demo_model.SAMPLE_PROMPT
+# As the packs' workflows hold them: the widgets in order, behind a seed what happens to it after a run.
+OLD_EDITS = {
+    "Step-1XEditNode": ("image", [PROMPT, 7, "randomize", 1.5, 128, 6, "step1x-edit.safetensors", "vae.safetensors", "Qwen", False, False]),
+    "RunningHub_Step1XEdit": ("ref_image", [PROMPT, 6, 1.5, 128, 7, "fixed", True]),
+    "Step1XEditGenerate": ("input_image", [PROMPT, "", 6, 1.5, 7, "randomize", 128]),
+    "REDStep1XEditGenerate": ("input_image", [PROMPT, "", 6, 1.5, 7, "randomize", 128]),
+    "Step1XEditTeaCacheGenerate": ("input_image", [PROMPT, "", 6, 1.5, 7, "randomize", 128]),
+}
+OLD_LOADERS = {
+    "Step1XEditModelLoader": [demo_model.MODEL_FILE, "vae.safetensors", "Qwen", "bfloat16", "torch-sdpa", True, False],
+    "REDStep1XEditModelLoader": [demo_model.MODEL_FILE, "vae.safetensors", "Qwen", "bfloat16", "torch-sdpa", True, False],
+    "Step1XEditTeaCacheModelLoader": [demo_model.MODEL_FILE, "vae.safetensors", "Qwen", "bfloat16", True, False, "0.6", False],
+}
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    with demo_host.demo_client(tmp_path_factory.mktemp("comfyui")) as client:
+        client.upload_image(PACK / "assets" / "scene.png", "scene.png")
+        yield client
+
+
+@pytest.fixture(scope="module")
+def offers(client):
+    return client.get("/node_replacements")
+
+
+@pytest.fixture(scope="module")
+def object_info(client):
+    return client.get("/object_info")
+
+
+def required(object_info, node) -> dict:
+    return object_info[node]["input"]["required"]
+
+
+def replaced(offer, object_info, widgets_values, links) -> dict:
+    """A node of an old workflow as the editor replaces it, in API form. links: by old input."""
+    inputs = {}
+    for name, (kind, *options) in required(object_info, offer["new_node_id"]).items():
+        if options and "default" in options[0] and not options[0].get("forceInput"):
+            inputs[name] = options[0]["default"]
+    for entry in offer["input_mapping"]:
+        if "set_value" in entry:
+            inputs[entry["new_id"]] = entry["set_value"]
+        elif entry["old_id"] in links:
+            inputs[entry["new_id"]] = links[entry["old_id"]]
+        elif entry["old_id"] in offer["old_widget_ids"]:
+            inputs[entry["new_id"]] = widgets_values[offer["old_widget_ids"].index(entry["old_id"])]
+    return {"class_type": offer["new_node_id"], "inputs": inputs, "_meta": {"title": "replaced"}}
+
+
+def test_every_node_of_the_earlier_packs_is_offered_one_of_ours(offers, object_info):
+    assert {old for old, (first, *_) in offers.items() if first["new_node_id"].startswith("Step1X")} == {*OLD_EDITS, *OLD_LOADERS}
+    for old in {*OLD_EDITS, *OLD_LOADERS}:
+        (offer,) = offers[old]
+        assert old not in object_info and offer["new_node_id"] in object_info
+        known = required(object_info, offer["new_node_id"])
+        for entry in offer["input_mapping"]:
+            assert entry["new_id"] in known
+            if isinstance(known[entry["new_id"]][0], list) and "set_value" in entry:
+                assert entry["set_value"] in known[entry["new_id"]][0]
+
+
+@pytest.mark.parametrize("old", OLD_EDITS)
+def test_widgets_reach_the_inputs_that_they_belong_to(offers, object_info, old):
+    image, values = OLD_EDITS[old]
+    inputs = replaced(offers[old][0], object_info, values, {image: ["1", 0]})["inputs"]
+    expected = {"prompt": PROMPT, "negative_prompt": "", "seed": 7, "steps": 6, "cfg": 1.5, "size_level": 128, "image": ["1", 0], "think": False, "reflect": False}
+    assert {name: inputs[name] for name in expected} == expected
+    # What is left is to be connected by the person.
+    assert set(required(object_info, "Step1XReflectionLoop")) - set(inputs) == {"model", "clip", "vae"}
+
+
+def parts() -> dict:
+    return {"1": {"class_type": "LoadImage", "inputs": {"image": "scene.png"}}, "2": {"class_type": "Step1XMLLMLoader", "inputs": {"mllm": demo_model.MLLM_FILE,
+            "device": "default", "version": "auto"}}, "3": {"class_type": "VAELoader", "inputs": {"vae_name": demo_model.VAE_FILE}}}
+
+
+@pytest.mark.parametrize("loader, generate, bundle", [("REDStep1XEditModelLoader", "REDStep1XEditGenerate", "model_bundle"),
+                                                      ("Step1XEditTeaCacheModelLoader", "Step1XEditTeaCacheGenerate", "model")])
+def test_a_replaced_workflow_edits(client, offers, object_info, loader, generate, bundle):
+    prompt = parts()
+    prompt["4"] = replaced(offers[loader][0], object_info, OLD_LOADERS[loader], {})
+    image, values = OLD_EDITS[generate]
+    prompt["5"] = replaced(offers[generate][0], object_info, values, {bundle: ["4", 0], image: ["1", 0]})
+    prompt["5"]["inputs"] |= {"clip": ["2", 0], "vae": ["3", 0]}
+    (output,) = {entry["new_idx"] for entry in offers[generate][0]["output_mapping"]}
+    prompt["6"] = {"class_type": "SaveImage", "inputs": {"images": ["5", output], "filename_prefix": "replaced"}}
+    picture = np.asarray(Image.open(io.BytesIO(client.run(prompt).images[0])).convert("RGB"))
+    red, green, blue = picture[24:40, 18:34].mean(axis=(0, 1))
+    assert blue > red > green
+
+
+def test_an_old_prompt_sent_to_the_server_names_what_is_to_be_connected(client):
+    prompt = {"1": parts()["1"], "5": {"class_type": "RunningHub_Step1XEdit", "_meta": {"title": ""},
+                                       "inputs": {"ref_image": ["1", 0], "prompt": PROMPT, "num_steps": 6, "cfg_guidance": 1.5, "size_level": 128, "seed": 7, "use_fp8": True}},
+              "6": {"class_type": "SaveImage", "inputs": {"images": ["5", 0], "filename_prefix": "replaced"}, "_meta": {"title": ""}}}
+    with pytest.raises(ExecutionError) as refusal:
+        client.run(prompt)
+    errors = refusal.value.details["node_errors"]
+    assert list(errors) == ["5"] and errors["5"]["class_type"] == "Step1XReflectionLoop"
+    missing = {(error["type"], error["extra_info"]["input_name"]) for error in errors["5"]["errors"]}
+    assert missing == {("required_input_missing", name) for name in ("model", "clip", "vae")}
