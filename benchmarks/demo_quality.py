@@ -7,6 +7,7 @@ absolute error outside at most 0.04). The column "vae" is the same check on the 
 """
 
 import argparse
+import itertools
 import platform
 import sys
 import time
@@ -22,6 +23,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=Path, default=demo_model.FOLDER)
     parser.add_argument("--edits", type=int, default=500, help="number of held-out edits")
+    parser.add_argument("--skip", type=int, default=0, help="leave out so many edits at the start, to go on with an earlier run")
     parser.add_argument("--controls", type=int, default=60, help="number of edits with an empty instruction")
     parser.add_argument("--steps", type=int, default=demo_model.STEPS)
     parser.add_argument("--cfg", type=float, default=demo_model.CFG)
@@ -87,12 +89,11 @@ def main() -> int:
     groups, errors, strips = defaultdict(list), [], []
     started = time.monotonic()
     # The shares of kinds are those of the training data; the controls are drawn apart.
-    jobs = [(index, None) for index in range(options.edits)] + [(index, "none") for index in range(options.controls)]
+    drawn = ((index, pair_at(options.seed, index, "heldout")) for index in itertools.count())
+    edits = itertools.islice(((index, pair) for index, pair in drawn if pair.kind != "none"), options.skip, options.skip + options.edits)
+    controls = ((index, pair_at(options.seed, index, "heldout", kind="none")) for index in range(options.controls))
     with torch.inference_mode():
-        for done, (index, kind) in enumerate(jobs):
-            pair = pair_at(options.seed, index, "heldout", kind=kind)
-            if kind is None and pair.kind == "none":
-                continue
+        for done, (index, pair) in enumerate(itertools.chain(edits, controls)):
             result, vae = demo.edit(pair.source, pair.instruction, seed=index), demo.round_trip(pair.target)
             verdict = judge(pair, result)
             entry = {"success": verdict.success, "changed": verdict.changed, "untouched": verdict.untouched, "outside": verdict.outside_error,
@@ -102,7 +103,7 @@ def main() -> int:
                 groups[group].append(entry)
             if len(strips) < 48:
                 strips.append(np.concatenate((pair.source, result, pair.target), axis=1))
-            print(f"\r{done + 1}/{len(jobs)}", end="", file=sys.stderr, flush=True)
+            print(f"\r{done + 1}/{options.edits + options.controls}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     if options.sheet:
         rows = [np.concatenate(strips[i:i + 4], axis=1) for i in range(0, len(strips) - len(strips) % 4, 4)]

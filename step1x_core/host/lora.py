@@ -10,19 +10,31 @@ from torch import Tensor
 from ..checkpoint import check_file, is_safetensors
 from ..config import Step1XError
 from ..keys import EMBEDDERS
-from ..lora import official_alphas
+from ..lora import diffsynth_names, official_alphas
 
 PREFIX = "diffusion_model."
+# What trainers put in front of a layer's name.
+PREFIXES = ("transformer.", PREFIX, "base_model.model.", "")
+# Layers that FLUX does not have; they are called the same everywhere.
+OWN_LAYERS = (f"{PREFIX}connector.", f"{PREFIX}text_token_mapping")
 
 
 def lora_keys(model) -> dict:
-    """The host's map from LoRA module names, in every layout it knows, to the model's weights, and the diffusers names that FLUX does not have."""
+    """Map from LoRA module names to the model's weights.
+
+    The host's own map, which the stock loader uses, knows kohya's names, the original ones after "diffusion_model.", and FLUX's in diffusers. Added are the
+    names that Step1X-Edit alone has in diffusers, DiffSynth's, and every name after each prefix.
+    """
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
-    connector = [name.removeprefix(PREFIX) for name in keys if name.startswith(PREFIX + "connector.")]
-    for name, module in {**EMBEDDERS, **dict(zip(connector, connector))}.items():
-        for prefix in ("transformer.", PREFIX, ""):
-            keys[prefix + name] = f"{PREFIX}{module}.weight"
-    return keys
+    config = model.model.model_config.unet_config
+    renamed = EMBEDDERS | diffsynth_names(config["depth"], config["depth_single_blocks"])
+    names = {name: f"{PREFIX}{module}.weight" for name, module in renamed.items()}
+    for name, target in keys.items():
+        if name.startswith(OWN_LAYERS) and target.endswith(".weight"):
+            names[name.removeprefix(PREFIX)] = target
+        elif name.startswith("transformer."):
+            names[name.removeprefix("transformer.")] = target
+    return keys | {prefix + name: target for name, target in names.items() for prefix in PREFIXES}
 
 
 def load_lora_file(path) -> dict[str, Tensor]:

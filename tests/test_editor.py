@@ -1,4 +1,4 @@
-"""Workflows of earlier Step1X-Edit packs go on with our nodes: what the server offers, and what the editor makes of it."""
+"""What the editor asks the server for: replacements for the nodes of earlier Step1X-Edit packs, translations, node pages."""
 
 import io
 
@@ -9,6 +9,8 @@ import pytest
 from comfy_server import ExecutionError
 from conftest import PACK
 from PIL import Image
+
+import locales
 
 PROMPT = demo_model.SAMPLE_PROMPT
 # As the packs' workflows hold them: the widgets in order, behind a seed what happens to it after a run.
@@ -50,7 +52,7 @@ def required(object_info, node) -> dict:
 def replaced(offer, object_info, widgets_values, links) -> dict:
     """A node of an old workflow as the editor replaces it, in API form. links: by old input."""
     inputs = {}
-    for name, (kind, *options) in required(object_info, offer["new_node_id"]).items():
+    for name, (_, *options) in required(object_info, offer["new_node_id"]).items():
         if options and "default" in options[0] and not options[0].get("forceInput"):
             inputs[name] = options[0]["default"]
     for entry in offer["input_mapping"]:
@@ -115,3 +117,17 @@ def test_an_old_prompt_sent_to_the_server_names_what_is_to_be_connected(client):
     assert list(errors) == ["5"] and errors["5"]["class_type"] == "Step1XReflectionLoop"
     missing = {(error["type"], error["extra_info"]["input_name"]) for error in errors["5"]["errors"]}
     assert missing == {("required_input_missing", name) for name in ("model", "clip", "vae")}
+
+
+def test_translations_are_served(client):
+    served = client.get("/i18n")
+    for language in (locales.SOURCE, *locales.TRANSLATIONS):
+        assert served[language]["nodeDefs"].items() >= locales.read(language).items() and served[language]["nodeCategories"]["step1x"]
+
+
+def test_pages_are_served_where_the_editor_looks(client, object_info):
+    ours = [name for name, info in object_info.items() if name.startswith("Step1X") and not info.get("dev_only")]
+    chinese = locales.read("zh")
+    assert set(ours) == set(chinese)
+    for name in ours:
+        assert client.get_text(f"/extensions/ComfyUI-Step1X-Edit/docs/{name}/zh.md").startswith(f"# {chinese[name]['display_name']}\n")
