@@ -7,6 +7,7 @@ import comfy.conds
 import comfy.model_base
 import comfy.model_detection
 import comfy.supported_models
+from comfy.ldm.flux.model import FluxParams
 from comfy.supported_models_base import ClipTarget
 from comfy.text_encoders.hunyuan_video import llama_detect
 
@@ -16,6 +17,13 @@ from .text_encoder import TEXT_ENCODER_NAME, Step1XTEModel, Step1XTokenizer
 from .transformer import Step1XTransformer, position_bits
 
 log = logging.getLogger(__name__)
+
+
+def check_latent(samples, channels: int) -> None:
+    """Raise Step1XError unless these samples are [B, channels, h, w]."""
+    if samples.is_nested or samples.ndim != 4 or samples.shape[1] != channels:
+        raise Step1XError(f"A latent of shape {list(samples.shape)} belongs to another model; Step1X-Edit needs [batch, {channels}, height, width]. "
+                          "Connect the latent from 'Step1X-Edit Encode', or an empty one from 'EmptySD3LatentImage'.")
 
 
 class Step1XEditModel(comfy.model_base.Flux):
@@ -33,17 +41,15 @@ class Step1XEditModel(comfy.model_base.Flux):
     def extra_conds(self, **kwargs):
         """The host's Flux conds without guidance, plus the text mask, or for v1.2 the text's positions and input embeddings.
 
-        Raises Step1XError when the conditioning was not made with a Step1X-Edit text encoder of the model's layout or was joined from two, and for a
-        reference latent of another model.
+        Raises Step1XError when the conditioning was not made with a Step1X-Edit text encoder of the model's layout or was joined from two, and as
+        `check_inputs` does.
         """
-        references = kwargs.get("reference_latents") or []
-        channels = self.latent_channels
-        for latent in references:
-            if latent.ndim != 4 or latent.shape[1] != channels:
-                raise Step1XError(f"A reference latent of shape {list(latent.shape)} belongs to another model; Step1X-Edit needs [batch, {channels}, height, width]. "
-                                  "Encode the picture with 'Step1X-Edit Encode', or with the FLUX VAE.")
-        if not references and self.diffusion_model.version == "v1.0" and kwargs.get("prompt_type") == "positive":
-            log.warning("Step1X-Edit v1.0 can only edit; it was not made to draw without a picture. Use v1.1 for text to image, or connect a picture.")
+        self.check_inputs(**kwargs)
+        if kwargs.get("prompt_type") == "positive":
+            if not kwargs.get("reference_latents") and self.diffusion_model.version == "v1.0":
+                log.warning("Step1X-Edit v1.0 can only edit; it was not made to draw without a picture. Use v1.1 for text to image, or connect a picture.")
+            if kwargs.get("guidance") is not None:
+                log.warning("FluxGuidance has no effect on Step1X-Edit, which has no distilled guidance. Use the CFG of the sampler.")
         out = super().extra_conds(**kwargs)
         out.pop("guidance", None)
         context = kwargs.get("cross_attn", None)
@@ -59,6 +65,27 @@ class Step1XEditModel(comfy.model_base.Flux):
                                   "Write everything into one prompt.")
             out["text_mask"] = comfy.conds.CONDRegular(mask)
         return out | self.layout_conds(context, **kwargs)
+
+    def check_inputs(self, noise, reference_latents=None, reference_latents_method=None, area=None, control=None, **kwargs) -> None:
+        """Raise Step1XError for latents of another model, and for what stock nodes ask for and the host would do wrong or not at all."""
+        check_latent(noise, self.latent_channels)
+        references = reference_latents or []
+        for latent in references:
+            if latent.ndim != 4 or latent.shape[1] != self.latent_channels:
+                raise Step1XError(f"A reference latent of shape {list(latent.shape)} belongs to another model; Step1X-Edit needs "
+                                  f"[batch, {self.latent_channels}, height, width]. Encode the picture with 'Step1X-Edit Encode', or with the FLUX VAE.")
+        if reference_latents_method is not None:
+            raise Step1XError("'Edit Model Reference Method' (FluxKontextMultiReferenceLatentMethod) places reference pictures as FLUX Kontext was trained with; "
+                              "Step1X-Edit has a fixed place for them. Remove that node.")
+        if references and self.diffusion_model.params.default_ref_method != FluxParams.default_ref_method:
+            raise Step1XError("'Flux KV Cache' freezes the reference picture after the first step; Step1X-Edit reads it anew in every step. Remove that node; "
+                              "'Step1X-Edit TeaCache' and 'EasyCache' make sampling faster.")
+        if references and area is not None:
+            raise Step1XError("This instruction is limited to an area, which would cut the picture but not the reference that belongs to it. "
+                              "Use 'Conditioning (Set Mask)' with set_cond_area at default in place of 'Conditioning (Set Area)'.")
+        if control is not None:
+            raise Step1XError("A ControlNet is applied to this conditioning, but there is none for Step1X-Edit: those of FLUX read another text encoder. "
+                              "Remove 'Apply ControlNet'.")
 
     def layout_conds(self, context, text_ids=None, text_embeds=None, text_mask=None, **kwargs) -> dict:
         """What the layout of v1.2 adds to the conds; {} for the other one. Raises Step1XError for a conditioning of the other layout."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..config import VERSIONS, Step1XError, Version
 from ..guidance import NormLimiter
 from ..schedule import image_to_image_start, latent_tokens, sigma_schedule
-from .model import Step1XEditModel
+from .model import Step1XEditModel, check_latent
 
 HOOKS = "sampler_pre_cfg_function"
 SAMPLERS = comfy.samplers.SAMPLER_NAMES
@@ -67,10 +67,7 @@ def fit_latent(model, latent: dict) -> dict:
     out = latent.copy()
     # The host's other factor is for latents with a time axis, which are refused below.
     out["samples"] = samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], out.pop("downscale_ratio_spacial", None))
-    channels = model.model.latent_channels
-    if samples.is_nested or samples.ndim != 4 or samples.shape[1] != channels:
-        raise Step1XError(f"A latent of shape {list(samples.shape)} belongs to another model; Step1X-Edit needs [batch, {channels}, height, width]. "
-                          "Connect the latent from 'Step1X-Edit Encode', or an empty one from 'EmptySD3LatentImage'.")
+    check_latent(samples, model.model.latent_channels)
     return out
 
 

@@ -49,6 +49,10 @@ class Step1XTransformer(Flux):
         t, y, x = VERSIONS[self.version].reference_offset
         return self.process_img(latent, index=t * (index + 1), h_offset=y * self.patch_size, w_offset=x * self.patch_size, transformer_options=transformer_options)
 
+    def forward(self, x, *args, **kwargs):
+        # EasyCache adds to its input in place, and in float32 that is the sampler's own tensor.
+        return super().forward(x.clone(), *args, **kwargs)
+
     def _forward(self, x, timestep, context, y=None, guidance=None, ref_latents=None, control=None, transformer_options={},
                  text_mask=None, text_ids=None, text_embeds=None, quoted_mask=None, **kwargs):
         """x [B, C, h, w] noisy latent, timestep [B] in 0..1, context [B, T, C_llm] language-model states,
