@@ -24,7 +24,7 @@ PAD_ID = 151643
 PICTURE = slice(7, 7 + 256)
 TEXT_LENGTH = PICTURE.stop + AFTER_LENGTH + 1
 # Pairs that a worker hands over at a time.
-BLOCK = 128
+BLOCK = 64
 # Kinds of edits whose region is most of the picture: no part of it deserves more weight.
 GLOBAL_KINDS = ("background", "style", "none")
 
