@@ -19,7 +19,7 @@ from .transformer import Step1XTransformer, position_bits
 log = logging.getLogger(__name__)
 
 
-def check_latent(samples, channels: int) -> None:
+def check_latent_shape(samples, channels: int) -> None:
     """Raise Step1XError unless these samples are [B, channels, h, w]."""
     if samples.is_nested or samples.ndim != 4 or samples.shape[1] != channels:
         raise Step1XError(f"A latent of shape {list(samples.shape)} belongs to another model; Step1X-Edit needs [batch, {channels}, height, width]. "
@@ -68,7 +68,7 @@ class Step1XEditModel(comfy.model_base.Flux):
 
     def check_inputs(self, noise, reference_latents=None, reference_latents_method=None, area=None, control=None, **kwargs) -> None:
         """Raise Step1XError for latents of another model, and for what stock nodes ask for and the host would do wrong or not at all."""
-        check_latent(noise, self.latent_channels)
+        check_latent_shape(noise, self.latent_channels)
         references = reference_latents or []
         for latent in references:
             if latent.ndim != 4 or latent.shape[1] != self.latent_channels:

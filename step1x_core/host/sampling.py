@@ -9,7 +9,7 @@ from torch import Tensor
 from ..config import VERSIONS, Step1XError, Version
 from ..guidance import NormLimiter
 from ..schedule import image_to_image_start, latent_tokens, sigma_schedule
-from .model import Step1XEditModel, check_latent
+from .model import Step1XEditModel, check_latent_shape
 
 HOOKS = "sampler_pre_cfg_function"
 SAMPLERS = comfy.samplers.SAMPLER_NAMES
@@ -67,7 +67,7 @@ def fit_latent(model, latent: dict) -> dict:
     out = latent.copy()
     # The host's other factor is for latents with a time axis, which are refused below.
     out["samples"] = samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], out.pop("downscale_ratio_spacial", None))
-    check_latent(samples, model.model.latent_channels)
+    check_latent_shape(samples, model.model.latent_channels)
     return out
 
 
