@@ -63,3 +63,27 @@ def model(models):
     from step1x_core.host.loading import load_model
 
     return load_model(models / "diffusion_models" / tiny_models.V11_FILE)
+
+
+@pytest.fixture(scope="session")
+def float_file(tmp_path_factory):
+    """The tiny language model in float32."""
+    import torch
+
+    path = tmp_path_factory.mktemp("mllm") / "float.safetensors"
+    tiny_models.write_mllm(path, dtype=torch.float32)
+    return path
+
+
+@pytest.fixture(scope="session")
+def transformers_model(float_file):
+    """Hugging Face's own Qwen2.5-VL with the same weights, without its head."""
+    from safetensors.torch import load_file
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+
+    text = {k: v for k, v in tiny_models.TINY_MLLM.items() if k != "vision_config"}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=tiny_models.TINY_MLLM["vision_config"], image_token_id=151655, vision_start_token_id=151652)
+    model = Qwen2_5_VLModel(config).eval().float()
+    weights = {k.replace("model.", "language_model.", 1): v for k, v in load_file(float_file).items() if not k.startswith("lm_head")}
+    model.load_state_dict(weights, strict=True)
+    return model

@@ -3,11 +3,9 @@
 import random
 
 import pytest
-import tiny_models
 import torch
 from comfy.text_encoders.qwen_vl import process_qwen2vl_images
 from PIL import Image
-from safetensors.torch import load_file
 
 from step1x_core.config import Step1XError
 from step1x_core.host.encoding import LAYOUT_KEY, decode_edit, encode_edit
@@ -31,29 +29,8 @@ def inference():
 
 
 @pytest.fixture(scope="module")
-def float_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("mllm") / "float.safetensors"
-    tiny_models.write_mllm(path, dtype=torch.float32)
-    return path
-
-
-@pytest.fixture(scope="module")
 def clip_v12(float_file):
-    clip = load_text_encoder(float_file)
-    clip.tokenizer = Step1XTokenizer(layout="v1.2")
-    return clip
-
-
-@pytest.fixture(scope="module")
-def transformers_model(float_file):
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
-
-    text = {k: v for k, v in tiny_models.TINY_MLLM.items() if k != "vision_config"}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=tiny_models.TINY_MLLM["vision_config"], image_token_id=IMAGE_PAD_ID, vision_start_token_id=151652)
-    model = Qwen2_5_VLModel(config).eval().float()
-    weights = {k.replace("model.", "language_model.", 1): v for k, v in load_file(float_file).items() if not k.startswith("lm_head")}
-    model.load_state_dict(weights, strict=True)
-    return model
+    return load_text_encoder(float_file, "v1.2")
 
 
 def picture(width, height, seed=0):

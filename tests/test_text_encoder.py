@@ -19,27 +19,8 @@ NAME = "qwen25_7b"
 
 
 @pytest.fixture(scope="module")
-def float_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("mllm") / "float.safetensors"
-    tiny_models.write_mllm(path, dtype=torch.float32)
-    return path
-
-
-@pytest.fixture(scope="module")
 def float_clip(float_file):
     return load_text_encoder(float_file)
-
-
-@pytest.fixture(scope="module")
-def transformers_model(float_file):
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
-
-    text = {k: v for k, v in tiny_models.TINY_MLLM.items() if k != "vision_config"}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=tiny_models.TINY_MLLM["vision_config"], image_token_id=IMAGE_PAD_ID, vision_start_token_id=151652)
-    model = Qwen2_5_VLModel(config).eval().float()
-    weights = {k.replace("model.", "language_model.", 1): v for k, v in load_file(float_file).items() if not k.startswith("lm_head")}
-    model.load_state_dict(weights, strict=True)
-    return model
 
 
 def picture(width, height, seed=0):
