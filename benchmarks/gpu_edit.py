@@ -57,13 +57,8 @@ def write_models(folder: Path, version: str, tiny: bool, device, only_sampling: 
     if not only_sampling:
         shapes |= {"mllm": tiny_models.mllm_shapes(mllm), "vae": tiny_models.vae_shapes() if tiny else tiny_models.flux_vae_shapes()}
     paths = {}
-    generator = torch.Generator(device).manual_seed(0)
     for kind, tensors in shapes.items():
-        weights = {}
-        for name, shape in tensors.items():
-            norm = len(shape) == 1 and ("norm" in name or "ln_q" in name) and not name.endswith("bias")
-            scale = 0.02 if len(shape) < 2 else torch.Size(shape[1:]).numel() ** -0.5
-            weights[name] = (torch.randn(shape, generator=generator, device=device) * scale + norm).to(torch.bfloat16).cpu()
+        weights = tiny_models.random_weights(tensors, 0, torch.bfloat16, device)
         paths[kind] = folder / f"{kind}-{version.replace('.', 'p')}.safetensors"
         save_file(weights, paths[kind], metadata={"step1x_edit_config": json.dumps(mllm if kind == "mllm" else {"version": version})})
     return paths

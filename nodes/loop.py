@@ -9,6 +9,7 @@ use guarded twins of the public nodes, which hand an error on as a value.
 from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder
 
+from ..step1x_core.batches import SEEDS
 from ..step1x_core.config import Step1XError
 from ..step1x_core.host.encoding import check_vae
 from ..step1x_core.host.folders import template_fingerprint
@@ -24,7 +25,6 @@ STATE = io.Custom("STEP1X_ROUNDS")
 GUARDED = "Guarded"
 # The most that the loop offers.
 ROUNDS_LIMIT = 10
-SEEDS = 2**64
 
 
 def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:

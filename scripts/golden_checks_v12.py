@@ -8,6 +8,7 @@ from pathlib import Path
 import comfy.sample
 import comfy.samplers
 import torch
+from golden_checks import pack
 from golden_files import Errors, Golden
 from safetensors.torch import save_file
 
@@ -32,10 +33,6 @@ def golden_model(golden: Golden):
         model = load_model(path)
         model.model.diffusion_model.to(torch.float32)
     return model
-
-
-def pack(network, latent: torch.Tensor) -> torch.Tensor:
-    return network.process_img(latent)[0]
 
 
 def rope_parts(network, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -230,12 +230,12 @@ def flux_vae_shapes() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def random_weights(shapes: dict[str, tuple[int, ...]], seed: int, dtype=torch.float32) -> dict[str, torch.Tensor]:
+def random_weights(shapes: dict[str, tuple[int, ...]], seed: int, dtype=torch.float32, device="cpu") -> dict[str, torch.Tensor]:
     """Weights that keep activations at about unit size: ones for norms, 1/sqrt(fan_in) for matrices, small biases."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     weights = {}
     for name, shape in shapes.items():
-        noise = torch.randn(shape, generator=generator)
+        noise = torch.randn(shape, generator=generator, device=device)
         if name == "vae_scale":
             weight = torch.ones(())
         elif name == "vae_shift":

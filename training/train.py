@@ -173,8 +173,8 @@ def train_edit(args: argparse.Namespace, stream: PairStream, tokenizer: Tokenize
     if args.compile:
         # What cannot be compiled on this machine runs as it is.
         torch._dynamo.config.suppress_errors = True
-        for network in networks.values():
-            for block in network.blocks() if hasattr(network, "blocks") else ():
+        for name in ("transformer", "mllm"):
+            for block in networks[name].blocks():
                 block.compile(dynamic=False)
     vae = load_autoencoder(args.out, device)
 
