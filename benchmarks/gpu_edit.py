@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Speed and memory of an edit with full-size models: `python benchmarks/gpu_edit.py`.
 
-The models have random weights, which cost the same time as trained ones, and run through the pack's loaders and the host's own sampling.
+The models have random weights, which cost the same time as trained ones, and run through the pack's loaders and the host's own sampling. "bf16 host" is
+without the pack's blocks and attention.
 Every number is the median of repeated runs after a warm-up; the last lines are a table, and a JSON file beside it holds every run.
 `--tiny` runs the same code with miniature models, on a CPU too: it shows that the script works, not how fast anything is.
 """
@@ -12,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "scripts"))
@@ -19,9 +21,15 @@ import environment
 
 MODES = {
     "bf16": {},
+    "bf16 host": {"host_blocks": True},
     "bf16 compiled": {"compile": True},
-    "fp8": {"dtype": "fp8_e4m3fn_fast"},
-    "fp8 compiled": {"dtype": "fp8_e4m3fn_fast", "compile": True},
+    "bf16 teacache": {"teacache": True},
+    "bf16 interval": {"interval": True},
+    "fp8": {"fp8": True},
+    "fp8 compiled": {"fp8": True, "compile": True},
+    "fp8 teacache": {"fp8": True, "teacache": True},
+    "fp8 interval": {"fp8": True, "interval": True},
+    "fp8 both": {"fp8": True, "interval": True, "teacache": True},
 }
 FULL_MLLM = {
     "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
@@ -40,8 +48,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--cfg", type=float, default=6.0)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--teacache", type=float, default=0.2, help="threshold of the modes with TeaCache")
+    parser.add_argument("--interval", type=float, default=0.5, help="part of the steps that is guided, in the modes with a guidance interval")
+    parser.add_argument("--vram", nargs="+", type=float, default=[0.0], metavar="GIB", help="leave only so much of the card's memory free, by an allocation that fills the rest")
+    parser.add_argument("--dynamic-vram", action="store_true", help="with the memory manager that ComfyUI switches on at its start on NVIDIA cards")
+    parser.add_argument("--think", type=int, default=0, metavar="TOKENS", help="also time so many tokens of generated text")
     parser.add_argument("--only-sampling", action="store_true", help="leave the language model and the VAE out: made-up conditioning of the real size")
     parser.add_argument("--tiny", action="store_true", help="miniature models")
+    parser.add_argument("--models", type=Path, help="keep the checkpoints in this folder, or take those that an earlier run kept there")
     parser.add_argument("--json", type=Path, default=Path("gpu_edit.json"), help="where all numbers go")
     return parser.parse_args()
 
@@ -58,8 +72,10 @@ def write_models(folder: Path, version: str, tiny: bool, device, only_sampling: 
         shapes |= {"mllm": tiny_models.mllm_shapes(mllm), "vae": tiny_models.vae_shapes() if tiny else tiny_models.flux_vae_shapes()}
     paths = {}
     for kind, tensors in shapes.items():
-        weights = tiny_models.random_weights(tensors, 0, torch.bfloat16, device)
         paths[kind] = folder / f"{kind}-{version.replace('.', 'p')}.safetensors"
+        if paths[kind].is_file():
+            continue
+        weights = tiny_models.random_weights(tensors, 0, torch.bfloat16, device)
         save_file(weights, paths[kind], metadata={"step1x_edit_config": json.dumps(mllm if kind == "mllm" else {"version": version})})
     return paths
 
@@ -102,15 +118,17 @@ def made_up_conditioning(version: str, size: int, width: int):
     return *conds, {"samples": latent}
 
 
-def edit(options, parts: dict, size: int) -> dict[str, float]:
-    """One edit: seconds by phase, and the peaks of the device's memory in GiB."""
+def edit(options, parts: dict, size: int, filled: float) -> dict[str, float]:
+    """One edit: seconds by phase, and the peaks of the device's memory in GiB without the `filled` ones."""
     import torch
 
     from step1x_core.host.encoding import decode_edit, encode_edit
+    from step1x_core.host.generation import generate_text
     from step1x_core.host.sampling import flow_sigmas, sample
 
     times = {}
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     if options.only_sampling:
         width = parts["model"].model.diffusion_model.connector.S.c_embedder.linear_1.in_features
@@ -119,6 +137,9 @@ def edit(options, parts: dict, size: int) -> dict[str, float]:
         picture = torch.rand(1, size, size, 3, generator=torch.Generator().manual_seed(0))
         with Clock(times, "encode"):
             positive, negative, latent = encode_edit(parts["clip"], parts["vae"], picture, PROMPT, "", size)
+        if options.think:
+            with Clock(times, "think"):
+                generate_text(parts["clip"], None, [picture[0], PROMPT], options.think, 0)
     with Clock(times, "sample"):
         out = sample(parts["model"], positive, negative, latent, flow_sigmas(options.steps, latent["samples"]), options.cfg, 0, callback=lambda *args: None)
     if not torch.isfinite(out["samples"]).all():
@@ -127,7 +148,8 @@ def edit(options, parts: dict, size: int) -> dict[str, float]:
         with Clock(times, "decode"):
             decode_edit(parts["vae"], out)
     if torch.cuda.is_available():
-        times |= {"allocated": torch.cuda.max_memory_allocated() / 2**30, "reserved": torch.cuda.max_memory_reserved() / 2**30}
+        times |= {"allocated": torch.cuda.max_memory_allocated() / 2**30 - filled, "reserved": torch.cuda.max_memory_reserved() / 2**30 - filled}
+    times["whole"] = sum(times[phase] for phase in ("encode", "sample", "decode") if phase in times)
     return times
 
 
@@ -135,13 +157,17 @@ def load_parts(options, paths: dict[str, Path], mode: str) -> dict:
     """Loaded models of a mode by kind."""
     import comfy.sd
     import comfy.utils
-    import torch
 
+    from step1x_core.host.caching import apply_teacache
     from step1x_core.host.loading import load_model, load_text_encoder
+    from step1x_core.host.sampling import set_guidance_interval
 
     settings = MODES[mode]
-    dtype = {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True} if "dtype" in settings else {}
-    model = load_model(paths["transformer"], model_options=dtype)
+    model = load_model(paths["transformer"], options.version, fp8=settings.get("fp8", False))
+    if settings.get("teacache"):
+        model = apply_teacache(model, options.teacache)
+    if settings.get("interval"):
+        model = set_guidance_interval(model, 0.0, options.interval)
     if settings.get("compile"):
         from comfy_extras.nodes_torch_compile import TorchCompileModel
 
@@ -152,45 +178,99 @@ def load_parts(options, paths: dict[str, Path], mode: str) -> dict:
     return parts
 
 
+def use_dynamic_vram() -> None:
+    """What ComfyUI's main.py does at its start."""
+    import comfy.memory_management
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy_aimdo.control
+
+    comfy_aimdo.control.init()
+    if not comfy_aimdo.control.init_devices((device.index, 0) for device in comfy.model_management.get_all_torch_devices()):
+        raise RuntimeError("comfy-aimdo does not work here.")
+    comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+    comfy.memory_management.aimdo_enabled = True
+
+
+def fill_memory(free: float):
+    """A tensor that leaves `free` GiB of the card's memory; None for 0."""
+    import torch
+
+    if not free:
+        return None
+    torch.cuda.empty_cache()
+    return torch.empty(max(0, torch.cuda.mem_get_info()[0] - int(free * 2**30)), dtype=torch.uint8, device="cuda")
+
+
+def measure(options, paths: dict[str, Path], mode: str, vram: float) -> list[dict]:
+    """Runs of one mode at all sizes."""
+    import comfy.model_management
+    import torch
+
+    from step1x_core.host import blocks, transformer
+
+    own = blocks.plain_needed, transformer.cudnn_is_fastest
+    if MODES[mode].get("host_blocks"):
+        blocks.plain_needed, transformer.cudnn_is_fastest = lambda *args: True, lambda device: False
+    filler = fill_memory(vram)
+    loading, runs = {}, []
+    with Clock(loading, "load"):
+        parts = load_parts(options, paths, mode)
+    for size in options.sizes:
+        filled = 0.0 if filler is None else filler.numel() / 2**30
+        try:
+            first, *rest = (edit(options, parts, size, filled) for _ in range(options.repeats + 1))
+        except torch.OutOfMemoryError:
+            print(f"{mode} {size}: out of memory", file=sys.stderr, flush=True)
+            continue
+        runs.append({"mode": mode, "size": size, "vram": vram, "load": loading["load"], "first": first, "runs": rest or [first]})
+        print(f"{mode} {size} {vram or ''}: sampling {statistics.median(run['sample'] for run in rest or [first]):.2f} s", file=sys.stderr, flush=True)
+    blocks.plain_needed, transformer.cudnn_is_fastest = own
+    del parts, filler
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()
+    torch._dynamo.reset()
+    return runs
+
+
+def table(runs: list[dict]) -> str:
+    """Medians of the runs, a line for each mode and size."""
+    columns = {"encode": 8, "sample": 8, "decode": 8, "whole": 8, "think": 7, "allocated": 7, "reserved": 7}
+    lines = [f"{'mode':<15}{'size':>5}{'vram':>6}{'load':>7}{'first':>7}{'encode':>8}{'sample':>8}{'decode':>8}{'whole':>8}{'think':>7}{'alloc':>7}{'resrv':>7}{'+-':>6}"
+             "   (seconds, the last for sampling; GiB)"]
+    for run in runs:
+        middle = {name: statistics.median(values[name] for values in run["runs"]) for name in run["runs"][0]}
+        spread = max(values["sample"] for values in run["runs"]) - min(values["sample"] for values in run["runs"])
+        cells = "".join(f"{middle[name]:{width}.2f}" if name in middle else f"{'-':>{width}}" for name, width in columns.items())
+        lines.append(f"{run['mode']:<15}{run['size']:>5}{run['vram'] or '-':>6}{run['load']:7.1f}{run['first']['sample']:7.2f}{cells}{spread / 2:6.2f}")
+    return "\n".join(lines)
+
+
 def main() -> int:
+    import torch
+
     options = arguments()
-    environment.use_host_in_process()
+    environment.use_host_in_process(cpu=not torch.cuda.is_available())
     import comfy.model_management
     import comfy.utils
-    import torch
     from comfyui_version import __version__ as host_version
 
     comfy.utils.set_progress_bar_enabled(False)
+    if options.dynamic_vram:
+        use_dynamic_vram()
     device = comfy.model_management.get_torch_device()
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     head = (f"{card}, torch {torch.__version__}, ComfyUI {host_version}, Step1X-Edit {options.version}{' (miniature)' if options.tiny else ''}, "
-            f"{options.steps} steps, CFG {options.cfg}, {options.repeats} runs after a warm-up")
-    rows, runs = [], []
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+            f"{options.steps} steps, CFG {options.cfg}, {options.repeats} runs after a warm-up{', dynamic VRAM' if options.dynamic_vram else ''}")
+    runs = []
+    with nullcontext(options.models) if options.models else tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         paths = write_models(Path(folder), options.version, options.tiny, device, options.only_sampling)
         for mode in options.modes:
-            loading = {}
-            with Clock(loading, "load"):
-                parts = load_parts(options, paths, mode)
-            for size in options.sizes:
-                first, *rest = (edit(options, parts, size) for _ in range(options.repeats + 1))
-                runs.append({"mode": mode, "size": size, "load": loading["load"], "first": first, "runs": rest})
-                middle = {name: statistics.median(run[name] for run in rest) for name in rest[0]}
-                spread = max(run["sample"] for run in rest) - min(run["sample"] for run in rest)
-                rows.append((mode, size, loading["load"], first["sample"], middle, spread))
-                print(f"{mode} {size}: sampling {middle['sample']:.2f} s", file=sys.stderr, flush=True)
-            del parts
-            comfy.model_management.unload_all_models()
-            comfy.model_management.soft_empty_cache()
-    options.json.write_text(json.dumps({"head": head, "runs": runs}, indent=1), encoding="utf-8")
-
+            for vram in options.vram:
+                runs += measure(options, paths, mode, vram)
+                options.json.write_text(json.dumps({"head": head, "runs": runs}, indent=1), encoding="utf-8")
     print(head)
-    print(f"{'mode':<15}{'size':>5}{'load':>8}{'first':>8}{'encode':>8}{'sample':>8}{'+-':>6}{'decode':>8}{'alloc':>7}{'resrv':>7}   (seconds; GiB)")
-    for mode, size, load, first, middle, spread in rows:
-        def cell(name, width, middle=middle):
-            return f"{middle[name]:{width}.2f}" if name in middle else f"{'-':>{width}}"
-
-        print(f"{mode:<15}{size:>5}{load:8.2f}{first:8.2f}{cell('encode', 8)}{cell('sample', 8)}{spread / 2:6.2f}{cell('decode', 8)}{cell('allocated', 7)}{cell('reserved', 7)}")
+    print(table(runs))
     return 0
 
 

@@ -218,13 +218,13 @@ def reexecute_in_host(script: str) -> None:
     os.execve(command[0], command, environment)
 
 
-def use_host_in_process() -> None:
-    """Make ComfyUI's modules and this pack's core importable here, on the CPU. ComfyUI comes first: its `nodes` is not ours."""
+def use_host_in_process(cpu: bool = True) -> None:
+    """Make ComfyUI's modules and this pack's core importable here, on the CPU or on what the host finds. ComfyUI comes first: its `nodes` is not ours."""
     sys.path.insert(0, os.environ["STEP1X_COMFYUI"])
     sys.path.append(str(PACK))
     import comfy.cli_args
 
-    comfy.cli_args.args.cpu = True
+    comfy.cli_args.args.cpu = cpu
     import logging
 
     logging.getLogger().setLevel(logging.ERROR)

@@ -109,6 +109,8 @@ class Step1XEdit(comfy.supported_models.Flux):
     """Model family entry. A Step1X-Edit file is a FLUX file plus a connector, so it must be asked before FLUX is."""
 
     unet_config = {"image_model": "flux"}
+    # Measured: 1.2 at 1024x1024, 1.5 at 512x512 (docs/performance.md); the references count as much as the picture.
+    memory_usage_factor = 1.6
 
     @classmethod
     def matches(cls, unet_config, state_dict=None, unet_key_prefix=""):

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ..config import TIME_FACTOR, VERSIONS
 from ..connector import Connector
+from .attention import cudnn_first, cudnn_is_fastest
+from .blocks import FusedDoubleStreamBlock, FusedSingleStreamBlock
 
 
 def position_bits(text_ids: Tensor) -> Tensor:
@@ -33,8 +35,12 @@ class Step1XTransformer(Flux):
     text_token_mapping: whether there is v1.2's layer that shows the transformer quoted characters as the language model embeds them.
     """
 
-    def __init__(self, version, connector, text_token_mapping=False, dtype=None, device=None, operations=None, **kwargs):
-        super().__init__(dtype=dtype, device=device, operations=operations, **kwargs)
+    def __init__(self, version, connector, depth, depth_single_blocks, text_token_mapping=False, dtype=None, device=None, operations=None, **kwargs):
+        super().__init__(dtype=dtype, device=device, operations=operations, depth=0, depth_single_blocks=0, **kwargs)
+        self.params.depth, self.params.depth_single_blocks = depth, depth_single_blocks
+        block = {"mlp_ratio": self.params.mlp_ratio, "dtype": dtype, "device": device, "operations": operations}
+        self.double_blocks = torch.nn.ModuleList([FusedDoubleStreamBlock(self.hidden_size, self.num_heads, qkv_bias=self.params.qkv_bias, **block) for _ in range(depth)])
+        self.single_blocks = torch.nn.ModuleList([FusedSingleStreamBlock(self.hidden_size, self.num_heads, **block) for _ in range(depth_single_blocks)])
         self.version = version
         self.connector = Connector(**connector, attention=optimized_attention_masked, dtype=dtype, device=device, operations=operations)
         self.text_token_mapping = None
@@ -64,12 +70,14 @@ class Step1XTransformer(Flux):
         y and guidance belong to the host's interface and are not used: the pooled vector comes from the connector.
         """
         height, width = x.shape[-2:]
+        transformer_options = transformer_options.copy()
+        if cudnn_is_fastest(x.device):
+            transformer_options.setdefault("optimized_attention_override", cudnn_first)
         if VERSIONS[self.version].layout == "v1.2":
             timestep = official_time(timestep, x.dtype)
         img, img_ids = self.process_img(x, transformer_options=transformer_options)
         img_tokens = img.shape[1]
         if ref_latents is not None:
-            transformer_options = transformer_options.copy()
             transformer_options["reference_image_num_tokens"] = []
             for index, latent in enumerate(ref_latents):
                 ref, ref_ids = self.process_reference(latent, index, transformer_options)

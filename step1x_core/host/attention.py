@@ -1,0 +1,26 @@
+"""Which of torch's attention kernels runs (docs/performance.md)."""
+
+import inspect
+
+import torch
+from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+CAN_SET_PRIORITY = "set_priority" in inspect.signature(sdpa_kernel).parameters
+CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def cudnn_is_fastest(device: torch.device) -> bool:
+    """True on data-centre GPUs from Hopper on, unless the user chose another attention than torch's; the host asks torch for flash first."""
+    return (optimized_attention is attention_pytorch and CAN_SET_PRIORITY and device.type == "cuda" and torch.version.cuda is not None
+            and torch.cuda.get_device_capability(device) in ((9, 0), (10, 0), (10, 3)))
+
+
+def cudnn_first(attention, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, skip_reshape=False, **kwargs) -> Tensor:
+    """The host's override hook: q, k, v [B, H, S, D] through cuDNN -> [B, S, H * D]; what is laid out otherwise goes to `attention`."""
+    if mask is not None or not skip_reshape:
+        return attention(q, k, v, heads, mask=mask, skip_reshape=skip_reshape, **kwargs)
+    with sdpa_kernel(CUDNN_FIRST, set_priority=True):
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    return out.transpose(1, 2).flatten(2)

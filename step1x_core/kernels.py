@@ -1,0 +1,114 @@
+"""Triton kernels for what lies between the matrix products of a FLUX block: each reads its input once and writes its result once.
+
+A result can be written as e4m3 for a product on fp8 tensor cores: rounded to value / scale, magnitudes above 448 cut to it. Importing this module needs Triton.
+The arithmetic is float32; where the plain path stores a value in the model's dtype before the rotary positions, so does this.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+# What one program handles, the fastest on an H200 (docs/performance.md).
+COLUMNS = 4096
+HEADS = 32
+
+
+@triton.jit
+def to_output(value, scale, FP8_OUT: tl.constexpr):
+    if FP8_OUT:
+        value = tl.clamp(value / tl.load(scale), -448.0, 448.0)
+    return value
+
+
+@triton.jit
+def modulate_kernel(x, shift, scale, out, out_scale, tokens, columns, shift_batch, scale_batch, eps, BLOCK: tl.constexpr, FP8_OUT: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    batch = row // tokens
+    cols = tl.arange(0, BLOCK)
+    inside = cols < columns
+    value = tl.load(x + row * columns + cols, mask=inside, other=0.0).to(tl.float32)
+    value = tl.where(inside, value - tl.sum(value, axis=0) / columns, 0.0)
+    value = value * tl.rsqrt(tl.sum(value * value, axis=0) / columns + eps)
+    value = value * (1.0 + tl.load(scale + batch * scale_batch + cols, mask=inside, other=0.0).to(tl.float32))
+    value = value + tl.load(shift + batch * shift_batch + cols, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * columns + cols, to_output(value, out_scale, FP8_OUT).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rows_kernel(x, out, out_scale, tokens, columns, x_batch, x_token, out_row, BLOCK: tl.constexpr, GELU: tl.constexpr, FP8_OUT: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < columns
+    value = tl.load(x + row // tokens * x_batch + row % tokens * x_token + cols, mask=inside, other=0.0).to(tl.float32)
+    if GELU:  # the tanh approximation: (1 + tanh(u)) / 2 is sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
+        value = value * tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
+    tl.store(out + row * out_row + cols, to_output(value, out_scale, FP8_OUT).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_gated_kernel(x, update, gate, tokens, columns, gate_batch, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < columns
+    factor = tl.load(gate + row // tokens * gate_batch + cols, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + row * columns + cols, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(update + row * columns + cols, mask=inside, other=0.0).to(tl.float32) * factor
+    tl.store(x + row * columns + cols, value.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def norm_and_rotate_kernel(qkv, q_weight, k_weight, pe, tokens, heads, qkv_batch, qkv_token, pe_batch, pe_token, eps, HEADS: tl.constexpr, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    batch, token = row // tokens, row % tokens
+    is_key = tl.program_id(2)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    cols = tl.arange(0, WIDTH)
+    inside = (head < heads)[:, None] & (cols < WIDTH)[None, :]
+    place = qkv + batch * qkv_batch + token * qkv_token + (is_key * heads + head)[:, None] * WIDTH + cols[None, :]
+    value = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(q_weight + cols).to(tl.float32)
+    if is_key == 1:
+        weight = tl.load(k_weight + cols).to(tl.float32)
+    value = value * tl.rsqrt(tl.sum(value * value, axis=1) / WIDTH + eps)[:, None] * weight[None, :]
+    first, second = tl.split(tl.reshape(value.to(qkv.dtype.element_ty).to(tl.float32), (HEADS, WIDTH // 2, 2)))
+    rotation = pe + batch * pe_batch + token * pe_token + tl.arange(0, WIDTH // 2) * 4
+    rotated_first = tl.load(rotation)[None, :] * first + tl.load(rotation + 1)[None, :] * second
+    rotated_second = tl.load(rotation + 2)[None, :] * first + tl.load(rotation + 3)[None, :] * second
+    rotated = tl.reshape(tl.join(rotated_first, rotated_second), (HEADS, WIDTH))
+    tl.store(place, rotated.to(qkv.dtype.element_ty), mask=inside)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, fp8_scale: Tensor | None = None) -> Tensor:
+    """Layer norm of x [B, S, C] (eps 1e-6, no weights), times 1 + scale, plus shift ([B, 1, C]) -> [B, S, C] of x's dtype, or e4m3 with fp8_scale []."""
+    batch, tokens, columns = x.shape
+    x = x.contiguous()
+    out = torch.empty_like(x, dtype=x.dtype if fp8_scale is None else FP8)
+    modulate_kernel[(batch * tokens,)](x, shift, scale, out, fp8_scale, tokens, columns, shift.stride(0), scale.stride(0), 1e-6,
+                                       BLOCK=triton.next_power_of_2(columns), FP8_OUT=fp8_scale is not None, num_warps=8)
+    return out
+
+
+def copy_rows(x: Tensor, out: Tensor, fp8_scale: Tensor | None = None, gelu: bool = False) -> None:
+    """Write x [B, S, C], through GELU (tanh) if asked, to out [B * S, C]; rows of both may lie apart, and out may be x's own memory."""
+    batch, tokens, columns = x.shape
+    rows_kernel[(batch * tokens, triton.cdiv(columns, COLUMNS))](x, out, fp8_scale, tokens, columns, x.stride(0), x.stride(1), out.stride(0),
+                                                                 BLOCK=COLUMNS, GELU=gelu, FP8_OUT=fp8_scale is not None)
+
+
+def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> None:
+    """x + update * gate, written into x. x and update [B, S, C] (contiguous), gate [B, 1, C]."""
+    batch, tokens, columns = x.shape
+    add_gated_kernel[(batch * tokens, triton.cdiv(columns, COLUMNS))](x, update, gate, tokens, columns, gate.stride(0), BLOCK=COLUMNS)
+
+
+def norm_and_rotate(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, pe: Tensor) -> None:
+    """RMS norm (eps 1e-6) and rotary positions of the queries and keys in qkv [B, S, 3, H, D], in place. D is a power of two, heads lie together.
+
+    q_weight and k_weight [D], pe float32 [B or 1, 1, S, D / 2, 2, 2] with the last three axes together.
+    """
+    batch, tokens, _, heads, width = qkv.shape
+    group = min(HEADS, triton.next_power_of_2(heads))
+    norm_and_rotate_kernel[(batch * tokens, triton.cdiv(heads, group), 2)](
+        qkv, q_weight, k_weight, pe, tokens, heads, qkv.stride(0), qkv.stride(1), pe.stride(0) if pe.shape[0] > 1 else 0, pe.stride(2), 1e-6, HEADS=group, WIDTH=width, num_warps=2)
