@@ -4,17 +4,22 @@
 Runs held-out edits (scenes the training never saw) through the pack's loaders, encoder, the host's sampler and VAE, and prints success
 per kind and language. Success: the asked change is there, checked on the pixels of the known region, and the rest is untouched (mean
 absolute error outside at most 0.04). The column "vae" is the same check on the true target after a round trip through the VAE: the ceiling.
+
+With --format the model is converted first. In fp8 and int8 the layers' inputs are rounded, too, as on a GPU. In nvfp4 they are not: a GPU with tensor cores
+for it will do worse.
 """
 
 import argparse
 import itertools
 import platform
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "scripts"))
+import convert
 import demo_model
 import environment
 
@@ -22,6 +27,8 @@ import environment
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=Path, default=demo_model.FOLDER)
+    parser.add_argument("--format", choices=("bf16", "fp8", "int8", "nvfp4"), help="measure a copy that scripts/convert.py makes (default: the file as it is)")
+    parser.add_argument("--modulation", action="store_true", help="as for scripts/convert.py")
     parser.add_argument("--edits", type=int, default=500, help="number of held-out edits")
     parser.add_argument("--skip", type=int, default=0, help="leave out so many edits at the start, to go on with an earlier run")
     parser.add_argument("--controls", type=int, default=60, help="number of edits with an empty instruction")
@@ -35,13 +42,13 @@ def arguments() -> argparse.Namespace:
 class Demo:
     """The demo model through the product's own code."""
 
-    def __init__(self, models: Path, steps: int, cfg: float):
+    def __init__(self, models: Path, steps: int, cfg: float, model: Path):
         import comfy.sd
         import comfy.utils
 
         from step1x_core.host.loading import load_model, load_text_encoder
 
-        self.model = load_model(models / "diffusion_models" / demo_model.MODEL_FILE)
+        self.model = load_model(model)
         self.clip = load_text_encoder(models / "text_encoders" / demo_model.MLLM_FILE)
         self.vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(models / "vae" / demo_model.VAE_FILE)))
         self.steps, self.cfg = steps, cfg
@@ -77,6 +84,7 @@ def row(name: str, results: list) -> str:
 def main() -> int:
     options = arguments()
     environment.use_host_in_process()
+    import comfy.model_management
     import comfy.utils
     import numpy as np
     import torch
@@ -85,7 +93,16 @@ def main() -> int:
     from training.scenes import judge, pair_at
 
     comfy.utils.set_progress_bar_enabled(False)
-    demo = Demo(options.models, options.steps, options.cfg)
+    model = options.models / "diffusion_models" / demo_model.MODEL_FILE
+    # The host loads models in inference mode, too; quantised ones must not be loaded outside of it and used inside.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, torch.inference_mode():
+        if options.format:
+            # What --supports-fp8-compute sets: without it the CPU would multiply unrounded inputs.
+            comfy.model_management.SUPPORT_FP8_OPS = True
+            converted = Path(folder) / model.name
+            convert.convert(model, converted, options.format, modulation=options.modulation)
+            model = converted
+        demo = Demo(options.models, options.steps, options.cfg, model)
     groups, errors, strips = defaultdict(list), [], []
     started = time.monotonic()
     # The shares of kinds are those of the training data; the controls are drawn apart.
@@ -109,7 +126,8 @@ def main() -> int:
         rows = [np.concatenate(strips[i:i + 4], axis=1) for i in range(0, len(strips) - len(strips) % 4, 4)]
         Image.fromarray(np.concatenate(rows)).save(options.sheet)
 
-    print(f"{options.edits} held-out edits and {options.controls} controls, 128x128, {options.steps} steps, CFG {options.cfg}, seed {options.seed}; "
+    print(f"{options.edits} held-out edits and {options.controls} controls, 128x128, {options.steps} steps, CFG {options.cfg}, seed {options.seed}, "
+          f"{options.format or 'as shipped'}; "
           f"torch {torch.__version__}, {platform.machine()} CPU, {time.monotonic() - started:.0f} s")
     print(f"VAE round trip of the targets: mean absolute error {sum(errors) / len(errors):.4f}")
     print(f"{'':<14}{'edits':>6}{'succ.':>6}{'chang':>6}{'untch':>6}{'vae':>6}{'outside':>9}   (percent; outside: mean absolute error)")

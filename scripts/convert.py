@@ -1,0 +1,124 @@
+#!/usr/bin/env python3
+"""Make a smaller or faster copy of a Step1X-Edit model or of its language model: `python scripts/convert.py IN OUT --format fp8`.
+
+IN is a single file, a folder of shards or a diffusers folder, in bf16, fp16, fp32 or plain fp8. OUT is one safetensors file in ComfyUI's own
+format, which the stock loaders read as well as this pack's. At no time is more than a few tensors in memory.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).absolute().parent))  # missing in an embedded Python
+import environment
+
+FORMATS = """formats:
+  fp8    8-bit floats with one scale per matrix. NVIDIA cards from the RTX 40 series on compute with them directly; others unpack them.
+  int8   8-bit integers with one scale per row, the weights nearer to bf16 than fp8's. Computed with directly from the RTX 20 series on.
+         ComfyUI 0.30.0 loads it, 0.18.2 does not.
+  nvfp4  4-bit floats with one scale per 16 values. Half the size of the 8-bit formats in these layers, and the largest error. Computed with directly
+         from the RTX 50 series on; others unpack them.
+  bf16   not quantised: for a single file of a diffusers folder, or to halve an fp32 file.
+docs/conversion.md tells more."""
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=FORMATS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", type=Path, metavar="IN", help="model file or folder. Of a diffusers repository the transformer is taken; "
+                        "for the language model name the folder text_encoder in it")
+    parser.add_argument("output", type=Path, metavar="OUT", help="the safetensors file to write")
+    parser.add_argument("--format", choices=("fp8", "int8", "nvfp4", "bf16"), default="fp8",
+                        help="of the large layers (default: fp8); everything else becomes bf16")
+    parser.add_argument("--keep", action="append", default=[], metavar="PATTERN",
+                        help="layers to keep in bf16, such as 'double_blocks.0.*'; may be given again")
+    parser.add_argument("--modulation", action="store_true", help="store the modulation layers in fp8, too: 3.2 GB less")
+    parser.add_argument("--weights-only", action="store_true",
+                        help="have ComfyUI unpack the weights and compute in full precision: saves memory, but no time (fp8, nvfp4)")
+    parser.add_argument("--version", help="v1.0, v1.1, v1.2-preview or v1.2, where neither the tensors nor the names tell")
+    parser.add_argument("--force", action="store_true", help="overwrite OUT")
+    return parser.parse_args()
+
+
+def model_config(checkpoint, weights, version: str | None) -> dict:
+    """What the model's shapes do not show, its version foremost. Raises Step1XError for an incomplete model and as `choose_version` does."""
+    from step1x_core.checkpoint import check_tensors
+    from step1x_core.config import CONFIG_KEY, config_tensor, detect_config, parse_config, stored_config
+    from step1x_core.host.loading import CONFIG_NAMES, choose_version, model_shapes, shapes
+
+    values = stored_config(weights.stored) | parse_config(weights.metadata.get(CONFIG_KEY, "{}"))
+    values |= {name: checkpoint.config[key] for key, name in CONFIG_NAMES.items() if key in checkpoint.config}
+    if version is not None or "version" not in values:
+        values["version"] = version or choose_version(checkpoint, weights.shapes)
+    config = detect_config(weights.shapes | {CONFIG_KEY: config_tensor(values)})
+    check_tensors(checkpoint.path.name, model_shapes(config), shapes(weights.shapes))
+    return values
+
+
+def mllm_config(checkpoint, weights) -> dict:
+    """What the language model's shapes do not show. Raises Step1XError for an incomplete one."""
+    from step1x_core.checkpoint import check_tensors
+    from step1x_core.config import CONFIG_KEY, parse_config
+    from step1x_core.host.loading import mllm_shapes, shapes
+    from step1x_core.mllm import detect_mllm_config, normalize_keys
+
+    values = checkpoint.config or parse_config(weights.metadata.get(CONFIG_KEY, "{}"))
+    tensors = normalize_keys(weights.shapes)
+    check_tensors(checkpoint.path.name, mllm_shapes(detect_mllm_config(tensors, values)), shapes(tensors))
+    return values
+
+
+def convert(source: Path, out: Path, form: str, version: str | None = None, **options) -> str:
+    """Convert a model or a language model; returns the SHA-256 of the file. options: as for `step1x_core.conversion.convert`.
+
+    Raises Step1XError for what cannot be read, converted or written.
+    """
+    from step1x_core import conversion
+    from step1x_core.checkpoint import find_checkpoint
+    from step1x_core.config import CONFIG_KEY, Step1XError, config_tensor
+
+    checkpoint = find_checkpoint(source, "transformer")
+    weights = conversion.Weights(checkpoint.files)
+    metadata = {**weights.metadata, "format": "pt"}
+    extra = {}
+    try:
+        if weights.kind == "model":
+            # As a tensor the version reaches the stock loader, too.
+            metadata.pop(CONFIG_KEY, None)
+            extra[CONFIG_KEY] = config_tensor(model_config(checkpoint, weights, version))
+        else:
+            metadata[CONFIG_KEY] = json.dumps(mllm_config(checkpoint, weights))
+    except KeyError as error:
+        raise Step1XError(f"{checkpoint.path.name} lacks the tensor {error.args[0]}. The file is incomplete; download it again.") from error
+    return conversion.convert(weights, out, form, extra, metadata, **options)
+
+
+def show(done: int, total: int) -> None:
+    filled = 40 * done // total
+    print(f"\r[{'#' * filled}{'.' * (40 - filled)}] {done / 1e9:.1f} of {total / 1e9:.1f} GB", end="" if done < total else "\n", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    options = arguments()
+    environment.use_host_in_process()
+    from comfy.quant_ops import QUANT_ALGOS
+
+    from step1x_core.config import Step1XError
+    from step1x_core.conversion import FORMATS
+
+    if FORMATS[options.format] and FORMATS[options.format][0] not in QUANT_ALGOS:
+        print(f"Note: this ComfyUI cannot load {options.format} files; a newer one can.", file=sys.stderr)
+    try:
+        digest = convert(options.input, options.output, options.format, options.version, keep=options.keep, modulation=options.modulation,
+                         weights_only=options.weights_only, force=options.force, progress=show)
+    except (Step1XError, OSError) as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    print(f"{options.output}  {options.output.stat().st_size / 1e9:.2f} GB  sha256 {digest}")
+    return 0
+
+
+if __name__ == "__main__":
+    with environment.cancellable():
+        environment.reexecute_in_host(__file__)
+        sys.exit(main())
