@@ -1,21 +1,74 @@
-"""Run by ComfyUI-Manager after an installation: looks around and advises. Installs nothing, downloads nothing, always succeeds.
+"""Looks around and advises, and downloads models for a person who asks for it.
 
-It looks into ComfyUI's own models folder only; folders named in extra_model_paths.yaml are not read.
+Without arguments, as ComfyUI-Manager runs it after an installation, it only looks: nothing is installed, nothing is downloaded, it always succeeds.
+`python install.py --download v1.1 mllm vae` brings model files into ComfyUI's models folders. Needs only the standard library to be imported.
 """
 
-import importlib.util
+import argparse
+import importlib.metadata
+import os
+import platform
 import re
-from pathlib import Path
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 
 PACK = Path(__file__).absolute().parent
 OLDEST_COMFYUI = (0, 18, 2)
 
-# What an edit needs: the models folder, names that fit, and where a file comes from.
+# What a diffusers repository needs of its files: those of the component folders, without pictures and papers.
+COMPONENTS = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What --download gets. folder: ComfyUI's name of the folder. files: patterns in small letters, of paths or names in the repository.
+
+    whole: the files keep their paths, in a folder named like the repository. rename: another name for a single file.
+    """
+
+    title: str
+    folder: str
+    repository: str
+    files: tuple[str, ...]
+    whole: bool = False
+    rename: str | None = None
+
+
+MODELS = {
+    "v1.0": Model("Step1X-Edit v1.0", "diffusion_models", "stepfun-ai/Step1X-Edit", ("step1x-edit-i1258.safetensors",)),
+    "v1.1": Model("Step1X-Edit v1.1", "diffusion_models", "stepfun-ai/Step1X-Edit", ("step1x-edit-v1p1-official.safetensors",)),
+    "v1.2": Model("Step1X-Edit v1.2 with text encoder and VAE", "diffusers", "stepfun-ai/Step1X-Edit-v1p2", COMPONENTS, whole=True),
+    "v1.2-preview": Model("Step1X-Edit v1.2-preview with text encoder and VAE", "diffusers", "stepfun-ai/Step1X-Edit-v1p2-preview", COMPONENTS, whole=True),
+    # Community files in repositories of many names: --repo tells which.
+    "fp8": Model("Step1X-Edit in fp8", "diffusion_models", "stepfun-ai/Step1X-Edit", ("*fp8*.safetensors",)),
+    "mllm": Model("Qwen2.5-VL-7B", "text_encoders", "Comfy-Org/Qwen-Image_ComfyUI", ("qwen_2.5_vl_7b.safetensors",)),
+    "mllm-fp8": Model("Qwen2.5-VL-7B in fp8", "text_encoders", "Comfy-Org/Qwen-Image_ComfyUI", ("qwen_2.5_vl_7b_fp8_scaled.safetensors",)),
+    # Under the name that workflows ask for: it is the FLUX VAE.
+    "vae": Model("FLUX VAE", "vae", "stepfun-ai/Step1X-Edit", ("vae.safetensors",), rename="ae.safetensors"),
+    "lora": Model("LoRA", "loras", "stepfun-ai/Step1X-Edit", ("*lora*.safetensors",)),
+}
+
+# What an edit needs: title, ComfyUI's folder name, subfolder of a diffusers repository, names that fit, what to download.
 NEEDED = (
-    ("Step1X-Edit model", ("diffusion_models", "unet", "diffusers"), r"step1x", "step1x-edit-v1p1-official.safetensors, from the Hugging Face repository stepfun-ai/Step1X-Edit"),
-    ("Qwen2.5-VL-7B", ("text_encoders", "clip"), r"qwen.?2\.5.?vl.?7b", "qwen_2.5_vl_7b.safetensors (or the fp8_scaled one), from Comfy-Org/Qwen-Image_ComfyUI"),
-    ("FLUX VAE", ("vae",), r"^ae\.|flux|step1x", "ae.safetensors, the FLUX VAE"),
+    ("Step1X-Edit model", "diffusion_models", "transformer", r"^(?!.*vae\.).*(step1x|reasonedit)", "v1.1"),
+    ("Qwen2.5-VL-7B", "text_encoders", "text_encoder", r"^MLLM|qwen.?2[._]?5.?vl|step1x.*/$", "mllm"),
+    ("FLUX VAE", "vae", "vae", r"(^|[\\/])v?ae\.|flux|step1x.*/$", "vae"),
 )
+
+# Start-up options of ComfyUI for the attention packages that it knows.
+ATTENTION = {"flash_attn": "--use-flash-attention", "sageattention": "--use-sage-attention", "xformers": "used by itself"}
+FLASH_ATTN = "2.8.3"
+
+
+def host_root() -> Path:
+    """ComfyUI's folder: the one that STEP1X_COMFYUI or the Manager's COMFYUI_PATH names, else the one around this pack."""
+    named = os.environ.get("STEP1X_COMFYUI") or os.environ.get("COMFYUI_PATH")
+    return Path(named).absolute() if named else PACK.parent.parent
 
 
 def comfyui_version(root: Path) -> tuple[int, ...] | None:
@@ -25,33 +78,185 @@ def comfyui_version(root: Path) -> tuple[int, ...] | None:
     return tuple(map(int, match[1].split("."))) if match else None
 
 
-def find_model(models: Path, folders: tuple[str, ...], pattern: str) -> Path | None:
-    for folder in folders:
-        for path in sorted((models / folder).glob("*")):
-            if re.search(pattern, path.name, re.IGNORECASE) and (path.is_dir() or path.suffix == ".safetensors"):
-                return path
-    return None
+def use_host(root: Path):
+    """The host's module folder_paths, with its extra_model_paths.yaml read. This pack's core can be imported from then on.
+
+    Raises ImportError where this Python lacks what ComfyUI needs.
+    """
+    sys.path.insert(0, str(root))
+    sys.path.append(str(PACK))
+    from comfy.cli_args import args
+    if "COMFYUI_FOLDERS_BASE_PATH" in os.environ:  # set by the Manager
+        args.base_directory = os.environ["COMFYUI_FOLDERS_BASE_PATH"]
+    import folder_paths
+    config = root / "extra_model_paths.yaml"
+    if config.is_file():
+        from utils.extra_config import load_extra_path_config
+        load_extra_path_config(str(config))
+    return folder_paths
 
 
-def advise(root: Path) -> list[str]:
-    """What a user should know about the ComfyUI in `root`, line by line."""
-    lines = []
-    version = comfyui_version(root)
-    if version is None:
-        lines.append(f"{root} is not a ComfyUI folder. Put this pack into ComfyUI/custom_nodes.")
-    elif version < OLDEST_COMFYUI:
-        lines.append(f"ComfyUI {'.'.join(map(str, version))} is too old: update it to {'.'.join(map(str, OLDEST_COMFYUI))} or newer.")
-    if importlib.util.find_spec("torch") is None:
-        lines.append("torch is not installed for this Python. Run install.py with the Python that starts ComfyUI.")
-    for name, folders, pattern, source in NEEDED:
-        found = find_model(root / "models", folders, pattern)
-        if found is not None:
-            lines.append(f"{name}: {found.relative_to(root)}")
-        else:
-            lines.append(f"{name}: not found in models/ (folders of extra_model_paths.yaml are not searched). Where you lack it, put it into models/{folders[0]}: {source}.")
+def flash_attn_wheel(torch) -> str | None:
+    """Name of the flash-attn wheel that fits this Python, torch, CUDA, C++ ABI and platform, as its makers name them; None without CUDA."""
+    if torch.version.cuda is None:
+        return None
+    system = "win_amd64" if sys.platform == "win32" else f"linux_{platform.machine()}"
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    built_for = f"cu{torch.version.cuda.split('.')[0]}torch{'.'.join(torch.__version__.split('.')[:2])}cxx11abi{str(torch.compiled_with_cxx11_abi()).upper()}"
+    return f"flash_attn-{FLASH_ATTN}+{built_for}-{python}-{python}-{system}.whl"
+
+
+def advise_torch() -> list[str]:
+    """torch, its device, and what there is for attention."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return [f"torch cannot be used by {sys.executable} ({error}). Run install.py with the Python that starts ComfyUI."]
+    if torch.cuda.is_available():
+        device = f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB"
+    elif torch.backends.mps.is_available():
+        device = "Apple Metal"
+    elif torch.xpu.is_available():
+        device = torch.xpu.get_device_name()
+    else:
+        device = "no graphics card that torch can use: full-size models would run on the CPU, in hours"
+    lines = [f"torch {torch.__version__}, Python {platform.python_version()}; {device}"]
+
+    found = []
+    for name, option in ATTENTION.items():
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)} ({option})")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    lines.append(f"Attention: PyTorch's own; also installed: {', '.join(found) or 'nothing, which is fine'}")
+    wheel = flash_attn_wheel(torch)
+    if wheel is not None and not any(name.startswith("flash_attn") for name in found):
+        lines.append(f"flash-attn, if you want it, has to be this file: {wheel} (where its makers built it: github.com/Dao-AILab/flash-attention/releases)")
     return lines
 
 
+def command(*arguments: str) -> str:
+    return subprocess.list2cmdline([sys.executable, str(PACK / "install.py"), *arguments])
+
+
+def advise_models(folder_paths) -> list[str]:
+    """Which files the loaders would find where, and the one command that gets what is missing."""
+    from step1x_core.host.folders import choices
+
+    lines, missing = [], []
+    for title, folder, subfolder, pattern, name in NEEDED:
+        found = [path for choice, path in choices(folder, subfolder).items() if re.search(pattern, choice, re.IGNORECASE)]
+        lines += [f"{title}: {path}" for path in found]
+        if not found:
+            missing.append(name)
+            lines.append(f"{title}: not found in {', '.join(folder_paths.get_folder_paths(folder))}")
+    models = Path(folder_paths.models_dir)
+    lines.append(f"Free on the disk of {models}: {shutil.disk_usage(models).free / 1e9:.0f} GB (v1.1, mllm and vae take about 42 GB)")
+    if missing:
+        lines.append(f"To download what is missing: {command('--download', *missing)}")
+    return lines
+
+
+def advise(root: Path) -> Iterator[str]:
+    """What a user should know about the ComfyUI in `root`, line by line."""
+    version = comfyui_version(root)
+    if version is None:
+        yield f"{root} is not a ComfyUI folder. Put this pack into ComfyUI/custom_nodes, or name ComfyUI's folder in the variable COMFYUI_PATH."
+        yield from advise_torch()
+        return
+    number, oldest = (".".join(map(str, v)) for v in (version, OLDEST_COMFYUI))
+    yield f"ComfyUI {number} is too old: update it to {oldest} or newer." if version < OLDEST_COMFYUI else f"ComfyUI {number} in {root}"
+    yield from advise_torch()
+    try:
+        yield from advise_models(use_host(root))
+    except ImportError as error:
+        yield f"The models folders were not looked into: {error}. Run install.py with the Python that starts ComfyUI."
+
+
+def download_folder(folder_paths, folder: str) -> Path:
+    """Where files of a kind go: the default that extra_model_paths.yaml sets, else the folder of that name in the models folder."""
+    models, first = Path(folder_paths.models_dir), Path(folder_paths.get_folder_paths(folder)[0])
+    return models / folder if models in first.parents else first
+
+
+def items_of(model: Model, source: str, repository: str, folder: Path, folder_paths=None) -> list:
+    """The download items of a model, for `folder` or, with folder_paths, where ComfyUI has a file of that name already.
+
+    Raises HubError for a repository that cannot be read or has no such files.
+    """
+    import download
+    import hub
+
+    files = hub.list_files(source, repository)
+    chosen = []
+    for file in files:
+        names = file.path.lower(), PurePosixPath(file.path.lower()).name
+        if any(fnmatchcase(name, pattern) for name in names for pattern in model.files):
+            chosen.append(file)
+    if not any(file.path.endswith(".safetensors") for file in chosen):
+        others = ", ".join(file.path for file in files if file.path.endswith(".safetensors")) or "none"
+        raise hub.HubError(f"{repository} on {source} does not have the files of {model.title}; its safetensors files: {others}. "
+                           "Name the repository that has them with --repo.")
+    if model.whole:
+        return [download.Item(file, folder / PurePosixPath(repository).name / file.path) for file in chosen]
+    items = []
+    for file in chosen:
+        name = model.rename or PurePosixPath(file.path).name
+        present = folder_paths.get_full_path(model.folder, name) if folder_paths else None
+        items.append(download.Item(file, Path(present) if present else folder / name))
+    return items
+
+
+def run_download(names: list[str], source: str, repository: str | None, folder: Path | None) -> int:
+    """Download the named models; the exit status."""
+    sys.path.insert(0, str(PACK / "scripts"))
+    try:
+        import download
+        import environment
+        import hub
+        folder_paths = None if folder else use_host(host_root())
+    except ImportError as error:
+        sys.exit(f"{error}. Run install.py with the Python that starts ComfyUI, inside ComfyUI/custom_nodes or with --dir.")
+
+    groups, failures = [], []
+    for name in names:
+        model = MODELS[name]
+        try:
+            items = items_of(model, source, repository or model.repository, folder or download_folder(folder_paths, model.folder), folder_paths)
+        except hub.HubError as error:
+            failures.append(str(error))
+            continue
+        groups += [items] if model.whole else [[item] for item in items]
+        for item in items:
+            print(f"{model.title}: {item.file.path} -> {item.target}, {download.gigabytes(item.file.size)}", flush=True)
+    with environment.cancellable():
+        try:
+            failures += download.download(groups)
+        except (hub.HubError, OSError) as error:
+            failures.append(str(error))
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    if not failures:
+        print("Everything is in place. Press R in ComfyUI to refresh the lists of the loaders.")
+    return int(bool(failures))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--download", nargs="+", choices=MODELS, metavar="NAME", help=f"what to download: {', '.join(MODELS)}")
+    parser.add_argument("--source", choices=("huggingface", "modelscope"), default="huggingface", help="the hub to download from")
+    parser.add_argument("--repo", metavar="OWNER/NAME", help="another repository than the usual one, for community files")
+    parser.add_argument("--dir", type=Path, help="another folder than ComfyUI's models folders")
+    options = parser.parse_args()
+    if options.download:
+        return run_download(options.download, options.source, options.repo, options.dir and options.dir.absolute())
+    try:
+        for line in advise(host_root()):
+            print(f"[Step1X-Edit] {line}", flush=True)
+    except Exception as error:  # whatever it may be, advice must not make an installation fail
+        print(f"[Step1X-Edit] The advice stopped early: {error!r}")
+    return 0
+
+
 if __name__ == "__main__":
-    for line in advise(PACK.parent.parent):
-        print(f"[Step1X-Edit] {line}")
+    sys.exit(main())

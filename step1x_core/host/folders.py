@@ -1,6 +1,8 @@
 """Model files and folders that the loaders offer, and the user's own instruction texts."""
 
 import hashlib
+import logging
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,11 @@ import folder_paths
 from ..checkpoint import is_model_folder, is_safetensors
 from ..config import Step1XError
 
+log = logging.getLogger(__name__)
+
 FOLDER_DEPTH = 3
+# Folders of earlier packs in the models folder, and whose files they hold.
+EARLIER_FOLDERS = {"diffusion_models": "Step1x-Edit", "vae": "Step1x-Edit", "text_encoders": "MLLM"}
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
 
@@ -23,29 +29,46 @@ def model_folders(root: Path, subfolder: str, depth: int = FOLDER_DEPTH) -> Iter
             yield from model_folders(folder, subfolder, depth - 1)
 
 
+def earlier_folders(folder_name: str) -> list[Path]:
+    """The folders in which earlier packs kept such files: in the models folder, and those that extra_model_paths.yaml adds under that name."""
+    name = EARLIER_FOLDERS[folder_name]
+    registered, _ = folder_paths.folder_names_and_paths.get(name, ([], set()))
+    return list(dict.fromkeys([Path(folder_paths.models_dir, name), *map(Path, registered)]))
+
+
 def choices(folder_name: str, subfolder: str) -> dict[str, str]:
-    """What a loader can offer, name -> path: safetensors files of one of the host's model folders, and Hugging Face folders.
+    """What a loader can offer, name -> path: safetensors files of one of the host's model folders and of earlier packs' folders, and Hugging Face folders.
 
     A folder is listed as `name/`; shards are not listed one by one. Diffusers repositories, whose model
-    is in `subfolder`, are looked for in the host's `diffusers` folder, too.
+    is in `subfolder`, are looked for in the host's `diffusers` folder, too. What lies in an earlier pack's
+    folder has that folder's name in front. Of equal names the first stands, in the host's order of folders.
     """
+    earlier = earlier_folders(folder_name)
+    roots = [(Path(root), "") for root in (*folder_paths.get_folder_paths(folder_name), *folder_paths.get_folder_paths("diffusers"))]
     found = {}
-    for root in map(Path, (*folder_paths.get_folder_paths(folder_name), *folder_paths.get_folder_paths("diffusers"))):
+    for root, prefix in [*roots, *((root, EARLIER_FOLDERS[folder_name] + "/") for root in earlier)]:
         for folder in model_folders(root, subfolder):
-            found[folder.relative_to(root).as_posix() + "/"] = str(folder)
+            found.setdefault(f"{prefix}{folder.relative_to(root).as_posix()}/", str(folder))
     folders = {Path(path) for path in found.values()}
-    for name in folder_paths.get_filename_list(folder_name):
-        path = folder_paths.get_full_path(folder_name, name)
+
+    files = [(name, folder_paths.get_full_path(folder_name, name)) for name in folder_paths.get_filename_list(folder_name)]
+    for root in earlier:
+        names, _ = folder_paths.recursive_search(str(root))
+        files += [(os.path.join(EARLIER_FOLDERS[folder_name], name), str(root / name)) for name in sorted(names)]
+    for name, path in files:
         if path is not None and is_safetensors(Path(name)) and not SHARD.search(name) and folders.isdisjoint(Path(path).parents):
-            found[name] = path
+            found.setdefault(name, path)
     return found
 
 
 def resolve(name: str, folder_name: str, subfolder: str) -> str:
-    """Path of a name from `choices`; any other name is refused, so a workflow cannot reach outside the model folders."""
+    """Path of a name from `choices`; any other name is refused, so a workflow cannot reach outside the model folders. The log tells the path."""
     found = choices(folder_name, subfolder)
-    if name not in found:
-        raise Step1XError(f"'{name}' is not in the {folder_name} folder (any more). Refresh the node list and choose the model again.")
+    if not isinstance(name, str) or name not in found:
+        searched = (*folder_paths.get_folder_paths(folder_name), *folder_paths.get_folder_paths("diffusers"), *earlier_folders(folder_name))
+        raise Step1XError(f"'{name}' is not in the {folder_name} folder (any more); searched: {', '.join(map(str, searched))}. "
+                          "Refresh the node list and choose the model again.")
+    log.info("Step1X-Edit: '%s' is %s", name, found[name])
     return found[name]
 
 
