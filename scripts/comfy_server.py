@@ -18,7 +18,7 @@ import aiohttp
 
 PACK = Path(__file__).absolute().parent.parent
 PACK_NAME = "ComfyUI-Step1X-Edit"
-PACK_PARTS = ("__init__.py", "nodes", "step1x_core", "workflows", "web", "locales", "pyproject.toml")
+PACK_PARTS = ("__init__.py", "nodes", "step1x_core", "workflows", "subgraphs", "web", "locales", "pyproject.toml")
 
 
 class ExecutionError(RuntimeError):

@@ -16,9 +16,13 @@ V10_FILE = "step1x-edit-i1258.safetensors"
 V11_FILE = "step1x-edit-v1p1-official.safetensors"
 V12_FILE = "step1x-edit-v1p2.safetensors"
 MLLM_FILE = "qwen_2.5_vl_7b.safetensors"
+MLLM_FP8_FILE = "qwen_2.5_vl_7b_fp8_scaled.safetensors"
 VAE_FILE = "ae.safetensors"
+LORA_FILE = "step1x-edit-lora.safetensors"
+UPSCALER_FILE = "RealESRGAN_x4plus.safetensors"
 
 VOCABULARY = 152064
+TURN_END_ID = 151645
 
 
 @dataclass
@@ -230,6 +234,30 @@ def flux_vae_shapes() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def pixel_repeater() -> dict[str, torch.Tensor]:
+    """ESRGAN weights that repeat each pixel four times in both directions."""
+    def identity(rows, columns):
+        weight = torch.zeros(rows, columns, 3, 3)
+        weight[range(3), range(3), 1, 1] = 1
+        return weight
+
+    weights = {"conv_first": identity(8, 3), "conv_body": torch.zeros(8, 8, 3, 3), "conv_last": identity(3, 8)}
+    weights |= {name: identity(8, 8) for name in ("conv_up1", "conv_up2", "conv_hr")}
+    weights |= {f"body.0.rdb{block}.conv{i + 1}": torch.zeros(32 if i < 4 else 8, 8 + 32 * i, 3, 3) for block in (1, 2, 3) for i in range(5)}
+    return {f"{name}.weight": w for name, w in weights.items()} | {f"{name}.bias": torch.zeros(len(w)) for name, w in weights.items()}
+
+
+def scaled_fp8(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As ComfyUI stores it: matrices in fp8 with a scale each, the rest as it was."""
+    out = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    for key, weight in weights.items():
+        out[key] = weight
+        if weight.ndim == 2:
+            scale = weight.float().abs().max() / 448
+            out |= {key: (weight / scale).to(torch.float8_e4m3fn), key.removesuffix("weight") + "scale_weight": scale}
+    return out
+
+
 def random_weights(shapes: dict[str, tuple[int, ...]], seed: int, dtype=torch.float32, device="cpu") -> dict[str, torch.Tensor]:
     """Weights that keep activations at about unit size: ones for norms, 1/sqrt(fan_in) for matrices, small biases."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -259,9 +287,15 @@ def write_transformer(path: Path, version: str = "v1.1", size: TransformerSize =
     save_file(random_weights(transformer_shapes(version, size), seed, dtype), path)
 
 
-def write_mllm(path: Path, config: dict = TINY_MLLM, seed: int = 2, dtype=torch.bfloat16) -> None:
+def write_mllm(path: Path, config: dict = TINY_MLLM, seed: int = 2, dtype=torch.bfloat16, terse: bool = False, scaled: bool = False) -> None:
+    """terse: replies end after some ten tokens; else they babble on to the end of their budget. scaled: the language model's layers are in scaled fp8."""
+    weights = random_weights(mllm_shapes(config), seed, dtype)
+    if terse:
+        weights["lm_head.weight"][TURN_END_ID] *= 10
+    if scaled:
+        weights |= scaled_fp8({key: weight for key, weight in weights.items() if key.startswith("model.layers.")})
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(random_weights(mllm_shapes(config), seed, dtype), path, metadata={"step1x_edit_config": json.dumps(config)})
+    save_file(weights, path, metadata={"step1x_edit_config": json.dumps(config)})
 
 
 def write_vae(path: Path, seed: int = 3) -> None:
@@ -269,14 +303,33 @@ def write_vae(path: Path, seed: int = 3) -> None:
     save_file(random_weights(vae_shapes(), seed), path)
 
 
-def write_all(models: Path, prefix: str = "") -> None:
-    """All files the shipped workflows name, in ComfyUI's folder layout, with a prefix to their names; files that exist are kept."""
+def write_lora(path: Path, size: TransformerSize = TINY_TRANSFORMER, seed: int = 4) -> None:
+    """A LoRA of rank 4 in kohya's layout for the fused attention layers."""
+    shapes = {}
+    for i in range(size.depth):
+        for stream in ("img", "txt"):
+            name = f"lora_unet_double_blocks_{i}_{stream}_attn_qkv"
+            shapes |= {f"{name}.lora_down.weight": (4, size.hidden), f"{name}.lora_up.weight": (3 * size.hidden, 4)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(random_weights(shapes, seed), path)
+
+
+def write_upscaler(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(pixel_repeater(), path)
+
+
+def write_all(models: Path, prefix: str = "", terse: bool = False) -> None:
+    """All files the shipped workflows name, in ComfyUI's folder layout, with a prefix to their names; files that exist are kept. terse: see write_mllm."""
     for path, write in (
         (models / "diffusion_models" / (prefix + V10_FILE), lambda p: write_transformer(p, "v1.0")),
         (models / "diffusion_models" / (prefix + V11_FILE), lambda p: write_transformer(p, "v1.1")),
         (models / "diffusion_models" / (prefix + V12_FILE), lambda p: write_transformer(p, "v1.2")),
-        (models / "text_encoders" / (prefix + MLLM_FILE), write_mllm),
+        (models / "text_encoders" / (prefix + MLLM_FILE), lambda p: write_mllm(p, terse=terse)),
+        (models / "text_encoders" / (prefix + MLLM_FP8_FILE), lambda p: write_mllm(p, terse=terse, scaled=True)),
         (models / "vae" / (prefix + VAE_FILE), write_vae),
+        (models / "loras" / (prefix + LORA_FILE), write_lora),
+        (models / "upscale_models" / (prefix + UPSCALER_FILE), write_upscaler),
     ):
         if not path.exists():
             partial = path.with_suffix(".part")

@@ -23,22 +23,12 @@ from step1x_core.host.folders import resolve
 
 WORKFLOWS = PACK / "workflows"
 PHOTO = PACK / "assets" / "coffee.jpg"
-TURN_END_ID = 151645
-
-
-def write_terse(path):
-    """Random weights whose replies end after some ten tokens; the others babble on to the end of their budget."""
-    config = tiny_models.TINY_MLLM
-    weights = tiny_models.random_weights(tiny_models.mllm_shapes(config), seed=2, dtype=torch.bfloat16)
-    weights["lm_head.weight"][TURN_END_ID] *= 10
-    save_file(weights, path, metadata={"step1x_edit_config": json.dumps(config)})
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     base = tmp_path_factory.mktemp("comfyui")
-    tiny_models.write_all(base / "models")
-    write_terse(base / "models" / "text_encoders" / tiny_models.MLLM_FILE)
+    tiny_models.write_all(base / "models", terse=True)
     install_pack(base)
     with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base, arguments=("--cpu", "--preview-method", "latent2rgb")) as running:
         Client(running.url).upload_image(PHOTO, "coffee.jpg")
@@ -66,7 +56,8 @@ def prompt_of(object_info):
     def load(name, **changes):
         prompt = to_api(json.loads((WORKFLOWS / name).read_text(encoding="utf-8")), object_info)
         small = {"LoadImage": {"image": "coffee.jpg"}, "Step1XEditEncode": {"size_level": 256}, "Step1XSampler": {"steps": 4}, "Step1XScheduler": {"steps": 4},
-                 "EmptySD3LatentImage": {"width": 256, "height": 192}, "Step1XReflectionLoop": {"size_level": 256, "steps": 4, "rounds": 2}}
+                 "EmptySD3LatentImage": {"width": 256, "height": 192}, "Step1XReflectionLoop": {"size_level": 256, "steps": 4, "rounds": 2},
+                 "Step1XBatch": {"size_level": 256, "steps": 2}}
         for settings in (small, changes):
             for class_type, values in settings.items():
                 for node in find_nodes(prompt, class_type):
@@ -103,9 +94,13 @@ def test_workflows_are_offered_as_templates(client):
         assert client.get(f"/api/workflow_templates/ComfyUI-Step1X-Edit/{name}.json")["nodes"]
 
 
-SHIPPED = [("step1x_edit.json", (600, 400)), ("step1x_edit_custom_sampler.json", (600, 400)), ("step1x_text_to_image.json", (256, 192)),
-           ("step1x_edit_v12.json", (600, 400)), ("step1x_edit_v12_thinking.json", (600, 400)),
-           ("step1x_masked_edit.json", (600, 400)), ("step1x_crop_and_stitch.json", (600, 400)), ("step1x_edit_in_turns.json", (600, 400))]
+EDITED = (600, 400)
+SHIPPED = [("step1x_edit.json", EDITED), ("step1x_edit_custom_sampler.json", EDITED), ("step1x_text_to_image.json", (256, 192)), ("step1x_edit_v12.json", EDITED),
+           ("step1x_edit_v12_thinking.json", EDITED), ("step1x_masked_edit.json", EDITED), ("step1x_crop_and_stitch.json", EDITED), ("step1x_edit_in_turns.json", EDITED),
+           ("step1x_crop_stitch_upscale.json", (1200, 800)), ("step1x_building_material.json", EDITED), ("step1x_lora.json", EDITED), ("step1x_low_vram.json", EDITED),
+           ("step1x_fast.json", EDITED)]
+# Sizes in the order of the Save Image nodes.
+SHIPPED_BATCHES = {"step1x_product_variants.json": [EDITED] * 4, "step1x_social_media_set.json": [(1080, 1080)] * 3 + [(1080, 1350)] * 3 + [(1080, 1920)] * 3}
 LOOP = "step1x_edit_v12_loop.json"
 # Run in test_batch.py.
 BATCH = "step1x_batch.json"
@@ -122,8 +117,68 @@ def test_shipped_workflow_makes_a_picture(client, prompt_of, name, size):
     assert run.previews > 0
 
 
+@pytest.mark.parametrize("name", SHIPPED_BATCHES)
+def test_shipped_batch_makes_its_pictures(client, prompt_of, name):
+    prompt = prompt_of(name)
+    run = client.run(prompt)
+    # The history lists the nodes in the order in which they ended.
+    saved = {data["node"]: len(data["output"]["images"]) for kind, data in run.events if kind == "executed" and "images" in data["output"]}
+    assert saved == {node: len(SHIPPED_BATCHES[name]) // len(saved) for node in find_nodes(prompt, "SaveImage")}
+    assert sorted(Image.open(io.BytesIO(image)).size for image in run.images) == SHIPPED_BATCHES[name]
+    assert len({hash(image) for image in run.images}) == len(run.images)
+    edits = len(run.images) // len(saved)
+    assert text_of(run, prompt).startswith(f"{edits} of {edits} edits made.")
+
+
 def test_every_shipped_workflow_is_tested():
-    assert {p.name for p in WORKFLOWS.glob("*.json")} == {*(name for name, _ in SHIPPED), LOOP, BATCH}
+    assert {p.name for p in WORKFLOWS.glob("*.json")} == {*(name for name, _ in SHIPPED), *SHIPPED_BATCHES, LOOP, BATCH}
+
+
+def test_materials_are_two_edits_of_one_picture_inside_the_mask(client, prompt_of):
+    run = client.run(prompt_of("step1x_building_material.json", LoadImage={"image": "masked.png"}))
+    first, second = (np.asarray(Image.open(io.BytesIO(image)).convert("RGB")) for image in run.images)
+    with Image.open(PHOTO) as photo:
+        source = np.asarray(photo.convert("RGB"))
+    kept = np.asarray(Image.linear_gradient("L").resize((600, 400)).point(lambda value: 255 if 64 < value < 160 else 0)) == 0
+    assert not np.array_equal(first, second)
+    assert np.array_equal(first[kept], source[kept]) and np.array_equal(second[kept], source[kept])
+
+
+def test_lora_workflow_is_the_edit_with_a_changed_model(client, prompt_of):
+    def edit(strength):
+        prompt = {"prompt": "make it red"}
+        return pixels(client.run(prompt_of("step1x_lora.json", Step1XLoraLoader={"strength": strength}, Step1XEditEncode=prompt)))
+
+    plain = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditEncode={"prompt": "make it red"}, Step1XSampler={"cfg": 0})))
+    assert np.array_equal(edit(0.0), plain) and not np.array_equal(edit(1.0), plain)
+
+
+def test_blueprint_is_offered_and_is_the_plain_edit(client, prompt_of, object_info):
+    entry, = (entry for entry in client.get("/global_subgraphs").items() if entry[1]["info"]["node_pack"].endswith("ComfyUI-Step1X-Edit"))
+    assert entry[1]["name"] == "Image Edit (Step1X)"
+    blueprint = json.loads(client.get(f"/global_subgraphs/{entry[0]}")["data"])
+    graph, = blueprint["definitions"]["subgraphs"]
+    (outer,), ends = blueprint["nodes"], {link["id"]: (link["target_id"], link["target_slot"]) for link in graph["links"]}
+    assert outer["type"] == graph["id"] and graph["name"] == entry[1]["name"]
+    inner = {node["id"]: node for node in graph["nodes"]}
+    outside = {link["id"] for link in graph["links"] if link["origin_id"] < 0}
+    # Inside, an input that comes from the outside has its default; what is given there is the picture.
+    for node in graph["nodes"]:
+        node["inputs"] = [{**slot, "link": None if slot["link"] in outside else slot["link"]} for slot in node["inputs"]]
+    keys = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    prompt = to_api({"nodes": graph["nodes"], "links": [[link[key] for key in keys] for link in graph["links"] if link["id"] not in outside]}, object_info)
+    prompt["load"] = {"class_type": "LoadImage", "inputs": {"image": "coffee.jpg"}}
+    for port, slot in zip(graph["inputs"], outer["inputs"], strict=True):
+        assert port["name"] == slot["name"] and ("widget" in slot) == (port["name"] != "image")
+        for node, index in (ends[link] for link in port["linkIds"]):
+            assert inner[node]["inputs"][index]["name"] == port["name"] or port["name"] == "image"
+            if port["name"] == "image":
+                prompt[str(node)]["inputs"][inner[node]["inputs"][index]["name"]] = ["load", 0]
+    prompt[find_nodes(prompt, "Step1XEditEncode")[0]]["inputs"] |= {"prompt": "make it red", "size_level": 256}
+    prompt[find_nodes(prompt, "Step1XSampler")[0]]["inputs"]["steps"] = 4
+    prompt["save"] = {"class_type": "SaveImage", "inputs": {"images": [find_nodes(prompt, "Step1XDecode")[0], 0], "filename_prefix": "blueprint"}}
+    plain = prompt_of("step1x_edit.json", Step1XEditEncode={"prompt": "make it red"})
+    assert np.array_equal(pixels(client.run(prompt)), pixels(client.run(plain)))
 
 
 def text_of(run, prompt) -> str:

@@ -13,6 +13,7 @@ import demo_model
 import folder_paths
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from comfyui_version import __version__ as HOST_VERSION
 from conftest import PACK
@@ -239,21 +240,8 @@ def test_latent_upscaling_after_the_edit(demo, node, size):
     assert made("recolour", truncate_uint8(small[0]).numpy()) and distance(truncate_uint8(small[0]).numpy(), PAIRS["recolour"].target) < 0.06
 
 
-def pixel_repeater() -> dict:
-    """ESRGAN weights that repeat each pixel four times in both directions."""
-    def identity(rows, columns):
-        weight = torch.zeros(rows, columns, 3, 3)
-        weight[range(3), range(3), 1, 1] = 1
-        return weight
-
-    weights = {"conv_first": identity(8, 3), "conv_body": torch.zeros(8, 8, 3, 3), "conv_last": identity(3, 8)}
-    weights |= {name: identity(8, 8) for name in ("conv_up1", "conv_up2", "conv_hr")}
-    weights |= {f"body.0.rdb{block}.conv{i + 1}": torch.zeros(32 if i < 4 else 8, 8 + 32 * i, 3, 3) for block in (1, 2, 3) for i in range(5)}
-    return {f"{name}.weight": w for name, w in weights.items()} | {f"{name}.bias": torch.zeros(len(w)) for name, w in weights.items()}
-
-
 def test_upscale_model_after_the_edit(demo, folders):
-    save_file(pixel_repeater(), folders / "repeat.safetensors")
+    save_file(tiny_models.pixel_repeater(), folders / "repeat.safetensors")
     image = run("VAEDecode", samples=demo.plain(), vae=demo.vae)[0].clamp(0, 1)
     large = run("ImageUpscaleWithModel", upscale_model=run("UpscaleModelLoader", model_name="repeat.safetensors")[0], image=image)[0]
     assert torch.allclose(large, image.repeat_interleave(4, 1).repeat_interleave(4, 2), atol=1e-5)

@@ -1,0 +1,241 @@
+// The browser's part of browser_test.py: node browser_test.mjs URL CHROMIUM OUTPUT PACK
+// Prints a line for each check; the exit status is the number of those that failed.
+import { mkdtempSync, rmSync } from 'node:fs';
+import { createRequire } from 'node:module';
+import { tmpdir } from 'node:os';
+import path from 'node:path';
+
+const [url, executablePath, output, pack] = process.argv.slice(2);
+// Installed outside the pack, where an import would not find it.
+const { chromium } = createRequire(path.join(process.env.STEP1X_PLAYWRIGHT, 'package.json'))('playwright-core');
+
+const BLUEPRINT = 'Image Edit (Step1X)';
+// Files that a person chooses for himself, or gets as a folder; all others must be offered for download.
+const OWN_FILES = ['step1x-edit-v1p2.safetensors', 'step1x-edit-lora.safetensors'];
+// What makes a run short enough for a CPU, by widget.
+const SHORT = { size_level: 256, steps: 3, rounds: 1 };
+const SMALL_LATENT = { width: 256, height: 256 };
+const SECONDS = 300;
+
+const profile = mkdtempSync(path.join(tmpdir(), 'step1x-chromium-'));
+const context = await chromium.launchPersistentContext(profile, {
+  executablePath, headless: true, viewport: { width: 1920, height: 1080 },
+  args: ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
+    '--disable-component-update', '--disable-sync'],
+});
+const page = context.pages()[0];
+let pageErrors = [];
+page.on('pageerror', error => pageErrors.push(`the page failed: ${error.message}`));
+// Nothing leaves this machine.
+await page.route('**/*', route => {
+  const target = new URL(route.request().url());
+  return target.protocol.startsWith('http') && target.origin !== new URL(url).origin ? route.abort() : route.continue();
+});
+
+let failed = 0;
+async function check(name, body) {
+  const started = Date.now();
+  pageErrors = [];
+  let problems;
+  try {
+    problems = [...await body(), ...pageErrors];
+  } catch (error) {
+    problems = [error.message];
+  }
+  await page.screenshot({ path: path.join(output, `${name}.png`) });
+  failed += problems.length > 0;
+  console.log(`${problems.length ? 'FAILED' : 'ok'.padEnd(6)} ${name} (${((Date.now() - started) / 1000).toFixed(1)} s)`);
+  problems.forEach(problem => console.log(`       ${problem}`));
+}
+
+async function openEditor() {
+  await page.goto(url, { waitUntil: 'domcontentloaded' });
+  await page.waitForFunction(() => window.app?.graph && window.app.extensionManager && window.LiteGraph?.registered_node_types?.SaveImage, null, { timeout: 90000 });
+}
+
+const templates = () => page.evaluate(async pack => (await (await fetch('/workflow_templates')).json())[pack].sort(), pack);
+
+// Opens a template as the template browser does.
+async function openTemplate(name) {
+  await page.evaluate(async ([pack, name]) => {
+    const workflow = await (await fetch(`/api/workflow_templates/${pack}/${name}.json`)).json();
+    await app.loadGraphData(workflow, true, true, name);
+  }, [pack, name]);
+}
+
+async function fitView() {
+  await page.evaluate(() => app.extensionManager.command.execute('Comfy.Canvas.FitView'));
+  // The view moves for a moment, and the search for missing models runs beside it.
+  await page.waitForTimeout(1200);
+}
+
+// What a person would see wrong in the open graph.
+const graphProblems = () => page.evaluate(() => {
+  const problems = [];
+  const text = document.body.innerText;
+  for (const words of ['Missing node', 'can be replaced', 'errors found', 'error found']) {
+    if (text.includes(words)) problems.push(`the editor says: ${text.slice(Math.max(text.indexOf(words) - 40, 0), text.indexOf(words) + 160).replace(/\s+/g, ' ')}`);
+  }
+  for (const dialog of document.querySelectorAll('[role=dialog], .p-dialog')) {
+    if (dialog.innerText.trim()) problems.push(`a dialog is open: ${dialog.innerText.slice(0, 200)}`);
+  }
+  const nodes = app.graph.nodes;
+  for (const node of nodes) {
+    if (node.has_errors) problems.push(`node ${node.id} (${node.type}) has errors`);
+  }
+  const boxes = nodes.map(node => [`${node.id} (${node.type})`, node.pos[0], node.pos[1] - LiteGraph.NODE_TITLE_HEIGHT, node.size[0], node.size[1] + LiteGraph.NODE_TITLE_HEIGHT]);
+  boxes.forEach(([name, x, y, width, height], i) => boxes.slice(i + 1).forEach(([other, x2, y2, width2, height2]) => {
+    if (x < x2 + width2 && x2 < x + width && y < y2 + height2 && y2 < y + height) problems.push(`node ${name} lies over node ${other}`);
+  }));
+  for (const note of document.querySelectorAll('.comfy-markdown .tiptap')) {
+    const last = note.lastElementChild;
+    if (last && last.offsetTop + last.offsetHeight > note.clientHeight) problems.push('the note is cut off');
+  }
+  return problems;
+});
+
+// What the editor offers to download, or only names, once it knows of so many files: [{name, url, directory}].
+const missingModels = async count => {
+  const read = () => document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s.get('missingModel').missingModelCandidates ?? [];
+  const deadline = Date.now() + 5000;
+  let missing;
+  do {
+    await page.waitForTimeout(100);
+    missing = await page.evaluate(read);
+  } while (missing.length !== count && Date.now() < deadline);
+  return missing;
+};
+
+const shorten = () => page.evaluate(([short, small]) => {
+  const graphs = [app.graph, ...(app.graph.subgraphs?.values() ?? [])];
+  for (const node of graphs.flatMap(graph => graph.nodes)) {
+    for (const widget of node.widgets ?? []) {
+      const value = node.type === 'EmptySD3LatentImage' && widget.name in small ? small[widget.name] : short[widget.name];
+      if (value !== undefined) widget.value = value;
+    }
+  }
+}, [SHORT, SMALL_LATENT]);
+
+// Queues the open graph and waits for its end -> problems.
+const queue = () => page.evaluate(seconds => new Promise(resolve => {
+  const events = { execution_success: () => [], execution_interrupted: () => ['the run was interrupted'],
+    execution_error: detail => [`${detail.node_type} (node ${detail.node_id}): ${detail.exception_message}`] };
+  const stop = problems => {
+    Object.entries(listeners).forEach(([name, listener]) => app.api.removeEventListener(name, listener));
+    clearTimeout(timer);
+    resolve(problems);
+  };
+  const listeners = Object.fromEntries(Object.entries(events).map(([name, problems]) => [name, event => stop(problems(event.detail))]));
+  Object.entries(listeners).forEach(([name, listener]) => app.api.addEventListener(name, listener));
+  const timer = setTimeout(() => stop([`not finished within ${seconds} s`]), seconds * 1000);
+  app.queuePrompt(0, 1).then(queued => {
+    if (!queued) stop([`not queued: ${JSON.stringify(app.lastNodeErrors ?? app.lastExecutionError).slice(0, 600)}`]);
+  }, error => stop([`not queued: ${error.message}`]));
+}), SECONDS);
+
+// Every node that saves or previews must have something to show.
+const resultProblems = () => page.evaluate(() => app.graph.nodes.filter(node => ['SaveImage', 'PreviewImage'].includes(node.type))
+  .filter(node => !node.images?.length && !app.nodeOutputs?.[node.id]?.images?.length).map(node => `node ${node.id} (${node.type}) shows no picture`));
+
+async function runOpenGraph() {
+  await shorten();
+  const problems = await queue();
+  await page.waitForTimeout(1500);
+  return [...problems, ...await graphProblems(), ...problems.length ? [] : await resultProblems()];
+}
+
+await openEditor();
+const names = await templates();
+if (names.length === 0) throw new Error(`${pack} offers no workflows`);
+
+await check('template_browser', async () => {
+  await page.evaluate(() => app.extensionManager.command.execute('Comfy.BrowseTemplates'));
+  await page.getByText(pack, { exact: true }).first().click();
+  // Only the cards in sight load their picture.
+  await page.waitForFunction(count => [...document.images].filter(image => image.naturalWidth > 0 && image.naturalWidth === image.naturalHeight).length >= count,
+    Math.min(names.length, 4), { timeout: 20000 });
+  const broken = await page.evaluate(([pack, names]) => Promise.all(names.map(async name => {
+    try {
+      await createImageBitmap(await (await fetch(`/api/workflow_templates/${pack}/${name}.jpg`)).blob());
+    } catch {
+      return `${name} has no thumbnail`;
+    }
+  })), [pack, names]);
+  return broken.filter(Boolean);
+});
+await page.keyboard.press('Escape');
+
+for (const name of names) {
+  await check(name, async () => {
+    await openTemplate(name);
+    await fitView();
+    const problems = await graphProblems();
+    return problems.length ? problems : runOpenGraph();
+  });
+}
+
+await check('blueprint', async () => {
+  await page.evaluate(() => app.extensionManager.command.execute('Comfy.NewBlankWorkflow'));
+  await page.waitForTimeout(500);
+  // As a person does: a double click on the canvas, the name, Enter; the node hangs on the pointer until a click puts it down.
+  await page.mouse.dblclick(900, 600);
+  await page.keyboard.type(BLUEPRINT, { delay: 20 });
+  await page.waitForTimeout(1000);
+  await page.keyboard.press('Enter');
+  await page.waitForFunction(() => app.graph.nodes.length === 1, null, { timeout: 20000 });
+  await page.waitForTimeout(800);
+  await page.mouse.move(1000, 500, { steps: 5 });
+  await page.mouse.click(1000, 500);
+  await page.waitForFunction(() => app.canvas.state.ghostNodeId == null, null, { timeout: 5000 });
+  await page.evaluate(() => {
+    const [edit] = app.graph.nodes;
+    edit.widgets.find(widget => widget.name === 'prompt').value = 'turn the coffee into tea';
+    const add = (type, x) => {
+      const node = LiteGraph.createNode(type);
+      node.pos = [edit.pos[0] + x, edit.pos[1]];
+      app.graph.add(node);
+      return node;
+    };
+    app.canvas.deselectAll();
+    add('LoadImage', -450).connect(0, edit, edit.inputs.findIndex(input => input.name === 'image'));
+    edit.connect(0, add('SaveImage', edit.size[0] + 80), 0);
+  });
+  await fitView();
+  const problems = await graphProblems();
+  return problems.length ? problems : runOpenGraph();
+});
+
+// The same editor on a ComfyUI without any model: what is missing must be named, with a link where there is one.
+await page.route('**/object_info', async route => {
+  const response = await route.fetch();
+  const info = await response.json();
+  const without = options => options.filter(option => !/\.safetensors$/.test(option));
+  for (const node of Object.values(info)) {
+    for (const inputs of [node.input.required ?? {}, node.input.optional ?? {}]) {
+      for (const definition of Object.values(inputs)) {
+        if (Array.isArray(definition[0])) definition[0] = without(definition[0]);
+        else if (Array.isArray(definition[1]?.options)) definition[1].options = without(definition[1].options);
+      }
+    }
+  }
+  return route.fulfill({ response, json: info });
+});
+await openEditor();
+await check('without_models', async () => {
+  const problems = [];
+  for (const name of names) {
+    await openTemplate(name);
+    const files = await page.evaluate(() => app.graph.nodes.flatMap(node => node.widgets ?? []).map(widget => widget.value).filter(value => /\.safetensors$/.test(value)));
+    const missing = await missingModels(files.length);
+    for (const file of files) {
+      const found = missing.find(model => model.name === file);
+      if (!found) problems.push(`${name}: ${file} is not reported as missing`);
+      else if (!OWN_FILES.includes(file) && !(found.url && found.directory)) problems.push(`${name}: ${file} has no link`);
+    }
+  }
+  return problems;
+});
+
+await context.close();
+rmSync(profile, { recursive: true, force: true });
+process.exit(failed);
