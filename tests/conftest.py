@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,25 @@ import comfy.utils  # noqa: E402
 import tiny_models  # noqa: E402
 
 comfy.utils.set_progress_bar_enabled(False)
+
+# The parts of the suite, to be run with `-m`, and their files; all others are of the part "model".
+PARTS = {
+    "server": ("test_batch.py", "test_demo_model.py", "test_editor.py", "test_gate.py", "test_gedit_host.py", "test_host.py", "test_local_edit.py",
+               "test_lora_training_host.py"),
+    "files": ("test_convert.py", "test_download.py", "test_folders.py", "test_install.py"),
+    "training": ("test_demo_lora.py", "test_edit_pairs.py", "test_lora_training.py", "test_scenes.py", "test_training.py"),
+    "stress": ("test_bad_input_*.py", "test_faults.py", "test_security.py", "test_soak.py"),
+}
+
+
+def part_of(name: str) -> str:
+    return next((part for part, patterns in PARTS.items() if any(fnmatch(name, pattern) for pattern in patterns)), "model")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(part_of(item.path.name))
 
 
 @pytest.fixture(scope="session")

@@ -155,13 +155,13 @@ def test_twenty_thousand_replies_all_end_in_a_verdict():
                 name = systems[system]
                 return reply if name == target or number % 6 == 5 else GOOD[name]
 
-            start = time.monotonic()
+            start = time.process_time()
             thought = think(ask, None, "Make the cup red.", one_try)
             result = reflect(ask, None, None, thought.instruction, one_try)
             loop = Loop(thought.instruction, one_try).after(result)
             step = loop.next_step()
             text = report(loop, thought)
-            slowest = max(slowest, time.monotonic() - start)
+            slowest = max(slowest, time.process_time() - start)
 
             verdicts.add(result.verdict)
             assert thought.instruction.strip()
