@@ -5,6 +5,7 @@ from ..step1x_core.config import Step1XError
 from ..step1x_core.host.batch import edit_batch
 from ..step1x_core.host.rounds import failures
 from ..step1x_core.host.sampling import SAMPLERS
+from .widgets import check_widgets
 
 # What may come as a list; of everything else there is one.
 LISTS = ("images", "prompts", "seed")
@@ -58,5 +59,10 @@ class Step1XBatch(io.ComfyNode):
         for name, entries in {"combine": combine, **settings}.items():
             if len(entries) != 1:
                 raise Step1XError(f"The input '{name}' brings a list of {len(entries)}. Only {', '.join(LISTS)} may be lists; connect a single one.")
+        for text in prompts:
+            check_widgets(cls, prompts=text)
+        for number in seed:
+            check_widgets(cls, seed=number)
+        check_widgets(cls, combine=combine[0], **{name: settings[name][0] for name in ("negative_prompt", "size_level", "steps", "cfg", "sampler_name")})
         items = lay_out(images, prompts, seed, combine[0])
         return io.NodeOutput(*edit_batch(cls.hidden.unique_id, items=items, **{name: entries[0] for name, entries in settings.items()}))

@@ -3,6 +3,7 @@ from comfy_api.latest import io
 from ..step1x_core.host.caching import apply_teacache
 from ..step1x_core.host.sampling import check_model
 from ..step1x_core.teacache import DEFAULT_THRESHOLD
+from .widgets import check_widgets
 
 
 class Step1XTeaCache(io.ComfyNode):
@@ -27,5 +28,6 @@ class Step1XTeaCache(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, threshold) -> io.NodeOutput:
+        check_widgets(cls, threshold=threshold)
         check_model(model)
         return io.NodeOutput(apply_teacache(model, threshold))

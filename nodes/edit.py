@@ -1,6 +1,7 @@
 from comfy_api.latest import io
 
 from ..step1x_core.host.encoding import add_references, decode_edit, encode_edit
+from .widgets import check_widgets
 
 CATEGORY = "model/conditioning/step1x"
 # More than a few are too much for the model, and for most graphics cards.
@@ -41,6 +42,7 @@ class Step1XEditEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, vae, image, prompt, negative_prompt, size_level, latent=None) -> io.NodeOutput:
+        check_widgets(cls, prompt=prompt, negative_prompt=negative_prompt, size_level=size_level)
         return io.NodeOutput(*encode_edit(clip, vae, image, prompt, negative_prompt, size_level, latent))
 
 
@@ -72,6 +74,7 @@ class Step1XReferences(io.ComfyNode):
 
     @classmethod
     def execute(cls, positive, negative, vae, images, size_level) -> io.NodeOutput:
+        check_widgets(cls, size_level=size_level)
         return io.NodeOutput(*add_references([positive, negative], vae, list(images.values()), size_level))
 
 

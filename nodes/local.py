@@ -1,6 +1,7 @@
 from comfy_api.latest import io
 
 from ..step1x_core.local_edit import cut_out, paste
+from .widgets import check_widgets
 
 CATEGORY = "image/step1x"
 STITCH = io.Custom("STEP1X_STITCH")
@@ -35,6 +36,7 @@ class Step1XCrop(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, mask, context, min_size) -> io.NodeOutput:
+        check_widgets(cls, context=context, min_size=min_size)
         cutout = cut_out(image, mask, context, min_size)
         return io.NodeOutput(cutout.part(image), cutout.part(cutout.mask), cutout)
 
@@ -61,4 +63,5 @@ class Step1XStitch(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, stitch, feather) -> io.NodeOutput:
+        check_widgets(cls, feather=feather)
         return io.NodeOutput(paste(image, stitch, feather))

@@ -15,10 +15,11 @@ from ..step1x_core.host.encoding import check_vae
 from ..step1x_core.host.folders import template_fingerprint
 from ..step1x_core.host.rounds import HOST_KEEPS_RESULTS, Failure, Rounds, attempt, failures
 from ..step1x_core.host.sampling import SAMPLERS, check_model
-from ..step1x_core.host.thinking import TEMPERATURE, check_thinking, judge, rules_version, single_picture
+from ..step1x_core.host.thinking import TEMPERATURE, check_instruction, check_thinking, judge, rules_version, single_picture
 from ..step1x_core.reflection import MAX_ROUNDS, RULES, Loop, Thought, report
 from .edit import Step1XDecode, Step1XEditEncode
 from .sampling import Step1XSampler
+from .widgets import check_widgets
 
 CATEGORY = "model/sampling/step1x"
 STATE = io.Custom("STEP1X_ROUNDS")
@@ -117,6 +118,7 @@ class Step1XReflectionLoop(io.ComfyNode):
             if len(entries) != 1:
                 raise Step1XError(f"The input '{name}' brings a list of {len(entries)}; the loop edits one picture at a time. Queue them one by one.")
         values = {name: entries[0] for name, entries in lists.items()}
+        check_widgets(cls, **{name: values[name] for name in ("prompt", "negative_prompt", "size_level", "seed", "steps", "cfg", "rounds", "sampler_name")})
         seed, think, reflect = values["seed"], values["think"], values["reflect"]
         # What would fail later would cost a thought or a picture.
         check_model(values["model"])
@@ -124,6 +126,7 @@ class Step1XReflectionLoop(io.ComfyNode):
         single_picture(values["image"], "image")
         if think or reflect:
             check_thinking(values["clip"])
+            check_instruction(values["prompt"])
 
         # Links let the host recognise the nodes it has run before. Where it keeps no results they would run the loaders again.
         inputs = cls.hidden.dynprompt.get_node(cls.hidden.unique_id)["inputs"] if HOST_KEEPS_RESULTS else values

@@ -1,8 +1,21 @@
 from comfy_api.latest import io
 
+from ..step1x_core.checks import latent_samples
 from ..step1x_core.config import DEFAULT_STEPS, GUIDANCE_NORM_POWER
 from ..step1x_core.guidance import NormLimiter
-from ..step1x_core.host.sampling import SAMPLERS, check_model, fit_latent, flow_sigmas, model_version, sample, set_norm_limiter, version_defaults, with_norm_limiter
+from ..step1x_core.host.sampling import (
+    SAMPLERS,
+    check_model,
+    fit_latent,
+    flow_sigmas,
+    model_version,
+    sample,
+    set_guidance_interval,
+    set_norm_limiter,
+    version_defaults,
+    with_norm_limiter,
+)
+from .widgets import check_widgets
 
 CATEGORY = "model/sampling/step1x"
 
@@ -36,6 +49,7 @@ class Step1XSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, negative, latent, seed, steps, cfg, sampler_name, denoise) -> io.NodeOutput:
+        check_widgets(cls, seed=seed, steps=steps, cfg=cfg, sampler_name=sampler_name, denoise=denoise)
         check_model(model)
         steps, cfg = version_defaults(model, steps, cfg)
         latent = fit_latent(model, latent)
@@ -64,7 +78,8 @@ class Step1XScheduler(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent, steps, denoise) -> io.NodeOutput:
-        return io.NodeOutput(flow_sigmas(steps, latent["samples"], denoise))
+        check_widgets(cls, steps=steps, denoise=denoise)
+        return io.NodeOutput(flow_sigmas(steps, latent_samples(latent), denoise))
 
 
 class Step1XGuidance(io.ComfyNode):
@@ -92,6 +107,33 @@ class Step1XGuidance(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, truncate, power) -> io.NodeOutput:
+        check_widgets(cls, truncate=truncate, power=power)
         check_model(model)
         limit = model_version(model).guidance_truncate if truncate < 0 else truncate
         return io.NodeOutput(set_norm_limiter(model, NormLimiter(limit, power)))
+
+
+class Step1XGuidanceInterval(io.ComfyNode):
+    """Guidance in a part of the steps. Outside it a step runs the conditional pass alone, in half the time."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Step1XGuidanceInterval",
+            display_name="Step1X-Edit Guidance Interval",
+            category=CATEGORY,
+            description="Guides a part of the steps only. The others leave the negative prompt out, as at CFG 1, and take half the time.",
+            search_aliases=["step1x", "guidance interval", "cfg interval", "speed"],
+            inputs=[
+                io.Model.Input("model", tooltip="A Step1X-Edit model."),
+                io.Float.Input("start", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Guidance begins after this part of the steps. Keep 0: the first steps decide what is edited."),
+                io.Float.Input("end", default=0.7, min=0.0, max=1.0, step=0.01, tooltip="Guidance ends after this part of the steps; the rest take half the time. 1 guides to the end."),
+            ],
+            outputs=[io.Model.Output(tooltip="The model, guided in this part of the steps only.")],
+        )
+
+    @classmethod
+    def execute(cls, model, start, end) -> io.NodeOutput:
+        check_widgets(cls, start=start, end=end)
+        check_model(model)
+        return io.NodeOutput(set_guidance_interval(model, start, end))

@@ -3,6 +3,7 @@ from comfy_api.latest import io
 from ..step1x_core.host.folders import template_fingerprint
 from ..step1x_core.host.thinking import TEMPERATURE, judge, rewrite
 from ..step1x_core.reflection import RULES, describe_reflection
+from .widgets import check_widgets
 
 CATEGORY = "model/conditioning/step1x"
 
@@ -39,6 +40,7 @@ class Step1XThink(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, image, prompt, seed, temperature) -> io.NodeOutput:
+        check_widgets(cls, prompt=prompt, seed=seed, temperature=temperature)
         return io.NodeOutput(*rewrite(clip, image, prompt, seed, temperature))
 
 
@@ -77,5 +79,6 @@ class Step1XReflect(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, source, edited, prompt, seed, version) -> io.NodeOutput:
+        check_widgets(cls, prompt=prompt, seed=seed, version=version)
         reflection = judge(clip, source, edited, prompt, seed, RULES[version])
         return io.NodeOutput(reflection.verdict, reflection.refined, reflection.value, describe_reflection(reflection))

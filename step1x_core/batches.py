@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .checks import check_pictures
 from .config import Step1XError
 
 # How pictures and instructions are brought together.
@@ -50,6 +51,8 @@ def lay_out(images: list[Tensor], texts: list[str], seeds: list[int], mode: str 
 
     Raises Step1XError if there are no pictures or instructions, and for numbers that do not go together.
     """
+    for image in images:
+        check_pictures(image, "images")
     pictures, prompts = split_pictures(images), split_prompts(texts)
     if not pictures:
         raise Step1XError("There is no picture to edit: the list of images is empty. Connect pictures.")

@@ -1,9 +1,12 @@
 """Finding and checking checkpoint files before anything is loaded: single safetensors files and Hugging Face folders of shards."""
 
 import json
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from .config import Step1XError
@@ -34,7 +37,7 @@ def is_index(path: Path) -> bool:
 def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Step1XError(f"{path.name} in {path.parent} could not be read ({error}). Download that file again.") from error
     if not isinstance(content, dict):
         raise Step1XError(f"{path.name} in {path.parent} is not what a model folder holds. Download that file again.")
@@ -52,12 +55,13 @@ def shard_files(folder: Path) -> list[Path]:
     weight_map = read_json(indexes[0]).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise Step1XError(f"{indexes[0].name} in {folder} lists no weights. Download that file again.")
-    names = sorted(set(weight_map.values()), key=str)
-    for name in names:
+    for name in weight_map.values():
         if not isinstance(name, str) or PureWindowsPath(name).name != name or not is_safetensors(Path(name)):
-            raise Step1XError(f"{indexes[0].name} in {folder} names '{name}', which is not a safetensors file of that folder. Download the index again.")
+            raise Step1XError(f"{indexes[0].name} in {folder} names {name!r}, which is not a safetensors file of that folder. Download the index again.")
+    names = sorted(set(weight_map.values()))
     for name in names:
-        if not (folder / name).is_file():
+        # Unlike Path.is_file, it takes a name that is too long for a file, too.
+        if not os.path.isfile(folder / name):
             raise Step1XError(f"{name} is missing from {folder}. Download that file; the index lists {len(names)} shards.")
     return [folder / name for name in names]
 
@@ -98,6 +102,14 @@ def check_file(path: Path) -> None:
         raise Step1XError(f"{path} does not exist (any more). Refresh the node list and choose the model again.") from error
     except (SafetensorError, OSError) as error:
         raise Step1XError(f"{path.name} is damaged, incomplete or no safetensors file ({error}). Download it again and compare its size.") from error
+
+
+def check_types(name: str, tensors: dict[str, torch.Tensor], keys: Iterable[str]) -> None:
+    """Raise Step1XError if one of these tensors is neither floating point nor, as quantised weights are, of 8 bits: the host would cast it and draw noise."""
+    for key in keys:
+        tensor = tensors[key]
+        if not tensor.is_floating_point() and tensor.dtype not in (torch.uint8, torch.int8):
+            raise Step1XError(f"{name} holds {key} as {tensor.dtype}, which is no type of weights. The file is damaged or belongs to another model; download it again.")
 
 
 def check_tensors(name: str, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:

@@ -1,6 +1,8 @@
 """Model versions, named constants and the configuration read off a checkpoint."""
 
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -120,11 +122,36 @@ def config_tensor(values: dict) -> torch.Tensor:
     return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
 
 
+def parse_config(text: str | bytes) -> dict:
+    """A configuration as it is stored. Raises Step1XError for anything but a JSON object."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise Step1XError(f"The file's entry {CONFIG_KEY}, from which the model's configuration is read, is damaged. Download the file again.")
+    return values
+
+
 def stored_config(state_dict, prefix: str = "") -> dict:
-    """What a state dict brings under CONFIG_KEY; {} without that entry."""
+    """What a state dict brings under CONFIG_KEY; {} without that entry. Raises Step1XError where it is damaged."""
     key = prefix + CONFIG_KEY
     # GGUF converters make float16 of it.
-    return json.loads(bytes(state_dict[key].to(torch.uint8).tolist())) if key in state_dict else {}
+    return parse_config(bytes(state_dict[key].flatten().to(torch.uint8).tolist())) if key in state_dict else {}
+
+
+def check_overrides(config: "Step1XConfig", head_dim: int, names: Iterable[str]) -> None:
+    """Raise Step1XError for a stored value that no network can be built with: the host would fail on it in the middle of a run."""
+    axes, heads, theta = config.axes_dim, config.connector_heads, config.theta
+    fits = {
+        "axes_dim": isinstance(axes, list) and len(axes) == 3 and all(isinstance(n, int) and n > 0 and n % 2 == 0 for n in axes) and sum(axes) == head_dim,
+        "connector_heads": isinstance(heads, int) and heads > 0 and config.connector_hidden_size % heads == 0,
+        "theta": isinstance(theta, (int, float)) and 0 < theta < math.inf,
+    }
+    for name in fits.keys() & names:
+        if not fits[name]:
+            raise Step1XError(f"The configuration stored with the weights has {name} = {getattr(config, name)!r}, which does not fit them. "
+                              "Download the file, or the config.json of its folder, again.")
 
 
 def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
@@ -135,7 +162,7 @@ def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
 
     The version is a guess where there is no override: weights of v1.1 and of a v1.2-preview without mapping have the same names.
 
-    Raises Step1XError for an unknown version name and for one that the weights contradict.
+    Raises Step1XError for an unknown version name, for one that the weights contradict, and for a stored value that does not fit them.
     """
     def rows(key):
         return state_dict[prefix + key].shape[0]
@@ -179,7 +206,8 @@ def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
     for name in ("version", "axes_dim", "theta", "connector_heads"):
         if name in overrides:
             setattr(config, name, overrides[name])
-    if config.version not in VERSIONS:
+    check_overrides(config, head_dim, overrides)
+    if not isinstance(config.version, str) or config.version not in VERSIONS:
         raise Step1XError(f"Unknown Step1X-Edit version '{config.version}'. Choose one of: {', '.join(VERSIONS)}.")
     for key, found, layout, owner in ((SCALE_FACTOR_KEY, scale_factor, "v1.1", "v1.0"), (TEXT_MAPPING_KEY, mapping, "v1.2", "v1.2")):
         if found and VERSIONS[config.version].layout != layout:

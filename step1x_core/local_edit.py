@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import check_mask, check_pictures
 from .config import Step1XError
 from .images import resize_tensor, to_rgb
 
@@ -37,8 +38,9 @@ def fit_mask(mask: Tensor, image: Tensor) -> Tensor:
 
     A mask of another size but the same aspect ratio is scaled.
 
-    Raises Step1XError for an empty mask, one of another aspect ratio, and any number of masks but one or one for each picture.
+    Raises Step1XError for what is no mask, an empty one, one of another aspect ratio, and any number of masks but one or one for each picture.
     """
+    check_mask(mask)
     mask = mask.reshape(-1, *mask.shape[-2:]).to(image.device, torch.float32).nan_to_num(0.0).clamp(0, 1)
     if not mask.any():
         raise Step1XError("The mask is empty: there is nothing to edit. Paint over the part that is to change, "
@@ -91,6 +93,7 @@ def cut_out(image: Tensor, mask: Tensor, context: float, min_size: int) -> Cutou
 
     Raises Step1XError for a mask that is empty or does not fit.
     """
+    check_pictures(image, "image")
     mask = fit_mask(mask, image)
     return Cutout(image, mask, cut_box(region(mask), (image.shape[2], image.shape[1]), context, min_size))
 
@@ -116,6 +119,9 @@ def paste(result: Tensor, cutout: Cutout, feather: int) -> Tensor:
     R is the number of source pictures, or any number of versions of a single one. An alpha channel stays the source's.
     Raises Step1XError for another number.
     """
+    if not isinstance(cutout, Cutout):
+        raise Step1XError(f"The input 'stitch' brings {type(cutout).__name__}. Connect the output 'stitch' of 'Step1X-Edit Crop'.")
+    check_pictures(result, "image")
     count = cutout.source.shape[0]
     if count not in (1, len(result)):
         raise Step1XError(f"{len(result)} edited pictures came back for {count} that were cropped. Connect the result of the crop that 'stitch' comes from.")

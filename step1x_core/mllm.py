@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .config import HEAD_DIM, PROMPT_DROP_TOKENS, PROMPT_MAX_TOKENS
+from .config import HEAD_DIM, PROMPT_DROP_TOKENS, PROMPT_MAX_TOKENS, Step1XError
+from .images import VISION_CELL
 
 VISION_KEY = "visual.patch_embed.proj.weight"
 TEXT_KEY = "model.layers.0.self_attn.q_proj.weight"
@@ -47,10 +48,30 @@ def normalize_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+def check_config(config: MLLMConfig) -> None:
+    """Raise Step1XError for a value of `config.json` that no network can be built with: the host would fail on it in the middle of a run."""
+    section, window, whole = config.mrope_section, config.vision_window_size, config.vision_full_attention
+    fits = {
+        "head_dim": config.head_dim > 0,
+        "rope_theta": isinstance(config.rope_theta, (int, float)) and config.rope_theta > 0,
+        "rms_norm_eps": isinstance(config.rms_norm_eps, (int, float)) and config.rms_norm_eps > 0,
+        "mrope_section": isinstance(section, list) and len(section) == 3 and all(isinstance(n, int) and n > 0 for n in section) and sum(section) * 2 == config.head_dim,
+        "vision_heads": isinstance(config.vision_heads, int) and config.vision_heads > 0 and config.vision_hidden_size % config.vision_heads == 0,
+        "vision_window_size": isinstance(window, int) and window >= VISION_CELL,
+        "vision_full_attention": isinstance(whole, list) and all(isinstance(n, int) for n in whole),
+    }
+    for name, fit in fits.items():
+        if not fit:
+            raise Step1XError(f"The configuration of the text encoder has {name} = {getattr(config, name)!r}, which does not fit its weights. "
+                              "Download it again, with its config.json.")
+
+
 def detect_mllm_config(state_dict, hf_config: dict) -> MLLMConfig:
     """Configuration of a state dict with normalised keys.
 
     hf_config: the content of a Hugging Face `config.json`, or {} for a bare file, whose sizes are read off the shapes.
+
+    Raises KeyError for a missing tensor, and Step1XError for a value that does not fit the weights.
     """
     text = hf_config.get("text_config", hf_config)
     vision = hf_config.get("vision_config", {})
@@ -74,7 +95,7 @@ def detect_mllm_config(state_dict, hf_config: dict) -> MLLMConfig:
         "vision_window_size": vision.get("window_size"),
         "vision_full_attention": vision.get("fullatt_block_indexes"),
     }
-    return MLLMConfig(
+    config = MLLMConfig(
         vocab_size=rows("model.embed_tokens.weight"),
         hidden_size=hidden,
         intermediate_size=rows(layer + "mlp.gate_proj.weight"),
@@ -89,6 +110,8 @@ def detect_mllm_config(state_dict, hf_config: dict) -> MLLMConfig:
         tie_word_embeddings=bool(hf_config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
         **{k: v for k, v in known.items() if v is not None},
     )
+    check_config(config)
+    return config
 
 
 def attention_mask(ids: Tensor) -> Tensor:

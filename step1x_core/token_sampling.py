@@ -1,5 +1,6 @@
 """Choosing the next token from the language model's scores, in the order and with the rules of Hugging Face transformers."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +22,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if self.repetition_penalty <= 0:
+        if not self.repetition_penalty > 0:
             raise Step1XError(f"The repetition penalty is {self.repetition_penalty}; it must be above 0. Set it to 1 to switch it off.")
+        for name, low, high in (("temperature", 0, math.inf), ("top_p", 0, 1), ("min_p", 0, 1), ("seed", -2**63, 2**64 - 1)):
+            # NaN fails every comparison.
+            if not low <= getattr(self, name) <= high:
+                raise Step1XError(f"The setting {name} is {getattr(self, name)}; it must lie between {low} and {high}. Correct it.")
 
 
 def penalise(scores: Tensor, seen: Tensor, replied: Tensor, sampling: Sampling) -> Tensor:
@@ -65,8 +70,10 @@ class TokenChooser:
         self.generator = torch.Generator().manual_seed(sampling.seed)
 
     def __call__(self, scores: Tensor) -> int:
-        """Scores [V] of the next token -> its id."""
+        """Scores [V] of the next token -> its id. Raises Step1XError for NaN among them."""
         scores = penalise(scores.float(), self.seen, self.replied, self.sampling)
+        if scores.isnan().any():
+            raise Step1XError("The language model gave values that are no numbers (NaN): its file is damaged. Download the file of 'Load Step1X-Edit MLLM' again.")
         if self.sampling.temperature == 0:
             token = int(scores.argmax())
         else:

@@ -6,6 +6,7 @@ import os
 import shutil
 
 import comfy.memory_management
+import comfy.quant_ops
 import comfy.sd
 import comfy.utils
 import folder_paths
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from step1x_core.checkpoint import is_model_folder, shard_files
 from step1x_core.config import CONNECTOR_KEY, Step1XError, detect_config
+from step1x_core.conversion import MODEL_LAYERS
 from step1x_core.host import loading
 from step1x_core.host.folders import choices
 from step1x_core.host.loading import load_model, model_shapes
@@ -165,6 +167,30 @@ def test_scaled_fp8_file_loads_through_the_hosts_quantised_format(files, tmp_pat
 @pytest.fixture(scope="module")
 def repository(files, tmp_path_factory):
     return diffusers_repository(tmp_path_factory.mktemp("diffusers") / "Step1X-Edit-v1p1-diffusers", to_diffusers(load_file(files["v1.1"])))
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, FLOAT8])
+def test_fp8_scaled_packs_the_large_matrices_while_loading(files, tmp_path, stored):
+    weights = {key: tensor.to(stored) for key, tensor in load_file(files["v1.1"]).items()}
+    path = tmp_path / "step1x-edit-v1p1-stored.safetensors"
+    save_file(weights, path)
+    with torch.inference_mode():
+        patcher = load_model(path, fp8=True)
+        rebuilt = patcher.cached_patcher_init[0](*patcher.cached_patcher_init[1])
+    for model in (patcher, rebuilt):
+        packed = {name for name, layer in model.model.diffusion_model.named_modules() if isinstance(getattr(layer, "weight", None), comfy.quant_ops.QuantizedTensor)}
+        assert packed == {key.removesuffix(".weight") for key in weights if MODEL_LAYERS.fullmatch(key)} and len(packed) == 2 * 8 + 2 * 2
+    exact = predict(load_model(path))
+    # What is e4m3 in the file keeps its bits; without fp8 tensor cores the inputs are not rounded either.
+    error = (predict(patcher) - exact).norm() / exact.norm()
+    assert error == 0 if stored == FLOAT8 else 0 < error < 0.1
+
+
+def test_fp8_scaled_leaves_a_scaled_file_as_it_is(files, tmp_path):
+    path = tmp_path / "step1x-edit-v1p1-scaled.safetensors"
+    with torch.inference_mode():
+        save_file(loading.scaled_fp8(load_file(files["v1.1"])), path)
+        assert torch.equal(predict(load_model(path, fp8=True)), predict(load_model(path)))
 
 
 def test_diffusers_folder_with_shards_equals_the_original_file(files, repository):

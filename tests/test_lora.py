@@ -183,24 +183,13 @@ def test_several_files_of_different_layouts_add_up_with_their_weights(model):
     assert torch.allclose(weight_after(combined, f"{module}.weight"), expected, atol=1e-4)
 
 
-def scaled_fp8(weights):
-    """As ComfyUI stores it: matrices in fp8 with a scale each, the rest as it was."""
-    out = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
-    for key, weight in weights.items():
-        out[key] = weight
-        if weight.ndim == 2:
-            scale = weight.abs().max() / 448
-            out |= {key: (weight / scale).to(torch.float8_e4m3fn), key.removesuffix("weight") + "scale_weight": scale}
-    return out
-
-
 @pytest.mark.parametrize("load", [stock, apply_lora])
 @pytest.mark.parametrize("kind", ["plain", "scaled"])
 def test_fp8_models_take_loras(models, tmp_path, kind, load):
     """The change must come through within what fp8 can tell apart: at most 1/16 of a value, in the mean much less."""
     weights = load_file(models / "diffusion_models" / tiny_models.V11_FILE)
     path = tmp_path / "fp8-v1p1.safetensors"
-    save_file({k: v.to(torch.float8_e4m3fn) for k, v in weights.items()} if kind == "plain" else scaled_fp8(weights), path)
+    save_file({k: v.to(torch.float8_e4m3fn) for k, v in weights.items()} if kind == "plain" else tiny_models.scaled_fp8(weights), path)
     model = load_model(path, model_options={"dtype": torch.float8_e4m3fn} if kind == "plain" else {})
     lora = {}
     for name, module in (("double_blocks_0_img_attn_qkv", "double_blocks.0.img_attn.qkv"), ("connector_S_input_embedder", "connector.S.input_embedder")):

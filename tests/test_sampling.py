@@ -13,7 +13,7 @@ from step1x_core.guidance import NormLimiter, patch_norm
 from step1x_core.host.caching import apply_teacache
 from step1x_core.host.encoding import decode_edit, encode_edit
 from step1x_core.host.loading import load_model
-from step1x_core.host.sampling import HOOKS, check_model, fit_latent, flow_sigmas, sample, set_norm_limiter, with_norm_limiter
+from step1x_core.host.sampling import HOOKS, check_model, fit_latent, flow_sigmas, sample, set_guidance_interval, set_norm_limiter, with_norm_limiter
 from step1x_core.schedule import sigma_schedule
 from step1x_core.teacache import TeaCacheState
 
@@ -73,6 +73,37 @@ def test_decode_returns_to_the_source_size_or_stays(model, vae, edit, photo):
     assert torch.equal(resized, (resized * 255).round() / 255)
     fitting = torch.zeros(1, 208, 304, 3)
     assert torch.equal(decode_edit(vae, latent, fitting), decode_edit(vae, latent))
+
+
+def test_guidance_interval_runs_the_unconditional_pass_inside_it_only(model, edit):
+    rows = []
+
+    def count(executor, x, *args, **kwargs):
+        rows.append(len(x))
+        return executor(x, *args, **kwargs)
+
+    def limited(start, end, cfg=6.0):
+        patched = set_guidance_interval(model, start, end)
+        patched.add_wrapper("diffusion_model", count)
+        rows.clear()
+        return run(patched, edit, steps=4, cfg=cfg)
+
+    official = run(model, edit, steps=4)
+    assert torch.equal(limited(0.0, 1.0), official) and sum(rows) == 8
+    assert not torch.allclose(limited(0.0, 0.5), official) and [sum(rows), rows[-1]] == [6, 1]
+    limited(0.5, 1.0)
+    assert [sum(rows), rows[0]] == [6, 1]
+    # Without guidance anywhere, the negative prompt and CFG are as good as not there.
+    unguided = limited(0.0, 0.0)
+    assert sum(rows) == 4 and torch.allclose(unguided, limited(0.0, 0.0, cfg=2.0), atol=1e-5)
+    torch.testing.assert_close(unguided, run(set_norm_limiter(model, NormLimiter(truncate=1.0)), edit, steps=4, cfg=1.0), rtol=1e-4, atol=1e-4)
+    # A second interval takes the first one's place, and another node's function stays in the chain.
+    torch.testing.assert_close(run(set_guidance_interval(set_guidance_interval(model, 0, 0), 0, 1), edit, steps=4), official)
+    chained = model.clone()
+    chained.set_model_sampler_calc_cond_batch_function(lambda args: [torch.zeros_like(args["input"])] * 2)
+    assert torch.equal(run(set_guidance_interval(chained, 0, 1), edit, steps=4), run(chained, edit, steps=4))
+    with pytest.raises(Step1XError, match="Set start to at most end"):
+        set_guidance_interval(model, 0.6, 0.5)
 
 
 def test_loader_switches_the_limiter_on_and_setting_it_again_replaces_it(model):

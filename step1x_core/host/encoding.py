@@ -5,8 +5,10 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ..checks import BAD_LATENT, check_conditioning, check_finite, check_pictures, latent_samples
 from ..config import Step1XError
 from ..images import to_output_size, to_working_size, to_working_size_v12
+from .model import check_latent_shape
 from .text_encoder import Step1XTokenizer
 
 LATENT_CHANNELS = 16
@@ -15,12 +17,16 @@ LATENT_FACTOR = 8
 # Units of progress for one picture: two prompts and the VAE.
 ENCODING_STEPS = 3
 
+BAD_VAE = "values that are no numbers (NaN or infinity): its file is damaged, or its precision too low. Download the VAE again, or start ComfyUI with --fp32-vae."
+
 # Entry of the latent dict that tells the decoder the prompt layout; the host's samplers pass it on.
 LAYOUT_KEY = "step1x_layout"
 
 
 def check_vae(vae) -> None:
     """Raise Step1XError unless the VAE makes latents like FLUX's; those of Wan and Qwen-Image have 16 channels, too, and a time axis."""
+    if not hasattr(vae, "latent_channels"):
+        raise Step1XError(f"There is no VAE in what is connected as one ({type(vae).__name__}); a checkpoint may come without. Load the FLUX VAE (ae.safetensors).")
     if vae.latent_dim != 2:
         raise Step1XError(f"This VAE makes latents with {vae.latent_dim} axes beside the channels, Step1X-Edit needs 2 (height and width). "
                           "Load the FLUX VAE (ae.safetensors), not that of Qwen-Image or a video model.")
@@ -30,7 +36,7 @@ def check_vae(vae) -> None:
 
 def check_text_encoder(clip) -> None:
     """Raise Step1XError unless the text encoder is ours."""
-    if not isinstance(clip.tokenizer, Step1XTokenizer):
+    if not isinstance(getattr(clip, "tokenizer", None), Step1XTokenizer):
         raise Step1XError("This text encoder lays out prompts for another model. Use the one from 'Load Step1X-Edit MLLM'.")
 
 
@@ -41,6 +47,7 @@ def check_latent(samples: Tensor, pictures: Tensor) -> None:
     if list(samples.shape) != expected:
         raise Step1XError(f"The latent has the shape {list(samples.shape)}, but this picture is edited at {expected}. Connect the sampler's latent of the turn before, "
                           "and the picture that 'Step1X-Edit Decode' makes of it with its source connected; keep the size level.")
+    check_finite(samples, BAD_LATENT)
 
 
 def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, size_level: int, latent: dict | None = None,
@@ -54,18 +61,17 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
     latent: what an earlier turn sampled; it is used in place of the pictures' own, which spares them a round trip through the VAE.
     progress: object whose `update(1)` is called `ENCODING_STEPS` times for a single picture; by default the host's progress bar.
 
-    Raises Step1XError for an empty batch, a foreign text encoder or VAE, a latent of another size, and sizes that degenerate.
+    Raises Step1XError for what is no picture, a foreign text encoder or VAE, a latent of another size, sizes that degenerate, and damaged weights.
     """
     check_text_encoder(clip)
     check_vae(vae)
-    if image.shape[0] == 0:
-        raise Step1XError("There is no picture to edit: the image batch is empty. Connect a picture.")
+    check_pictures(image, "image")
     layout = clip.tokenizer.layout
     resize = to_working_size_v12 if layout == "v1.2" else to_working_size
     pictures = torch.stack([resize(picture, size_level) for picture in image])
     shown = image if layout == "v1.2" else pictures
     if latent is not None:
-        check_latent(latent["samples"], pictures)
+        check_latent(latent_samples(latent), pictures)
 
     if progress is None:
         progress = comfy.utils.ProgressBar(2 * len(pictures) + 1)
@@ -74,23 +80,36 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
         parts = []
         for picture in shown:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            parts.append(clip.encode_from_tokens_scheduled(clip.tokenize(text, images=[picture[None]], size_level=size_level)))
+            part = clip.encode_from_tokens_scheduled(clip.tokenize(text, images=[picture[None]], size_level=size_level))
+            check_finite(part[0][0], "The text encoder gave values that are no numbers (NaN or infinity): its file is damaged. Download the file of 'Load Step1X-Edit MLLM' again.")
+            parts.append(part)
             progress.update(1)
         conditionings.append(merge_batch(parts))
     comfy.model_management.throw_exception_if_processing_interrupted()
-    samples = vae.encode(pictures) if latent is None else latent["samples"]
+    samples = encode_pictures(vae, pictures) if latent is None else latent["samples"]
     progress.update(1)
     positive, negative = ([[cond, {**extra, "reference_latents": [samples]}] for cond, extra in c] for c in conditionings)
     return positive, negative, {"samples": samples, LAYOUT_KEY: layout}
 
 
+def encode_pictures(vae, pictures: Tensor) -> Tensor:
+    """Pictures [B, H, W, 3] in 0..1 -> latents. Raises Step1XError where they are no numbers."""
+    samples = vae.encode(pictures)
+    check_finite(samples, f"The VAE made {BAD_VAE}")
+    return samples
+
+
 def add_references(conditionings: list[list], vae, images: list[Tensor], size_level: int) -> list[list]:
     """Conditionings with the latents of further pictures [B, H, W, C] behind the references that they have. Only the transformer sees them (experimental).
 
-    Raises Step1XError for a foreign VAE, and sizes that degenerate.
+    Raises Step1XError for a foreign VAE, what is no conditioning or no picture, and sizes that degenerate.
     """
     check_vae(vae)
-    latents = [vae.encode(torch.stack([to_working_size(picture, size_level) for picture in image])) for image in images]
+    for name, conditioning in zip(("positive", "negative"), conditionings):
+        check_conditioning(conditioning, name)
+    for image in images:
+        check_pictures(image, "images")
+    latents = [encode_pictures(vae, torch.stack([to_working_size(picture, size_level) for picture in image])) for image in images]
     return [[[cond, {**extra, "reference_latents": [*extra.get("reference_latents", []), *latents]}] for cond, extra in conditioning]
             for conditioning in conditionings]
 
@@ -111,10 +130,16 @@ def decode_edit(vae, latent: dict, source: Tensor | None = None) -> Tensor:
 
     The resize works on 8-bit values as the official code does; a result that has the size already keeps its full precision.
 
-    Raises Step1XError for a foreign VAE.
+    Raises Step1XError for a foreign VAE, a latent of another model, a source that is no picture, and damaged weights.
     """
     check_vae(vae)
-    pictures = vae.decode(latent["samples"])
+    if source is not None:
+        check_pictures(source, "source")
+    samples = latent_samples(latent)
+    check_latent_shape(samples, LATENT_CHANNELS)
+    check_finite(samples, BAD_LATENT)
+    pictures = vae.decode(samples)
+    check_finite(pictures, f"The VAE decoded to {BAD_VAE}")
     if source is None or source.shape[1:3] == pictures.shape[1:3]:
         return pictures
     size = (source.shape[2], source.shape[1])

@@ -1,10 +1,12 @@
 """Checkpoints to the host's MODEL and CLIP objects."""
 
 import functools
-import json
 import logging
 import re
+from contextlib import contextmanager
 
+import comfy.diffusers_convert
+import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.utils
@@ -12,8 +14,9 @@ import torch
 from comfy.supported_models_base import ClipTarget
 from comfy.text_encoders.hunyuan_video import llama_detect
 
-from ..checkpoint import Checkpoint, check_file, check_tensors, find_checkpoint
-from ..config import CONFIG_KEY, CONNECTOR_KEY, SCALE_FACTOR_KEY, TEXT_MAPPING_KEY, Step1XError, config_tensor, detect_config, stored_config
+from ..checkpoint import Checkpoint, check_file, check_tensors, check_types, find_checkpoint
+from ..config import CONFIG_KEY, CONNECTOR_KEY, SCALE_FACTOR_KEY, TEXT_MAPPING_KEY, Step1XError, config_tensor, detect_config, parse_config, stored_config
+from ..conversion import MODEL_LAYERS, SCALES, converted
 from ..keys import diffusers_to_original, is_diffusers_layout
 from ..mllm import TEXT_KEY, VISION_KEY, MLLMConfig, detect_mllm_config, normalize_keys
 from .model import register
@@ -31,19 +34,36 @@ NAMED_LAYOUTS = {"v1.2": re.compile(r"v1[.p]?2(?!\d)|v1_2(?!\d)|preview|reasoned
 # What config.json of a diffusers transformer calls what shapes do not show.
 CONFIG_NAMES = {"axes_dims_rope": "axes_dim", "connector_heads_num": "connector_heads"}
 
+# By this the host knows the names that diffusers gives the layers of a VAE.
+DIFFUSERS_VAE_KEY = "decoder.up_blocks.0.resnets.0.norm1.weight"
+
 # Tensors by which FLUX is told from other models, in the original and in the diffusers layout.
 FLUX_KEYS = (("double_blocks.0.img_attn.qkv.weight",), ("x_embedder.weight", "single_transformer_blocks.0.proj_mlp.weight"))
+
+
+@contextmanager
+def naming(name: str):
+    """Turn the errors that the host and torch raise for weights they do not expect (of another shape, of an unknown quantisation) into one that names the file."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, Step1XError) or comfy.model_management.is_oom(error):
+            raise
+        detail = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise Step1XError(f"{name} cannot be loaded, it does not hold what it should ({detail}). The file is damaged, of another model, or of a "
+                          "quantisation that this ComfyUI does not know: download it again, or choose another.") from error
 
 
 def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], dict]:
     """All tensors of a checkpoint (memory mapped where the host does so) and the metadata of its files.
 
-    Raises Step1XError for a damaged file.
+    Raises Step1XError for a damaged file, and the host's InterruptProcessingException when the person cancels, after any file.
     """
     state_dict, metadata = {}, {}
     for path in checkpoint.files:
         check_file(path)
         tensors, file_metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
+        comfy.model_management.throw_exception_if_processing_interrupted()
         state_dict.update(tensors)
         metadata.update(file_metadata or {})
     return state_dict, metadata
@@ -54,6 +74,12 @@ def strip_prefix(state_dict):
     prefix = "model.diffusion_model."
     inner = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
     return inner or state_dict
+
+
+def check_weights(name: str, expected: dict[str, tuple[int, ...]], state_dict: dict[str, torch.Tensor]) -> None:
+    """Raise Step1XError for tensors that are missing, of the wrong shape, or no weights."""
+    check_tensors(name, expected, shapes(state_dict))
+    check_types(name, state_dict, [key for key in state_dict if key in expected])
 
 
 def shapes(state_dict) -> dict[str, tuple[int, ...]]:
@@ -115,13 +141,12 @@ def choose_version(checkpoint: Checkpoint, state_dict) -> str:
                       "Choose the version in 'Load Step1X-Edit Model' instead of auto.")
 
 
-def model_state_dict(path, version: str | None = None) -> tuple[dict, dict]:
+def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tuple[dict, dict]:
     """Transformer weights in the original layout, ready for the host's loader, and the file metadata.
 
     Raises Step1XError for files that are damaged, of another model, incomplete, quantised in the diffusers layout or of a version that cannot be told, and for
     contradicting marks of a version.
     """
-    checkpoint = find_checkpoint(path, "transformer")
     pipeline_layout(checkpoint)
     state_dict, metadata = read_checkpoint(checkpoint)
     name = checkpoint.path.name
@@ -134,7 +159,7 @@ def model_state_dict(path, version: str | None = None) -> tuple[dict, dict]:
     if is_diffusers_layout(state_dict):
         state_dict = diffusers_to_original(state_dict)
 
-    overrides = stored_config(state_dict) | json.loads(metadata.get(CONFIG_KEY, "{}"))
+    overrides = stored_config(state_dict) | parse_config(metadata.get(CONFIG_KEY, "{}"))
     overrides |= {name: checkpoint.config[key] for key, name in CONFIG_NAMES.items() if key in checkpoint.config}
     if version is not None or "version" not in overrides:
         overrides["version"] = version or choose_version(checkpoint, state_dict)
@@ -143,7 +168,7 @@ def model_state_dict(path, version: str | None = None) -> tuple[dict, dict]:
         config = detect_config(state_dict)
     except KeyError as error:
         raise Step1XError(f"{name} lacks the tensor {error.args[0]}. The file is incomplete; download it again.") from error
-    check_tensors(name, model_shapes(config), shapes(state_dict))
+    check_weights(name, model_shapes(config), state_dict)
     if is_diffusers_layout(state_dict):
         # What the conversion left over: scales of matrices that it stacked.
         raise Step1XError(f"{name} is a quantised file in the diffusers layout, which cannot be read. Choose a scaled file in the original layout, or the unquantised "
@@ -152,19 +177,39 @@ def model_state_dict(path, version: str | None = None) -> tuple[dict, dict]:
     return state_dict, metadata
 
 
-def load_model(path, version: str | None = None, model_options={}, disable_dynamic=False):
+def scaled_fp8(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The large matrices of a bf16 or plain fp8 transformer as e4m3 with scales, in the host's format; what has scales already is passed on as it is."""
+    if any(key.split(".")[-1] in SCALES for key in state_dict):
+        return state_dict
+    device = comfy.model_management.get_torch_device()
+    out = {}
+    for name, tensor in state_dict.items():
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if MODEL_LAYERS.fullmatch(name):
+            out |= {key: value.to(tensor.device) for key, value in converted(name, tensor.to(device), "fp8", False).items()}
+        else:
+            out[name] = tensor.to(torch.bfloat16) if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else tensor
+    return out
+
+
+def load_model(path, version: str | None = None, model_options={}, disable_dynamic=False, fp8: bool = False):
     """Load a Step1X-Edit transformer as a ModelPatcher with norm-limited guidance switched on.
 
     path: single file (original or diffusers layout, any dtype), model folder, or diffusers repository.
     version: a name in VERSIONS, or None to detect it.
     model_options, disable_dynamic: as for `comfy.sd.load_diffusion_model`.
+    fp8: make the large matrices e4m3 with scales while loading, to be multiplied on fp8 tensor cores where the card has them.
 
-    Raises Step1XError as `model_state_dict` does, and for an unknown version.
+    Raises Step1XError as `model_state_dict` does, for an unknown version, and for weights that the host cannot load.
     """
     register()
-    state_dict, metadata = model_state_dict(path, version)
-    patcher = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=model_options, metadata=metadata, disable_dynamic=disable_dynamic)
-    patcher.cached_patcher_init = (load_model, (path, version, model_options))
+    checkpoint = find_checkpoint(path, "transformer")
+    with naming(checkpoint.path.name):
+        state_dict, metadata = model_state_dict(checkpoint, version)
+        if fp8:
+            state_dict = scaled_fp8(state_dict)
+        patcher = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=model_options, metadata=metadata, disable_dynamic=disable_dynamic)
+    patcher.cached_patcher_init = (functools.partial(load_model, fp8=fp8), (path, version, model_options))
     return with_norm_limiter(patcher)
 
 
@@ -182,10 +227,10 @@ def mllm_state_dict(checkpoint: Checkpoint) -> tuple[dict, MLLMConfig]:
     if VISION_KEY not in state_dict:
         raise Step1XError(f"{name} has no vision tower ({VISION_KEY}); Step1X-Edit must see the picture. Choose the full Qwen2.5-VL-7B-Instruct.")
     try:
-        config = detect_mllm_config(state_dict, checkpoint.config or json.loads(metadata.get(CONFIG_KEY, "{}")))
+        config = detect_mllm_config(state_dict, checkpoint.config or parse_config(metadata.get(CONFIG_KEY, "{}")))
     except KeyError as error:
         raise Step1XError(f"{name} lacks the tensor {error.args[0]}. The file is incomplete or another model; choose the full Qwen2.5-VL-7B-Instruct.") from error
-    check_tensors(name, mllm_shapes(config), shapes(state_dict))
+    check_weights(name, mllm_shapes(config), state_dict)
     log.info("Step1X-Edit text encoder from %s", checkpoint.path)
     return state_dict, config
 
@@ -196,15 +241,16 @@ def load_text_encoder(path, layout: str | None = None, model_options={}, disable
     path: the single file Qwen-Image users have (bf16 or scaled fp8), a Hugging Face folder, or a diffusers repository.
     layout: "v1.1" (for v1.0, too), "v1.2", or None for that of the repository's version and else v1.1: other models' repositories hold the same Qwen2.5-VL.
 
-    Raises Step1XError as `mllm_state_dict` does.
+    Raises Step1XError as `mllm_state_dict` does, and for weights that the host cannot load.
     """
     checkpoint = find_checkpoint(path, "text_encoder")
     layout = layout or PIPELINE_LAYOUTS.get(checkpoint.pipeline, "v1.1")
-    state_dict, config = mllm_state_dict(checkpoint)
-    tokenizer = functools.partial(Step1XTokenizer, layout=layout)
-    target = ClipTarget(tokenizer, functools.partial(Step1XTEModel, config=config, **llama_detect(state_dict)))
-    parameters = comfy.utils.calculate_parameters(state_dict)
-    clip = comfy.sd.CLIP(target, parameters=parameters, state_dict=[state_dict], model_options=model_options, disable_dynamic=disable_dynamic)
+    with naming(checkpoint.path.name):
+        state_dict, config = mllm_state_dict(checkpoint)
+        tokenizer = functools.partial(Step1XTokenizer, layout=layout)
+        target = ClipTarget(tokenizer, functools.partial(Step1XTEModel, config=config, **llama_detect(state_dict)))
+        parameters = comfy.utils.calculate_parameters(state_dict)
+        clip = comfy.sd.CLIP(target, parameters=parameters, state_dict=[state_dict], model_options=model_options, disable_dynamic=disable_dynamic)
     clip.patcher.cached_patcher_init = (load_text_encoder_patcher, (path, layout, model_options))
     return clip
 
@@ -216,11 +262,16 @@ def load_text_encoder_patcher(path, layout=None, model_options={}, disable_dynam
 def load_vae(path) -> comfy.sd.VAE:
     """Load the VAE of a diffusers repository, a model folder or a file with the host's own VAE class.
 
-    Raises Step1XError for files that are damaged or hold no VAE.
+    Raises Step1XError for files that are damaged, incomplete or hold no VAE.
     """
     checkpoint = find_checkpoint(path, "vae")
     state_dict, metadata = read_checkpoint(checkpoint)
-    vae = comfy.sd.VAE(sd=state_dict, metadata=metadata)
-    if vae.first_stage_model is None:
-        raise Step1XError(f"{checkpoint.path.name} holds no VAE that ComfyUI knows. Choose the vae folder of a Step1X-Edit repository, or ae.safetensors.")
+    if DIFFUSERS_VAE_KEY in state_dict:
+        state_dict = comfy.diffusers_convert.convert_vae_state_dict(state_dict)
+    with naming(checkpoint.path.name):
+        vae = comfy.sd.VAE(sd=state_dict, metadata=metadata)
+        if vae.first_stage_model is None:
+            raise Step1XError(f"{checkpoint.path.name} holds no VAE that ComfyUI knows. Choose the vae folder of a Step1X-Edit repository, or ae.safetensors.")
+        # The host goes on with whatever was in memory in place of a missing tensor.
+        check_weights(checkpoint.path.name, shapes(vae.first_stage_model.state_dict()), state_dict)
     return vae

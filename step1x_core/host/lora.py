@@ -4,13 +4,16 @@ from pathlib import Path
 
 import comfy.lora
 import comfy.lora_convert
+import comfy.model_management
 import comfy.utils
+from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
-from ..checkpoint import check_file, is_safetensors
+from ..checkpoint import check_file, check_types, is_safetensors
 from ..config import Step1XError
 from ..keys import EMBEDDERS
 from ..lora import diffsynth_names, official_alphas
+from .loading import naming
 
 PREFIX = "diffusion_model."
 # What trainers put in front of a layer's name.
@@ -38,20 +41,62 @@ def lora_keys(model) -> dict:
 
 
 def load_lora_file(path) -> dict[str, Tensor]:
-    """Raises Step1XError for a damaged file and for anything but safetensors."""
+    """Raises Step1XError for a damaged file, for anything but safetensors, and for tensors that are no weights; the host's exception when the run was cancelled."""
     path = Path(path)
     if not is_safetensors(path):
         raise Step1XError(f"{path.name} is not a safetensors file. Only safetensors files are loaded; get the LoRA in that format.")
     check_file(path)
-    return comfy.utils.load_torch_file(str(path), safe_load=True)
+    lora = comfy.utils.load_torch_file(str(path), safe_load=True)
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    check_types(path.name, lora, lora)
+    return lora
+
+
+def target_shape(layers: dict, key: str | tuple) -> tuple[int, ...] | None:
+    """Shape of what a patch is added to: a linear layer's weight or bias, or the part (axis, start, length) of it that is second in a tuple. None for other layers.
+
+    layers: all layers of the model by name.
+    """
+    name, part = key[:2] if isinstance(key, tuple) else (key, None)
+    module, _, kind = name.rpartition(".")
+    # The host's names include layers that only FLUX has.
+    layer = layers.get(module)
+    if not hasattr(layer, "in_features"):
+        return None
+    shape = [layer.out_features, layer.in_features][:1 if kind == "bias" else 2]
+    if part is not None:
+        shape[part[0]] = part[2]
+    return tuple(shape)
+
+
+def check_patches(model, patches: dict) -> None:
+    """Raise Step1XError for plain LoRA matrices and differences of another shape than their layer: the host would go on without them, or fail while sampling."""
+    layers = dict(model.model.named_modules())
+    for key, patch in patches.items():
+        shape = target_shape(layers, key)
+        if isinstance(patch, LoRAAdapter):
+            up, down, _, middle, magnitude, reshaped = patch.weights
+            fits = middle is None and reshaped is None and min(up.ndim, down.ndim) > 1 and up[0].numel() == down.shape[0] > 0
+            if fits and shape is not None:
+                fits = shape == (up.shape[0], down[0].numel()) and (magnitude is None or magnitude.numel() in shape)
+            found = f"{list(up.shape)} and {list(down.shape)}"
+        elif isinstance(patch, tuple):
+            fits, found = shape in (None, tuple(patch[1][0].shape)), list(patch[1][0].shape)
+        else:
+            continue
+        if not fits:
+            raise Step1XError(f"This LoRA does not fit the Step1X-Edit model: for {key if isinstance(key, str) else key[0]} it has {found} where the layer is {list(shape or [])}. "
+                              "It was made for another model, or is damaged; choose another file.")
 
 
 def apply_lora(model, lora: dict[str, Tensor], strength: float):
     """A clone of the model with the LoRA's patches, applied by the host when the weights are loaded or used.
 
-    Raises Step1XError when no module of the LoRA is in the model.
+    Raises Step1XError when no module of the LoRA is in the model, and for one that does not fit.
     """
-    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(official_alphas(lora)), lora_keys(model))
+    with naming("This LoRA"):
+        patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(official_alphas(lora)), lora_keys(model))
+    check_patches(model, patches)
     model = model.clone()
     if not model.add_patches(patches, strength):
         raise Step1XError("This LoRA fits no layer of the Step1X-Edit model; it was made for another model. Choose another file.")

@@ -146,7 +146,7 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
         """
         dtype = torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float32
         embeds, positions, ids = self.embed(sequence, device, dtype)
-        cache = self.empty_cache(len(ids) + min(max_tokens, REPLY_TOKENS), device, dtype)
+        cache = self.empty_cache(len(ids) + max(0, min(max_tokens, REPLY_TOKENS)), device, dtype)
         choose = TokenChooser(ids, self.model.vocab_size, sampling)
         progress = comfy.utils.ProgressBar(max_tokens)
         reply = []

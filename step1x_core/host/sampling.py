@@ -1,24 +1,31 @@
 """Sampling through the host's own sampler machinery."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import comfy.sample
 import comfy.samplers
 import comfy.utils
 import latent_preview
+import torch
 from torch import Tensor
 
+from ..checks import BAD_LATENT, check_conditioning, check_finite, latent_samples
 from ..config import VERSIONS, Step1XError, Version
 from ..guidance import NormLimiter
 from ..schedule import image_to_image_start, latent_tokens, sigma_schedule
 from .model import Step1XEditModel, check_latent_shape
 
 HOOKS = "sampler_pre_cfg_function"
+COND_BATCH = "sampler_calc_cond_batch_function"
 SAMPLERS = comfy.samplers.SAMPLER_NAMES
 
 
 def check_model(model) -> None:
     """Raise Step1XError unless this is a Step1X-Edit model."""
-    if not isinstance(model.model, Step1XEditModel):
-        raise Step1XError(f"This is not a Step1X-Edit model but {type(model.model).__name__}. Connect the model from 'Load Step1X-Edit Model'.")
+    network = getattr(model, "model", model)
+    if not isinstance(network, Step1XEditModel):
+        raise Step1XError(f"This is not a Step1X-Edit model but {type(network).__name__}. Connect the model from 'Load Step1X-Edit Model'.")
 
 
 def set_norm_limiter(model, limiter: NormLimiter):
@@ -43,6 +50,38 @@ def with_norm_limiter(model):
     return set_norm_limiter(model, NormLimiter(model_version(model).guidance_truncate))
 
 
+@dataclass(frozen=True)
+class GuidanceInterval:
+    """In place of the host's `calc_cond_batch`: outside the interval only the conditional pass runs, and stands for both, which is guidance of 1.
+
+    start, end: parts of the schedule, 0 <= start <= end <= 1, counted in steps. other: what took this place before, or None.
+    """
+
+    start: float
+    end: float
+    other: Callable | None
+
+    def __call__(self, args: dict) -> list[Tensor]:
+        """args: the host's arguments. Returns the denoised latents [B, C, H, W] of the conditional and the unconditional pass."""
+        sigmas = args["model_options"]["transformer_options"]["sample_sigmas"]
+        done = int((sigmas > args["sigma"].max()).sum()) / (len(sigmas) - 1)
+        guided = self.start <= done < self.end or len(args["conds"]) < 2
+        if not guided:
+            args = args | {"conds": [args["conds"][0], *(None for _ in args["conds"][1:])]}
+        out = self.other(args) if self.other else comfy.samplers.calc_cond_batch(args["model"], args["conds"], args["input"], args["sigma"], args["model_options"])
+        return out if guided else [out[0]] * len(out)
+
+
+def set_guidance_interval(model, start: float, end: float):
+    """A clone of the model that is guided in this part of the steps only, in place of an earlier interval. Raises Step1XError if start lies behind end."""
+    if start > end:
+        raise Step1XError(f"The guidance would start at {start:g} of the steps and end at {end:g}, before it started. Set start to at most end.")
+    model = model.clone()
+    other = model.model_options.get(COND_BATCH)
+    model.set_model_sampler_calc_cond_batch_function(GuidanceInterval(start, end, other.other if isinstance(other, GuidanceInterval) else other))
+    return model
+
+
 def model_version(model) -> Version:
     return VERSIONS[model.model.diffusion_model.version]
 
@@ -62,12 +101,14 @@ def flow_sigmas(steps: int, latent: Tensor, denoise: float = 1.0) -> Tensor:
 def fit_latent(model, latent: dict) -> dict:
     """A copy of the latent dict whose samples are [B, C, h, w] for this model: an empty one of another layout is adapted as the host's samplers do.
 
-    Raises Step1XError for any other latent of another model.
+    Raises Step1XError for any other latent of another model, an empty one, and one with values that are no numbers.
     """
+    samples = latent_samples(latent)
     out = latent.copy()
     # The host's other factor is for latents with a time axis, which are refused below.
-    out["samples"] = samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], out.pop("downscale_ratio_spacial", None))
+    out["samples"] = samples = comfy.sample.fix_empty_latent_channels(model, samples, out.pop("downscale_ratio_spacial", None))
     check_latent_shape(samples, model.model.latent_channels)
+    check_finite(samples, BAD_LATENT)
     return out
 
 
@@ -77,10 +118,14 @@ def sample(model, positive, negative, latent: dict, sigmas: Tensor, cfg: float, 
     Noise is drawn on the CPU from `seed`. With fewer than two noise levels nothing is run and the latent comes back as it is.
     callback: the host's step callback `(step, denoised, x, total_steps)`; by default progress bar and live preview.
 
-    Raises Step1XError for a latent or a conditioning of another model.
+    Raises Step1XError for a latent or a conditioning of another model, and if the result is no picture.
     """
+    check_conditioning(positive, "positive")
+    check_conditioning(negative, "negative")
     out = fit_latent(model, latent)
-    samples = out["samples"]
+    samples, mask = out["samples"], latent.get("noise_mask")
+    if mask is not None and (0 in mask.shape or not torch.isfinite(mask).all()):
+        raise Step1XError(f"The noise mask of the latent, of shape {list(mask.shape)}, is empty or holds values that are no numbers. Look at the mask of 'Set Latent Noise Mask'.")
     if sigmas.shape[0] < 2:
         return out
     if callback is None:
@@ -88,6 +133,8 @@ def sample(model, positive, negative, latent: dict, sigmas: Tensor, cfg: float, 
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     out["samples"] = comfy.sample.sample_custom(
         model, noise, cfg, comfy.samplers.sampler_object(sampler_name), sigmas, positive, negative, samples,
-        noise_mask=latent.get("noise_mask"), callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed,
+        noise_mask=mask, callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed,
     )
+    check_finite(out["samples"], "Sampling ended in values that are no numbers (NaN or infinity), which would be a black picture. Most likely the file of the model or "
+                                 "of a LoRA is damaged, or the CFG, a LoRA's strength or float16 is too much: try without them, or download the file again.")
     return out

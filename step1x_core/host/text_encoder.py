@@ -7,7 +7,7 @@ from comfy import sd1_clip
 from comfy.text_encoders.qwen_image import Qwen25_7BVLITokenizer
 
 from ..chat import chat, untemplated
-from ..config import Step1XError
+from ..config import PROMPT_MAX_TOKENS, Step1XError
 from ..images import BLACK_PICTURE, to_thinker_size, to_vision_size, to_vision_size_v12
 from ..mllm import MLLMConfig, layout_states
 from ..positions import text_ids
@@ -138,8 +138,12 @@ class Step1XTokenizer(sd1_clip.SD1Tokenizer):
         if self.layout == "v1.2":
             sequence, mask = prompt_ids_v12(text, self.token_ids)
             pixels, working_size = to_vision_size_v12(picture, size_level)
-            sequence[sequence.index(IMAGE_PAD_ID)] = {"type": "image", "data": pixels, "working_size": working_size, "text_mask": mask}
+            at = sequence.index(IMAGE_PAD_ID)
+            # No token reaches the transformer from there on, nor does it act on those before.
+            del sequence[KEPT.stop:at], mask[KEPT.stop:at]
+            sequence[min(at, KEPT.stop)] = {"type": "image", "data": pixels, "working_size": working_size, "text_mask": mask}
         else:
             before, after = prompt_ids(text, self.token_ids)
-            sequence = [*before, {"type": "image", "data": to_vision_size(picture)}, *after]
+            # No more reach the transformer; the work grows with the square of the length.
+            sequence = [*before, {"type": "image", "data": to_vision_size(picture)}, *after[:PROMPT_MAX_TOKENS]]
         return {TEXT_ENCODER_NAME: [[(token, 1.0, 0) if return_word_ids else (token, 1.0) for token in sequence]]}

@@ -4,6 +4,7 @@ import hashlib
 
 from torch import Tensor
 
+from ..checks import check_pictures
 from ..config import Step1XError
 from ..prompt import clean_prompt
 from ..reflection import RULES, Reflection, Rules, indent, reflect, think
@@ -13,6 +14,8 @@ from .generation import check_can_generate, generate_text
 
 # The official setting (spec v12.md f.1).
 TEMPERATURE = 0.7
+# Characters of an instruction to think about. The language model's work grows with the square of them; none that a person writes is as long.
+MAX_INSTRUCTION = 8000
 
 
 class Asker:
@@ -35,10 +38,17 @@ class Asker:
 
 def single_picture(image: Tensor, name: str) -> Tensor:
     """The one picture [H, W, C] of a batch of one. name: the input, for the error. Raises Step1XError for any other batch."""
+    check_pictures(image, name)
     if image.shape[0] != 1:
         raise Step1XError(f"The input '{name}' brings {image.shape[0]} pictures; thinking and reflection take exactly one at a time. "
                           "Choose one with the stock 'ImageFromBatch'.")
     return image[0]
+
+
+def check_instruction(prompt: str) -> None:
+    """Raise Step1XError for a prompt that is too long to think about."""
+    if len(prompt) > MAX_INSTRUCTION:
+        raise Step1XError(f"The input 'prompt' has {len(prompt)} characters; thinking and reflection take {MAX_INSTRUCTION} at most. Shorten the instruction.")
 
 
 def rules_version(model) -> str:
@@ -57,9 +67,10 @@ def check_thinking(clip) -> None:
 def rewrite(clip, image: Tensor, prompt: str, seed: int, temperature: float) -> tuple[str, str]:
     """Picture [1, H, W, C] in 0..1 and instruction -> the rewritten instruction, and a report of what was asked and answered.
 
-    Raises Step1XError as `check_thinking` and `single_picture` do.
+    Raises Step1XError as `check_thinking`, `check_instruction` and `single_picture` do.
     """
     check_thinking(clip)
+    check_instruction(prompt)
     ask = Asker(clip, "think", seed, temperature)
     thought = think(ask, single_picture(image, "image"), prompt, overrides=template_folder())
     (system, user, reply), = ask.exchanges
@@ -72,8 +83,9 @@ def rewrite(clip, image: Tensor, prompt: str, seed: int, temperature: float) -> 
 def judge(clip, source: Tensor, edited: Tensor, prompt: str, seed: int, rules: Rules) -> Reflection:
     """The judgement on an edited picture; both pictures [1, H, W, C] in 0..1, of any size.
 
-    Raises Step1XError as `check_thinking` and `single_picture` do; a reply that breaks its contract is never an error.
+    Raises Step1XError as `check_thinking`, `check_instruction` and `single_picture` do; a reply that breaks its contract is never an error.
     """
     check_thinking(clip)
+    check_instruction(prompt)
     pictures = single_picture(source, "source"), single_picture(edited, "edited")
     return reflect(Asker(clip, "reflect", seed), *pictures, prompt, rules, template_folder())

@@ -1,0 +1,35 @@
+"""What the host checks in a widget and nowhere else: it lets NaN pass, and whatever another node hands over."""
+
+import numbers
+
+from comfy_api.latest import io
+
+from ..step1x_core.config import Step1XError
+
+
+def fits(entry: io.Input, value) -> bool:
+    if isinstance(entry, io.Int.Input):
+        return isinstance(value, numbers.Integral) and entry.min <= value <= entry.max
+    if isinstance(entry, io.Float.Input):
+        return isinstance(value, numbers.Real) and entry.min <= value <= entry.max
+    if isinstance(entry, io.Combo.Input):
+        return value in entry.options
+    return isinstance(value, str)
+
+
+def wanted(entry: io.Input) -> str:
+    if isinstance(entry, io.Int.Input):
+        return f"a whole number from {entry.min} to {entry.max}"
+    if isinstance(entry, io.Float.Input):
+        return f"a number from {entry.min} to {entry.max}"
+    return "one of the entries of its list" if isinstance(entry, io.Combo.Input) else "text"
+
+
+def check_widgets(node: type[io.ComfyNode], **values) -> None:
+    """Raise Step1XError for values that the node's widgets do not offer.
+
+    values: by the names of the inputs, which are numbers, texts and lists of choices.
+    """
+    for entry in node.define_schema().inputs:
+        if entry.id in values and not fits(entry, values[entry.id]):
+            raise Step1XError(f"The input '{entry.id}' brings {str(values[entry.id])[:60]!r}, but it takes {wanted(entry)}. Correct it, or the node that it comes from.")

@@ -1,0 +1,222 @@
+"""Single nodes in the host's own executor, in this process: what becomes of bad input, and whether the next edit suffers."""
+
+import asyncio
+import itertools
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import execution
+import folder_paths
+import psutil
+import torch
+from loop_host import load_pack, node_classes
+
+import nodes
+
+STEP1X_ERROR = "step1x_core.config.Step1XError"
+# What the host's own check of a prompt calls an input that it refuses, before anything runs.
+TOO_SMALL, TOO_LARGE, NOT_IN_LIST, NOT_CONVERTED = "value_smaller_than_min", "value_bigger_than_max", "value_not_in_list", "invalid_input_type"
+MISMATCH, BAD_LINK, MISSING, NO_SUCH_NODE = "return_type_mismatch", "bad_linked_input", "required_input_missing", "exception_during_inner_validation"
+HOST_REFUSALS = (TOO_SMALL, TOO_LARGE, NOT_IN_LIST, NOT_CONVERTED, MISMATCH, BAD_LINK, MISSING, NO_SUCH_NODE)
+# No case may take more memory than this beyond the most that was needed before it.
+MEMORY_GROWTH = 2**30
+FOLDERS = ("diffusion_models", "text_encoders", "vae", "loras", "diffusers")
+
+# While the first is true, what is written or removed is put into the second. An audit hook cannot be taken off again.
+watching, written = [False], []
+
+
+def audit(event: str, args: tuple) -> None:
+    if not watching[0]:
+        return
+    writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    changes = event in ("os.mkdir", "os.rename", "os.remove", "os.symlink", "os.link", "os.truncate")
+    # Modules that are imported for the first time are compiled.
+    if (writes or changes) and "__pycache__" not in str(args[0]) and str(args[0]) != os.devnull:
+        written.append(f"{event} {args[0]}")
+
+
+sys.addaudithook(audit)
+
+
+def peak_memory() -> int:
+    """The most bytes of memory that this process has had so far."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value that another node hands out, so the host does not look at it. kind: the type of that node's output; "*" fits everywhere."""
+
+    value: Any
+    kind: str = "*"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """refused: the host's check of the prompt, "" if it passed; error: type and text of the exception; outputs: of the node, each as a list."""
+
+    refused: str = ""
+    error: tuple[str, str] | None = None
+    outputs: tuple = ()
+
+    def says(self, pattern: str) -> None:
+        """The run failed with one or two sentences that contain this."""
+        assert not self.refused, self.refused
+        assert self.error is not None, "nothing was wrong"
+        kind, text = self.error
+        assert kind == STEP1X_ERROR, f"{kind}: {text}"
+        assert re.search(pattern, text), text
+        assert text.rstrip().endswith(".") and "\n" not in text.rstrip() and len(text) < 800, text
+
+    def made(self) -> tuple:
+        """The outputs of a run in which all went well."""
+        assert not self.refused and self.error is None, self.refused or self.error
+        return tuple(values[0] for values in self.outputs)
+
+
+class Host:
+    """One host process with one set of models: every run goes through the check of the prompt and the executor, as the server does it."""
+
+    def __init__(self, monkeypatch, model, clip, vae):
+        self.names, self.things, self.outputs, self.messages = itertools.count(), {}, {}, []
+        self.client_id, self.last_node_id = "test", None
+        self.monkeypatch = monkeypatch
+        host = self
+
+        class Sink:
+            RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE, INPUT_IS_LIST = (), "take", "test", True, True
+
+            @classmethod
+            def INPUT_TYPES(cls):
+                return {"required": {"index": ("INT", {}), "value": ("*", {})}}
+
+            def take(self, index, value):
+                host.outputs[index[0]] = value
+                return {}
+
+        for name, node in {**node_classes(load_pack()), "TestSink": Sink}.items():
+            monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, node)
+        self.executor = execution.PromptExecutor(self, cache_type=execution.CacheType.CLASSIC, cache_args={"lru": 100, "ram": 0.1, "ram_inactive": 1024.0})
+        self.model, self.clip, self.vae = model, clip, vae
+        self.picture = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+        self.encoded = self.encode().made()
+        # The quick edit reads only the start of the instruction and draws only a corner of the picture.
+        self.quick = [[[cond[:, :64], {**extra, "attention_mask": extra["attention_mask"][:, :64]}] for cond, extra in c] for c in self.encoded[:2]]
+        self.quick.append({"samples": self.encoded[2]["samples"][..., :4, :4]})
+        self.expected, self.expected_quick = self.sampled_and_decoded(*self.encoded), self.sampled_and_decoded(*self.quick)
+
+    def encode(self, **changes) -> Outcome:
+        """What 'Step1X-Edit Encode' makes of the good picture, with anything replaced."""
+        inputs = {"clip": Given(self.clip), "vae": Given(self.vae), "image": Given(self.picture), "prompt": "make it red", "negative_prompt": "", "size_level": 64}
+        return self.run("Step1XEditEncode", **inputs | changes)
+
+    def sample(self, **changes) -> Outcome:
+        """One step of 'Step1X-Edit Sampler' on the good edit, with anything replaced."""
+        inputs = {"model": self.model, **dict(zip(("positive", "negative", "latent"), self.encoded))}
+        widgets = {"seed": 1, "steps": 1, "cfg": 6.0, "sampler_name": "euler", "denoise": 1.0}
+        return self.run("Step1XSampler", **{name: Given(value) for name, value in inputs.items()} | widgets | changes)
+
+    def decode(self, latent: dict, **changes) -> Outcome:
+        return self.run("Step1XDecode", **{"samples": Given(latent), "vae": Given(self.vae), "source": Given(self.picture)} | changes)
+
+    def sampled_and_decoded(self, positive, negative, latent) -> torch.Tensor:
+        (sampled,) = self.sample(positive=Given(positive), negative=Given(negative), latent=Given(latent)).made()
+        return self.decode(sampled).made()[0]
+
+    def still_edits(self, from_the_start: bool = False) -> None:
+        """The good edit comes out as ever, to the last bit. from_the_start: the whole one, with its encoding."""
+        if from_the_start:
+            assert torch.equal(self.sampled_and_decoded(*self.encode().made()), self.expected)
+        else:
+            assert torch.equal(self.sampled_and_decoded(*self.quick), self.expected_quick)
+
+    def refuses(self, outcome: Outcome, expected: str, from_the_start: bool = False) -> None:
+        """The outcome is the host's refusal of that kind, or a sentence with that pattern; the next edit does not suffer."""
+        if expected in HOST_REFUSALS:
+            assert outcome.refused.startswith(expected), outcome
+        else:
+            outcome.says(expected)
+        self.still_edits(from_the_start)
+
+    def send_sync(self, event, data, sid=None):
+        self.messages.append((event, data))
+
+    def giver(self, kind: str) -> str:
+        """The class name of a node that hands out a thing as this type."""
+        name, things = f"TestGive {kind}", self.things
+
+        class Give:
+            RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_IS_LIST = (kind,), "give", "test", (True,)
+
+            @classmethod
+            def INPUT_TYPES(cls):
+                return {"required": {"name": ("STRING", {})}}
+
+            def give(self, name):
+                thing = things[name]
+                return (thing if isinstance(thing, Many) else [thing],)
+
+        self.monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, Give)
+        return name
+
+    def run(self, node: str, **inputs) -> Outcome:
+        """Queue a node with these inputs: widgets as they are, everything else as Given."""
+        # The host must not answer with what it remembers.
+        self.executor.reset()
+        run = str(next(self.names))
+        prompt, given = {}, {}
+        for key, value in inputs.items():
+            if isinstance(value, Given):
+                name = f"{run}.{key}"
+                self.things[name] = value.value
+                prompt[name] = {"class_type": self.giver(value.kind), "inputs": {"name": name}}
+                value = [name, 0]
+            given[key] = value
+        prompt[run] = {"class_type": node, "inputs": given}
+        outputs = len(nodes.NODE_CLASS_MAPPINGS[node].RETURN_TYPES)
+        for index in range(outputs):
+            prompt[f"{run}.out{index}"] = {"class_type": "TestSink", "inputs": {"index": index, "value": [run, index]}}
+        self.messages.clear()
+        self.outputs.clear()
+        folder_paths.filename_list_cache.clear()
+        written.clear()
+        watching[0] = True
+        try:
+            return self.execute(run, prompt, [f"{run}.out{index}" for index in range(outputs)])
+        finally:
+            watching[0] = False
+            self.things.clear()
+            assert not written
+
+    def execute(self, run: str, prompt: dict, sinks: list[str]) -> Outcome:
+        valid, error, _, problems = asyncio.run(execution.validate_prompt(run, prompt, None))
+        if not valid:
+            found = [f"{entry['type']}: {entry['message']} ({entry['details']})" for node in problems.values() for entry in node["errors"]]
+            return Outcome(refused="; ".join(found) or str(error))
+        self.executor.execute(prompt, run, {"client_id": "test"}, sinks)
+        failed = next((data for event, data in self.messages if event == "execution_error"), None)
+        if failed is not None:
+            return Outcome(error=(failed["exception_type"], failed["exception_message"]))
+        return Outcome(outputs=tuple(self.outputs[index] for index in range(len(sinks))))
+
+
+class Many(list):
+    """A list that a node hands out as a list of single things."""
+
+
+def use_models(monkeypatch, root: Path) -> None:
+    """Make the folders below `root` the host's model folders."""
+    for name in FOLDERS:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        _, suffixes = folder_paths.folder_names_and_paths[name]
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(root / name)], suffixes))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})

@@ -1,0 +1,194 @@
+"""Models, text encoders, VAEs and conditionings of the wrong kind or version, connected to every input."""
+
+import comfy.sd
+import pytest
+import tiny_models
+import torch
+from bad_input_host import BAD_LINK, MISMATCH, MISSING, NO_SUCH_NODE, Given, Host
+
+from step1x_core.host.loading import load_model, load_text_encoder
+
+TYPES = {"model": "MODEL", "clip": "CLIP", "vae": "VAE", "image": "IMAGE", "images": "IMAGE", "images.image0": "IMAGE", "source": "IMAGE", "edited": "IMAGE", "mask": "MASK",
+         "positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT", "samples": "LATENT", "stitch": "STEP1X_STITCH"}
+EDIT = {"negative_prompt": "", "size_level": 64, "seed": 1, "steps": 1, "cfg": 2.0, "sampler_name": "euler"}
+NODES = {
+    "Step1XEditEncode": (("clip", "vae", "image"), {"prompt": "red", "negative_prompt": "", "size_level": 64}),
+    "Step1XReferences": (("positive", "negative", "vae", "images.image0"), {"size_level": 64}),
+    "Step1XSampler": (("model", "positive", "negative", "latent"), {"seed": 1, "steps": 1, "cfg": 2.0, "sampler_name": "euler", "denoise": 1.0}),
+    "Step1XDecode": (("samples", "vae"), {}),
+    "Step1XScheduler": (("latent",), {"steps": 4, "denoise": 1.0}),
+    "Step1XGuidance": (("model",), {"truncate": -1.0, "power": 0.4}),
+    "Step1XTeaCache": (("model",), {"threshold": 0.2}),
+    "Step1XThink": (("clip", "image"), {"prompt": "red", "seed": 1, "temperature": 0.7}),
+    "Step1XReflect": (("clip", "source", "edited"), {"prompt": "red", "seed": 1, "version": "v1.2"}),
+    "Step1XCrop": (("image", "mask"), {"context": 0.5, "min_size": 16}),
+    "Step1XStitch": (("image", "stitch"), {"feather": 2}),
+    "Step1XBatch": (("model", "clip", "vae", "images"), {"prompts": "red", "combine": "pairs", **EDIT}),
+    "Step1XReflectionLoop": (("model", "clip", "vae", "image"), {"prompt": "red", "rounds": 1, "think": False, "reflect": False, **EDIT}),
+}
+INPUTS = [(node, name) for node, (names, _) in NODES.items() for name in names]
+
+NO_MODEL = "This is not a Step1X-Edit model but .* Connect the model from 'Load Step1X-Edit Model'"
+NO_ENCODER = "This text encoder lays out prompts for another model. Use the one from 'Load Step1X-Edit MLLM'"
+NO_VAE = "There is no VAE in what is connected as one .* Load the FLUX VAE"
+REFUSALS = {"MODEL": NO_MODEL, "CLIP": NO_ENCODER, "VAE": NO_VAE, "IMAGE": "brings no picture but .* Connect an output of the type IMAGE",
+            "MASK": "brings no mask but .* Connect an output of the type MASK", "LATENT": "There is no latent in what is connected as one .* Connect an output of the type LATENT",
+            "CONDITIONING": "brings no conditioning, or an empty one. Connect that of 'Step1X-Edit Encode'",
+            "STEP1X_STITCH": "The input 'stitch' brings .* Connect the output 'stitch' of 'Step1X-Edit Crop'"}
+
+
+@pytest.fixture(scope="module")
+def host(model, clip, vae):
+    with pytest.MonkeyPatch.context() as patch:
+        yield Host(patch, model, clip, vae)
+
+
+@pytest.fixture(scope="module")
+def things(host):
+    """A fitting thing for every type."""
+    positive, _, latent = host.encoded
+    mask = torch.zeros(1, 64, 64)
+    mask[:, 20:30, 20:30] = 1
+    stitch = host.run("Step1XCrop", image=Given(host.picture), mask=Given(mask), context=0.5, min_size=16).made()[2]
+    return {"MODEL": host.model, "CLIP": host.clip, "VAE": host.vae, "IMAGE": host.picture, "MASK": mask, "CONDITIONING": positive, "LATENT": latent, "STEP1X_STITCH": stitch}
+
+
+def run(host, things, node, **changes):
+    names, widgets = NODES[node]
+    return host.run(node, **{name: Given(things[TYPES[name]], TYPES[name]) for name in names} | widgets | changes)
+
+
+@pytest.mark.parametrize("node, name", INPUTS)
+def test_outputs_of_another_type_are_refused_by_the_host(host, things, node, name):
+    other = "LATENT" if TYPES[name] != "LATENT" else "IMAGE"
+    host.refuses(run(host, things, node, **{name: Given(things[other], other)}), MISMATCH)
+
+
+@pytest.mark.parametrize("wrong", ["nothing", "other", "text"])
+@pytest.mark.parametrize("node, name", INPUTS)
+def test_what_comes_through_a_node_without_types(host, things, node, name, wrong):
+    """Switches and reroutes of other packs fit everywhere, and a checkpoint without a text encoder or VAE gives None."""
+    value = {"nothing": None, "other": things["STEP1X_STITCH" if TYPES[name] != "STEP1X_STITCH" else "VAE"], "text": "x"}[wrong]
+    host.refuses(run(host, things, node, **{name: Given(value)}), REFUSALS[TYPES[name]])
+
+
+@pytest.mark.parametrize("link, expected", [(["nowhere", 0], NO_SUCH_NODE), (["a"], BAD_LINK), (["a", 0, 0], BAD_LINK), ([], BAD_LINK)])
+@pytest.mark.parametrize("node, name", [("Step1XEditEncode", "clip"), ("Step1XSampler", "latent"), ("Step1XBatch", "images")])
+def test_links_that_lead_nowhere(host, things, node, name, link, expected):
+    host.refuses(run(host, things, node, **{name: link}), expected)
+
+
+@pytest.mark.parametrize("node, name", [(node, names[0]) for node, (names, _) in NODES.items()])
+def test_missing_inputs(host, things, node, name):
+    names, widgets = NODES[node]
+    given = {other: Given(things[TYPES[other]], TYPES[other]) for other in names if other != name}
+    host.refuses(host.run(node, **given, **widgets), MISSING)
+
+
+@pytest.fixture(scope="module")
+def v12(models, host):
+    """Model, text encoder and an encoded edit of the other layout."""
+    encoder = load_text_encoder(models / "text_encoders" / tiny_models.MLLM_FILE, "v1.2")
+    return load_model(models / "diffusion_models" / tiny_models.V12_FILE), encoder, host.encode(clip=Given(encoder)).made()
+
+
+OTHER_LAYOUT = "The model was loaded as .*, but the instruction was encoded for .* Set the version of 'Load Step1X-Edit MLLM'"
+
+
+@pytest.mark.parametrize("of_model, of_positive, of_negative", [("v1.1", "v1.2", "v1.1"), ("v1.1", "v1.1", "v1.2"), ("v1.1", "v1.2", "v1.2"),
+                                                                ("v1.2", "v1.1", "v1.2"), ("v1.2", "v1.2", "v1.1"), ("v1.2", "v1.1", "v1.1")])
+def test_versions_of_model_and_conditioning(host, v12, of_model, of_positive, of_negative):
+    models, encoded = {"v1.1": host.model, "v1.2": v12[0]}, {"v1.1": host.encoded, "v1.2": v12[2]}
+    outcome = host.sample(model=Given(models[of_model]), positive=Given(encoded[of_positive][0]), negative=Given(encoded[of_negative][1]))
+    host.refuses(outcome, OTHER_LAYOUT)
+
+
+@pytest.mark.parametrize("node", ["Step1XBatch", "Step1XReflectionLoop"])
+@pytest.mark.parametrize("part", ["model", "clip"])
+def test_versions_inside_one_node(host, things, v12, node, part):
+    outcome = run(host, things, node, **{part: Given(v12[0] if part == "model" else v12[1], TYPES[part])})
+    if node == "Step1XBatch":
+        # It tells of each edit in a line of its own.
+        assert outcome.error[0].endswith("Step1XError") and "None of the edits could be made" in outcome.error[1] and "Set the version of" in outcome.error[1]
+        host.still_edits()
+    else:
+        host.refuses(outcome, OTHER_LAYOUT)
+
+
+def test_fitting_versions_are_made(host, v12):
+    (out,) = host.sample(model=Given(v12[0]), **dict(zip(("positive", "negative", "latent"), map(Given, v12[2])))).made()
+    assert torch.isfinite(out["samples"]).all()
+
+
+@pytest.fixture(scope="module")
+def foreign_vaes():
+    """A VAE of Stable Diffusion's latents (4 channels) and, as a checkpoint without one gives it, none at all."""
+    four = {name: tuple(4 if n == 16 else n for n in shape) for name, shape in tiny_models.vae_shapes().items()}
+    return {"sd": comfy.sd.VAE(sd=tiny_models.random_weights(four, 3)), "none": comfy.sd.VAE(sd={"unrelated": torch.zeros(1)})}
+
+
+@pytest.mark.parametrize("kind", ["sd", "none"])
+@pytest.mark.parametrize("node", ["Step1XEditEncode", "Step1XReferences", "Step1XDecode", "Step1XBatch", "Step1XReflectionLoop"])
+def test_vaes_of_other_models(host, things, foreign_vaes, node, kind):
+    host.refuses(run(host, things, node, vae=Given(foreign_vaes[kind], "VAE")), "This VAE makes latents of 4 channels, Step1X-Edit needs 16. Load the FLUX VAE")
+
+
+@pytest.fixture(scope="module")
+def foreign_model():
+    """FLUX itself: our model without its connector."""
+    size = tiny_models.TransformerSize(hidden=128, head_dim=128, depth=1, depth_single=1, text=64, connector=128, connector_depth=1, vector=32)
+    shapes = {name: shape for name, shape in tiny_models.transformer_shapes("v1.1", size).items() if not name.startswith("connector.")}
+    return comfy.sd.load_diffusion_model_state_dict(tiny_models.random_weights(shapes, 0))
+
+
+@pytest.mark.parametrize("node", ["Step1XSampler", "Step1XGuidance", "Step1XTeaCache", "Step1XBatch", "Step1XReflectionLoop"])
+def test_models_of_other_families(host, things, foreign_model, node):
+    host.refuses(run(host, things, node, model=Given(foreign_model, "MODEL")), NO_MODEL)
+
+
+class SDTextEncoder:
+    """What a stock text encoder has in common with ours."""
+
+    tokenizer = object()
+
+
+@pytest.mark.parametrize("node", ["Step1XEditEncode", "Step1XThink", "Step1XReflect", "Step1XBatch"])
+def test_text_encoders_of_other_models(host, things, node):
+    host.refuses(run(host, things, node, clip=Given(SDTextEncoder(), "CLIP")), NO_ENCODER)
+
+
+def with_extra(**changes):
+    return lambda cond: [[cond[0][0], {**cond[0][1], **changes}]]
+
+
+LATENT = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(4))
+NO_FIT = "This conditioning does not fit the Step1X-Edit model: .* Encode the instruction with"
+NO_CONDITIONING = "brings no conditioning, or an empty one. Connect that of 'Step1X-Edit Encode'"
+CONDITIONINGS = {
+    "sd": (lambda cond: [[torch.rand(1, 77, 768), {"pooled_output": None}]], NO_FIT),
+    "flux": (lambda cond: [[torch.rand(1, 256, 4096), {"pooled_output": torch.rand(1, 768)}]], NO_FIT),
+    "empty": (lambda cond: [], NO_CONDITIONING),
+    "without_text": (lambda cond: [[None, {}]], NO_CONDITIONING),
+    "matrix": (lambda cond: [[torch.rand(77, 64), {}]], NO_CONDITIONING),
+    "joined": (lambda cond: [[torch.cat((cond[0][0], cond[0][0]), dim=1), cond[0][1]]], "cannot be concatenated. Write everything into one prompt"),
+    "nan": (lambda cond: [[cond[0][0] * float("nan"), cond[0][1]]], "Sampling ended in values that are no numbers"),
+    "no_valid_text": (with_extra(attention_mask=torch.zeros(1, 640, dtype=torch.long)), "Sampling ended in values that are no numbers"),
+    "reference_of_sd": (with_extra(reference_latents=[LATENT[:, :4]]), "A reference latent of shape .* belongs to another model"),
+    "reference_of_wan": (with_extra(reference_latents=[LATENT[:, :, None]]), "A reference latent of shape .* belongs to another model"),
+    "reference_nan": (with_extra(reference_latents=[LATENT * float("nan")]), "Sampling ended in values that are no numbers"),
+    "kontext_method": (with_extra(reference_latents_method="index"), "Remove that node"),
+}
+
+
+@pytest.mark.parametrize("side", ["positive", "negative"])
+@pytest.mark.parametrize("change, expected", CONDITIONINGS.values(), ids=CONDITIONINGS)
+def test_conditionings_of_other_models(host, change, expected, side):
+    host.refuses(host.sample(**{side: Given(change(host.encoded[side == "negative"]))}), expected)
+
+
+@pytest.mark.parametrize("change", [with_extra(reference_latents=None), with_extra(reference_latents=[LATENT] * 3), with_extra(reference_latents=[LATENT.repeat(2, 1, 1, 1)]),
+                                    with_extra(reference_latents=[LATENT[..., :3, :5]]), lambda cond: [[cond[0][0], {}]], lambda cond: cond + cond],
+                         ids=["no_reference", "three_references", "two_in_a_reference", "small_reference", "text_alone", "two_conditionings"])
+def test_conditionings_that_are_unusual_but_fine(host, change):
+    positive, negative = (Given(change(cond)) for cond in host.encoded[:2])
+    assert torch.isfinite(host.sample(positive=positive, negative=negative).made()[0]["samples"]).all()

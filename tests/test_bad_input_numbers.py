@@ -1,0 +1,174 @@
+"""Numbers and choices at their limits and beyond them, typed in and handed over by another node."""
+
+import pytest
+import torch
+from bad_input_host import NOT_CONVERTED, NOT_IN_LIST, TOO_LARGE, TOO_SMALL, Given, Host, Many
+from comfy_api.latest import io
+
+import nodes
+from step1x_core.config import Step1XError
+
+NAN, INF = float("nan"), float("inf")
+OUT_OF_RANGE = "The input '{}' brings .*, but it takes {}.*Correct it, or the node that it comes from"
+WIDGETS = {
+    "Step1XEditEncode": {"prompt": "red", "negative_prompt": "", "size_level": 64},
+    "Step1XReferences": {"size_level": 64},
+    "Step1XSampler": {"seed": 1, "steps": 1, "cfg": 2.0, "sampler_name": "euler", "denoise": 1.0},
+    "Step1XScheduler": {"steps": 4, "denoise": 1.0},
+    "Step1XGuidance": {"truncate": -1.0, "power": 0.4},
+    "Step1XTeaCache": {"threshold": 0.2},
+    "Step1XThink": {"prompt": "red", "seed": 1, "temperature": 0.7},
+    "Step1XReflect": {"prompt": "red", "seed": 1, "version": "v1.2"},
+    "Step1XCrop": {"context": 0.5, "min_size": 16},
+    "Step1XStitch": {"feather": 2},
+    "Step1XBatch": {"prompts": "red", "combine": "pairs", "negative_prompt": "", "size_level": 64, "seed": 1, "steps": 1, "cfg": 2.0, "sampler_name": "euler"},
+    "Step1XReflectionLoop": {"prompt": "red", "negative_prompt": "", "size_level": 64, "seed": 1, "steps": 1, "cfg": 2.0, "rounds": 1, "think": False, "reflect": False,
+                             "sampler_name": "euler"},
+    "Step1XLoraLoader": {"lora_name": "x", "strength": 1.0},
+    "Step1XModelLoader": {"model": "x", "version": "auto", "weight_dtype": "default"},
+    "Step1XMLLMLoader": {"mllm": "x", "device": "cpu", "version": "auto"},
+}
+# (least, most) of every number; a test holds them against the schemas.
+SEED, SIZE, STEPS, CFG = (0, 2**64 - 1), (64, 2048), (0, 200), (0.0, 100.0)
+RANGES = {
+    ("Step1XEditEncode", "size_level"): SIZE, ("Step1XReferences", "size_level"): SIZE,
+    ("Step1XSampler", "seed"): SEED, ("Step1XSampler", "steps"): STEPS, ("Step1XSampler", "cfg"): CFG, ("Step1XSampler", "denoise"): (0.0, 1.0),
+    ("Step1XScheduler", "steps"): (1, 200), ("Step1XScheduler", "denoise"): (0.0, 1.0),
+    ("Step1XGuidance", "truncate"): (-1.0, 1.0), ("Step1XGuidance", "power"): (0.0, 1.0), ("Step1XTeaCache", "threshold"): (0.0, 2.0),
+    ("Step1XThink", "seed"): SEED, ("Step1XThink", "temperature"): (0.0, 2.0), ("Step1XReflect", "seed"): SEED,
+    ("Step1XCrop", "context"): (0.0, 10.0), ("Step1XCrop", "min_size"): (16, 8192), ("Step1XStitch", "feather"): (0, 512),
+    ("Step1XBatch", "size_level"): SIZE, ("Step1XBatch", "seed"): SEED, ("Step1XBatch", "steps"): STEPS, ("Step1XBatch", "cfg"): CFG,
+    ("Step1XReflectionLoop", "size_level"): SIZE, ("Step1XReflectionLoop", "seed"): SEED, ("Step1XReflectionLoop", "steps"): STEPS, ("Step1XReflectionLoop", "cfg"): CFG,
+    ("Step1XReflectionLoop", "rounds"): (1, 10), ("Step1XLoraLoader", "strength"): (-10.0, 10.0),
+}
+CHOICES = [("Step1XSampler", "sampler_name"), ("Step1XReflect", "version"), ("Step1XBatch", "combine"), ("Step1XBatch", "sampler_name"), ("Step1XReflectionLoop", "sampler_name"),
+           ("Step1XModelLoader", "version"), ("Step1XModelLoader", "weight_dtype"), ("Step1XMLLMLoader", "device"), ("Step1XMLLMLoader", "version")]
+
+
+@pytest.fixture(scope="module")
+def host(model, clip, vae):
+    with pytest.MonkeyPatch.context() as patch:
+        yield Host(patch, model, clip, vae)
+
+
+@pytest.fixture(scope="module")
+def links(host):
+    mask = torch.zeros(1, 64, 64)
+    mask[:, 20:30, 20:30] = 1
+    positive, negative, latent = host.encoded
+    stitch = host.run("Step1XCrop", image=Given(host.picture), mask=Given(mask), context=0.5, min_size=16).made()[2]
+    return {"model": host.model, "clip": host.clip, "vae": host.vae, "image": host.picture, "images": host.picture, "images.image0": host.picture, "source": host.picture,
+            "edited": host.picture, "positive": positive, "negative": negative, "latent": latent, "mask": mask, "stitch": stitch}
+
+
+def names_of(node):
+    found = {"Step1XEditEncode": "clip vae image", "Step1XReferences": "positive negative vae images.image0", "Step1XSampler": "model positive negative latent",
+             "Step1XScheduler": "latent", "Step1XGuidance": "model", "Step1XTeaCache": "model", "Step1XThink": "clip image", "Step1XReflect": "clip source edited",
+             "Step1XCrop": "image mask", "Step1XStitch": "image stitch", "Step1XBatch": "model clip vae images", "Step1XReflectionLoop": "model clip vae image",
+             "Step1XLoraLoader": "model"}
+    return found.get(node, "").split()
+
+
+def run(host, links, node, **changes):
+    return host.run(node, **{name: Given(links[name]) for name in names_of(node)}, **WIDGETS[node] | changes)
+
+
+def test_no_number_of_these_nodes_is_left_out(host):
+    inputs = [(name, entry) for name in WIDGETS for entry in nodes.NODE_CLASS_MAPPINGS[name].GET_SCHEMA().inputs]
+    assert {(name, entry.id): (entry.min, entry.max) for name, entry in inputs if isinstance(entry, (io.Int.Input, io.Float.Input))} == RANGES
+
+
+def beyond(low, high):
+    """Values outside a range, by name, with the host's word for them where they are typed in; None where only we look."""
+    whole = isinstance(low, int)
+    step = 1 if whole else 0.01
+    return {"below": (low - step, TOO_SMALL), "above": (high + step, TOO_LARGE), "far_above": (10**30, TOO_LARGE), "nan": (NAN, NOT_CONVERTED if whole else None),
+            "infinite": (-INF, NOT_CONVERTED if whole else TOO_SMALL), "text": ("abc", NOT_CONVERTED), "null": (None, NOT_CONVERTED)}
+
+
+BEYOND = [pytest.param(*place, value, kind, id=f"{place[0].removeprefix('Step1X')}-{place[1]}-{name}")
+          for place, limits in RANGES.items() for name, (value, kind) in beyond(*limits).items()]
+
+
+@pytest.mark.parametrize("node, name, value, kind", BEYOND)
+def test_numbers_beyond_their_range(host, links, node, name, value, kind):
+    whole = isinstance(RANGES[node, name][0], int)
+    sentence = OUT_OF_RANGE.format(name, "a whole number from" if whole else "a number from")
+    if node != "Step1XLoraLoader":
+        # Without a LoRA file the host stops at its name.
+        typed = run(host, links, node, **{name: value})
+        if kind is None:
+            typed.says(sentence)
+        else:
+            assert kind in typed.refused, typed
+        host.refuses(run(host, links, node, **{name: Given(value, "INT" if whole else "FLOAT")}), sentence)
+    else:
+        outcome = host.run(node, model=Given(links["model"]), lora_name=Given("x"), strength=Given(value, "FLOAT"))
+        host.refuses(outcome, sentence)
+
+
+@pytest.mark.parametrize("node, name", [place for place, (low, _) in RANGES.items() if isinstance(low, int)])
+def test_fractions_where_whole_numbers_are_due(host, links, node, name):
+    host.refuses(run(host, links, node, **{name: Given(RANGES[node, name][0] + 0.5)}), OUT_OF_RANGE.format(name, "a whole number from"))
+
+
+# Full-size pictures and 200 steps are left out here: nothing is wrong with them but the time they take.
+LIMITS = {
+    ("Step1XEditEncode", "size_level"): (64,), ("Step1XReferences", "size_level"): (64,),
+    ("Step1XSampler", "seed"): SEED, ("Step1XSampler", "cfg"): (0.0, 1.0, 100.0), ("Step1XSampler", "denoise"): (0.0, 0.01, 1.0),
+    ("Step1XScheduler", "steps"): (1, 200), ("Step1XScheduler", "denoise"): (0.0, 1.0), ("Step1XGuidance", "truncate"): (-1.0, 1.0), ("Step1XGuidance", "power"): (0.0, 1.0),
+    ("Step1XTeaCache", "threshold"): (0.0, 2.0), ("Step1XCrop", "context"): (0.0, 10.0), ("Step1XCrop", "min_size"): (16, 8192), ("Step1XStitch", "feather"): (0, 512),
+    ("Step1XBatch", "seed"): SEED, ("Step1XReflectionLoop", "seed"): SEED, ("Step1XReflectionLoop", "cfg"): CFG, ("Step1XReflectionLoop", "rounds"): (1, 10),
+}
+
+
+@pytest.mark.parametrize("node, name, value", [(*place, value) for place, values in LIMITS.items() for value in values])
+def test_limits_are_part_of_the_range(host, links, node, name, value):
+    for given in (value, Given(value, "FLOAT" if isinstance(value, float) else "INT")):
+        outputs = run(host, links, node, **{name: given}).made()
+        latents = [output["samples"] for output in outputs if isinstance(output, dict)]
+        assert all(torch.isfinite(output).all() for output in [*outputs, *latents] if torch.is_tensor(output))
+
+
+@pytest.mark.parametrize("node, values", [("Step1XGuidance", {"power": 1.0, "truncate": 0.0}), ("Step1XGuidance", {"power": 0.0}), ("Step1XTeaCache", {"threshold": 2.0})])
+def test_models_patched_at_the_limits_draw_pictures(host, links, node, values):
+    (patched,) = run(host, links, node, **values).made()
+    assert torch.isfinite(host.sample(model=Given(patched), cfg=100.0, steps=3).made()[0]["samples"]).all()
+    host.still_edits()
+
+
+@pytest.mark.parametrize("node, name", CHOICES)
+@pytest.mark.parametrize("value", ["nope", "", None, 5, ["euler"]], ids=["unknown", "nothing", "null", "number", "list"])
+def test_choices_that_there_are_not(host, links, node, name, value):
+    sentence = OUT_OF_RANGE.format(name, "one of the entries of its list")
+    if not isinstance(value, list) and not node.endswith("Loader"):
+        assert run(host, links, node, **{name: value}).refused.startswith(NOT_IN_LIST)
+    files = {key: Given("x") for key in ("model", "mllm") if key in WIDGETS[node]}
+    host.refuses(run(host, links, node, **files, **{name: Given(value)}), sentence)
+
+
+@pytest.mark.parametrize("value, expected", [(Many([1, 2, 3]), "There are 3 seeds for 1 edits. Connect one seed"), (Many([1, -1]), OUT_OF_RANGE.format("seed", "a whole number")),
+                                             (Many([]), "There are 0 seeds for 1 edits. Connect one seed")], ids=["three", "one_of_two", "none"])
+def test_lists_of_seeds(host, links, value, expected):
+    host.refuses(run(host, links, "Step1XBatch", seed=Given(value, "INT")), expected)
+
+
+WRITING = {"do_sample": True, "max_length": 2, "temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.0, "repetition_penalty": 1.05, "seed": 1}
+
+
+@pytest.mark.parametrize("name, value", [("repetition_penalty", 0.0), ("repetition_penalty", NAN), ("temperature", NAN), ("temperature", -1.0), ("top_p", NAN), ("top_p", 2.0),
+                                         ("min_p", -1.0), ("seed", 2**64)])
+def test_settings_of_written_text_beyond_their_range(host, name, value):
+    """Of the stock 'Generate Text', which hands on what is connected to it."""
+    tokens = host.clip.tokenizer.tokenize_chat(["hello"], [])
+    with pytest.raises(Step1XError, match=f"{name.replace('_', '.')} is {value}; it must .*[.]$"):
+        host.clip.generate(tokens, **WRITING | {name: value})
+    host.still_edits()
+
+
+@pytest.mark.parametrize("name, value", [("max_length", 0), ("max_length", -3), ("top_k", 0), ("top_k", 10**9), ("top_p", 0.0), ("top_p", 1.0), ("min_p", 1.0),
+                                         ("temperature", 0.0), ("seed", 0), ("seed", 2**64 - 1), ("do_sample", False), ("repetition_penalty", 1000.0)])
+def test_settings_of_written_text_at_their_limits(host, name, value):
+    settings = WRITING | {name: value}
+    reply = host.clip.generate(host.clip.tokenizer.tokenize_chat(["hello"], []), **settings)
+    assert len(reply) <= max(settings["max_length"], 0) and isinstance(host.clip.decode(reply), str)

@@ -1,0 +1,233 @@
+"""Pictures, masks and latents that are none, or of unusual kinds, into every node that takes them."""
+
+import pytest
+import tiny_models
+import torch
+from bad_input_host import Given, Host
+from comfy.nested_tensor import NestedTensor
+
+from step1x_core.host.loading import load_text_encoder
+
+NAN, INF = float("nan"), float("inf")
+PICTURE = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(1))
+LATENT = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(2))
+MASK = torch.zeros(1, 64, 64)
+MASK[:, 20:30, 20:30] = 1
+
+
+@pytest.fixture(scope="module")
+def host(model, clip, vae):
+    with pytest.MonkeyPatch.context() as patch:
+        yield Host(patch, model, clip, vae)
+
+
+@pytest.fixture(scope="module")
+def clip_v12(models):
+    return load_text_encoder(models / "text_encoders" / tiny_models.MLLM_FILE, "v1.2")
+
+
+NO_PICTURE = "brings no picture but .* Connect an output of the type IMAGE"
+NOTHING = "There is no picture to edit: the image batch is empty, the input .* Connect a picture"
+NARROW = "is too narrow to edit .* Crop the picture or raise the size level"
+BAD_PICTURES = {
+    "20000_by_1": (torch.rand(1, 1, 20000, 3), NARROW),
+    "1_by_20000": (torch.rand(1, 20000, 1, 3), NARROW),
+    "no_channels": (PICTURE[..., :0], NOTHING),
+    "empty_batch": (PICTURE[:0], NOTHING),
+    "no_rows": (PICTURE[:, :0], NOTHING),
+    "bytes": ((PICTURE * 255).byte(), NO_PICTURE),
+    "integers": ((PICTURE * 255).long(), NO_PICTURE),
+    "16_bit_integers": ((PICTURE * 32767).short(), NO_PICTURE),
+    "bool": (PICTURE > 0.5, NO_PICTURE),
+    "complex": (PICTURE.to(torch.complex64), NO_PICTURE),
+    "without_batch_axis": (PICTURE[0], NO_PICTURE),
+    "video": (PICTURE[None], NO_PICTURE),
+    "mask": (PICTURE[..., 0], NO_PICTURE),
+    "number": (torch.tensor(1.0), NO_PICTURE),
+    "nothing": (None, NO_PICTURE),
+    "text": ("picture.png", NO_PICTURE),
+    "list": ([PICTURE], NO_PICTURE),
+    "array": (PICTURE.numpy(), NO_PICTURE),
+    "latent": ({"samples": LATENT}, NO_PICTURE),
+}
+
+
+@pytest.mark.parametrize("layout", ["v1.1", "v1.2"])
+@pytest.mark.parametrize("picture, expected", BAD_PICTURES.values(), ids=BAD_PICTURES)
+def test_encode_refuses(host, clip_v12, picture, expected, layout):
+    clip = {"clip": Given(clip_v12)} if layout == "v1.2" else {}
+    host.refuses(host.encode(image=Given(picture), **clip), expected, from_the_start=layout == "v1.1")
+
+
+# Each is the same as the plain float32 picture that stands behind it.
+FINE_PICTURES = {
+    "one_pixel": (PICTURE[:, :1, :1], PICTURE[:, :1, :1]),
+    "alpha": (torch.cat((PICTURE, PICTURE[..., :1]), dim=-1), PICTURE),
+    "grey": (PICTURE[..., :1], PICTURE[..., :1].repeat(1, 1, 1, 3)),
+    "grey_and_alpha": (PICTURE[..., :2], PICTURE[..., :1].repeat(1, 1, 1, 3)),
+    "nan": (torch.where(PICTURE > 0.5, NAN, PICTURE), torch.where(PICTURE > 0.5, 0, PICTURE)),
+    "infinite": (torch.where(PICTURE > 0.5, INF, PICTURE), torch.where(PICTURE > 0.5, 1, PICTURE)),
+    "negative": (torch.where(PICTURE > 0.5, -3, PICTURE), torch.where(PICTURE > 0.5, 0, PICTURE)),
+    "brighter_than_white": (torch.where(PICTURE > 0.5, 300, PICTURE), torch.where(PICTURE > 0.5, 1, PICTURE)),
+    "float64": (PICTURE.double(), PICTURE),
+    "float16": (PICTURE.half(), PICTURE.half().float()),
+    "bfloat16": (PICTURE.bfloat16(), PICTURE.bfloat16().float()),
+    "16_bit_origin": ((PICTURE * 65535).round() / 65535, (PICTURE * 255).round() / 255),
+    "not_contiguous": (PICTURE.permute(0, 2, 1, 3), PICTURE.permute(0, 2, 1, 3).contiguous()),
+}
+
+
+@pytest.mark.parametrize("picture, same", FINE_PICTURES.values(), ids=FINE_PICTURES)
+def test_encode_takes_every_kind_of_picture(host, picture, same):
+    found, expected = host.encode(image=Given(picture)).made(), host.encode(image=Given(same)).made()
+    for a, b in zip(found[:2], expected[:2]):
+        assert torch.equal(a[0][0], b[0][0]) and torch.isfinite(a[0][0]).all()
+    assert torch.equal(found[2]["samples"], expected[2]["samples"]) and torch.isfinite(found[2]["samples"]).all()
+
+
+def test_a_very_wide_picture_is_edited_where_its_sides_allow_it(host):
+    wide = torch.rand(1, 128, 20000, 3)
+    positive, negative, latent = host.encode(image=Given(wide), size_level=256).made()
+    assert latent["samples"].shape == (1, 16, 2, 400)
+    assert host.decode(latent, source=Given(wide)).made()[0].shape == wide.shape
+
+
+@pytest.mark.parametrize("name", ["empty_batch", "no_rows", "bytes", "without_batch_axis", "video", "nothing", "text", "latent"])
+@pytest.mark.parametrize("node", ["decode", "references", "crop", "stitch", "think", "batch", "loop"])
+def test_every_node_with_a_picture_refuses(host, node, name):
+    picture, expected = Given(BAD_PICTURES[name][0]), BAD_PICTURES[name][1]
+    parts = {"model": Given(host.model), "clip": Given(host.clip), "vae": Given(host.vae)}
+    edit = {"negative_prompt": "", "size_level": 64, "seed": 1, "steps": 1, "cfg": 6.0, "sampler_name": "euler"}
+    if node == "decode":
+        outcome = host.decode(host.encoded[2], source=picture) if name != "nothing" else host.decode(host.encoded[2], source=Given(PICTURE[:0]))
+    elif node == "references":
+        positive, negative, _ = host.encoded
+        outcome = host.run("Step1XReferences", positive=Given(positive), negative=Given(negative), vae=parts["vae"], size_level=64, **{"images.image0": picture})
+    elif node == "crop":
+        outcome = host.run("Step1XCrop", image=picture, mask=Given(MASK), context=0.5, min_size=16)
+    elif node == "stitch":
+        stitch = host.run("Step1XCrop", image=Given(PICTURE), mask=Given(MASK), context=0.5, min_size=16).made()[2]
+        outcome = host.run("Step1XStitch", image=picture, stitch=Given(stitch), feather=2)
+    elif node == "think":
+        outcome = host.run("Step1XThink", clip=parts["clip"], image=picture, prompt="red", seed=1, temperature=0.7)
+    elif node == "batch":
+        outcome = host.run("Step1XBatch", **parts, images=picture, prompts="red", combine="pairs", **edit)
+    else:
+        outcome = host.run("Step1XReflectionLoop", **parts, image=picture, prompt="red", rounds=1, think=False, reflect=False, **edit)
+    host.refuses(outcome, NOTHING if node == "decode" and name == "nothing" else expected)
+
+
+def test_two_pictures_to_think_about(host):
+    outcome = host.run("Step1XThink", clip=Given(host.clip), image=Given(PICTURE.repeat(2, 1, 1, 1)), prompt="red", seed=1, temperature=0.7)
+    host.refuses(outcome, "brings 2 pictures; .* Choose one with the stock 'ImageFromBatch'")
+
+
+NO_MASK = "The input 'mask' brings no mask but .* Connect an output of the type MASK"
+EMPTY = "The mask is empty: .* Paint over the part"
+BAD_MASKS = {
+    "black": (MASK * 0, EMPTY),
+    "negative": (-MASK, EMPTY),
+    "nan": (MASK * NAN, EMPTY),
+    "no_masks": (MASK[:0], EMPTY),
+    "no_rows": (MASK[:, :0], NO_MASK),
+    "picture": (PICTURE, NO_MASK),
+    "row": (MASK[0, 0], NO_MASK),
+    "number": (torch.tensor(1.0), NO_MASK),
+    "five_axes": (MASK[None, None], NO_MASK),
+    "nothing": (None, NO_MASK),
+    "text": ("x", NO_MASK),
+    "another_shape": (torch.ones(1, 8, 64), "they have different shapes. Connect a mask made for this picture"),
+    "20000_wide": (torch.ones(1, 1, 20000), "they have different shapes. Connect a mask made for this picture"),
+    "two_for_one": (MASK.repeat(2, 1, 1), "There are 2 masks for 1 pictures. Connect one"),
+}
+
+
+@pytest.mark.parametrize("mask, expected", BAD_MASKS.values(), ids=BAD_MASKS)
+def test_crop_refuses_masks(host, mask, expected):
+    host.refuses(host.run("Step1XCrop", image=Given(PICTURE), mask=Given(mask), context=0.5, min_size=16), expected)
+
+
+FINE_MASKS = {"without_batch_axis": MASK[0], "with_channel_axis": MASK[:, None], "bool": MASK > 0, "integers": MASK.long(), "float16": MASK.half(), "above_one": MASK * 255,
+              "infinite": torch.where(MASK > 0, INF, 0)}
+
+
+@pytest.mark.parametrize("mask", FINE_MASKS.values(), ids=FINE_MASKS)
+def test_crop_takes_every_kind_of_mask(host, mask):
+    crops = [host.run("Step1XCrop", image=Given(PICTURE), mask=Given(given), context=0.5, min_size=16).made() for given in (mask, MASK)]
+    assert torch.equal(crops[0][0], crops[1][0]) and torch.equal(crops[0][1], crops[1][1])
+
+
+@pytest.mark.parametrize("result", [PICTURE[:, :1, :1], PICTURE[..., :1], PICTURE * NAN, torch.rand(1, 1, 20000, 3), PICTURE.repeat(5, 1, 1, 1)],
+                         ids=["one_pixel", "grey", "nan", "20000_wide", "five"])
+def test_stitch_keeps_the_rest_whatever_comes_back(host, result):
+    stitch = host.run("Step1XCrop", image=Given(PICTURE), mask=Given(MASK), context=0.5, min_size=16).made()[2]
+    (whole,) = host.run("Step1XStitch", image=Given(result), stitch=Given(stitch), feather=2).made()
+    outside = MASK[0] == 0
+    assert torch.isfinite(whole).all() and all(torch.equal(picture[outside], PICTURE[0][outside]) for picture in whole)
+
+
+def test_stitch_refuses_another_number_of_pictures(host):
+    stitch = host.run("Step1XCrop", image=Given(PICTURE.repeat(2, 1, 1, 1)), mask=Given(MASK), context=0.5, min_size=16).made()[2]
+    outcome = host.run("Step1XStitch", image=Given(PICTURE), stitch=Given(stitch), feather=2)
+    host.refuses(outcome, "1 edited pictures came back for 2 that were cropped. Connect the result")
+
+
+FOREIGN = "A latent of shape .* belongs to another model; .* Connect the latent from"
+NO_LATENT = "There is no latent in what is connected as one .* Connect an output of the type LATENT"
+NO_NUMBERS = "The latent holds values that are no numbers .* Look at the node that made it"
+BAD_LATENTS = {
+    "sd": ({"samples": torch.rand(1, 4, 8, 8)}, FOREIGN),
+    "flux2": ({"samples": torch.rand(1, 128, 4, 4)}, FOREIGN),
+    "wan": ({"samples": torch.rand(1, 16, 1, 8, 8)}, FOREIGN),
+    "audio": ({"samples": torch.rand(1, 64, 100)}, FOREIGN),
+    "sound_and_video": ({"samples": NestedTensor([torch.rand(1, 16, 1, 8, 8), torch.rand(1, 8, 4)])}, FOREIGN),
+    "empty_batch": ({"samples": LATENT[:0]}, "The latent is empty, .* Connect a latent"),
+    "no_rows": ({"samples": LATENT[:, :, :0]}, "The latent is empty, .* Connect a latent"),
+    "nan": ({"samples": LATENT * NAN}, NO_NUMBERS),
+    "infinite": ({"samples": LATENT / 0}, NO_NUMBERS),
+    "integers": ({"samples": LATENT.long()}, NO_LATENT),
+    "complex": ({"samples": LATENT.to(torch.complex64)}, NO_LATENT),
+    "row": ({"samples": LATENT[0, 0, 0]}, NO_LATENT),
+    "number": ({"samples": torch.tensor(1.0)}, NO_LATENT),
+    "text": ({"samples": "x"}, NO_LATENT),
+    "no_samples": ({}, NO_LATENT),
+    "nothing": (None, NO_LATENT),
+    "tensor": (LATENT, NO_LATENT),
+    "list": ([LATENT], NO_LATENT),
+}
+
+
+@pytest.mark.parametrize("node", ["sample", "decode"])
+@pytest.mark.parametrize("latent, expected", BAD_LATENTS.values(), ids=BAD_LATENTS)
+def test_latents_are_refused(host, latent, expected, node):
+    host.refuses(host.sample(latent=Given(latent)) if node == "sample" else host.decode(latent), expected)
+
+
+@pytest.mark.parametrize("name", ["empty_batch", "no_rows", "integers", "row", "number", "text", "no_samples", "nothing", "tensor"])
+def test_scheduler_refuses_latents(host, name):
+    latent, expected = BAD_LATENTS[name]
+    host.refuses(host.run("Step1XScheduler", latent=Given(latent), steps=4, denoise=1.0), expected)
+
+
+BEFORE = {"sd": ({"samples": torch.rand(1, 4, 8, 8)}, "The latent has the shape"), "two": ({"samples": LATENT.repeat(2, 1, 1, 1)}, "The latent has the shape"),
+          "nan": ({"samples": LATENT * NAN}, NO_NUMBERS), "no_samples": ({}, NO_LATENT)}
+
+
+@pytest.mark.parametrize("latent, expected", BEFORE.values(), ids=BEFORE)
+def test_encode_refuses_latents_of_the_turn_before(host, latent, expected):
+    host.refuses(host.encode(latent=Given(latent)), expected, from_the_start=True)
+
+
+FINE_LATENTS = {"empty_sd": torch.zeros(1, 4, 8, 8), "empty_flux2": torch.zeros(1, 128, 8, 8), "one_cell": LATENT[..., :1, :1], "odd_sides": LATENT[..., :5, :7],
+                "three": LATENT.repeat(3, 1, 1, 1), "float16": LATENT.half(), "float64": LATENT.double(), "very_large": LATENT * 1e30}
+
+
+@pytest.mark.parametrize("samples", FINE_LATENTS.values(), ids=FINE_LATENTS)
+def test_sampler_takes_every_latent_of_the_model_and_empty_ones(host, samples):
+    (out,) = host.sample(latent=Given({"samples": samples})).made()
+    assert out["samples"].shape == (samples.shape[0], 16, *samples.shape[2:]) and torch.isfinite(out["samples"]).all()
+
+
+@pytest.mark.parametrize("mask", [torch.full((1, 1, 8, 8), NAN), torch.zeros(0, 1, 8, 8), torch.full((1, 1, 8, 8), INF)], ids=["nan", "empty", "infinite"])
+def test_noise_masks_are_refused(host, mask):
+    host.refuses(host.sample(latent=Given({**host.encoded[2], "noise_mask": mask})), "The noise mask of the latent, .* Look at the mask of 'Set Latent Noise Mask'")
