@@ -29,6 +29,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--models", type=Path, default=demo_model.FOLDER)
     parser.add_argument("--format", choices=("bf16", "fp8", "int8", "nvfp4"), help="measure a copy that scripts/convert.py makes (default: the file as it is)")
     parser.add_argument("--modulation", action="store_true", help="as for scripts/convert.py")
+    parser.add_argument("--region", action="store_true", help="with Step1X-Edit Region Denoising at its defaults")
     parser.add_argument("--edits", type=int, default=500, help="number of held-out edits")
     parser.add_argument("--skip", type=int, default=0, help="leave out so many edits at the start, to go on with an earlier run")
     parser.add_argument("--controls", type=int, default=60, help="number of edits with an empty instruction")
@@ -103,7 +104,12 @@ def main() -> int:
             convert.convert(model, converted, options.format, modulation=options.modulation)
             model = converted
         demo = Demo(options.models, options.steps, options.cfg, model)
-    groups, errors, strips = defaultdict(list), [], []
+    if options.region:
+        from step1x_core.host.region import apply_region, region_denoiser
+        from step1x_core.region import RegionSettings
+
+        demo.model = apply_region(demo.model, RegionSettings())
+    groups, errors, strips, shares = defaultdict(list), [], [], []
     started = time.monotonic()
     # The shares of kinds are those of the training data; the controls are drawn apart.
     drawn = ((index, pair_at(options.seed, index, "heldout")) for index in itertools.count())
@@ -118,6 +124,8 @@ def main() -> int:
             errors.append(np.abs(vae.astype(float) - pair.target).mean() / 255)
             for group in [pair.kind] if pair.kind == "none" else [pair.kind, pair.language, "all edits"]:
                 groups[group].append(entry)
+            if options.region:
+                shares.append(region_denoiser(demo.model).share)
             if len(strips) < 48:
                 strips.append(np.concatenate((pair.source, result, pair.target), axis=1))
             print(f"\r{done + 1}/{options.edits + options.controls}", end="", file=sys.stderr, flush=True)
@@ -130,6 +138,8 @@ def main() -> int:
           f"{options.format or 'as shipped'}; "
           f"torch {torch.__version__}, {platform.machine()} CPU, {time.monotonic() - started:.0f} s")
     print(f"VAE round trip of the targets: mean absolute error {sum(errors) / len(errors):.4f}")
+    if options.region:
+        print(f"Region denoising: {100 * sum(shares) / len(shares):.1f} % of the picture and reference tokens computed, median {100 * sorted(shares)[len(shares) // 2]:.1f} %")
     print(f"{'':<14}{'edits':>6}{'succ.':>6}{'chang':>6}{'untch':>6}{'vae':>6}{'outside':>9}   (percent; outside: mean absolute error)")
     order = ["all edits", "en", "zh", *sorted(set(groups) - {"all edits", "en", "zh", "none"}), "none"]
     for name in order:

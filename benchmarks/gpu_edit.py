@@ -179,13 +179,12 @@ def load_parts(options, paths: dict[str, Path], mode: str) -> dict:
 
 
 def use_dynamic_vram() -> None:
-    """What ComfyUI's main.py does at its start."""
+    """What ComfyUI's main.py does at its start, after comfy_aimdo.control.init()."""
     import comfy.memory_management
     import comfy.model_management
     import comfy.model_patcher
     import comfy_aimdo.control
 
-    comfy_aimdo.control.init()
     if not comfy_aimdo.control.init_devices((device.index, 0) for device in comfy.model_management.get_all_torch_devices()):
         raise RuntimeError("comfy-aimdo does not work here.")
     comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
@@ -250,6 +249,10 @@ def main() -> int:
     import torch
 
     options = arguments()
+    if options.dynamic_vram:  # Modules of the host bind its library when they are imported.
+        import comfy_aimdo.control
+
+        comfy_aimdo.control.init()
     environment.use_host_in_process(cpu=not torch.cuda.is_available())
     import comfy.model_management
     import comfy.utils

@@ -11,11 +11,6 @@ from comfy.ops import cast_bias_weight, uncast_bias_weight
 from comfy.quant_ops import QuantizedTensor, ck, get_layout_class
 from torch import Tensor
 
-try:
-    from .. import kernels
-except ImportError:
-    kernels = None
-
 log = logging.getLogger(__name__)
 
 FP8_LAYOUT = "TensorCoreFP8E4M3Layout"
@@ -29,19 +24,19 @@ def plain_needed(pe: Tensor | None, transformer_options: dict, *modulation_dims)
 
 
 @functools.cache
-def kernels_run(device: torch.device) -> bool:
-    """Whether Triton's kernels can be built for this device: that takes a C compiler, which not every machine has."""
+def kernels_on(device: torch.device):
+    """The module of Triton kernels where they run on this device, else None: they take an NVIDIA card, Triton, and a C compiler to build them."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return None
     try:
+        from .. import kernels
+
         x = torch.zeros((1, 1, 16), device=device)
         kernels.add_gated(x, x.clone(), x)
     except Exception as error:
-        log.warning("Triton cannot build kernels here (%s); sampling goes on without them, a little slower.", error)
-        return False
-    return True
-
-
-def use_kernels(x: Tensor) -> bool:
-    return kernels is not None and x.is_cuda and torch.version.cuda is not None and kernels_run(x.device)
+        log.warning("Triton builds no kernels here (%s); sampling goes on without them, a little slower.", error)
+        return None
+    return kernels
 
 
 def fp8_input_scale(linear: torch.nn.Module, x: Tensor) -> Tensor | None:
@@ -60,7 +55,8 @@ def as_fp8(data: Tensor, scale: Tensor, dtype: torch.dtype) -> QuantizedTensor:
 
 def modulated(linear: torch.nn.Module, x: Tensor, mod: ModulationOut) -> Tensor:
     """linear of x [B, S, C] after a layer norm without weights, times 1 + mod.scale, plus mod.shift ([B, 1, C] each) -> [B, S, N]."""
-    if not use_kernels(x):
+    kernels = kernels_on(x.device)
+    if kernels is None:
         return linear(ck.adaln(x, mod.scale, mod.shift, 1e-6))
     scale = fp8_input_scale(linear, x)
     out = kernels.modulate(x, mod.shift, mod.scale, scale)
@@ -70,7 +66,8 @@ def modulated(linear: torch.nn.Module, x: Tensor, mod: ModulationOut) -> Tensor:
 def projected(linear: torch.nn.Module, parts: list[tuple[Tensor, bool]]) -> Tensor:
     """linear of the parts joined along their last axis -> [B, S, N]. A part is x [B, S, C], whose rows may lie apart, and whether to apply GELU (tanh)."""
     x = parts[0][0]
-    if not use_kernels(x):
+    kernels = kernels_on(x.device)
+    if kernels is None:
         return linear(torch.cat([torch.nn.functional.gelu(part, approximate="tanh") if gelu else part for part, gelu in parts], dim=-1))
     scale = fp8_input_scale(linear, x)
     joined = torch.empty((x.shape[0] * x.shape[1], sum(part.shape[-1] for part, _ in parts)), device=x.device, dtype=x.dtype if scale is None else kernels.FP8)
@@ -83,7 +80,8 @@ def projected(linear: torch.nn.Module, parts: list[tuple[Tensor, bool]]) -> Tens
 
 def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> None:
     """x + update * gate, written into x."""
-    if use_kernels(x) and x.is_contiguous():
+    kernels = kernels_on(x.device)
+    if kernels is not None and x.is_contiguous():
         kernels.add_gated(x, update, gate)
     else:
         x.addcmul_(update, gate)
@@ -94,7 +92,8 @@ def norm_and_rotate(qkv: Tensor, norm: QKNorm, pe: Tensor) -> None:
     q, k, _ = qkv.unbind(2)
     q_weight, _, q_stream = cast_bias_weight(norm.query_norm, q, offloadable=True)
     k_weight, _, k_stream = cast_bias_weight(norm.key_norm, k, offloadable=True)
-    if use_kernels(qkv):
+    kernels = kernels_on(qkv.device)
+    if kernels is not None:
         kernels.norm_and_rotate(qkv, q_weight, k_weight, pe)
     else:
         ck.rms_rope_(q, k, pe.transpose(1, 2), q_weight.detach(), k_weight.detach(), 1e-6)
