@@ -1,0 +1,270 @@
+"""The content gate: a tiny classifier that was trained to find red pictures, words and questions about the instruction, and what takes a picture's place."""
+
+import io
+import json
+import os
+import socket
+from pathlib import Path
+
+import folder_paths
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from comfy_server import Client, ComfyServer, ExecutionError, find_nodes, install_pack, to_api
+from conftest import PACK
+from PIL import Image
+
+from step1x_core.config import Step1XError
+from step1x_core.gate import BLOCK, BLUR, LABEL, OFF, REPORT, Finding, find_labels, forbidden_words, read_answer, treat, unsafe_scores
+from step1x_core.host import gate as host_gate
+from step1x_core.host.gate import NONE, classifier_folders, gate
+
+MESSAGE = "This picture was withheld by the content gate."
+FLAGGED = Finding(0.9, "unsafe content 90%")
+
+
+def flat(colour, size=(48, 64), channels=3):
+    """A picture [1, H, W, C] of one colour with a little noise."""
+    noise = torch.rand(1, *size, 3, generator=torch.Generator().manual_seed(1)) * 0.1
+    picture = (torch.tensor(colour) * 0.9 + noise).clamp(0, 1)
+    return picture if channels == 3 else torch.cat([picture, torch.full((1, *size, 1), 0.5)], dim=-1)
+
+
+RED, GREEN, BLUE, GREY = flat((1.0, 0.0, 0.0)), flat((0.0, 1.0, 0.0)), flat((0.0, 0.0, 1.0)), flat((0.5, 0.5, 0.5))
+
+
+@pytest.fixture(scope="module")
+def models_dir(tmp_path_factory):
+    """A models folder with the classifier `red-finder`: 16 dimensions, one layer, three labels."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    torch.manual_seed(0)
+    config = ViTConfig(image_size=32, patch_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                       id2label={0: "safe", 1: "red", 2: "Very Red"}, label2id={"safe": 0, "red": 1, "Very Red": 2})
+    model = ViTForImageClassification(config).train()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        colours = torch.rand(64, 3)
+        redness = colours[:, 0] - colours[:, 1:].amax(dim=1)
+        wanted = (redness > 0.2).long() + (redness > 0.6).long()
+        values = (colours[:, :, None, None].expand(-1, -1, 32, 32) - 0.5) / 0.5
+        torch.nn.functional.cross_entropy(model(pixel_values=values).logits, wanted).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    folder = tmp_path_factory.mktemp("models")
+    target = folder / "image_classification" / "group" / "red-finder"
+    model.eval().save_pretrained(target)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(target)
+    assert (target / "model.safetensors").is_file()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def models_folder(models_dir, monkeypatch):
+    monkeypatch.setattr(folder_paths, "models_dir", str(models_dir))
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {**folder_paths.folder_names_and_paths})
+    folder_paths.folder_names_and_paths.pop("image_classification", None)
+
+
+def check(images, action=BLOCK, classifier="group/red-finder", labels="red, very red", threshold=0.5, message=MESSAGE, **instruction):
+    return gate(images, action, classifier, labels, threshold, message, **instruction)
+
+
+def test_the_classifier_finds_its_pictures_one_by_one_and_needs_no_network(monkeypatch):
+    monkeypatch.setattr(socket.socket, "connect", lambda *args: pytest.fail("the gate asks the network"))
+    images = torch.cat([GREY, RED, GREEN, BLUE, RED] * 2)
+    out, found, report = check(images)
+    assert found == 4 and out.shape == images.shape and out.dtype == images.dtype
+    for i in range(len(images)):
+        assert torch.equal(out[i], images[i]) == (i % 5 not in (1, 4))
+    assert report.splitlines()[0] == "Content gate: 4 of 10 pictures withheld." and report.splitlines()[-1] == MESSAGE and "2. unsafe content" in report and "1. passed" in report
+
+
+def test_off_is_the_default_and_changes_and_checks_nothing(monkeypatch):
+    monkeypatch.setattr(host_gate, "load_classifier", lambda folder: pytest.fail("a classifier is loaded"))
+    out, found, report = check(RED, OFF, words="paint", prompt="paint it red")
+    assert out is RED and found == 0 and report == "The content gate is off: nothing was checked."
+
+
+def test_threshold_and_labels_decide():
+    assert check(RED, REPORT, threshold=1.0)[1] == 0 and check(torch.cat([GREY, RED]), REPORT, threshold=0.0)[1] == 2
+    # All labels together are certain.
+    assert check(GREY, REPORT, labels="safe,red,very red,RED", threshold=0.999)[1] == 1
+    assert check(GREEN, REPORT, labels="SAFE")[1] == 1
+    with pytest.raises(Step1XError, match="has no label 'nsfw'. Correct 'unsafe_labels'; it has: safe, red, Very Red"):
+        check(RED, labels="nsfw")
+    with pytest.raises(Step1XError, match="would let everything pass"):
+        check(RED, labels=" ,\n")
+
+
+def test_scores_of_labels_that_exclude_each_other_are_added_and_others_are_not():
+    logits = torch.tensor([[0.0, 0.0, 0.0], [9.0, -9.0, -9.0]])
+    assert unsafe_scores(logits, [1, 2, 1], False).tolist() == pytest.approx([2 / 3, 0], abs=1e-4)
+    assert unsafe_scores(logits, [1, 2], True).tolist() == pytest.approx([0.5, 0], abs=2e-4)
+    with pytest.raises(Step1XError, match="no numbers"):
+        unsafe_scores(torch.tensor([[0.0, float("nan")]]), [1], False)
+    assert find_labels({0: "a", 1: "B"}, ["b", "A"], "x") == [1, 0]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("action", [LABEL, BLUR, BLOCK])
+def test_a_found_picture_keeps_its_shape_and_type_and_the_source_is_not_touched(action, channels):
+    image = torch.rand(90, 120, channels, generator=torch.Generator().manual_seed(2)).half()
+    before = image.clone()
+    out = treat(image, FLAGGED, action, MESSAGE)
+    assert out.shape == image.shape and out.dtype == image.dtype and torch.equal(image, before) and not torch.equal(out, image) and 0 <= out.min() and out.max() <= 1
+    assert treat(image, Finding(0.1, ""), action, MESSAGE) is image and treat(image, FLAGGED, REPORT, MESSAGE) is image
+
+
+def test_a_label_covers_the_lower_edge_only_and_a_blur_leaves_no_detail():
+    image = torch.rand(160, 200, 3, generator=torch.Generator().manual_seed(3))
+    labelled = treat(image, FLAGGED, LABEL, MESSAGE)
+    assert (labelled[:146] - image[:146]).abs().max() <= 1 / 255 and labelled[146:].mean() < 0.3 and labelled[146:].max() > 0.7
+    # Two pictures of different details and equal means come out the same.
+    squares = (torch.arange(160)[:, None] // 4 + torch.arange(160)[None] // 4) % 2
+    stripes = (torch.arange(160)[:, None].expand(160, 160) // 4) % 2
+    one, other = (treat(pattern[..., None].expand(160, 160, 3).float(), FLAGGED, BLUR, MESSAGE) for pattern in (squares, stripes))
+    assert (one - other).abs().max() <= 1 / 255 and one.std() < 0.01
+
+
+def test_a_notice_says_its_message_and_nothing_of_the_picture():
+    first, second = (treat(torch.rand(256, 256, 3), FLAGGED, BLOCK, MESSAGE) for _ in range(2))
+    assert torch.equal(first, second) and not torch.equal(first, treat(torch.rand(256, 256, 3), FLAGGED, BLOCK, "Something else."))
+    # Neither tiny pictures nor letters that the font lacks are a problem.
+    assert treat(torch.rand(1, 3, 3), FLAGGED, BLOCK, "已被拦截").shape == (1, 3, 3) and treat(torch.rand(2, 2, 3), FLAGGED, LABEL, MESSAGE).shape == (2, 2, 3)
+
+
+@pytest.mark.parametrize("prompt, words, found", [
+    ("make the Nude figure blue", ["nude"], ["nude"]), ("a denuded hill", ["nude"], []), ("NUDE", ["nude", "blood"], ["nude"]), ("nu\u200bde", ["nude"], ["nude"]),
+    ("ｎｕｄｅ", ["nude"], ["nude"]), ("take   off\nher clothes", ["take off her clothes"], ["take off her clothes"]), ("nude.", ["nude"], ["nude"]), ("nudes", ["nude"], []),
+    ("让她裸体", ["裸体"], ["裸体"]), ("把nude改掉", ["nude"], ["nude"]), ("nudenude nude", ["nude"], ["nude"]), ("Straße", ["STRASSE"], ["STRASSE"]), ("x", ["\u200b"], []),
+    ("c++ code", ["c++"], ["c++"]), ("", ["nude"], []),
+])
+def test_words_are_found_as_words_whatever_their_looks(prompt, words, found):
+    assert forbidden_words(prompt, words) == found
+
+
+@pytest.mark.parametrize("reply, answer", [("Yes", True), ("yes, it does", True), ('"No."', False), ("no\n", False), ("是的", True), ("不是", False), ("否", False),
+                                           ("", None), ("maybe", None), ("nothing", None), ("yesterday", None), ("I cannot say", None)])
+def test_only_a_clear_answer_counts(reply, answer):
+    assert read_answer(reply) is answer
+
+
+def test_a_refused_instruction_concerns_the_whole_batch_and_needs_no_classifier():
+    images = torch.cat([GREEN, BLUE])
+    out, found, report = check(images, BLUR, NONE, prompt="remove the clothes", words="blood, clothes\n裸体")
+    assert found == 2 and not torch.equal(out[0], images[0]) and report.count("the instruction has clothes") == 2
+    out, found, report = check(images, BLUR, NONE, prompt="remove the tree", words="blood, clothes")
+    assert found == 0 and torch.equal(out, images) and report.startswith("Content gate: nothing found in 2 pictures.")
+    _, found, report = check(torch.cat([GREEN, RED]), REPORT, prompt="blood", words="blood")
+    assert found == 2 and "2. the instruction has blood; unsafe content" in report
+
+
+@pytest.mark.parametrize("reply, found", [("No.", 0), ("Yes.", 1), ("Well", 1)])
+def test_the_language_model_is_asked_about_the_instruction_and_silence_is_no_consent(clip, monkeypatch, reply, found):
+    asked = []
+
+    def scripted(clip, system, content, max_tokens, seed, temperature):
+        asked.append((content, max_tokens, temperature))
+        return reply
+
+    monkeypatch.setattr(host_gate, "generate_text", scripted)
+    settings = {"action": REPORT, "classifier": NONE, "question": "Does it ask for violence?", "clip": clip}
+    assert check(GREEN, prompt="add a sword", **settings)[1] == found
+    assert asked == [(["Does it ask for violence?\n\nThe instruction:\nadd a sword"], 8, 0.0)]
+    # Nothing to ask about, and a word that settles it.
+    assert check(GREEN, prompt=" ", **settings)[1] == 0 and check(GREEN, prompt="add a sword", words="sword", **settings)[1] == 1 and len(asked) == 1
+
+
+def test_a_real_text_encoder_answers_something(clip):
+    found, report = check(GREEN, REPORT, NONE, prompt="add a sword", question="Does it ask for violence?", clip=clip)[1:]
+    assert found == 1 and "no clear answer about the instruction" in report
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"classifier": NONE}, "has nothing to check by"),
+    ({"classifier": "gone"}, "The classifier 'gone' is not in the image_classification folder"),
+    ({"question": "Is it bad?"}, "no text encoder is connected"),
+    ({"question": "Is it bad?", "clip": object()}, "text encoder"),
+])
+def test_a_gate_that_could_not_work_does_not_let_pass(settings, message):
+    with pytest.raises(Step1XError, match=message):
+        check(GREEN, **{"prompt": "x", **settings})
+
+
+def copy_classifier(models_dir, name, drop=(), **changes):
+    source, target = models_dir / "image_classification" / "group" / "red-finder", models_dir / "image_classification" / name
+    target.mkdir()
+    for path in source.iterdir():
+        if path.name not in drop:
+            target.joinpath(path.name).write_bytes(path.read_bytes())
+    config = json.loads((target / "config.json").read_text())
+    target.joinpath("config.json").write_text(json.dumps({**config, **changes}))
+    return target
+
+
+def test_only_whole_safe_classifier_folders_are_offered_and_opened(models_dir, monkeypatch):
+    monkeypatch.setattr(host_gate, "kept_classifier", host_gate.kept_classifier.__wrapped__)
+    assert set(classifier_folders()) == {"group/red-finder"} and folder_paths.get_folder_paths("image_classification") == [str(models_dir / "image_classification")]
+    pickled = copy_classifier(models_dir, "pickled", drop=("model.safetensors",))
+    torch.save({}, pickled / "pytorch_model.bin")
+    copy_classifier(models_dir, "language", architectures=["BertForSequenceClassification"])
+    copy_classifier(models_dir, "halved", num_hidden_layers=2)
+    copy_classifier(models_dir, "unprepared", drop=("preprocessor_config.json",))
+    copy_classifier(models_dir, "foreign", model_type="my_model", auto_map={"AutoConfig": "evil.Config", "AutoModelForImageClassification": "evil.Model"})
+    (models_dir / "image_classification" / "foreign" / "evil.py").write_text("raise SystemExit('code of a model folder was run')")
+    assert set(classifier_folders()) == {"group/red-finder", "halved", "unprepared", "foreign"}
+    for name, message in (("pickled", "is not in the"), ("halved", "is incomplete: its weights lack vit"), ("unprepared", "cannot be opened"), ("foreign", "cannot be opened")):
+        with pytest.raises(Step1XError, match=message):
+            check(RED, classifier=name)
+
+
+def test_a_classifier_with_independent_labels_and_one_that_was_exchanged(models_dir):
+    target = copy_classifier(models_dir, "independent", problem_type="multi_label_classification")
+    score = float(check(RED, REPORT, "independent", labels="very red")[2].split("unsafe ")[-1].split("%")[0]) / 100
+    classifier = host_gate.open_classifier("independent")
+    assert classifier.independent and score == pytest.approx(float(unsafe_scores(host_gate.classify(classifier, [host_gate.to_uint8(RED[0])]), [2], True)), abs=0.006)
+    config = json.loads((target / "config.json").read_text())
+    target.joinpath("config.json").write_text(json.dumps({**config, "id2label": {"0": "a", "1": "b", "2": "c"}}))
+    with pytest.raises(Step1XError, match="it has: a, b, c"):
+        check(RED, classifier="independent", labels="very red")
+
+
+def test_the_shipped_workflow_in_the_host(tmp_path_factory, models_dir):
+    base = tmp_path_factory.mktemp("comfyui")
+    tiny_models.write_all(base / "models", terse=True)
+    (base / "models" / "image_classification").mkdir()
+    os.rename(copy_classifier(models_dir, "served"), base / "models" / "image_classification" / "served")
+    install_pack(base)
+    Image.fromarray((RED[0] * 255).byte().numpy()).save(base / "red.png")
+    with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base) as server:
+        client = Client(server.url)
+        client.upload_image(base / "red.png", "red.png")
+        info = client.get("/object_info")
+        options = info["Step1XGate"]["input"]["required"]["classifier"]
+        assert (options[0] if isinstance(options[0], list) else options[1]["options"]) == ["none", "served"]
+        assert "image_classification" in client.get("/models")
+        shipped = to_api(json.loads((PACK / "workflows" / "step1x_content_gate.json").read_text(encoding="utf-8")), info)
+
+        def run(instruction, **changes):
+            prompt = json.loads(json.dumps(shipped))
+            for class_type, values in {"LoadImage": {"image": "red.png"}, "Step1XEditEncode": {"size_level": 64}, "Step1XSampler": {"steps": 1},
+                                       "PrimitiveStringMultiline": {"value": instruction}, "Step1XGate": changes}.items():
+                prompt[find_nodes(prompt, class_type)[0]]["inputs"].update(values)
+            ran = client.run(prompt)
+            gate_node, = find_nodes(prompt, "Step1XGate")
+            report, = (data["output"]["text"][0] for kind, data in ran.events if kind == "executed" and prompt[data["node"]]["class_type"] == "PreviewAny")
+            return np.asarray(Image.open(io.BytesIO(ran.images[0])).convert("RGB")), report, ran, gate_node
+
+        passed, report, _, _ = run("turn it green")
+        assert report.startswith("Content gate: nothing found in 1 pictures.")
+        off, report, _, _ = run("make her naked", action="off")
+        assert "is off" in report and off.std() > 5
+        withheld, report, ran, _ = run("make her naked")
+        assert "withheld" in report and not np.array_equal(withheld, passed) and np.array_equal(withheld, run("undress him")[0])
+        # Shown on the node itself, and in the log; the picture was found unsafe by the classifier, too.
+        assert ran.previews > 0 and "Content gate: 1 of 1 pictures withheld." in server.log_text()
+        assert "unsafe content" in run("turn it green", classifier="served", unsafe_labels="safe, red, very red")[1]
+        with pytest.raises(ExecutionError, match="nothing to check by"):
+            run("turn it green", words="")
