@@ -6,12 +6,17 @@ from ..step1x_core.host.model import register
 from .batch import Step1XBatch
 from .caching import Step1XTeaCache
 from .edit import Step1XDecode, Step1XEditEncode, Step1XReferences
+from .gate import Step1XGate
+from .gedit import GEDIT_NODES
 from .loaders import Step1XLoraLoader, Step1XMLLMLoader, Step1XModelLoader, Step1XVAELoader
 from .local import Step1XCrop, Step1XStitch
 from .loop import LOOP_NODES
+from .pairs import PAIR_NODES
+from .region import Step1XRegion
 from .replacements import register_replacements
-from .sampling import Step1XGuidance, Step1XSampler, Step1XScheduler
+from .sampling import Step1XGuidance, Step1XGuidanceInterval, Step1XSampler, Step1XScheduler
 from .thinking import Step1XReflect, Step1XThink
+from .training import Step1XEditDataset, Step1XTrainLora
 
 
 class Step1XExtension(ComfyExtension):
@@ -30,7 +35,9 @@ class Step1XExtension(ComfyExtension):
             Step1XDecode,
             Step1XScheduler,
             Step1XGuidance,
+            Step1XGuidanceInterval,
             Step1XTeaCache,
+            Step1XRegion,
             Step1XThink,
             Step1XReflect,
             *LOOP_NODES,
@@ -38,4 +45,9 @@ class Step1XExtension(ComfyExtension):
             Step1XStitch,
             Step1XReferences,
             Step1XBatch,
+            Step1XEditDataset,
+            Step1XTrainLora,
+            Step1XGate,
+            *GEDIT_NODES,
+            *PAIR_NODES,
         ]

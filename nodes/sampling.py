@@ -126,8 +126,10 @@ class Step1XGuidanceInterval(io.ComfyNode):
             search_aliases=["step1x", "guidance interval", "cfg interval", "speed"],
             inputs=[
                 io.Model.Input("model", tooltip="A Step1X-Edit model."),
-                io.Float.Input("start", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Guidance begins after this part of the steps. Keep 0: the first steps decide what is edited."),
-                io.Float.Input("end", default=0.7, min=0.0, max=1.0, step=0.01, tooltip="Guidance ends after this part of the steps; the rest take half the time. 1 guides to the end."),
+                io.Float.Input("start", default=0.0, min=0.0, max=1.0, step=0.01,
+                               tooltip="Guidance begins after this part of the steps. Keep 0: the first steps decide what is edited."),
+                io.Float.Input("end", default=0.7, min=0.0, max=1.0, step=0.01,
+                               tooltip="Guidance ends after this part of the steps; the rest take half the time. 1 guides to the end."),
             ],
             outputs=[io.Model.Output(tooltip="The model, guided in this part of the steps only.")],
         )

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from tiny_models import pixel_repeater
 
 sys.path += [str(environment.PACK), str(environment.PACK / "benchmarks")]
-from lora_demo import frame_pair, write_dataset
+from lora_demo import line_pair, write_dataset
 
 from training.scenes import pair_at
 
@@ -136,9 +136,9 @@ def lora(studio):
 
 def train_lora(studio):
     """A short training on few pairs: enough to see that it learns."""
-    write_dataset(studio.folder / "input" / "frames", [frame_pair(0, index, "train") for index in range(9)])
+    write_dataset(studio.folder / "input" / "lines", [line_pair(0, index, "train") for index in range(9)])
     training = {"steps": 100, "learning_rate": 3e-3, "rank": 8, "alpha": 8.0, "batch_size": 2, "validate_every": 100}
-    dataset = {"dataset": "frames", "size_level": demo_model.SIZE_LEVEL, "validation": 1}
+    dataset = {"dataset": "lines", "size_level": demo_model.SIZE_LEVEL, "validation": 1}
     return sheet(studio.run("step1x_train_lora", Step1XEditDataset=dataset, Step1XTrainLora=training), 1, "from pairs of pictures\nto a LoRA")
 
 
@@ -212,6 +212,21 @@ def loop(studio):
     return sheet([Image.fromarray(pair.source), *rounds], 3, "v1.2: edit, judge, try again")
 
 
+def make_pairs(studio):
+    source = Image.open(environment.PACK / "assets" / "coffee.jpg").convert("RGB")
+    pairs, = studio.run("step1x_make_pairs", [studio.upload(np.asarray(source))], Step1XPairCompute={"count": 4}, Step1XPairSheet={"limit": 4})
+    # Source and target of the first row's pairs, without the letters.
+    return sheet([pairs.crop((12, 36, pairs.width - 12, 236))], 1, "training pairs from a picture,\ncomputed, with instructions")
+
+
+def propose_pairs(studio):
+    """The miniature language model cannot write, so the proposals are made up and only the edits are real."""
+    pair = scene("recolour", 3)
+    name = studio.upload(pair.source)
+    prompts = [pair.instruction, "make the background light green", "turn the picture into a negative"]
+    return sheet([Image.fromarray(pair.source), *(studio.run("step1x_edit", [name], [prompt])[0] for prompt in prompts)], 2, "propose, edit, judge:\ntraining pairs")
+
+
 MAKERS = {
     "step1x_edit": first_edit,
     "step1x_edit_custom_sampler": lambda studio: plain(studio, "step1x_edit_custom_sampler", "recolour", 7, "the stock custom sampler"),
@@ -229,8 +244,11 @@ MAKERS = {
     "step1x_building_material": building_material,
     "step1x_lora": lora,
     "step1x_train_lora": train_lora,
+    "step1x_make_pairs": make_pairs,
+    "step1x_propose_pairs": propose_pairs,
     "step1x_low_vram": lambda studio: plain(studio, "step1x_low_vram", "text", 1, "for little VRAM:\nfp8, smaller, in tiles"),
     "step1x_fast": lambda studio: plain(studio, "step1x_fast", "text", 5, "fast: fp8, TeaCache,\nfewer steps"),
+    "step1x_region": lambda studio: plain(studio, "step1x_region", "recolour", 0, "only the edited region\nis computed"),
 }
 
 

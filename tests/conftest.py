@@ -23,15 +23,16 @@ environment.use_host_in_process()
 
 import comfy.utils  # noqa: E402
 import tiny_models  # noqa: E402
+import utils.extra_config  # noqa: E402, F401  (as main.py: the host's `nodes` puts a folder with another utils in front)
 
 comfy.utils.set_progress_bar_enabled(False)
 
 # The parts of the suite, to be run with `-m`, and their files; all others are of the part "model".
 PARTS = {
     "server": ("test_batch.py", "test_demo_model.py", "test_editor.py", "test_gate.py", "test_gedit_host.py", "test_host.py", "test_local_edit.py",
-               "test_lora_training_host.py"),
+               "test_lora_training_host.py", "test_pairs_host.py"),
     "files": ("test_convert.py", "test_download.py", "test_folders.py", "test_install.py"),
-    "training": ("test_demo_lora.py", "test_edit_pairs.py", "test_lora_training.py", "test_scenes.py", "test_training.py"),
+    "training": ("test_demo_lora.py", "test_edit_pairs.py", "test_lora_training.py", "test_pairs.py", "test_scenes.py", "test_training.py"),
     "stress": ("test_bad_input_*.py", "test_faults.py", "test_security.py", "test_soak.py"),
 }
 

@@ -98,7 +98,7 @@ EDITED = (600, 400)
 SHIPPED = [("step1x_edit.json", EDITED), ("step1x_edit_custom_sampler.json", EDITED), ("step1x_text_to_image.json", (256, 192)), ("step1x_edit_v12.json", EDITED),
            ("step1x_edit_v12_thinking.json", EDITED), ("step1x_masked_edit.json", EDITED), ("step1x_crop_and_stitch.json", EDITED), ("step1x_edit_in_turns.json", EDITED),
            ("step1x_crop_stitch_upscale.json", (1200, 800)), ("step1x_building_material.json", EDITED), ("step1x_lora.json", EDITED), ("step1x_low_vram.json", EDITED),
-           ("step1x_fast.json", EDITED)]
+           ("step1x_fast.json", EDITED), ("step1x_region.json", EDITED)]
 # Sizes in the order of the Save Image nodes.
 SHIPPED_BATCHES = {"step1x_product_variants.json": [EDITED] * 4, "step1x_social_media_set.json": [(1080, 1080)] * 3 + [(1080, 1350)] * 3 + [(1080, 1920)] * 3}
 LOOP = "step1x_edit_v12_loop.json"
@@ -131,7 +131,10 @@ def test_shipped_batch_makes_its_pictures(client, prompt_of, name):
 
 
 def test_every_shipped_workflow_is_tested():
-    assert {p.name for p in WORKFLOWS.glob("*.json")} == {*(name for name, _ in SHIPPED), *SHIPPED_BATCHES, LOOP, BATCH}
+    here = {*(name for name, _ in SHIPPED), *SHIPPED_BATCHES, LOOP, BATCH}
+    others = [path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*_host.py")] + [Path(__file__).with_name("test_gate.py").read_text(encoding="utf-8")]
+    missing = [p.stem for p in WORKFLOWS.glob("*.json") if p.name not in here and not any(p.stem in text for text in others)]
+    assert not missing and here <= {p.name for p in WORKFLOWS.glob("*.json")}
 
 
 def test_materials_are_two_edits_of_one_picture_inside_the_mask(client, prompt_of):

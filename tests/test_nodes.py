@@ -100,7 +100,7 @@ def test_workflows_only_use_known_nodes_and_connect_them(schemas):
         workflow = json.loads(path.read_text(encoding="utf-8"))
         nodes = {node["id"]: node for node in workflow["nodes"]}
         extras = {"CFGGuider", "RandomNoise", "KSamplerSelect", "SamplerCustomAdvanced", "EmptySD3LatentImage", "MarkdownNote", "PreviewAny", "CreateList",
-                  "GetImageSize", "UpscaleModelLoader", "ImageUpscaleWithModel", "SaveLoRA"}
+                  "GetImageSize", "UpscaleModelLoader", "ImageUpscaleWithModel", "SaveLoRA", "PrimitiveStringMultiline"}
         for node in nodes.values():
             assert node["type"] in schemas or node["type"] in NODE_CLASS_MAPPINGS or node["type"] in extras, f"{path.name}: {node['type']}"
         for link, source, output, target, slot, kind in workflow["links"]:

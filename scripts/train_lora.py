@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+"""Trains a LoRA without the editor: `python scripts/train_lora.py DATASET OUT --model FILE --mllm FILE --vae FILE`.
+
+DATASET is a folder with source/NAME.png, target/NAME.png and target/NAME.txt, or a JSON file in the official layout. OUT is a folder: lora.safetensors is the
+result, state.safetensors lets the same command go on after Ctrl-C or a crash, progress.png shows losses and validation edits. See docs/training.md.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).absolute().parent))
+import environment
+
+# Names of torch's types.
+WEIGHT_DTYPES = ("default", "float8_e4m3fn", "float8_e5m2")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", type=Path, required=True, help="file or folder of Step1X-Edit")
+    parser.add_argument("--mllm", type=Path, required=True, help="file or folder of Qwen2.5-VL")
+    parser.add_argument("--vae", type=Path, required=True, help="the FLUX VAE")
+    parser.add_argument("--version", help="of the model, where its name does not tell")
+    parser.add_argument("--weight-dtype", choices=WEIGHT_DTYPES, default="default", help="precision in which the model's weights are kept")
+    parser.add_argument("--size-level", type=int, default=768)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--alpha", type=float, default=32)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--schedule", choices=("constant", "cosine"), default="constant")
+    parser.add_argument("--warmup", type=int, default=0)
+    parser.add_argument("--ema", type=float, default=0.0, help="decay of a running mean of the weights (default: off)")
+    parser.add_argument("--no-checkpointing", action="store_true", help="faster, with several times the memory")
+    parser.add_argument("--save-every", type=int, default=100)
+    parser.add_argument("--validation", type=int, default=0, help="number of pairs from the end that are edited now and then and not trained on")
+    parser.add_argument("--validate-every", type=int, default=200)
+    parser.add_argument("--restart", action="store_true", help="begin anew where there is a state")
+    parser.add_argument("--cpu", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = arguments()
+    environment.use_host_in_process(options.cpu)
+    import torch
+
+    from step1x_core.config import VERSIONS, Step1XError
+    from step1x_core.edit_pairs import read_pairs
+    from step1x_core.host.loading import load_model, load_text_encoder, load_vae
+    from step1x_core.host.pairs import cache_pairs
+    from step1x_core.host.training import LORA_FILE, edit_held_out, train
+    from step1x_core.loss_curve import draw_progress
+    from step1x_core.training import Settings
+
+    settings = Settings(options.steps, options.learning_rate, options.rank, options.alpha, options.batch, options.accumulation, options.seed, options.schedule,
+                        options.warmup, options.ema)
+    rows = []
+
+    def draw(run) -> None:
+        print(f"\rstep {run.step}/{options.steps}, loss {run.losses[-1]:.4f} ", end="", file=sys.stderr, flush=True)
+        if run.step == options.steps or options.save_every and run.step % options.save_every == 0:
+            options.out.mkdir(parents=True, exist_ok=True)
+            draw_progress(run.losses, rows).save(options.out / "progress.png")
+
+    # Models must be loaded and used in the same mode, and the host uses them in this one.
+    with torch.inference_mode():
+        try:
+            pairs = read_pairs(options.dataset)
+            dtype = {} if options.weight_dtype == "default" else {"dtype": getattr(torch, options.weight_dtype)}
+            model = load_model(options.model, options.version, dtype)
+            layout = VERSIONS[model.model.diffusion_model.version].layout
+            clip, vae = load_text_encoder(options.mllm, layout), load_vae(options.vae)
+            folder = options.dataset if options.dataset.is_dir() else options.dataset.parent
+            dataset, computed = cache_pairs(clip, vae, pairs, folder, options.size_level, options.validation)
+            print(f"{len(dataset.pairs)} pairs, {computed} latents and conditionings encoded", file=sys.stderr)
+            del clip
+
+            def validate(model, step) -> None:
+                rows[:] = edit_held_out(model, vae, dataset, 0, 0.0, options.seed)
+
+            run = train(model, dataset, settings, options.out, not options.restart, not options.no_checkpointing, options.save_every,
+                        options.validate_every if dataset.validation else 0, validate, draw)
+        except Step1XError as error:
+            print(f"\n{error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("\ncancelled; the same command goes on", file=sys.stderr)
+            return 130
+    print(f"\n{options.out / LORA_FILE}: {run.step} steps", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    environment.reexecute_in_host(__file__)
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Pairs of pictures through the language model and the VAE, once: what is in the cache is not encoded again."""
+
+import math
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..checks import check_finite
+from ..config import Step1XError
+from ..edit_pairs import CACHE_FOLDER, Cache, CachedPair, EditDataset, EditPair, content_key, pack_conditioning, read_picture
+from ..images import from_uint8, resize, resize_tensor, to_rgb, to_uint8, working_size
+from .encoding import LATENT_FACTOR, check_text_encoder, check_vae, encode_pictures
+
+# The shape of source and target may differ by this share, which rounding to whole pixels can do.
+ASPECT_TOLERANCE = 0.03
+# Values of each weight that stand for all of it in a fingerprint.
+SAMPLED = 16
+
+
+def fingerprint(patcher, network: torch.nn.Module) -> str:
+    """A name for a network's weights: shapes and some values of every tensor. Patched ones count as new with every loading."""
+    parts = [str(patcher.patches_uuid)] if patcher.patches else []
+    for name, tensor in network.state_dict().items():
+        parts.append(f"{name}{tuple(tensor.shape)}{tensor.dtype}")
+        # With dynamic VRAM a weight that no file had is on the meta device.
+        if tensor.numel() and not tensor.is_meta:
+            parts.append(tensor.flatten()[:SAMPLED].float().cpu().numpy().tobytes())
+    return content_key(*parts)
+
+
+def check_shapes(pair: EditPair, source: Tensor, target: Tensor) -> None:
+    """Raise Step1XError where one picture [H, W, 3] cannot lie over the other."""
+    ratios = [picture.shape[1] / picture.shape[0] for picture in (source, target)]
+    if abs(math.log(ratios[0] / ratios[1])) > ASPECT_TOLERANCE:
+        raise Step1XError(f"{pair.target} has {target.shape[1]}x{target.shape[0]} pixels and its source {pair.source.name} {source.shape[1]}x{source.shape[0]}: "
+                          "they must have the same shape. Crop one of them, or take the pair out.")
+
+
+def to_size(picture: Tensor, size: tuple[int, int], layout: str) -> Tensor:
+    """Picture [H, W, 3] -> [h, w, 3] at size (width, height), as the layout's version resizes what it edits."""
+    if layout == "v1.2":
+        return resize_tensor(to_rgb(picture), size, "bilinear")
+    return from_uint8(resize(to_uint8(picture), size, Image.Resampling.LANCZOS))
+
+
+def cache_pairs(clip, vae, pairs: list[EditPair], folder: Path, size_level: int, validation: int = 0) -> tuple[EditDataset, int]:
+    """The pairs as a training reads them, and how many tensors had to be computed for that.
+
+    folder: the dataset's; the cache lies in it. size_level: as for editing. validation: so many pairs from the end are kept from training.
+
+    All instructions are encoded first, then all pictures, so that on a small card each model is loaded once. Everything is stored at once; a second run goes on.
+
+    Raises Step1XError for models of another kind, pictures that cannot be read or do not fit each other, and a full disk.
+    """
+    check_text_encoder(clip)
+    check_vae(vae)
+    if validation >= len(pairs):
+        raise Step1XError(f"{validation} pairs for validation leave none of the {len(pairs)} to train on. Lower validation, or add pairs.")
+    cache = Cache(folder / CACHE_FOLDER)
+    layout = clip.tokenizer.layout
+    text_name = content_key(layout, size_level, fingerprint(clip.patcher, clip.cond_stage_model))
+    vae_name = content_key(layout, size_level, fingerprint(vae.patcher, vae.first_stage_model))
+    progress = comfy.utils.ProgressBar(2 * len(pairs))
+    computed = 0
+
+    def instruction_key(picture: Tensor, data: bytes, text: str) -> str:
+        nonlocal computed
+        key = content_key(text_name, data, text)
+        if key not in cache:
+            shown = picture if layout == "v1.2" else to_size(picture, working_size(picture.shape[1], picture.shape[0], size_level), layout)
+            conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text, images=[shown[None]], size_level=size_level))
+            check_finite(conditioning[0][0], "The text encoder gave values that are no numbers (NaN or infinity): its file is damaged. Download it again.")
+            cache.store(key, pack_conditioning(conditioning))
+            computed += 1
+        return key
+
+    def latent_key(picture: Tensor, data: bytes, size: tuple[int, int]) -> str:
+        nonlocal computed
+        key = content_key(vae_name, data, *size)
+        if key not in cache:
+            cache.store(key, {"latent": encode_pictures(vae, to_size(picture, size, layout)[None]).float().cpu()})
+            computed += 1
+        return key
+
+    instructions = []
+    for number, pair in enumerate(pairs):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        picture, data = read_picture(pair.source), pair.source.read_bytes()
+        check_shapes(pair, picture, read_picture(pair.target))
+        held_out = number >= len(pairs) - validation
+        instructions.append((instruction_key(picture, data, pair.instruction), instruction_key(picture, data, "") if held_out else None))
+        progress.update(1)
+    cached = []
+    for pair, (positive, negative) in zip(pairs, instructions):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        source = read_picture(pair.source)
+        size = working_size(source.shape[1], source.shape[0], size_level)
+        keys = [latent_key(picture, path.read_bytes(), size) for picture, path in ((source, pair.source), (read_picture(pair.target), pair.target))]
+        cached.append(CachedPair(pair, positive, *keys, (size[1] // LATENT_FACTOR, size[0] // LATENT_FACTOR), negative))
+        progress.update(1)
+    return EditDataset(cache, cached[:len(pairs) - validation], cached[len(pairs) - validation:]), computed

@@ -1,0 +1,115 @@
+"""Training through the real ComfyUI: the shipped workflow with cancel and resume, stock nodes around it, and the command."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from comfy_server import Client, ComfyServer, ExecutionError, find_nodes, install_pack, to_api
+from conftest import PACK
+from safetensors.torch import load_file
+from test_edit_pairs import write_folder
+
+SMALL = {"Step1XEditDataset": {"size_level": 64, "validation": 1}, "Step1XTrainLora": {"steps": 12, "rank": 4, "validate_every": 6, "save_every": 4}}
+STATE, LORA = "state.safetensors", "lora.safetensors"
+
+
+@pytest.fixture(scope="module")
+def base(models, tmp_path_factory):
+    base = tmp_path_factory.mktemp("base")
+    install_pack(base)
+    return base
+
+
+@pytest.fixture(scope="module")
+def client(base, models):
+    with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base, models) as server:
+        yield Client(server.url)
+
+
+@pytest.fixture
+def prompt(client):
+    prompt = to_api(json.loads((PACK / "workflows" / "step1x_train_lora.json").read_text(encoding="utf-8")), client.get("/object_info"))
+    for class_type, inputs in SMALL.items():
+        prompt[find_nodes(prompt, class_type)[0]]["inputs"].update(inputs)
+    return prompt
+
+
+def steps_done(folder):
+    return len(load_file(folder / STATE)["losses"])
+
+
+def test_the_shipped_workflow_trains_is_cancelled_and_goes_on(client, prompt, base):
+    data = write_folder(base / "input" / "my_pairs", 4)
+    (trainer,), (reader,) = find_nodes(prompt, "Step1XTrainLora"), find_nodes(prompt, "Step1XEditDataset")
+    run_folder = base / "output" / "step1x_training" / "my_lora"
+    # Reading the pairs counts to 8.
+    cancelled = client.run(prompt, interrupt_at=9)
+    assert cancelled.interrupted and 9 <= steps_done(run_folder) < 12 and (run_folder / LORA).is_file()
+    done = steps_done(run_folder)
+
+    prompt["plot"] = {"class_type": "LossGraphNode", "inputs": {"loss": [trainer, 1], "filename_prefix": "loss"}}
+    run = client.run(prompt)
+    assert [value for value, _ in run.progress(trainer)][0] > done and run.progress(trainer)[-1] == (12, 12)
+    assert reader not in run.executed
+    # The stock plot, and the sheet with the curve and the pair for validation.
+    assert len(run.images) == 2 and run.previews > 0
+    assert steps_done(run_folder) == 12
+    saved, = (base / "output" / "loras").glob("step1x_lora_12_steps_*.safetensors")
+    ours = load_file(run_folder / LORA)
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in load_file(saved).items()) and len(ours) == 3 * 26
+
+    # What was changed on the disk is noticed.
+    (data / "target" / "2.txt").write_text("something else", encoding="utf-8")
+    assert reader in client.run(prompt).executed
+
+
+@pytest.mark.parametrize("dataset, message", [("nothing", "There is no dataset"), ("../output", "names no dataset"), ("", "names no dataset"),
+                                              ("bad.json", "could not be read as JSON")])
+def test_bad_datasets_are_one_sentence_in_the_editor(client, prompt, base, dataset, message):
+    (base / "input" / "bad.json").write_text("{", encoding="utf-8")
+    prompt[find_nodes(prompt, "Step1XEditDataset")[0]]["inputs"]["dataset"] = dataset
+    with pytest.raises(ExecutionError, match=message):
+        client.run(prompt)
+
+
+@pytest.mark.parametrize("name", ["../escape", "a/b", "", ".."])
+def test_a_name_stays_in_its_folder(client, prompt, base, name):
+    write_folder(base / "input" / "my_pairs", 4)
+    prompt[find_nodes(prompt, "Step1XTrainLora")[0]]["inputs"]["name"] = name
+    with pytest.raises(ExecutionError, match="cannot be the name of a training"):
+        client.run(prompt)
+
+
+def command(models, data, out, *options):
+    files = {"--model": models / "diffusion_models" / tiny_models.V11_FILE, "--mllm": models / "text_encoders" / tiny_models.MLLM_FILE,
+             "--vae": models / "vae" / tiny_models.VAE_FILE}
+    return [sys.executable, str(PACK / "scripts" / "train_lora.py"), str(data), str(out), "--cpu", "--size-level", "64", "--rank", "4", "--learning-rate", "0.01",
+            *(str(part) for pair in files.items() for part in pair), *options]
+
+
+def test_the_command_goes_on_after_a_kill(models, tmp_path):
+    data = write_folder(tmp_path / "pairs", 3)
+    killed = subprocess.Popen(command(models, data, tmp_path / "killed", "--steps", "100000", "--save-every", "1"), stderr=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / STATE).is_file():
+        assert killed.poll() is None
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    steps = str(steps_done(tmp_path / "killed") + 2)
+    for name in ("killed", "whole"):
+        result = subprocess.run(command(models, data, tmp_path / name, "--steps", steps, "--validation", "0"), capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert "0 latents and conditionings encoded" in result.stderr and (tmp_path / name / "progress.png").is_file()
+    killed, whole = (load_file(tmp_path / name / LORA) for name in ("killed", "whole"))
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in killed.items())
+
+
+def test_the_command_says_what_is_wrong(models, tmp_path):
+    result = subprocess.run(command(models, tmp_path / "nothing", tmp_path / "out"), capture_output=True, text=True)
+    assert result.returncode == 1 and "There is no dataset" in result.stderr and "Traceback" not in result.stderr

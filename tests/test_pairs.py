@@ -1,0 +1,486 @@
+"""Training pairs: makers, proposals, judging, near duplicates, the dataset on disk, and the command."""
+
+import importlib.util
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import PACK
+from PIL import Image
+
+from step1x_core.config import Step1XError
+from step1x_core.edit_pairs import read_pairs, read_picture
+from step1x_core.host import pair_making
+from step1x_core.images import to_uint8
+from step1x_core.judge import Verdict
+from step1x_core.pairs_batch import fill_dataset, find_pictures
+from step1x_core.pairs_hash import Index, fingerprint
+from step1x_core.pairs_makers import CONTRAST, INKS, LUMA, MAKERS, carry_out, orders, readable, shrink
+from step1x_core.pairs_propose import PROPOSED, SEEN, TRIES, propose, read_ideas
+from step1x_core.pairs_record import KINDS, changed_pixels, make_pair, words
+from step1x_core.pairs_review import Thresholds, card, contact_sheet, sift, spread, statistics
+from step1x_core.pairs_store import JOURNAL, PairStore, encode
+from step1x_core.replies import BadReply
+
+
+@pytest.fixture(scope="module")
+def picture() -> np.ndarray:
+    """A photograph with a strip of green, uint8 [200, 300, 3]."""
+    with Image.open(PACK / "assets" / "coffee.jpg") as photo:
+        pixels = np.array(photo.convert("RGB").resize((300, 200)))
+    pixels[:30] = (60, 150, 40)
+    return pixels
+
+
+@pytest.fixture
+def pictures(tmp_path, picture):
+    """A folder with three pictures, one that cannot be read, and one file of another kind."""
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    for name, pixels in (("a.png", picture), ("more/b.png", picture[:, ::-1]), ("more/c.png", np.rot90(picture))):
+        Image.fromarray(np.ascontiguousarray(pixels)).save(folder / name)
+    (folder / "broken.png").write_bytes(b"\x89PNG no picture")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def pairs_of(picture, count=32, seed=1):
+    made = [carry_out(picture, "photo", order, seed) for order in orders("photo", list(MAKERS), 0, count, seed)]
+    return [pair for pair in made if pair]
+
+
+def han(text: str) -> bool:
+    return any("\u4e00" <= char <= "\u9fff" for char in text)
+
+
+@pytest.mark.parametrize("kind, maker", [(kind, maker) for kind, makers in MAKERS.items() for maker in makers])
+def test_every_maker_makes_a_pair_with_instructions_and_makes_it_again(picture, kind, maker):
+    order = replace(orders("photo", [kind], 0, 1, 3)[0], maker=maker)
+    pair, again = (carry_out(picture, "photo", order, 3) for _ in range(2))
+    assert pair.source.dtype == pair.target.dtype == np.uint8 and pair.source.shape == pair.target.shape == picture.shape
+    assert changed_pixels(pair.source, pair.target).mean() > 0.002 and pair.kind == kind and pair.kind in KINDS
+    assert np.array_equal(pair.target, again.target) and np.array_equal(pair.source, again.source) and pair.english == again.english
+    assert pair.english and not han(pair.english) and han(pair.chinese) and "{" not in pair.english + pair.chinese
+    assert json.loads(json.dumps(pair.details)) == pair.details
+    others = [carry_out(picture, "photo", order, seed) for seed in range(4, 12)]
+    assert any(not np.array_equal(pair.source, other.source) or not np.array_equal(pair.target, other.target) for other in others)
+    if maker in ("fog", "snow", "rain", "night", "recolour", "text_add", "oil"):
+        assert np.array_equal(pair.source, picture)
+    if maker in ("defog", "unsnow", "unrain", "day", "denoise", "deblur", "dejpeg", "restore", "brighten", "colourise", "text_remove"):
+        assert np.array_equal(pair.target, picture)
+
+
+def test_every_maker_has_wordings_in_both_languages_with_the_same_fields():
+    assert set(words()["makers"]) == {maker for makers in MAKERS.values() for maker in makers} and set(words()["proposals"]) == set(PROPOSED)
+    for wordings in (*words()["makers"].values(), *words()["proposals"].values()):
+        assert len(set(wordings["en"])) > 1 and len(set(wordings["zh"])) > 1
+        assert all(not han(text) for text in wordings["en"]) and all(han(text) for text in wordings["zh"])
+
+
+def test_recolour_changes_the_named_colour_and_nothing_else():
+    pixels = np.full((100, 100, 3), 128, np.uint8)
+    pixels[20:60, 20:60] = (200, 30, 30)
+    pair = carry_out(pixels, "square", replace(orders("square", ["color_alter"], 0, 1, 5)[0]), 5)
+    changed = changed_pixels(pair.source, pair.target)
+    assert changed[20:60, 20:60].all() and changed.sum() == 1600 and "red" in pair.english and "红色" in pair.chinese
+    grey = np.full((100, 100, 3), 128, np.uint8)
+    assert carry_out(grey, "grey", orders("grey", ["color_alter"], 0, 1, 5)[0], 5) is None
+
+
+def test_letters_stand_out_from_their_ground():
+    for ground in [*INKS.values(), (128, 128, 128)]:
+        assert readable(ground)
+        assert all(abs(np.dot(INKS[name], LUMA) - np.dot(ground, LUMA)) >= CONTRAST for name in readable(ground))
+
+
+def test_orders_take_kinds_in_turn_and_every_maker_before_any_again():
+    chosen = orders("name", list(MAKERS), 0, 4 * 17, 1)
+    assert all({order.kind for order in chosen[first:first + 4]} == set(MAKERS) for first in range(0, len(chosen), 4))
+    assert {order.maker for order in chosen if order.kind == "tone_transfer"} == set(MAKERS["tone_transfer"])
+    assert chosen[8:16] == orders("name", list(MAKERS), 8, 8, 1) and chosen != orders("other", list(MAKERS), 0, 4 * 17, 1)
+
+
+def test_small_and_large_pictures(picture):
+    assert shrink(picture, 150).shape == (100, 150, 3) and shrink(picture, 0) is picture and shrink(picture, 4000) is picture
+    with pytest.raises(Step1XError, match="300x50 pixels; pairs need 64"):
+        shrink(picture[:50], 1024)
+
+
+def test_a_pair_fits_its_target_to_the_source_and_refuses_what_cannot_be_one(picture):
+    smaller = np.asarray(Image.fromarray(picture).resize((288, 192)))
+    pair = make_pair(picture, smaller, "subject-add", " add a\ncup ", "", "inpainting")
+    assert pair.target.shape == picture.shape and pair.english == pair.instruction == "add a cup"
+    with pytest.raises(Step1XError, match="300x100 pixels and its source 300x200"):
+        make_pair(picture, picture[:100], "subject-add", "add", "", "")
+    with pytest.raises(Step1XError, match="has no instruction"):
+        make_pair(picture, picture, "subject-add", " ", "\n", "")
+    with pytest.raises(Step1XError, match="'painting' is no kind"):
+        make_pair(picture, picture, "painting", "paint", "", "")
+
+
+# near duplicates
+
+def recompressed(pixels: np.ndarray, size) -> np.ndarray:
+    content = io.BytesIO()
+    Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS).save(content, "JPEG", quality=85)
+    return np.asarray(Image.open(content))
+
+
+def test_the_same_pair_is_found_at_another_size_and_in_another_format(picture):
+    # Grain, hatching, small letters and the edges of a ragged region look different at another size.
+    smooth = ("fog", "defog", "night", "day", "sunset", "winter", "autumn", "brighten", "deblur", "colourise", "oil", "sepia", "monochrome")
+    pairs = [pair for pair in pairs_of(picture, 72) if pair.maker in smooth]
+    assert {pair.maker for pair in pairs} == set(smooth)
+    for pair in pairs:
+        index = Index()
+        index.add("g", fingerprint(pair.source, pair.target), "first")
+        smaller = [recompressed(pixels, (264, 176)) for pixels in (pair.source, pair.target)]
+        assert index.find("g", fingerprint(*smaller)) == "first", pair.english
+        assert index.find("other", fingerprint(*smaller)) is None
+
+
+def test_different_edits_of_one_picture_are_no_duplicates(picture):
+    prints = []
+    for colour in ((200, 30, 30), (30, 30, 200), (30, 160, 30)):
+        target = picture.copy()
+        target[60:120, 100:180] = colour
+        prints.append(fingerprint(picture, target))
+    for word in ("OPEN", "CLOSED", "EXIT"):
+        prints.append(fingerprint(*(pair_with_word(picture, text) for text in ("HELLO", word))))
+    moved = picture.copy()
+    moved[60:120, 20:100] = (200, 30, 30)
+    prints += [fingerprint(picture, moved), fingerprint(moved, picture)]
+    index = Index()
+    for number, print_ in enumerate(prints):
+        assert index.find("g", print_) is None, number
+        index.add("g", print_, str(number))
+
+
+def pair_with_word(picture, word):
+    from PIL import ImageDraw, ImageFont
+
+    out = Image.fromarray(picture)
+    ImageDraw.Draw(out).rectangle((20, 150, 120, 180), fill="white")
+    ImageDraw.Draw(out).text((70, 165), word, "black", ImageFont.load_default(20), anchor="mm")
+    return np.asarray(out)
+
+
+def test_an_index_grows(picture):
+    index, rng = Index(), np.random.default_rng(0)
+    prints = rng.integers(0, 256, (300, len(fingerprint(picture, picture))), np.uint8)
+    for number, print_ in enumerate(prints):
+        index.add("g", print_, str(number))
+    assert [index.find("g", print_) for print_ in prints] == [str(number) for number in range(300)]
+
+
+# the dataset on disk
+
+def store_pairs(folder, pairs):
+    with PairStore(folder) as store:
+        return [store.add(encode(pair)) for pair in pairs]
+
+
+def test_the_training_reads_what_is_stored(picture, tmp_path):
+    pairs = pairs_of(picture, 12)
+    one_language = make_pair(picture, picture[::-1].copy(), "motion_change", "turn it upside down", "", "by hand")
+    assert store_pairs(tmp_path / "set", [*pairs, one_language]) == [None] * (len(pairs) + 1)
+    read = read_pairs(tmp_path / "set", tmp_path)
+    assert len(read) == 2 * len(pairs) + 1
+    english = read_pairs(tmp_path / "set" / "en-00000.json")
+    assert [entry.instruction for entry in english] == [pair.english for pair in [*pairs, one_language]]
+    assert [entry.instruction for entry in read_pairs(tmp_path / "set" / "zh-00000.json")] == [pair.chinese for pair in pairs]
+    for entry, pair in zip(english, pairs):
+        assert np.array_equal(to_uint8(read_picture(entry.source)), pair.source) and np.array_equal(to_uint8(read_picture(entry.target)), pair.target)
+    provenance = [entry["provenance"] for entry in json.loads((tmp_path / "set" / "en-00000.json").read_text(encoding="utf-8")).values()]
+    assert [(row["kind"], row["maker"], row["details"]) for row in provenance[:-1]] == [(pair.kind, pair.maker, pair.details) for pair in pairs]
+    unedited = {pair.source.tobytes() for pair in pairs if np.array_equal(pair.source, picture)}
+    assert len(unedited) == 1 and len(list((tmp_path / "set" / "sources").rglob("*.png"))) == len({pair.source.tobytes() for pair in [*pairs, one_language]})
+
+
+def test_a_pair_is_stored_once_and_a_dataset_grows(picture, tmp_path):
+    pairs = pairs_of(picture, 8)
+    store_pairs(tmp_path, pairs[:4])
+    known = store_pairs(tmp_path, pairs)
+    assert all(known[:4]) and known[4:] == [None] * (len(pairs) - 4)
+    first = sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*.png"))
+    assert all(store_pairs(tmp_path, [replace(pair, english="other words") for pair in pairs]))
+    assert sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")) == first and len(read_pairs(tmp_path / "en-00000.json")) == len(pairs)
+
+
+def test_shards(picture, tmp_path, monkeypatch):
+    monkeypatch.setattr("step1x_core.pairs_store.SHARD", 3)
+    pairs = pairs_of(picture, 9)[:7]
+    store_pairs(tmp_path, pairs[:4])
+    store_pairs(tmp_path, pairs[4:])
+    assert [len(read_pairs(tmp_path / f"zh-0000{number}.json")) for number in range(3)] == [3, 3, 1]
+    assert len(read_pairs(tmp_path)) == 14
+
+
+@pytest.mark.parametrize("cut", [1, 40, 200])
+def test_a_line_that_a_kill_cut_is_made_again(picture, tmp_path, cut):
+    pairs = pairs_of(picture, 6)
+    store_pairs(tmp_path, pairs)
+    whole = (tmp_path / JOURNAL).read_bytes()
+    (tmp_path / JOURNAL).write_bytes(whole[:-cut])
+    (tmp_path / "en-00000.json").unlink()
+    known = store_pairs(tmp_path, pairs)
+    assert known[-1] is None and all(known[:-1]) and (tmp_path / JOURNAL).read_bytes() == whole
+    assert len(read_pairs(tmp_path)) == 2 * len(pairs)
+
+
+@pytest.mark.parametrize("line", ['{"key": 1}', "nonsense", "[]", '{"turned_down"', "\xff"])
+def test_a_damaged_journal_is_refused_and_left_alone(picture, tmp_path, line):
+    store_pairs(tmp_path, pairs_of(picture, 2))
+    content = line.encode("latin-1") + b"\n" + (tmp_path / JOURNAL).read_bytes()
+    (tmp_path / JOURNAL).write_bytes(content)
+    with pytest.raises(Step1XError, match="Line 1 of .*pairs.jsonl is damaged"):
+        PairStore(tmp_path)
+    assert (tmp_path / JOURNAL).read_bytes() == content
+
+
+def test_a_journal_that_names_files_elsewhere_is_refused(picture, tmp_path):
+    store_pairs(tmp_path, pairs_of(picture, 1))
+    row = json.loads((tmp_path / JOURNAL).read_text())
+    for name in ("../../secret.png", "/etc/passwd", "sources/ab/../../x.png"):
+        (tmp_path / JOURNAL).write_text(json.dumps({**row, "source": name}) + "\n")
+        with pytest.raises(Step1XError, match="Line 1"):
+            PairStore(tmp_path)
+
+
+def test_a_disk_that_cannot_be_written(picture, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Step1XError, match="cannot be written"):
+        PairStore(tmp_path / "file" / "set")
+    with PairStore(tmp_path / "set") as store:
+        (tmp_path / "set" / "sources").write_text("a file where a folder should be")
+        with pytest.raises(Step1XError, match="cannot be written"):
+            store.add(encode(pairs_of(picture, 1)[0]))
+        assert store.rows == []
+
+
+# many at once
+
+def settings(count, seed=1, max_side=128):
+    return {"kinds": tuple(MAKERS), "count": count, "seed": seed, "max_side": max_side}
+
+
+def fill(folder, pictures, workers, count=16, **changes):
+    with PairStore(folder) as store:
+        return fill_dataset(store, find_pictures(pictures), **{**settings(count), **changes}, workers=workers, tell=lambda number: None)
+
+
+def test_a_dataset_does_not_depend_on_the_number_of_processes(pictures, tmp_path):
+    tallies = [fill(tmp_path / str(workers), pictures, workers) for workers in (1, 2)]
+    assert (tmp_path / "1" / JOURNAL).read_bytes() == (tmp_path / "2" / JOURNAL).read_bytes()
+    assert tallies[0] == tallies[1] and tallies[0].added == 16 and len(tallies[0].unreadable) == 1 and "broken.png cannot be read" in tallies[0].unreadable[0]
+    assert len(read_pairs(tmp_path / "1" / "en-00000.json")) == 16
+    # More of them come behind those that are there; nothing is made twice.
+    before = (tmp_path / "1" / JOURNAL).read_bytes()
+    assert fill(tmp_path / "1", pictures, 1, 20).added == 4 and (tmp_path / "1" / JOURNAL).read_bytes().startswith(before)
+    assert fill(tmp_path / "1", pictures, 1, 20).added == 0
+
+
+def test_pictures_that_give_no_more_end_the_run(tmp_path, picture):
+    (tmp_path / "pictures").mkdir()
+    Image.fromarray(np.full((100, 100, 3), 128, np.uint8)).save(tmp_path / "pictures" / "grey.png")
+    tally = fill(tmp_path / "set", tmp_path / "pictures", 1, 3, kinds=("color_alter",))
+    assert tally.added == 0 and tally.unsuited >= 3
+    with pytest.raises(Step1XError, match="There are no pictures in"):
+        find_pictures(tmp_path / "set")
+
+
+def command(*arguments, **options) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, str(PACK / "scripts" / "make_pairs.py"), *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_the_command_goes_on_after_a_kill(pictures, tmp_path):
+    choice = [pictures, tmp_path / "set", "--count", 40, "--size", 128, "--workers", 1, "--seed", 7]
+    killed = command(*choice, start_new_session=True)
+    journal = tmp_path / "set" / JOURNAL
+    deadline = time.monotonic() + 120
+    while not (journal.is_file() and journal.read_bytes().count(b"\n") >= 5):
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    run = command(*choice)
+    output, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors
+    assert fill(tmp_path / "fresh", pictures, 1, 40, seed=7).added == 40
+    rows = [[json.loads(line) for line in (tmp_path / name / JOURNAL).read_text().splitlines()] for name in ("set", "fresh")]
+    assert rows[0] == rows[1] and len(read_pairs(tmp_path / "set" / "zh-00000.json")) == 40
+    assert "| all | 40 | 40 | 40 |" in output and "broken.png cannot be read" in output and not list((tmp_path / "set").rglob("*.part"))
+    with Image.open(tmp_path / "set" / "contact_sheet.png") as sheet:
+        assert sheet.width > 1000 and "| all | 40 |" in (tmp_path / "set" / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("arguments, message", [(["--kinds", "painting"], "'painting' is no kind that can be made here"), (["--count", "0"], "begin at 1")])
+def test_the_command_says_what_is_wrong(pictures, tmp_path, capsys, arguments, message):
+    spec = importlib.util.spec_from_file_location("make_pairs_command", PACK / "scripts" / "make_pairs.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    try:
+        assert script.main([str(pictures), str(tmp_path / "set"), *arguments]) == 1
+    except SystemExit as end:
+        assert end.code == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "set").exists()
+
+
+# proposals
+
+SOFA = {"en": "a red sofa", "zh": "红色沙发", "place": "on the left", "place_zh": "左边", "replacement": "a wooden bench", "replacement_zh": "木制长椅",
+        "colour": "dark green", "colour_zh": "深绿色", "material": "leather", "material_zh": "皮革"}
+REPLY = json.dumps({"objects": [SOFA], "additions": [{"en": "a cat", "zh": "猫", "place": "on the carpet", "place_zh": "地毯上"}],
+                    "backgrounds": [{"en": "a beach", "zh": "沙滩"}], "texts": [{"old": "OPEN", "new": "SHUT"}]})
+
+
+class Script:
+    """A language model with given replies; the last one is given for ever."""
+
+    def __init__(self, *replies):
+        self.replies, self.asked = list(replies), 0
+
+    def __call__(self, system, content, max_tokens):
+        self.asked += 1
+        return self.replies[min(self.asked, len(self.replies)) - 1]
+
+
+def test_proposals_of_a_good_reply_in_both_languages_and_both_directions():
+    proposals, report = propose(Script("Here it is:\n```json\n" + REPLY + "\n```"), None, list(PROPOSED), 9, 1)
+    found = {proposal.kind: proposal for proposal in proposals}
+    assert set(found) == set(PROPOSED) and all(not han(proposal.english) and han(proposal.chinese) for proposal in proposals)
+    remove, replace_, add = (found[f"subject-{name}"] for name in ("remove", "replace", "add"))
+    assert "the red sofa" in remove.english and "红色沙发" in remove.chinese and (remove.thing, remove.content) == ("a red sofa", "")
+    assert remove.back_kind == "subject-add" and "a red sofa on the left" in remove.back_english and "左边" in remove.back_chinese
+    assert replace_.content == "a wooden bench" and "the wooden bench" in replace_.back_english and "a red sofa" in replace_.back_english
+    assert add.back_kind == "subject-remove" and "the cat" in add.back_english and add.content == "a cat" and add.thing == ""
+    assert '"OPEN"' in found["text_change"].english and found["text_change"].back_english.index("SHUT") < found["text_change"].back_english.index("OPEN")
+    assert "a beach" in found["background_change"].english and not found["color_alter"].back_kind and "dark green" in found["color_alter"].english
+    assert all(proposal.english in report and proposal.chinese in report for proposal in proposals)
+
+
+def test_the_same_seed_gives_the_same_proposals_and_kinds_take_turns():
+    def chosen(seed, count=5):
+        return propose(Script(REPLY), None, list(PROPOSED), count, seed)[0]
+
+    assert chosen(3) == chosen(3) and len({proposal.kind for proposal in chosen(3)}) == 5 and len({tuple(chosen(seed)) for seed in range(6)}) > 1
+
+
+@pytest.mark.parametrize("reply", ["", "no JSON", "{}", "[]", '{"objects": 5}', '{"objects": [5, {"en": "a sofa"}]}', "{" * 100000, '{"objects": [' + "[" * 50000,
+                                   json.dumps({"objects": [{"en": "红色沙发", "zh": "a red sofa"}]}), json.dumps({"objects": [{"en": "x" * 500, "zh": "沙发"}]}),
+                                   json.dumps({"texts": [{"old": "A", "new": "A"}, {"old": "a\nb", "new": "c"}, {"old": 1, "new": 2}]}), '{"a": \ud800}'])
+def test_rubbish_is_asked_for_anew_a_few_times_and_then_a_table_serves(reply):
+    with pytest.raises(BadReply):
+        read_ideas(reply)
+    model = Script(reply)
+    proposals, report = propose(model, None, list(PROPOSED), 6, 1)
+    assert model.asked == TRIES and {proposal.kind for proposal in proposals} == {"background_change", "style_change", "tone_transfer"}
+    assert report.startswith("The language model gave no usable list in 3 tries")
+    with pytest.raises(Step1XError, match="no usable list in 3 tries.*subject-remove"):
+        propose(Script(reply), None, ["subject-remove"], 1, 1)
+    assert propose(Script(reply, REPLY), None, list(SEEN), 6, 1)[1].startswith("The language model found")
+
+
+def test_nothing_is_asked_where_a_table_has_it_all():
+    model = Script(REPLY)
+    assert len(propose(model, None, ["style_change"], 3, 1)[0]) == 3 and model.asked == 0
+
+
+# judging, filtering, looking
+
+def scored(pair, semantics=(9.0, 8.0), quality=(7.0, 9.0), problem=""):
+    return replace(pair, verdict=Verdict(semantics, quality, problem))
+
+
+def test_thresholds(picture):
+    pair = make_pair(picture, 255 - picture, "tone_transfer", "invert", "", "x")
+    same = make_pair(picture, picture, "tone_transfer", "nothing", "", "x")
+    cases = {"kept": scored(pair), "semantics 6 is below 7": scored(pair, semantics=(6, 10)), "quality 5 is below 6": scored(pair, quality=(10, 5)),
+             "not judged": pair, "no usable judgement: mumbling": scored(pair, quality=None, problem="mumbling"), "0.00% of the pixels changed": scored(same)}
+    kept, dropped, report = sift(tuple(cases.values()), Thresholds())
+    assert kept == (cases["kept"],) and len(dropped) == 5 and report.startswith("1 of 6 pairs kept.") and all(reason in report for reason in list(cases)[1:])
+    assert len(sift(tuple(cases.values()), Thresholds(unjudged=True))[0]) == 3
+    assert len(sift((scored(pair),), Thresholds(max_change=0.5))[1]) == 1
+
+
+def test_the_judge_keeps_scores_and_asks_for_the_rest(picture, monkeypatch):
+    monkeypatch.setattr(pair_making, "check_can_generate", lambda clip: None)
+    asked = []
+
+    class Judge:
+        def __init__(self, clip, task, seed):
+            self.task = task
+
+        def __call__(self, system, content, max_tokens):
+            asked.append((self.task, content))
+            return '{"score": [8, 9], "reasoning": ""}' if len(asked) < 3 else "mumble"
+
+    monkeypatch.setattr(pair_making, "LocalJudge", Judge)
+    first, second = pairs_of(picture, 2)
+    judged, report = pair_making.judge_pairs(None, (scored(first, semantics=(1.0, 2.0)), first, second), 5)
+    assert judged[0].verdict.semantics == (1.0, 2.0) and judged[1].verdict.semantics == judged[1].verdict.quality == (8.0, 9.0)
+    assert judged[2].verdict.problem and len(asked) == 2 + 10 and report.startswith("2 of 3 pairs judged.")
+    assert asked[0][0] != asked[2][0] and any(first.english in part for part in asked[0][1] if isinstance(part, str))
+
+
+def test_statistics_and_a_contact_sheet_that_misses_no_kind(picture, tmp_path):
+    pairs = pairs_of(picture, 16)
+    pairs[0] = scored(pairs[0])
+    cards = [card(pair) for pair in pairs]
+    table = statistics(cards)
+    assert f"| all | {len(pairs)} | {len(pairs)} | {len(pairs)} | 1 | 8.00 | 7.00 |" in table and all(f"| {kind} |" in table for kind in MAKERS)
+    assert [entry.task_type for entry in spread(cards, 4)] == sorted(MAKERS, key=KINDS.index) and len(spread(cards, 100)) == len(cards)
+    sheet = np.asarray(contact_sheet(cards, 4))
+    # The first pair of the sheet is where it should be: its mean colours are those of the source and of the target.
+    shown = spread(cards, 4)[0]
+    for side, part in enumerate(shown.load()):
+        left = 12 + 204 * side
+        height = round(200 * part.height / part.width)
+        tile = sheet[36 + (200 - height) // 2 + 2:36 + (200 + height) // 2 - 2, left + 2:left + 198]
+        assert np.abs(tile.mean((0, 1)) - np.asarray(part).mean((0, 1))).max() < 4
+    assert contact_sheet([], 4).width == contact_sheet(cards, 4).width and "| all | 0 |" in statistics([])
+
+
+# taking in what other nodes made
+
+def image(picture):
+    return torch.from_numpy(picture.astype(np.float32) / 255)[None]
+
+
+def test_pairs_of_other_nodes_read_forward_and_backward(picture):
+    rng = random.Random(0)
+    proposals, _ = propose(Script(REPLY), None, ["subject-remove", "color_alter"], 2, rng.randrange(100))
+    targets = [image(255 - picture), image(picture[::-1].copy())]
+    pairs, report = pair_making.record_pairs([image(picture)], targets, proposals, ["tone_transfer"], [""], [""], ["inpainting"], "both")
+    assert len(pairs) == 3 and "1 edits have no words for the way back" in report
+    back, = (pair for pair in pairs if pair.kind == "subject-add")
+    there, = (pair for pair in pairs if pair.kind == "subject-remove")
+    assert np.array_equal(back.target, picture) and np.array_equal(back.source, there.target) and back.details == {"object": "a red sofa", "content": "", "direction": "backward"}
+    assert all(pair.maker == "inpainting" and pair.chinese for pair in pairs)
+    by_hand, _ = pair_making.record_pairs([image(picture)], [torch.cat(targets)], [], ["ps_human"], ["smile", "frown"], [""], [""], "forward")
+    assert [(pair.kind, pair.english) for pair in by_hand] == [("ps_human", "smile"), ("ps_human", "frown")]
+
+
+def test_numbers_that_do_not_agree_are_refused(picture):
+    two = [image(picture)] * 2
+    with pytest.raises(Step1XError, match="The input 'source' brings 2 for 3 edited pictures"):
+        pair_making.record_pairs(two, [image(picture)] * 3, [], ["ps_human"], ["a"], [""], [""], "forward")
+    with pytest.raises(Step1XError, match="can only be read forward"):
+        pair_making.record_pairs(two, two, [], ["ps_human"], ["a"], [""], [""], "both")
+
+
+def test_computed_pairs_of_a_batch(picture):
+    pairs, report = pair_making.algorithmic_pairs([image(picture), image(picture[:, ::-1].copy())], "text_change, style_change", 3, 1, 150)
+    assert len(pairs) == 6 and {pair.kind for pair in pairs} == {"text_change", "style_change"} and pairs[0].source.shape == (100, 150, 3)
+    assert report.startswith("6 pairs made;")
+    with pytest.raises(Step1XError, match="'subject-add' is no kind that can be made here"):
+        pair_making.algorithmic_pairs([image(picture)], "subject-add", 3, 1, 150)

@@ -1,0 +1,104 @@
+"""Training pairs through the real ComfyUI: the shipped workflows, and what the training reads of their datasets."""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import pytest
+import tiny_models
+from comfy_server import Client, ComfyServer, ExecutionError, find_nodes, install_pack, to_api
+from conftest import PACK
+from PIL import Image
+
+from step1x_core.edit_pairs import read_pairs
+
+SMALL = {"Step1XEditEncode": {"size_level": 64}, "Step1XSampler": {"steps": 1}, "LoadImage": {"image": "coffee.jpg"}}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    base = tmp_path_factory.mktemp("comfyui")
+    tiny_models.write_all(base / "models", terse=True)
+    install_pack(base)
+    with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base) as running:
+        Client(running.url).upload_image(PACK / "assets" / "coffee.jpg", "coffee.jpg")
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return Client(server.url)
+
+
+@pytest.fixture
+def prompt_of(client):
+    def load(name, **changes):
+        prompt = to_api(json.loads((PACK / "workflows" / name).read_text(encoding="utf-8")), client.get("/object_info"))
+        for class_type, values in [*SMALL.items(), *changes.items()]:
+            for node in find_nodes(prompt, class_type):
+                prompt[node]["inputs"].update(values)
+        return prompt
+
+    return load
+
+
+def texts(run, prompt) -> list[str]:
+    return [data["output"]["text"][0] for kind, data in run.events if kind == "executed" and prompt[data["node"]]["class_type"] == "PreviewAny"]
+
+
+def test_computed_pairs_become_a_dataset_that_grows(server, client, prompt_of):
+    prompt = prompt_of("step1x_make_pairs.json", Step1XPairSave={"name": "computed"})
+    run = client.run(prompt)
+    dataset = server.base / "output" / "edit_pairs" / "computed"
+    pairs = read_pairs(dataset / "en-00000.json")
+    assert 8 <= len(pairs) <= 12 and {Image.open(pair.target).size for pair in pairs} == {(600, 400)} and len(read_pairs(dataset)) == 2 * len(pairs)
+    report, = (text for text in texts(run, prompt) if "added to" in text)
+    assert report.startswith(f"{len(pairs)} pairs added to") and f"which has {len(pairs)}." in report
+    sheet, = (Image.open(io.BytesIO(image)) for image in run.images)
+    assert sheet.width == 1260 and all(pair.instruction in "\n".join(texts(run, prompt)) for pair in pairs)
+    # The same pairs are not stored again; those of another seed come behind them.
+    for path in (dataset / "en-00000.json", dataset / "zh-00000.json"):
+        path.unlink()
+    prompt[find_nodes(prompt, "Step1XPairCompute")[0]]["inputs"]["seed"] = 43
+    client.run(prompt)
+    assert len(read_pairs(dataset / "en-00000.json")) > len(pairs)
+
+
+def test_a_proposed_edit_is_made_judged_and_filtered(server, client, prompt_of):
+    """A model of random weights proposes nothing and judges nothing: the edits come from the table, and no pair passes."""
+    prompt = prompt_of("step1x_propose_pairs.json", Step1XPairSave={"name": "judged"}, Step1XPairPropose={"count": 2})
+    run = client.run(prompt)
+    shown = "\n".join(texts(run, prompt))
+    assert "gave no usable list in 3 tries" in shown and "0 of 2 pairs kept." in shown and shown.count("no usable judgement") == 2
+    assert not list((server.base / "output" / "edit_pairs" / "judged").glob("*.json"))
+    # Without the filter they are a dataset: sources as they were, targets of their size, the proposed instructions.
+    prompt = prompt_of("step1x_propose_pairs.json", Step1XPairSave={"name": "unjudged"}, Step1XPairPropose={"count": 2}, Step1XPairFilter={"unjudged": True})
+    client.run(prompt)
+    pairs = read_pairs(server.base / "output" / "edit_pairs" / "unjudged" / "en-00000.json")
+    assert len(pairs) == 2 and len({pair.source for pair in pairs}) == 1 and all(pair.instruction in shown for pair in pairs)
+    assert {Image.open(path).size for pair in pairs for path in (pair.source, pair.target)} == {(600, 400)}
+    entry, *_ = json.loads((server.base / "output" / "edit_pairs" / "unjudged" / "zh-00000.json").read_text(encoding="utf-8")).values()
+    assert entry["provenance"]["maker"] == "Step1X-Edit v1.1" and entry["provenance"]["verdict"]["problem"]
+
+
+def test_pairs_of_stock_filters_and_of_two_makers_in_one_dataset(server, client, prompt_of):
+    """What any node makes can be a pair: here the stock 'Invert Image'; computed pairs come before it."""
+    prompt = prompt_of("step1x_make_pairs.json", Step1XPairSave={"name": "both"}, Step1XPairCompute={"count": 2, "kinds": "text_change"})
+    load, compute = find_nodes(prompt, "LoadImage")[0], find_nodes(prompt, "Step1XPairCompute")[0]
+    prompt["invert"] = {"class_type": "ImageInvert", "inputs": {"image": [load, 0]}}
+    prompt["record"] = {"class_type": "Step1XPairRecord", "inputs": {"source": [load, 0], "target": ["invert", 0], "kind": "tone_transfer", "english": "turn it into a negative",
+                                                                   "chinese": "变成底片", "direction": "forward", "maker": "Invert Image", "pairs": [compute, 0]}}
+    prompt[find_nodes(prompt, "Step1XPairSave")[0]]["inputs"]["pairs"] = ["record", 0]
+    client.run(prompt)
+    pairs = read_pairs(server.base / "output" / "edit_pairs" / "both" / "zh-00000.json")
+    assert len(pairs) == 3 and pairs[-1].instruction == "变成底片"
+
+
+@pytest.mark.parametrize("class_type, values, message", [
+    ("Step1XPairSave", {"name": "../../escape"}, "cannot be a name of a dataset"),
+    ("Step1XPairCompute", {"kinds": "painting"}, "'painting' is no kind that can be made here"),
+])
+def test_what_the_nodes_refuse(client, prompt_of, class_type, values, message):
+    with pytest.raises(ExecutionError, match=message):
+        client.run(prompt_of("step1x_make_pairs.json", **{class_type: values}))
