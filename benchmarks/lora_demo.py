@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """A LoRA teaches the shipped demo model a new edit: `python benchmarks/lora_demo.py`.
 
-The new kind is "draw a thick red line across the middle of the picture", which the demo model was never shown. Pairs of it, and as many of the
-old kinds so that those are kept, are written as a dataset in the official layout, cached, trained on and tried on held-out scenes, with the nodes'
-own code. Success of all kinds is judged on the pixels, by the rules of `training/judging.py`, before and after. With --folder an interrupted
-run goes on where it was.
+The new kind is "draw a thick red line across the middle of the picture", which the demo model was never shown. Pairs of it, and some of the old kinds so that
+those are kept, are written as a dataset in the official layout, cached, trained on and tried on held-out scenes, with the nodes' own code. Success of all kinds
+is judged on the pixels, by the rules of `training/judging.py`, before and after. With --folder an interrupted training goes on where it was.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -22,14 +22,17 @@ INSTRUCTIONS = ("draw a thick red line across the middle of the picture", "put a
                 "在图片中间画一条粗红线", "用一条红色的粗线横穿画面", "在画面中间加一条红色横线")
 # Pixels.
 LINE = 16
+# Between the scenes that are tried for a pair.
+STRIDE = 1_000_000
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=48, help="number of pairs of the new kind; as many of the old ones are added")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--pairs", type=int, default=48, help="number of pairs of the new kind")
+    parser.add_argument("--old-pairs", type=int, default=96, help="number of pairs of the old kinds")
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rate", type=float, default=2e-3, help="learning rate")
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="learning rate")
     parser.add_argument("--rank", type=int, default=16, help="also the alpha")
     parser.add_argument("--edits", type=int, default=25, help="number of held-out edits of the new kind")
     parser.add_argument("--controls", type=int, default=40, help="number of held-out edits of the old kinds")
@@ -40,18 +43,21 @@ def arguments() -> argparse.Namespace:
 
 
 def line_pair(seed: int, index: int, split: str):
-    """A pair of the new kind on a drawn scene, as an EditPair."""
+    """A pair of the new kind on a drawn scene that has nothing where the line goes, as an EditPair."""
     import numpy as np
 
-    from training.drawing import COLOURS
+    from training.drawing import COLOURS, things_area
     from training.edits import REGION_MARGIN, EditPair
     from training.scenes import pair_at
 
-    drawn = pair_at(seed, index, split, kind="none")
-    target, region = drawn.source.copy(), np.zeros(drawn.source.shape[:2], bool)
-    middle = len(target) // 2
+    for attempt in itertools.count():
+        drawn = pair_at(seed, index + STRIDE * attempt, split, kind="none")
+        target, region = drawn.source.copy(), np.zeros(drawn.source.shape[:2], bool)
+        middle = len(target) // 2
+        region[middle - LINE // 2 - REGION_MARGIN:middle + LINE // 2 + REGION_MARGIN] = True
+        if not things_area(drawn.scene, drawn.scene.things, 0)[region].any():
+            break
     target[middle - LINE // 2:middle + LINE // 2] = COLOURS["red"]
-    region[middle - LINE // 2 - REGION_MARGIN:middle + LINE // 2 + REGION_MARGIN] = True
     return EditPair(drawn.source, target, INSTRUCTIONS[index % len(INSTRUCTIONS)], "line", "", region, drawn.scene, drawn.scene, {})
 
 
@@ -108,7 +114,8 @@ def main() -> int:
         before = successes(demo, new), successes(demo, old)
 
         started = time.monotonic()
-        drawn = [line_pair(options.seed, index, "train") for index in range(options.pairs)] + [pair_at(options.seed, index) for index in range(options.pairs)]
+        drawn = [line_pair(options.seed, index, "train") for index in range(options.pairs)]
+        drawn += [pair_at(options.seed, index) for index in range(options.old_pairs)]
         dataset, _ = cache_pairs(demo.clip, demo.vae, read_pairs(write_dataset(folder, drawn)), folder, demo_model.SIZE_LEVEL)
         cached = time.monotonic()
         run = train(demo.model, dataset, settings, folder / "run", save_every=50,

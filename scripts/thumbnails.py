@@ -215,8 +215,9 @@ def loop(studio):
 def make_pairs(studio):
     source = Image.open(environment.PACK / "assets" / "coffee.jpg").convert("RGB")
     pairs, = studio.run("step1x_make_pairs", [studio.upload(np.asarray(source))], Step1XPairCompute={"count": 4}, Step1XPairSheet={"limit": 4})
-    # Source and target of the first row's pairs, without the letters.
-    return sheet([pairs.crop((12, 36, pairs.width - 12, 236))], 1, "training pairs from a picture,\ncomputed, with instructions")
+    # Source and target of the first two pairs, without letters and margins.
+    tiles = [pairs.crop((left, 70, left + 200, 202)) for left in (12, 216, 428, 632)]
+    return sheet(tiles, 2, "training pairs from a picture,\ncomputed, with instructions")
 
 
 def propose_pairs(studio):

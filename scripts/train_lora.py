@@ -84,6 +84,8 @@ def main() -> int:
             def validate(model, step) -> None:
                 rows[:] = edit_held_out(model, vae, dataset, 0, 0.0, options.seed)
 
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
             run = train(model, dataset, settings, options.out, not options.restart, not options.no_checkpointing, options.save_every,
                         options.validate_every if dataset.validation else 0, validate, draw)
         except Step1XError as error:
@@ -93,6 +95,8 @@ def main() -> int:
             print("\ncancelled; the same command goes on", file=sys.stderr)
             return 130
     print(f"\n{options.out / LORA_FILE}: {run.step} steps", file=sys.stderr)
+    if torch.cuda.is_available():
+        print(f"at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of the card's memory in use while training", file=sys.stderr)
     return 0
 
 

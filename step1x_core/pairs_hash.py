@@ -17,24 +17,28 @@ STRUCTURE = GRID * GRID // 8
 COLOURS = 3 * COLOUR_GRID**2
 
 
-def look(picture: Image.Image) -> tuple[np.ndarray, np.ndarray]:
-    """RGB picture -> difference hash, uint8 [32], and mean colours, uint8 [48]."""
-    grid = np.asarray(picture.convert("L").resize((GRID + 1, GRID), Image.Resampling.BOX), np.int16)
-    colours = np.asarray(picture.resize((COLOUR_GRID, COLOUR_GRID), Image.Resampling.BOX))
+def look(picture: Image.Image, box: tuple[float, float, float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """RGB picture, and left, top, right, bottom of the part to look at -> difference hash, uint8 [32], and mean colours, uint8 [48]."""
+    grid = np.asarray(picture.convert("L").resize((GRID + 1, GRID), Image.Resampling.BOX, box), np.int16)
+    colours = np.asarray(picture.resize((COLOUR_GRID, COLOUR_GRID), Image.Resampling.BOX, box))
     return np.packbits(np.diff(grid, axis=1) > FLAT), colours.reshape(-1)
 
 
-def changed_box(source: np.ndarray, target: np.ndarray) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of what an edit changed, in steps of a 16th of the picture; all of it where nothing did.
+def extent(shares: np.ndarray) -> tuple[float, float]:
+    """Beginning and end of what has these shares along one side, [N]: as for an even bar of the same mean and deviation. Single pixels hardly count."""
+    places = np.arange(len(shares)) + 0.5
+    mean = np.average(places, weights=shares)
+    half = max(3 * np.average((places - mean) ** 2, weights=shares), 0.25) ** 0.5
+    return max(mean - half, 0.0), min(mean + half, float(len(shares)))
 
-    A cell counts from half of the most changed one's share on: single pixels, which another format changes, would make the box another one.
-    """
-    height, width, _ = source.shape
-    shares = np.asarray(Image.fromarray(changed_pixels(source, target).astype(np.uint8) * 255).resize((GRID, GRID), Image.Resampling.BOX))
-    rows, columns = np.nonzero(2 * shares.astype(int) >= max(shares.max(), 1))
-    if not len(rows):
-        return 0, 0, width, height
-    return columns.min() * width // GRID, rows.min() * height // GRID, -(-(columns.max() + 1) * width // GRID), -(-(rows.max() + 1) * height // GRID)
+
+def changed_box(source: np.ndarray, target: np.ndarray) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of what an edit changed, about; all of the picture where nothing was."""
+    changed = changed_pixels(source, target)
+    if not changed.any():
+        return 0.0, 0.0, float(changed.shape[1]), float(changed.shape[0])
+    (left, right), (top, bottom) = extent(changed.mean(axis=0)), extent(changed.mean(axis=1))
+    return left, top, right, bottom
 
 
 def fingerprint(source: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -42,9 +46,9 @@ def fingerprint(source: np.ndarray, target: np.ndarray) -> np.ndarray:
 
     The region that was changed is looked at by itself: a word on a sign is nothing in the whole picture.
     """
-    box = changed_box(source, target)
-    looks = look(Image.fromarray(source)), look(Image.fromarray(target).crop(box)), look(Image.fromarray(source).crop(box))
-    return np.concatenate([looks[0][0], looks[1][0], looks[2][0], looks[0][1], looks[1][1], looks[2][1]])
+    before, after, box = Image.fromarray(source), Image.fromarray(target), changed_box(source, target)
+    looks = look(before, (0, 0, *before.size)), look(after, box), look(before, box)
+    return np.concatenate([structure for structure, _ in looks] + [colours for _, colours in looks])
 
 
 SIZE = 3 * (STRUCTURE + COLOURS)

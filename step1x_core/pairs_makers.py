@@ -23,8 +23,13 @@ MIN_CHANGE = 0.002
 LUMA = np.array((0.299, 0.587, 0.114), np.float32)
 # Hues of Pillow's HSV, 0..255: the middle of each colour.
 HUES = {"red": 0, "orange": 19, "yellow": 40, "green": 85, "cyan": 128, "blue": 165, "purple": 194, "pink": 228}
-# Pixels greyer or darker than this have no hue worth a name.
+# Pixels greyer or darker than this do not make a colour worth a name, and those below the second ones have no hue.
 MIN_SATURATION, MIN_VALUE = 80, 50
+HUELESS_SATURATION, HUELESS_VALUE = 24, 24
+# A colour reaches from its most frequent hue, on both sides, to where there are fewer pixels than this share, and so many hues at most.
+VALLEY, REACH = 0.12, 36
+# Share of its pixels that must bear its name.
+NAMED = 0.6
 INKS = {"red": (205, 30, 35), "yellow": (250, 215, 40), "green": (25, 130, 60), "blue": (30, 70, 190), "white": (250, 250, 250), "black": (15, 15, 15)}
 # Least difference in brightness, of 255, at which letters can be read.
 CONTRAST = 80
@@ -271,23 +276,41 @@ def hue_distance(hue: np.ndarray, centre: int) -> np.ndarray:
     return (hue.astype(np.int16) - centre + 128) % 256 - 128
 
 
+def hue_range(counts: np.ndarray, peak: int) -> np.ndarray | None:
+    """The hues around a peak of a histogram [256], bool [256]; None where they have no clear end on both sides."""
+    low = counts < VALLEY * counts[peak]
+    sides = [np.flatnonzero(low[(peak + step * np.arange(REACH + 1)) % 256]) for step in (-1, 1)]
+    if not all(len(side) for side in sides):
+        return None
+    inside = np.zeros(256, bool)
+    inside[np.arange(peak - sides[0][0] + 1, peak + sides[1][0]) % 256] = True
+    return inside
+
+
 def recolour(picture, rng):
-    """The most frequent colour becomes another one; light and shade stay."""
+    """A colour of the picture becomes another one; light and shade stay. Colours that go over into their neighbours are left: they would be cut in two."""
     hsv = np.asarray(Image.fromarray(picture).convert("HSV"))
-    strong = (hsv[..., 1] > MIN_SATURATION) & (hsv[..., 2] > MIN_VALUE)
     names = list(HUES)
     nearest = np.argmin(np.stack([np.abs(hue_distance(np.arange(256), centre)) for centre in HUES.values()]), axis=0)
-    found = nearest[hsv[..., 0]]
-    shares = np.bincount(found[strong], minlength=len(names)) / strong.size
-    # Not all of the picture: that would be another edit.
-    candidates = [number for number in np.argsort(-shares) if 0.02 <= shares[number] <= 0.7][:2]
+    coloured = (hsv[..., 1] > HUELESS_SATURATION) & (hsv[..., 2] > HUELESS_VALUE)
+    strong = (hsv[..., 1] > MIN_SATURATION) & (hsv[..., 2] > MIN_VALUE)
+    counts, reached = (np.bincount(hsv[..., 0][pixels], minlength=256) for pixels in (strong, coloured))
+    smooth = sum(np.roll(counts, shift) for shift in range(-3, 4))
+    candidates = {}
+    for number, name in enumerate(names):
+        peak = int(np.argmax(np.where(nearest == number, smooth, -1)))
+        inside = hue_range(smooth, peak)
+        if inside is None or counts[inside & (nearest == number)].sum() < NAMED * counts[inside].sum():
+            continue
+        # Not all of the picture: that would be another edit.
+        if counts[inside].sum() >= 0.02 * strong.size and reached[inside].sum() <= 0.7 * strong.size:
+            candidates[name] = inside
     if not candidates:
         return None
-    old = names[rng.choice(candidates)]
+    old = str(rng.choice(list(candidates)))
     new = str(rng.choice([name for name in names if abs(hue_distance(np.array(HUES[name]), HUES[old])) >= 40]))
-    region = strong & (found == names.index(old))
-    # Closes holes and takes in the soft edges of the region; the rest stays as it is to the bit.
-    region = np.asarray(Image.fromarray(region.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(3)).filter(ImageFilter.MinFilter(3))) > 0
+    # Pale and dark pixels of the hue go along, so that there is no edge where a colour fades.
+    region = coloured & candidates[old][hsv[..., 0]]
     changed = hsv.copy()
     changed[..., 0] = (HUES[new] + hue_distance(hsv[..., 0], HUES[old]) * 0.5).astype(np.int16) % 256
     target = np.where(region[..., None], rgb(changed), picture)

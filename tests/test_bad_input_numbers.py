@@ -17,6 +17,7 @@ WIDGETS = {
     "Step1XScheduler": {"steps": 4, "denoise": 1.0},
     "Step1XGuidance": {"truncate": -1.0, "power": 0.4},
     "Step1XTeaCache": {"threshold": 0.2},
+    "Step1XRegion": {"similarity": 0.88, "warmup": 0.2, "refreshes": 1, "reuse": 0.02},
     "Step1XThink": {"prompt": "red", "seed": 1, "temperature": 0.7},
     "Step1XReflect": {"prompt": "red", "seed": 1, "version": "v1.2"},
     "Step1XCrop": {"context": 0.5, "min_size": 16},
@@ -35,6 +36,7 @@ RANGES = {
     ("Step1XSampler", "seed"): SEED, ("Step1XSampler", "steps"): STEPS, ("Step1XSampler", "cfg"): CFG, ("Step1XSampler", "denoise"): (0.0, 1.0),
     ("Step1XScheduler", "steps"): (1, 200), ("Step1XScheduler", "denoise"): (0.0, 1.0),
     ("Step1XGuidance", "truncate"): (-1.0, 1.0), ("Step1XGuidance", "power"): (0.0, 1.0), ("Step1XTeaCache", "threshold"): (0.0, 2.0),
+    ("Step1XRegion", "similarity"): (-1.0, 1.0), ("Step1XRegion", "warmup"): (0.0, 1.0), ("Step1XRegion", "refreshes"): (0, 20), ("Step1XRegion", "reuse"): (0.0, 1.0),
     ("Step1XThink", "seed"): SEED, ("Step1XThink", "temperature"): (0.0, 2.0), ("Step1XReflect", "seed"): SEED,
     ("Step1XCrop", "context"): (0.0, 10.0), ("Step1XCrop", "min_size"): (16, 8192), ("Step1XStitch", "feather"): (0, 512),
     ("Step1XBatch", "size_level"): SIZE, ("Step1XBatch", "seed"): SEED, ("Step1XBatch", "steps"): STEPS, ("Step1XBatch", "cfg"): CFG,
@@ -65,7 +67,7 @@ def names_of(node):
     found = {"Step1XEditEncode": "clip vae image", "Step1XReferences": "positive negative vae images.image0", "Step1XSampler": "model positive negative latent",
              "Step1XScheduler": "latent", "Step1XGuidance": "model", "Step1XTeaCache": "model", "Step1XThink": "clip image", "Step1XReflect": "clip source edited",
              "Step1XCrop": "image mask", "Step1XStitch": "image stitch", "Step1XBatch": "model clip vae images", "Step1XReflectionLoop": "model clip vae image",
-             "Step1XLoraLoader": "model"}
+             "Step1XLoraLoader": "model", "Step1XRegion": "model"}
     return found.get(node, "").split()
 
 
@@ -118,6 +120,7 @@ LIMITS = {
     ("Step1XSampler", "seed"): SEED, ("Step1XSampler", "cfg"): (0.0, 1.0, 100.0), ("Step1XSampler", "denoise"): (0.0, 0.01, 1.0),
     ("Step1XScheduler", "steps"): (1, 200), ("Step1XScheduler", "denoise"): (0.0, 1.0), ("Step1XGuidance", "truncate"): (-1.0, 1.0), ("Step1XGuidance", "power"): (0.0, 1.0),
     ("Step1XTeaCache", "threshold"): (0.0, 2.0), ("Step1XCrop", "context"): (0.0, 10.0), ("Step1XCrop", "min_size"): (16, 8192), ("Step1XStitch", "feather"): (0, 512),
+    ("Step1XRegion", "similarity"): (-1.0, 1.0), ("Step1XRegion", "warmup"): (0.0, 1.0), ("Step1XRegion", "refreshes"): (0, 20), ("Step1XRegion", "reuse"): (0.0, 1.0),
     ("Step1XBatch", "seed"): SEED, ("Step1XReflectionLoop", "seed"): SEED, ("Step1XReflectionLoop", "cfg"): CFG, ("Step1XReflectionLoop", "rounds"): (1, 10),
 }
 
@@ -130,7 +133,8 @@ def test_limits_are_part_of_the_range(host, links, node, name, value):
         assert all(torch.isfinite(output).all() for output in [*outputs, *latents] if torch.is_tensor(output))
 
 
-@pytest.mark.parametrize("node, values", [("Step1XGuidance", {"power": 1.0, "truncate": 0.0}), ("Step1XGuidance", {"power": 0.0}), ("Step1XTeaCache", {"threshold": 2.0})])
+@pytest.mark.parametrize("node, values", [("Step1XGuidance", {"power": 1.0, "truncate": 0.0}), ("Step1XGuidance", {"power": 0.0}), ("Step1XTeaCache", {"threshold": 2.0}),
+                                          ("Step1XRegion", {"warmup": 0.0, "refreshes": 20, "reuse": 1.0}), ("Step1XRegion", {"similarity": 1.0, "warmup": 1.0})])
 def test_models_patched_at_the_limits_draw_pictures(host, links, node, values):
     (patched,) = run(host, links, node, **values).made()
     assert torch.isfinite(host.sample(model=Given(patched), cfg=100.0, steps=3).made()[0]["samples"]).all()

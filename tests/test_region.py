@@ -16,7 +16,7 @@ from step1x_core.host.caching import apply_teacache
 from step1x_core.host.encoding import decode_edit, encode_edit
 from step1x_core.host.loading import load_model, load_text_encoder
 from step1x_core.host.region import WRAPPER_KEY, apply_region, region_denoiser
-from step1x_core.host.sampling import flow_sigmas, sample
+from step1x_core.host.sampling import flow_sigmas, sample, set_guidance_interval
 from step1x_core.images import from_uint8, truncate_uint8
 from step1x_core.region import RegionRun, RegionSettings, edited_tokens, full_steps, token_rows
 from training.scenes import judge, pair_at
@@ -264,6 +264,8 @@ def test_a_conditioning_that_begins_later_is_computed_in_full(model, edit):
     late = [[positive[0][0], positive[0][1] | {"start_percent": 0.4}], [positive[0][0] * 0.5, positive[0][1] | {"end_percent": 0.4}]]
     patched = apply_region(model, RegionSettings(similarity=-0.15, reuse=0.0, refreshes=0))
     assert torch.isfinite(run(patched, (late, negative, latent), steps=12)).all() and max(shares(patched)[3:-1]) > min(shares(patched)[3:-1])
+    guided_late = set_guidance_interval(patched, 0.4, 1.0)
+    assert torch.isfinite(run(guided_late, edit, steps=12)).all() and max(shares(patched)[3:-1]) > min(shares(patched)[3:-1])
 
 
 class Stop(Exception):

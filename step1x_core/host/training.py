@@ -248,7 +248,8 @@ class Run:
             tensors |= {f"{moment}.{name}": self.optimiser.state[weight][moment] for moment in MOMENTS if weight in self.optimiser.state}
         write_tensors(folder / STATE_FILE, tensors, {RUN_KEY: json.dumps(asdict(self.settings))})
         # kohya's names.
-        metadata = {"ss_network_dim": self.settings.rank, "ss_network_alpha": self.settings.alpha, "ss_steps": self.step, "ss_base_model_version": f"step1x-edit-{version}"}
+        metadata = {"ss_network_dim": self.settings.rank, "ss_network_alpha": self.settings.alpha, "ss_steps": self.step,
+                    "ss_base_model_version": f"step1x-edit-{version}"}
         write_tensors(folder / LORA_FILE, self.lora(), {name: str(value) for name, value in metadata.items()})
 
     def resume(self, folder: Path) -> None:
@@ -289,7 +290,8 @@ def train_step(model, dataset: EditDataset, run: Run) -> None:
                 loss.backward()
                 total += loss.item()
         if not torch.isfinite(torch.tensor(total)):
-            raise Step1XError(f"In step {run.step + 1} the loss is no number any more. Lower the learning rate and begin anew, or go on from the last state with a lower one.")
+            raise Step1XError(f"In step {run.step + 1} the loss is no number any more. "
+                              "Lower the learning rate and begin anew, or go on from the last state with a lower one.")
     except BaseException:
         run.optimiser.zero_grad(set_to_none=True)
         raise
