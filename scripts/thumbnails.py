@@ -249,6 +249,9 @@ MAKERS = {
     "step1x_propose_pairs": propose_pairs,
     "step1x_low_vram": lambda studio: plain(studio, "step1x_low_vram", "text", 1, "for little VRAM:\nfp8, smaller, in tiles"),
     "step1x_fast": lambda studio: plain(studio, "step1x_fast", "text", 5, "fast: fp8, TeaCache,\nfewer steps"),
+    "step1x_content_gate": lambda studio: plain(studio, "step1x_edit", "recolour", 3, "a content gate\nbefore the picture is saved"),
+    "step1x_gedit_edit": lambda studio: plain(studio, "step1x_edit", "replace", 2, "GEdit-Bench:\nedit its pictures"),
+    "step1x_gedit_judge": lambda studio: plain(studio, "step1x_edit", "replace", 4, "GEdit-Bench:\njudge and report"),
     "step1x_region": lambda studio: plain(studio, "step1x_region", "recolour", 0, "only the edited region\nis computed"),
 }
 
