@@ -83,6 +83,11 @@ def prepare_base(base: Path) -> None:
         ImageDraw.Draw(alpha).ellipse((200, 80, 400, 240), fill=0)
         photo.putalpha(alpha)
         photo.save(base / "input" / "example.png")
+        for side in ("source", "target"):  # the pairs of the training workflow
+            (base / "input" / "my_pairs" / side).mkdir(parents=True)
+            for index in range(4):
+                photo.crop((0, 0, 256, 256)).save(base / "input" / "my_pairs" / side / f"{index}.png")
+                (base / "input" / "my_pairs" / side / f"{index}.txt").write_text("make it red", encoding="utf-8")
     (base / "user" / "default").mkdir(parents=True)
     (base / "user" / "default" / "comfy.settings.json").write_text(json.dumps(SETTINGS), encoding="utf-8")
 
