@@ -2,7 +2,7 @@
 """Speed and memory of an edit with full-size models: `python benchmarks/gpu_edit.py`.
 
 The models have random weights, which cost the same time as trained ones, and run through the pack's loaders and the host's own sampling. "bf16 host" is
-without the pack's blocks and attention.
+without the pack's blocks and attention; "split" is with the stock MultiGPU CFG Split on two devices.
 Every number is the median of repeated runs after a warm-up; the last lines are a table, and a JSON file beside it holds every run.
 `--tiny` runs the same code with miniature models, on a CPU too: it shows that the script works, not how fast anything is.
 """
@@ -30,6 +30,8 @@ MODES = {
     "fp8 teacache": {"fp8": True, "teacache": True},
     "fp8 interval": {"fp8": True, "interval": True},
     "fp8 both": {"fp8": True, "interval": True, "teacache": True},
+    "bf16 split": {"split": True},
+    "fp8 split": {"fp8": True, "split": True},
 }
 FULL_MLLM = {
     "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
@@ -119,17 +121,18 @@ def made_up_conditioning(version: str, size: int, width: int):
 
 
 def edit(options, parts: dict, size: int, filled: float) -> dict[str, float]:
-    """One edit: seconds by phase, and the peaks of the device's memory in GiB without the `filled` ones."""
+    """One edit: seconds by phase, and the peaks of memory in GiB of the device that needs most, without the `filled` ones."""
     import torch
 
     from step1x_core.host.encoding import decode_edit, encode_edit
     from step1x_core.host.generation import generate_text
     from step1x_core.host.sampling import flow_sigmas, sample
 
-    times = {}
-    if torch.cuda.is_available():
+    times, devices = {}, range(torch.cuda.device_count())
+    if devices:
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
     if options.only_sampling:
         width = parts["model"].model.diffusion_model.connector.S.c_embedder.linear_1.in_features
         positive, negative, latent = made_up_conditioning(options.version, size, width)
@@ -147,8 +150,8 @@ def edit(options, parts: dict, size: int, filled: float) -> dict[str, float]:
     if not options.only_sampling:
         with Clock(times, "decode"):
             decode_edit(parts["vae"], out)
-    if torch.cuda.is_available():
-        times |= {"allocated": torch.cuda.max_memory_allocated() / 2**30 - filled, "reserved": torch.cuda.max_memory_reserved() / 2**30 - filled}
+    if devices:
+        times |= {"allocated": max(map(torch.cuda.max_memory_allocated, devices)) / 2**30 - filled, "reserved": max(map(torch.cuda.max_memory_reserved, devices)) / 2**30 - filled}
     times["whole"] = sum(times[phase] for phase in ("encode", "sample", "decode") if phase in times)
     return times
 
@@ -172,6 +175,12 @@ def load_parts(options, paths: dict[str, Path], mode: str) -> dict:
         from comfy_extras.nodes_torch_compile import TorchCompileModel
 
         model = TorchCompileModel.execute(model, "inductor").args[0]
+    if settings.get("split"):
+        from comfy_extras.nodes_multigpu import MultiGPUCFGSplitNode
+
+        model = MultiGPUCFGSplitNode.execute(model, 2).args[0]
+        if not model.get_additional_models_with_key("multigpu"):
+            raise RuntimeError(f"Mode {mode} needs two devices.")
     parts = {"model": model}
     if not options.only_sampling:
         parts |= {"clip": load_text_encoder(paths["mllm"], options.version), "vae": comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(paths["vae"])))}
