@@ -44,8 +44,8 @@ MODELS = {
     "v1.1": Model("Step1X-Edit v1.1", "diffusion_models", "stepfun-ai/Step1X-Edit", ("step1x-edit-v1p1-official.safetensors",)),
     "v1.2": Model("Step1X-Edit v1.2 with text encoder and VAE", "diffusers", "stepfun-ai/Step1X-Edit-v1p2", COMPONENTS, whole=True),
     "v1.2-preview": Model("Step1X-Edit v1.2-preview with text encoder and VAE", "diffusers", "stepfun-ai/Step1X-Edit-v1p2-preview", COMPONENTS, whole=True),
-    # Community files in repositories of many names: --repo tells which.
-    "fp8": Model("Step1X-Edit in fp8", "diffusion_models", "stepfun-ai/Step1X-Edit", ("*fp8*.safetensors",)),
+    # The community's; there are more repositories of this kind, hence --repo.
+    "fp8": Model("Step1X-Edit in fp8", "diffusion_models", "meimeilook/Step1X-Edit-FP8", ("*fp8*.safetensors",)),
     "mllm": Model("Qwen2.5-VL-7B", "text_encoders", "Comfy-Org/Qwen-Image_ComfyUI", ("qwen_2.5_vl_7b.safetensors",)),
     "mllm-fp8": Model("Qwen2.5-VL-7B in fp8", "text_encoders", "Comfy-Org/Qwen-Image_ComfyUI", ("qwen_2.5_vl_7b_fp8_scaled.safetensors",)),
     # Under the name that workflows ask for: it is the FLUX VAE.
@@ -152,8 +152,7 @@ def advise_models(folder_paths) -> list[str]:
             lines.append(f"{title}: not found in {', '.join(folder_paths.get_folder_paths(folder))}")
     models = Path(folder_paths.models_dir)
     lines.append(f"Free on the disk of {models}: {shutil.disk_usage(models).free / 1e9:.0f} GB (v1.1, mllm and vae take about 42 GB)")
-    if missing:
-        lines.append(f"To download what is missing: {command('--download', *missing)}")
+    lines.append(f"To download what is missing: {command('--download', *missing)}" if missing else "Nothing is missing for an edit.")
     return lines
 
 
@@ -217,12 +216,16 @@ def run_download(names: list[str], source: str, repository: str | None, folder: 
         folder_paths = None if folder else use_host(host_root())
     except ImportError as error:
         sys.exit(f"{error}. Run install.py with the Python that starts ComfyUI, inside ComfyUI/custom_nodes or with --dir.")
+    except Exception as error:  # of the host's code: extra_model_paths.yaml may hold anything
+        sys.exit(f"ComfyUI does not tell its models folders ({' '.join(str(error).split())}). Correct its extra_model_paths.yaml, or name a folder with --dir.")
 
     groups, failures = [], []
-    for name in names:
+    for name in dict.fromkeys(names):
         model = MODELS[name]
+        place = repository or model.repository
+        print(f"Asking {source} what {place} holds", flush=True)
         try:
-            items = items_of(model, source, repository or model.repository, folder or download_folder(folder_paths, model.folder), folder_paths)
+            items = items_of(model, source, place, folder or download_folder(folder_paths, model.folder), folder_paths)
         except hub.HubError as error:
             failures.append(str(error))
             continue
@@ -242,6 +245,8 @@ def run_download(names: list[str], source: str, repository: str | None, folder: 
 
 
 def main() -> int:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of folders need not be of the console's alphabet
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--download", nargs="+", choices=MODELS, metavar="NAME", help=f"what to download: {', '.join(MODELS)}")
     parser.add_argument("--source", choices=("huggingface", "modelscope"), default="huggingface", help="the hub to download from")

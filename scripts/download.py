@@ -224,12 +224,15 @@ def show(progress: Progress, pending) -> None:
 def download(groups: list[list[Item]]) -> list[str]:
     """Download all items that are not there yet. Returns what went wrong, a sentence for each file; the others are in place.
 
-    A group whose files are not all there stays invisible; run it again to go on. Raises HubError before anything is transferred where the disk
-    is too small or another download is at the same files. KeyboardInterrupt and SystemExit stop the transfers and leave part files.
+    A group whose files are not all there stays invisible; run it again to go on. Raises HubError before anything is transferred where a folder
+    cannot be made, the disk is too small or another download is at the same files. KeyboardInterrupt and SystemExit stop the transfers and leave part files.
     """
     items = [item for group in groups for item in group]
     for item in items:
-        item.target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            item.target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise HubError(f"The folder {item.target.parent} cannot be made ({error.strerror}). Name another one with --dir.") from error
     check_disk(items)
     cancelled = threading.Event()
     progress = Progress(sum(item.file.size for item in items))

@@ -77,7 +77,7 @@ def get(url: str, cancelled: threading.Event, start: int = 0) -> requests.Respon
         try:
             response = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)
         except (requests.ConnectionError, requests.Timeout) as error:
-            failure = str(error)
+            failure = str(error).rpartition("Caused by ")[2]  # requests names the address again in front of it
         except requests.RequestException as error:
             raise HubError(f"{url} cannot be read ({error}). Check the address of the hub and your proxy settings.") from error
         else:

@@ -26,6 +26,7 @@ from step1x_core.host.folders import choices
 from step1x_core.host.loading import load_model, load_text_encoder, load_vae
 
 OFFICIAL, QWEN, V12 = "stepfun-ai/Step1X-Edit", "Comfy-Org/Qwen-Image_ComfyUI", "stepfun-ai/Step1X-Edit-v1p2"
+IN_FP8, COMMUNITY = "meimeilook/Step1X-Edit-FP8", "someone/Community"
 LORA = "lora/step1x-edit-lora-hands.safetensors"
 FP8 = "Step1X-Edit-FP8.safetensors"
 BLOCK = download.RECEIVED_CHUNK
@@ -50,7 +51,8 @@ def repositories(models, tmp_path_factory):
         OFFICIAL: {tiny_models.V11_FILE: v11, "vae.safetensors": vae, LORA: v11[:2000], "README.md": b"# Step1X-Edit"},
         QWEN: {f"split_files/text_encoders/{tiny_models.MLLM_FILE}": (models / "text_encoders" / tiny_models.MLLM_FILE).read_bytes()},
         V12: files_of(v12),
-        "someone/Community": {FP8: v11[:3000]},
+        IN_FP8: {FP8: v11[:3000]},
+        COMMUNITY: {FP8: v11[:4000]},
     }
 
 
@@ -82,8 +84,8 @@ def install(*arguments, base, check=True):
 
 @pytest.mark.parametrize("source", hub.SOURCES)
 def test_one_command_brings_files_that_load(server, repositories, tmp_path, source):
-    result = install("--download", "v1.1", "mllm", "vae", "lora", "--source", source, base=tmp_path)
-    assert "MB/s" in result.stdout and "Everything is in place" in result.stdout
+    result = install("--download", "v1.1", "mllm", "vae", "vae", "lora", "--source", source, base=tmp_path)
+    assert f"Asking {source} what {QWEN} holds" in result.stdout and "MB/s" in result.stdout and "Everything is in place" in result.stdout
     official, qwen = repositories[OFFICIAL], repositories[QWEN]
     assert files_of(tmp_path / "models") == {
         f"diffusion_models/{tiny_models.V11_FILE}": official[tiny_models.V11_FILE], "vae/ae.safetensors": official["vae.safetensors"],
@@ -226,16 +228,17 @@ def test_what_is_not_there_is_said_in_one_sentence(server, tmp_path, source):
     found = items(tmp_path, tiny_models.V11_FILE, source=source)
     server.faults[tiny_models.V11_FILE] = [hub_server.status(404)]
     assert "is not there or not public (HTTP 404)" in download.download([found])[0]
-    result = install("--download", "v1.0", "fp8", "--source", source, base=tmp_path, check=False)
+    result = install("--download", "v1.0", "fp8", "--source", source, "--repo", OFFICIAL, base=tmp_path, check=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     for title in ("Step1X-Edit v1.0", "Step1X-Edit in fp8"):
         [line] = [line for line in result.stderr.splitlines() if f"does not have the files of {title}; " in line]
         assert tiny_models.V11_FILE in line and "--repo" in line
 
 
-def test_a_community_file_comes_from_a_named_repository(server, repositories, tmp_path):
-    install("--download", "fp8", "--repo", "someone/Community", base=tmp_path)
-    assert files_of(tmp_path / "models") == {f"diffusion_models/{FP8}": repositories["someone/Community"][FP8]}
+@pytest.mark.parametrize("repository, options", [(IN_FP8, []), (COMMUNITY, ["--repo", COMMUNITY])], ids=["usual", "named"])
+def test_a_community_file_comes_from_the_usual_or_a_named_repository(server, repositories, tmp_path, repository, options):
+    install("--download", "fp8", *options, base=tmp_path)
+    assert files_of(tmp_path / "models") == {f"diffusion_models/{FP8}": repositories[repository][FP8]}
 
 
 def test_a_full_disk_is_noticed_before_anything_is_transferred(server, tmp_path):
@@ -243,6 +246,41 @@ def test_a_full_disk_is_noticed_before_anything_is_transferred(server, tmp_path)
     result = install("--download", "v1.1", "vae", base=tmp_path, check=False)
     assert result.returncode == 1 and "10000000.01 GB are to come" in result.stderr and "--dir" in result.stderr
     assert not server.requests and not files_of(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_named(server, tmp_path):
+    (tmp_path / "file").write_bytes(b"mine")
+    result = install("--download", "vae", "--dir", str(tmp_path / "file" / "models"), base=tmp_path, check=False)
+    assert result.returncode == 1 and f"The folder {tmp_path / 'file' / 'models'} cannot be made" in result.stderr and "--dir" in result.stderr
+    assert not server.requests and (tmp_path / "file").read_bytes() == b"mine"
+
+
+def test_a_host_that_does_not_tell_its_folders_is_named(tmp_path):
+    root = tmp_path / "ComfyUI"
+    (root / "comfy").mkdir(parents=True)
+    (root / "comfy" / "cli_args.py").write_text("args = None")
+    (root / "folder_paths.py").write_text("raise ValueError('no\\nfolders')")
+    result = subprocess.run([sys.executable, str(PACK / "install.py"), "--download", "vae"], capture_output=True, text=True,
+                            env={k: v for k, v in os.environ.items() if k != "COMFYUI_FOLDERS_BASE_PATH"} | {"STEP1X_COMFYUI": str(root)})
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr == "ComfyUI does not tell its models folders (no folders). Correct its extra_model_paths.yaml, or name a folder with --dir.\n"
+
+
+def test_progress_tells_speed_and_time_left(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(download.time, "monotonic", lambda: now[0])
+    progress = download.Progress(total=1_000_000_000)
+    progress.add(200_000_000)  # was there before
+    now[0] += 2
+    assert progress.line() == "0.20 GB of 1.00 GB, 0.0 MB/s"
+    progress.add(40_000_000, received=True)
+    now[0] += 2
+    assert progress.line() == "0.24 GB of 1.00 GB, 10.0 MB/s, 1 min 16 s left"
+    now[0] += 2 * download.SPEED_WINDOW
+    progress.line()
+    now[0] += 1
+    progress.add(30_000_000, received=True)
+    assert progress.line() == "0.27 GB of 1.00 GB, 30.0 MB/s, 0 min 24 s left"
 
 
 def test_files_arrive_at_the_same_time(server, repositories, tmp_path):

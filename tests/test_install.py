@@ -43,11 +43,11 @@ def comfyui(tmp_path):
     return root
 
 
-def advice(root, *python) -> str:
+def advice(root, *python, **variables) -> str:
     """Printed by the script when the Manager runs it, without the mark in front of each line."""
     environment = {k: v for k, v in os.environ.items() if k not in ("STEP1X_COMFYUI", "COMFYUI_FOLDERS_BASE_PATH")}
     command = [sys.executable, *python, "-c", OFFLINE, str(PACK / "install.py")]
-    result = subprocess.run(command, capture_output=True, text=True, env={**environment, "COMFYUI_PATH": str(root)})
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", env={**environment, "COMFYUI_PATH": str(root), "PYTHONIOENCODING": "utf-8", **variables})
     assert result.returncode == 0 and result.stderr == "", result.stderr
     lines = result.stdout.splitlines()
     assert lines and all(line.startswith("[Step1X-Edit] ") for line in lines)
@@ -96,6 +96,14 @@ def test_a_diffusers_repository_is_all_three(comfyui, models):
         (folder / name / "config.json").write_text("{}")
     text = advice(comfyui)
     assert all(f"{title}: {folder}" in text for title in ("Step1X-Edit model", "Qwen2.5-VL-7B", "FLUX VAE")) and "--download" not in text
+    assert text.splitlines()[-1] == "Nothing is missing for an edit." and advice(comfyui) == text
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_folder_that_the_console_cannot_write_never_fails_the_installation(comfyui, encoding):
+    root = comfyui.rename(comfyui.with_name("模型"))
+    text = advice(root, PYTHONIOENCODING=encoding)
+    assert r"\u6a21\u578b" in text and text.splitlines()[-1].endswith("--download v1.1 mllm vae")
 
 
 def test_an_old_host_is_named(comfyui):
