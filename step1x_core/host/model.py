@@ -13,6 +13,7 @@ from comfy.text_encoders.hunyuan_video import llama_detect
 
 from ..config import CONFIG_KEY, CONNECTOR_KEY, VERSIONS, Step1XError, config_tensor, detect_config, stored_config
 from ..mllm import detect_mllm_config
+from .foreign import check_own_forward
 from .text_encoder import TEXT_ENCODER_NAME, Step1XTEModel, Step1XTokenizer
 from .transformer import Step1XTransformer, position_bits
 
@@ -67,7 +68,8 @@ class Step1XEditModel(comfy.model_base.Flux):
         return out | self.layout_conds(context, **kwargs)
 
     def check_inputs(self, noise, reference_latents=None, reference_latents_method=None, area=None, control=None, **kwargs) -> None:
-        """Raise Step1XError for latents of another model, and for what stock nodes ask for and the host would do wrong or not at all."""
+        """Raise Step1XError for latents of another model, and for what other nodes ask for and the host would do wrong or not at all."""
+        check_own_forward(self.diffusion_model)
         check_latent_shape(noise, self.latent_channels)
         references = reference_latents or []
         for latent in references:
