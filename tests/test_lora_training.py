@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_edit_pairs import cached, write_folder
 from test_gguf import load_gguf
+from torch.autograd.graph import saved_tensors_hooks
 
 from step1x_core.config import Step1XError
 from step1x_core.edit_pairs import read_pairs
@@ -163,6 +165,23 @@ def test_checkpointing_changes_no_gradient(model, dataset):
         gradients.append({name: weight.grad.clone() for name, weight in run.weights.items()})
     assert all(torch.allclose(gradients[0][name], gradients[1][name], rtol=1e-4, atol=1e-7) for name in gradients[0])
     assert all(gradient.abs().max() > 0 for gradient in gradients[0].values())
+
+
+def test_moving_tokens_to_main_memory_changes_no_gradient(model, dataset, monkeypatch):
+    """Bit for bit. Copies stand for main memory, which all tensors are in here."""
+    packed, gradients = [], []
+
+    def copied(**kwargs):
+        return saved_tensors_hooks(lambda tensor: packed.append(tensor.shape) or tensor.clone(), lambda copy: copy)
+
+    model, run = with_random_lora(model)
+    for context_manager in (lambda **kwargs: nullcontext(), copied):
+        monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", context_manager)
+        loss_of(model, run, dataset)
+        gradients.append({name: weight.grad.clone() for name, weight in run.weights.items()})
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+    # Picture and text of two double blocks, both in one of two single blocks, and nothing else.
+    assert len(packed) == 6 and {shape[-1] for shape in packed} == {tiny_models.TINY_TRANSFORMER.hidden}
 
 
 def test_adapted_model_is_the_one_with_the_lora_merged(model, dataset):
