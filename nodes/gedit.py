@@ -2,10 +2,11 @@
 
 from comfy_api.latest import io
 
+from ..step1x_core.checks import check_kind
 from ..step1x_core.config import Step1XError
 from ..step1x_core.gedit import LANGUAGES, unedited
 from ..step1x_core.gedit_scores import ALL
-from ..step1x_core.host.gedit import bench_fingerprint, judge_bench, open_bench, report_images, save_edit, source_image
+from ..step1x_core.host.gedit import Bench, bench_fingerprint, judge_bench, open_bench, report_images, save_edit, source_image
 from .widgets import check_widgets
 
 CATEGORY = "model/evaluation/step1x"
@@ -16,6 +17,10 @@ JUDGE = "qwen2.5-vl-7b"
 
 def judge_input():
     return io.String.Input("judge", default=JUDGE, tooltip="The name under which the judgements are kept. Take another one for another judge.")
+
+
+def check_bench(bench) -> None:
+    check_kind(bench, Bench, "bench", "'Step1X-Edit GEdit-Bench'")
 
 
 class Step1XGEditBench(io.ComfyNode):
@@ -74,6 +79,7 @@ class Step1XGEditItems(io.ComfyNode):
     @classmethod
     def execute(cls, bench, count) -> io.NodeOutput:
         check_widgets(cls, count=count)
+        check_bench(bench)
         waiting = unedited(bench.items, bench.results, bench.method)
         if not waiting:
             raise Step1XError(f"All {len(bench.items)} items have a result of the method '{bench.method}'. Go on with 'Step1X-Edit GEdit-Bench Judge', "
@@ -107,6 +113,8 @@ class Step1XGEditSave(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, items) -> io.NodeOutput:
+        for item in items:
+            check_kind(item, tuple, "items", "'Step1X-Edit GEdit-Bench Items'")
         if len(images) != len(items):
             raise Step1XError(f"There are {len(images)} edited pictures for {len(items)} items, so they cannot be told apart: some edits failed. "
                               "Set 'count' to 1 and queue again.")
@@ -142,6 +150,7 @@ class Step1XGEditJudge(io.ComfyNode):
     @classmethod
     def execute(cls, bench, clip, judge, seed, again) -> io.NodeOutput:
         check_widgets(cls, judge=judge, seed=seed)
+        check_bench(bench)
         return io.NodeOutput(bench, judge_bench(bench, clip, judge, seed, again))
 
 
@@ -170,6 +179,7 @@ class Step1XGEditReport(io.ComfyNode):
     @classmethod
     def execute(cls, bench, judge) -> io.NodeOutput:
         check_widgets(cls, judge=judge)
+        check_bench(bench)
         report, pictures = report_images(bench, judge)
         return io.NodeOutput(report.text, *pictures)
 

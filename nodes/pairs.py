@@ -2,10 +2,11 @@
 
 from comfy_api.latest import io
 
+from ..step1x_core.checks import check_kind
 from ..step1x_core.config import Step1XError
 from ..step1x_core.host.pair_making import DIRECTIONS, FORWARD, algorithmic_pairs, journal_state, judge_pairs, propose_edits, record_pairs, save_pairs, show_pairs
 from ..step1x_core.pairs_makers import ORDER_KINDS
-from ..step1x_core.pairs_propose import PROPOSED
+from ..step1x_core.pairs_propose import PROPOSED, Proposal
 from ..step1x_core.pairs_record import KINDS
 from ..step1x_core.pairs_review import Thresholds, sift
 from .widgets import check_widgets
@@ -86,8 +87,9 @@ class Step1XPairCompute(io.ComfyNode):
     def execute(cls, images, kinds, count, seed, max_side, pairs=None) -> io.NodeOutput:
         values = single(kinds=kinds, count=count, seed=seed, max_side=max_side)
         check_widgets(cls, **values)
+        before = join(pairs)
         made, report = algorithmic_pairs(images, **values)
-        return io.NodeOutput(join(pairs) + made, report)
+        return io.NodeOutput(before + made, report)
 
 
 def single(**inputs: list) -> dict:
@@ -98,8 +100,14 @@ def single(**inputs: list) -> dict:
     return {name: values[0] for name, values in inputs.items()}
 
 
+def check_pairs(pairs) -> None:
+    check_kind(pairs, tuple, "pairs", "'Step1X-Edit Computed Pairs' or 'Step1X-Edit Record Pairs'")
+
+
 def join(pairs: list[tuple] | None) -> tuple:
     """All pairs of an input that takes lists."""
+    for group in pairs or ():
+        check_pairs(group)
     return tuple(pair for group in pairs or () for pair in group)
 
 
@@ -139,8 +147,11 @@ class Step1XPairRecord(io.ComfyNode):
                 check_widgets(cls, **{name: value})
         values = single(direction=direction)
         check_widgets(cls, **values)
+        for proposal in proposals or ():
+            check_kind(proposal, Proposal, "proposals", "'Step1X-Edit Propose Edits'")
+        before = join(pairs)
         made, report = record_pairs(source, target, proposals or [], kind, english, chinese, maker, **values)
-        return io.NodeOutput(join(pairs) + made, report)
+        return io.NodeOutput(before + made, report)
 
 
 class Step1XPairJudge(io.ComfyNode):
@@ -166,6 +177,7 @@ class Step1XPairJudge(io.ComfyNode):
     @classmethod
     def execute(cls, clip, pairs, seed) -> io.NodeOutput:
         check_widgets(cls, seed=seed)
+        check_pairs(pairs)
         return io.NodeOutput(*judge_pairs(clip, pairs, seed))
 
 
@@ -200,6 +212,7 @@ class Step1XPairFilter(io.ComfyNode):
     @classmethod
     def execute(cls, pairs, min_semantics, min_quality, min_change, max_change, unjudged) -> io.NodeOutput:
         check_widgets(cls, min_semantics=min_semantics, min_quality=min_quality, min_change=min_change, max_change=max_change)
+        check_pairs(pairs)
         return io.NodeOutput(*sift(pairs, Thresholds(min_semantics, min_quality, min_change, max_change, unjudged)))
 
 
@@ -225,6 +238,7 @@ class Step1XPairSheet(io.ComfyNode):
     @classmethod
     def execute(cls, pairs, limit) -> io.NodeOutput:
         check_widgets(cls, limit=limit)
+        check_pairs(pairs)
         return io.NodeOutput(*show_pairs(pairs, limit))
 
 
@@ -243,7 +257,7 @@ class Step1XPairSave(io.ComfyNode):
                 io.String.Input("name", default="my_pairs", tooltip="The dataset's folder in output/edit_pairs. One that is there is added to."),
             ],
             outputs=[
-                io.String.Output(display_name="folder", tooltip="Where the dataset lies."),
+                io.String.Output(display_name="folder", tooltip="Where the dataset lies. It can be connected to 'Step1X-Edit Dataset'."),
                 io.String.Output(display_name="report", tooltip="What was added and left out, and a table of all that the dataset holds."),
             ],
         )
@@ -255,6 +269,7 @@ class Step1XPairSave(io.ComfyNode):
     @classmethod
     def execute(cls, pairs, name) -> io.NodeOutput:
         check_widgets(cls, name=name)
+        check_pairs(pairs)
         return io.NodeOutput(*save_pairs(pairs, name))
 
 

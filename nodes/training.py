@@ -4,12 +4,13 @@ import comfy.utils
 import numpy as np
 from comfy_api.latest import io
 
-from ..step1x_core.edit_pairs import dataset_fingerprint, read_pairs
+from ..step1x_core.checks import check_kind
+from ..step1x_core.edit_pairs import EditDataset, dataset_fingerprint, read_pairs
 from ..step1x_core.host.encoding import check_vae
 from ..step1x_core.host.pairs import cache_pairs
 from ..step1x_core.host.sampling import check_model
 from ..step1x_core.host.training import edit_held_out, train
-from ..step1x_core.host.training_folders import dataset_path, input_root, run_folder
+from ..step1x_core.host.training_folders import dataset_path, run_folder
 from ..step1x_core.images import from_uint8
 from ..step1x_core.loss_curve import draw_progress
 from ..step1x_core.training import ALPHA, CONSTANT, LEARNING_RATE, RANK, SCHEDULES, Settings
@@ -39,7 +40,8 @@ class Step1XEditDataset(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The FLUX VAE (ae.safetensors), from the stock 'Load VAE'."),
                 io.String.Input("dataset", default="", placeholder="my_pairs",
                                 tooltip="A folder in ComfyUI's input folder with source/NAME.png, target/NAME.png and target/NAME.txt (the instruction), "
-                                        "or a JSON file in the layout of the official training code."),
+                                        "or a JSON file in the layout of the official training code. One in the output folder has ' [output]' behind its name; "
+                                        "or connect the output 'folder' of 'Step1X-Edit Save Pairs'."),
                 io.Int.Input("size_level", default=768, min=64, max=2048, step=16,
                              tooltip="Each pair is trained at about this many pixels squared, keeping its aspect ratio. The official code uses 512 to 1024."),
                 io.Int.Input("validation", default=2, min=0, max=64,
@@ -52,14 +54,15 @@ class Step1XEditDataset(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, dataset, **inputs):
-        return dataset_fingerprint(dataset_path(dataset))
+    def fingerprint_inputs(cls, dataset="", **inputs):
+        # The host does not know the value of a connected input yet; the node that it comes from has its own fingerprint.
+        return dataset_fingerprint(dataset_path(dataset)[0]) if dataset else ""
 
     @classmethod
     def execute(cls, clip, vae, dataset, size_level, validation) -> io.NodeOutput:
         check_widgets(cls, dataset=dataset, size_level=size_level, validation=validation)
-        path = dataset_path(dataset)
-        cached, computed = cache_pairs(clip, vae, read_pairs(path, input_root()), path if path.is_dir() else path.parent, size_level, validation)
+        path, root = dataset_path(dataset)
+        cached, computed = cache_pairs(clip, vae, read_pairs(path, root), path if path.is_dir() else path.parent, size_level, validation)
         return io.NodeOutput(cached, f"{len(cached.pairs)} pairs to train on, {len(cached.validation)} to look at; "
                                      f"{computed} latents and conditionings were encoded, the rest was in the cache.")
 
@@ -120,6 +123,7 @@ class Step1XTrainLora(io.ComfyNode):
         check_widgets(cls, name=name, steps=steps, learning_rate=learning_rate, rank=rank, alpha=alpha, batch_size=batch_size, accumulation=accumulation, seed=seed,
                       save_every=save_every, validate_every=validate_every, schedule=schedule, warmup=warmup, ema=ema)
         check_model(model)
+        check_kind(dataset, EditDataset, "dataset", "'Step1X-Edit Dataset'")
         if vae is not None:
             check_vae(vae)
         settings = Settings(steps, learning_rate, rank, alpha, batch_size, accumulation, seed, schedule, warmup, ema)

@@ -46,6 +46,12 @@ def latent_samples(latent: dict) -> Tensor:
     return samples
 
 
+def check_kind(value, kind: type, name: str, nodes: str) -> None:
+    """Raise Step1XError unless the input `name` brings a thing of this kind, which `nodes` hand out."""
+    if not isinstance(value, kind):
+        raise Step1XError(f"The input '{name}' brings {describe(value)}. Connect the output of {nodes}.")
+
+
 def check_finite(values: Tensor, message: str) -> None:
     """Raise Step1XError with this message if there is NaN or an infinity among the values."""
     if not torch.isfinite(values).all():

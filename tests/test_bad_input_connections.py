@@ -1,15 +1,21 @@
 """Models, text encoders, VAEs and conditionings of the wrong kind or version, connected to every input."""
 
 import comfy.sd
+import folder_paths
 import pytest
 import tiny_models
 import torch
 from bad_input_host import BAD_LINK, MISMATCH, MISSING, NO_SUCH_NODE, Given, Host
+from comfy_api.latest import io
+from PIL import Image
 
+import nodes
+from step1x_core.edit_pairs import Cache, EditDataset
 from step1x_core.host.loading import load_model, load_text_encoder
 
 TYPES = {"model": "MODEL", "clip": "CLIP", "vae": "VAE", "image": "IMAGE", "images": "IMAGE", "images.image0": "IMAGE", "source": "IMAGE", "edited": "IMAGE", "mask": "MASK",
-         "positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT", "samples": "LATENT", "stitch": "STEP1X_STITCH"}
+         "positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT", "samples": "LATENT", "stitch": "STEP1X_STITCH",
+         "target": "IMAGE", "dataset": "STEP1X_EDIT_DATASET", "pairs": "STEP1X_PAIRS", "proposals": "STEP1X_PROPOSAL", "bench": "STEP1X_BENCH", "items": "STEP1X_BENCH_ITEM"}
 EDIT = {"negative_prompt": "", "size_level": 64, "seed": 1, "steps": 1, "cfg": 2.0, "sampler_name": "euler"}
 NODES = {
     "Step1XEditEncode": (("clip", "vae", "image"), {"prompt": "red", "negative_prompt": "", "size_level": 64}),
@@ -18,14 +24,37 @@ NODES = {
     "Step1XDecode": (("samples", "vae"), {}),
     "Step1XScheduler": (("latent",), {"steps": 4, "denoise": 1.0}),
     "Step1XGuidance": (("model",), {"truncate": -1.0, "power": 0.4}),
+    "Step1XGuidanceInterval": (("model",), {"start": 0.0, "end": 0.7}),
     "Step1XTeaCache": (("model",), {"threshold": 0.2}),
+    "Step1XRegion": (("model",), {"similarity": 0.88, "warmup": 0.2, "refreshes": 1, "reuse": 0.02}),
     "Step1XThink": (("clip", "image"), {"prompt": "red", "seed": 1, "temperature": 0.7}),
     "Step1XReflect": (("clip", "source", "edited"), {"prompt": "red", "seed": 1, "version": "v1.2"}),
     "Step1XCrop": (("image", "mask"), {"context": 0.5, "min_size": 16}),
     "Step1XStitch": (("image", "stitch"), {"feather": 2}),
     "Step1XBatch": (("model", "clip", "vae", "images"), {"prompts": "red", "combine": "pairs", **EDIT}),
     "Step1XReflectionLoop": (("model", "clip", "vae", "image"), {"prompt": "red", "rounds": 1, "think": False, "reflect": False, **EDIT}),
+    "Step1XLoraLoader": (("model",), {"lora_name": Given("x"), "strength": 1.0}),
+    "Step1XGate": (("images", "clip"), {"action": "block", "classifier": "none", "unsafe_labels": "", "threshold": 0.5, "message": "", "prompt": "red", "words": "",
+                                        "question": "Is it bad?"}),
+    "Step1XEditDataset": (("clip", "vae"), {"dataset": "pairs", "size_level": 64, "validation": 0}),
+    "Step1XTrainLora": (("model", "dataset"), {"name": "x", "steps": 1, "learning_rate": 0.1, "rank": 1, "alpha": 1.0, "batch_size": 1, "accumulation": 1, "seed": 1,
+                                               "resume": True, "save_every": 0, "validate_every": 0, "schedule": "constant", "warmup": 0, "ema": 0.0,
+                                               "gradient_checkpointing": True}),
+    "Step1XPairPropose": (("clip", "image"), {"kinds": "", "count": 1, "seed": 1}),
+    "Step1XPairCompute": (("images", "pairs"), {"kinds": "", "count": 1, "seed": 1, "max_side": 64}),
+    "Step1XPairRecord": (("source", "target", "proposals", "pairs"), {"kind": "color_alter", "english": "x", "chinese": "", "direction": "forward", "maker": "x"}),
+    "Step1XPairJudge": (("clip", "pairs"), {"seed": 1}),
+    "Step1XPairFilter": (("pairs",), {"min_semantics": 0.0, "min_quality": 0.0, "min_change": 0.0, "max_change": 1.0, "unjudged": True}),
+    "Step1XPairSheet": (("pairs",), {"limit": 4}),
+    "Step1XPairSave": (("pairs",), {"name": "x"}),
+    "Step1XGEditItems": (("bench",), {"count": 1}),
+    "Step1XGEditSave": (("images", "items"), {}),
+    "Step1XGEditJudge": (("clip", "bench"), {"judge": "x", "seed": 1, "again": False}),
+    "Step1XGEditReport": (("bench",), {"judge": "x"}),
 }
+OPTIONAL = {("Step1XGate", "clip"), ("Step1XPairCompute", "pairs"), ("Step1XPairRecord", "proposals"), ("Step1XPairRecord", "pairs")}
+# Optional ones; what else can be wrong with them is tried elsewhere.
+LEFT_OUT = {("Step1XDecode", "source"), ("Step1XEditEncode", "latent"), ("Step1XTrainLora", "vae")}
 INPUTS = [(node, name) for node, (names, _) in NODES.items() for name in names]
 
 NO_MODEL = "This is not a Step1X-Edit model but .* Connect the model from 'Load Step1X-Edit Model'"
@@ -34,28 +63,59 @@ NO_VAE = "There is no VAE in what is connected as one .* Load the FLUX VAE"
 REFUSALS = {"MODEL": NO_MODEL, "CLIP": NO_ENCODER, "VAE": NO_VAE, "IMAGE": "brings no picture but .* Connect an output of the type IMAGE",
             "MASK": "brings no mask but .* Connect an output of the type MASK", "LATENT": "There is no latent in what is connected as one .* Connect an output of the type LATENT",
             "CONDITIONING": "brings no conditioning, or an empty one. Connect that of 'Step1X-Edit Encode'",
-            "STEP1X_STITCH": "The input 'stitch' brings .* Connect the output 'stitch' of 'Step1X-Edit Crop'"}
+            "STEP1X_STITCH": "The input 'stitch' brings .* Connect the output 'stitch' of 'Step1X-Edit Crop'",
+            "STEP1X_EDIT_DATASET": "The input 'dataset' brings .* Connect the output of 'Step1X-Edit Dataset'",
+            "STEP1X_PAIRS": "The input 'pairs' brings .* Connect the output of 'Step1X-Edit Computed Pairs' or 'Step1X-Edit Record Pairs'",
+            "STEP1X_PROPOSAL": "The input 'proposals' brings .* Connect the output of 'Step1X-Edit Propose Edits'",
+            "STEP1X_BENCH": "The input 'bench' brings .* Connect the output of 'Step1X-Edit GEdit-Bench'",
+            "STEP1X_BENCH_ITEM": "The input 'items' brings .* Connect the output of 'Step1X-Edit GEdit-Bench Items'"}
 
 
 @pytest.fixture(scope="module")
-def host(model, clip, vae):
+def root(tmp_path_factory):
+    """The host's input and output folders are in it; the former holds a pair of pictures."""
+    root = tmp_path_factory.mktemp("host")
+    for part in ("source", "target"):
+        (root / "input" / "pairs" / part).mkdir(parents=True)
+        Image.new("RGB", (64, 64), "green").save(root / "input" / "pairs" / part / "1.png")
+    (root / "input" / "pairs" / "target" / "1.txt").write_text("nothing")
+    return root
+
+
+@pytest.fixture(scope="module")
+def host(model, clip, vae, root):
     with pytest.MonkeyPatch.context() as patch:
+        for name in ("input", "output"):
+            patch.setattr(folder_paths, f"{name}_directory", str(root / name))
         yield Host(patch, model, clip, vae)
 
 
 @pytest.fixture(scope="module")
-def things(host):
+def things(host, root):
     """A fitting thing for every type."""
     positive, _, latent = host.encoded
     mask = torch.zeros(1, 64, 64)
     mask[:, 20:30, 20:30] = 1
     stitch = host.run("Step1XCrop", image=Given(host.picture), mask=Given(mask), context=0.5, min_size=16).made()[2]
-    return {"MODEL": host.model, "CLIP": host.clip, "VAE": host.vae, "IMAGE": host.picture, "MASK": mask, "CONDITIONING": positive, "LATENT": latent, "STEP1X_STITCH": stitch}
+    bench, = host.run("Step1XGEditBench", dataset="", method="x", language="en", task_types="", limit=1).made()
+    return {"MODEL": host.model, "CLIP": host.clip, "VAE": host.vae, "IMAGE": host.picture, "MASK": mask, "CONDITIONING": positive, "LATENT": latent, "STEP1X_STITCH": stitch,
+            "STEP1X_EDIT_DATASET": EditDataset(Cache(root / "cache"), []), "STEP1X_PAIRS": (), "STEP1X_PROPOSAL": None, "STEP1X_BENCH": bench,
+            "STEP1X_BENCH_ITEM": (bench, bench.items[0])}
+
+
+def given(things, node, *left_out):
+    """Fitting things for the inputs of a node, but none for an optional one."""
+    return {name: Given(things[TYPES[name]], TYPES[name]) for name in NODES[node][0] if name not in left_out and (node, name) not in OPTIONAL}
 
 
 def run(host, things, node, **changes):
-    names, widgets = NODES[node]
-    return host.run(node, **{name: Given(things[TYPES[name]], TYPES[name]) for name in names} | widgets | changes)
+    return host.run(node, **given(things, node) | NODES[node][1] | changes)
+
+
+def test_no_input_of_any_node_is_left_out(host):
+    schemas = {name: node.GET_SCHEMA() for name, node in nodes.NODE_CLASS_MAPPINGS.items() if name.startswith("Step1X")}
+    found = {(name, entry.id) for name, schema in schemas.items() if not schema.is_dev_only for entry in schema.inputs if not isinstance(entry, io.WidgetInput)}
+    assert found - {(node, name.split(".")[0]) for node, name in INPUTS} == LEFT_OUT
 
 
 @pytest.mark.parametrize("node, name", INPUTS)
@@ -69,7 +129,8 @@ def test_outputs_of_another_type_are_refused_by_the_host(host, things, node, nam
 def test_what_comes_through_a_node_without_types(host, things, node, name, wrong):
     """Switches and reroutes of other packs fit everywhere, and a checkpoint without a text encoder or VAE gives None."""
     value = {"nothing": None, "other": things["STEP1X_STITCH" if TYPES[name] != "STEP1X_STITCH" else "VAE"], "text": "x"}[wrong]
-    host.refuses(run(host, things, node, **{name: Given(value)}), REFUSALS[TYPES[name]])
+    not_connected = (node, name, wrong) == ("Step1XGate", "clip", "nothing")
+    host.refuses(run(host, things, node, **{name: Given(value)}), "no text encoder is connected. Connect 'clip'" if not_connected else REFUSALS[TYPES[name]])
 
 
 @pytest.mark.parametrize("link, expected", [(["nowhere", 0], NO_SUCH_NODE), (["a"], BAD_LINK), (["a", 0, 0], BAD_LINK), ([], BAD_LINK)])
@@ -80,9 +141,7 @@ def test_links_that_lead_nowhere(host, things, node, name, link, expected):
 
 @pytest.mark.parametrize("node, name", [(node, names[0]) for node, (names, _) in NODES.items()])
 def test_missing_inputs(host, things, node, name):
-    names, widgets = NODES[node]
-    given = {other: Given(things[TYPES[other]], TYPES[other]) for other in names if other != name}
-    host.refuses(host.run(node, **given, **widgets), MISSING)
+    host.refuses(host.run(node, **given(things, node, name), **NODES[node][1]), MISSING)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +187,7 @@ def foreign_vaes():
 
 
 @pytest.mark.parametrize("kind", ["sd", "none"])
-@pytest.mark.parametrize("node", ["Step1XEditEncode", "Step1XReferences", "Step1XDecode", "Step1XBatch", "Step1XReflectionLoop"])
+@pytest.mark.parametrize("node", ["Step1XEditEncode", "Step1XReferences", "Step1XDecode", "Step1XBatch", "Step1XReflectionLoop", "Step1XEditDataset", "Step1XTrainLora"])
 def test_vaes_of_other_models(host, things, foreign_vaes, node, kind):
     host.refuses(run(host, things, node, vae=Given(foreign_vaes[kind], "VAE")), "This VAE makes latents of 4 channels, Step1X-Edit needs 16. Load the FLUX VAE")
 
@@ -141,7 +200,8 @@ def foreign_model():
     return comfy.sd.load_diffusion_model_state_dict(tiny_models.random_weights(shapes, 0))
 
 
-@pytest.mark.parametrize("node", ["Step1XSampler", "Step1XGuidance", "Step1XTeaCache", "Step1XBatch", "Step1XReflectionLoop"])
+@pytest.mark.parametrize("node", ["Step1XSampler", "Step1XGuidance", "Step1XGuidanceInterval", "Step1XTeaCache", "Step1XRegion", "Step1XBatch", "Step1XReflectionLoop",
+                                  "Step1XLoraLoader", "Step1XTrainLora"])
 def test_models_of_other_families(host, things, foreign_model, node):
     host.refuses(run(host, things, node, model=Given(foreign_model, "MODEL")), NO_MODEL)
 
@@ -152,7 +212,8 @@ class SDTextEncoder:
     tokenizer = object()
 
 
-@pytest.mark.parametrize("node", ["Step1XEditEncode", "Step1XThink", "Step1XReflect", "Step1XBatch"])
+@pytest.mark.parametrize("node", ["Step1XEditEncode", "Step1XThink", "Step1XReflect", "Step1XBatch", "Step1XGate", "Step1XEditDataset", "Step1XPairPropose", "Step1XPairJudge",
+                                  "Step1XGEditJudge"])
 def test_text_encoders_of_other_models(host, things, node):
     host.refuses(run(host, things, node, clip=Given(SDTextEncoder(), "CLIP")), NO_ENCODER)
 

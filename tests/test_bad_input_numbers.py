@@ -16,6 +16,7 @@ WIDGETS = {
     "Step1XSampler": {"seed": 1, "steps": 1, "cfg": 2.0, "sampler_name": "euler", "denoise": 1.0},
     "Step1XScheduler": {"steps": 4, "denoise": 1.0},
     "Step1XGuidance": {"truncate": -1.0, "power": 0.4},
+    "Step1XGuidanceInterval": {"start": 0.0, "end": 0.7},
     "Step1XTeaCache": {"threshold": 0.2},
     "Step1XRegion": {"similarity": 0.88, "warmup": 0.2, "refreshes": 1, "reuse": 0.02},
     "Step1XThink": {"prompt": "red", "seed": 1, "temperature": 0.7},
@@ -28,6 +29,20 @@ WIDGETS = {
     "Step1XLoraLoader": {"lora_name": "x", "strength": 1.0},
     "Step1XModelLoader": {"model": "x", "version": "auto", "weight_dtype": "default"},
     "Step1XMLLMLoader": {"mllm": "x", "device": "cpu", "version": "auto"},
+    "Step1XGate": {"action": "block", "classifier": "none", "unsafe_labels": "", "threshold": 0.5, "message": "", "prompt": "red", "words": "blood", "question": ""},
+    "Step1XEditDataset": {"dataset": "x", "size_level": 64, "validation": 0},
+    "Step1XTrainLora": {"name": "x", "steps": 1, "learning_rate": 0.1, "rank": 1, "alpha": 1.0, "batch_size": 1, "accumulation": 1, "seed": 1, "resume": True, "save_every": 0,
+                        "validate_every": 0, "schedule": "constant", "warmup": 0, "ema": 0.0, "gradient_checkpointing": True},
+    "Step1XPairPropose": {"kinds": "", "count": 1, "seed": 1},
+    "Step1XPairCompute": {"kinds": "", "count": 1, "seed": 1, "max_side": 64},
+    "Step1XPairRecord": {"kind": "color_alter", "english": "x", "chinese": "", "direction": "forward", "maker": "x"},
+    "Step1XPairJudge": {"seed": 1},
+    "Step1XPairFilter": {"min_semantics": 0.0, "min_quality": 0.0, "min_change": 0.0, "max_change": 1.0, "unjudged": True},
+    "Step1XPairSheet": {"limit": 4},
+    "Step1XPairSave": {"name": "x"},
+    "Step1XGEditBench": {"dataset": "", "method": "x", "language": "en", "task_types": "", "limit": 0},
+    "Step1XGEditItems": {"count": 1},
+    "Step1XGEditJudge": {"judge": "x", "seed": 1, "again": False},
 }
 # (least, most) of every number; a test holds them against the schemas.
 SEED, SIZE, STEPS, CFG = (0, 2**64 - 1), (64, 2048), (0, 200), (0.0, 100.0)
@@ -42,9 +57,19 @@ RANGES = {
     ("Step1XBatch", "size_level"): SIZE, ("Step1XBatch", "seed"): SEED, ("Step1XBatch", "steps"): STEPS, ("Step1XBatch", "cfg"): CFG,
     ("Step1XReflectionLoop", "size_level"): SIZE, ("Step1XReflectionLoop", "seed"): SEED, ("Step1XReflectionLoop", "steps"): STEPS, ("Step1XReflectionLoop", "cfg"): CFG,
     ("Step1XReflectionLoop", "rounds"): (1, 10), ("Step1XLoraLoader", "strength"): (-10.0, 10.0),
+    ("Step1XGuidanceInterval", "start"): (0.0, 1.0), ("Step1XGuidanceInterval", "end"): (0.0, 1.0), ("Step1XGate", "threshold"): (0.0, 1.0),
+    ("Step1XEditDataset", "size_level"): SIZE, ("Step1XEditDataset", "validation"): (0, 64),
+    ("Step1XTrainLora", "steps"): (1, 1000000), ("Step1XTrainLora", "learning_rate"): (0.0, 1.0), ("Step1XTrainLora", "rank"): (1, 512), ("Step1XTrainLora", "alpha"): (0.001, 512.0),
+    ("Step1XTrainLora", "batch_size"): (1, 256), ("Step1XTrainLora", "accumulation"): (1, 1024), ("Step1XTrainLora", "seed"): SEED, ("Step1XTrainLora", "save_every"): (0, 100000),
+    ("Step1XTrainLora", "validate_every"): (0, 100000), ("Step1XTrainLora", "warmup"): (0, 100000), ("Step1XTrainLora", "ema"): (0.0, 0.99999),
+    ("Step1XPairPropose", "count"): (1, 64), ("Step1XPairPropose", "seed"): SEED, ("Step1XPairCompute", "count"): (1, 256), ("Step1XPairCompute", "seed"): SEED,
+    ("Step1XPairCompute", "max_side"): (0, 8192), ("Step1XPairJudge", "seed"): SEED, ("Step1XPairFilter", "min_semantics"): (0.0, 10.0),
+    ("Step1XPairFilter", "min_quality"): (0.0, 10.0), ("Step1XPairFilter", "min_change"): (0.0, 1.0), ("Step1XPairFilter", "max_change"): (0.0, 1.0),
+    ("Step1XPairSheet", "limit"): (1, 200), ("Step1XGEditBench", "limit"): (0, 100000), ("Step1XGEditItems", "count"): (1, 1000), ("Step1XGEditJudge", "seed"): SEED,
 }
 CHOICES = [("Step1XSampler", "sampler_name"), ("Step1XReflect", "version"), ("Step1XBatch", "combine"), ("Step1XBatch", "sampler_name"), ("Step1XReflectionLoop", "sampler_name"),
-           ("Step1XModelLoader", "version"), ("Step1XModelLoader", "weight_dtype"), ("Step1XMLLMLoader", "device"), ("Step1XMLLMLoader", "version")]
+           ("Step1XModelLoader", "version"), ("Step1XModelLoader", "weight_dtype"), ("Step1XMLLMLoader", "device"), ("Step1XMLLMLoader", "version"), ("Step1XGate", "action"),
+           ("Step1XTrainLora", "schedule"), ("Step1XPairRecord", "kind"), ("Step1XPairRecord", "direction"), ("Step1XGEditBench", "language")]
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +85,16 @@ def links(host):
     positive, negative, latent = host.encoded
     stitch = host.run("Step1XCrop", image=Given(host.picture), mask=Given(mask), context=0.5, min_size=16).made()[2]
     return {"model": host.model, "clip": host.clip, "vae": host.vae, "image": host.picture, "images": host.picture, "images.image0": host.picture, "source": host.picture,
-            "edited": host.picture, "positive": positive, "negative": negative, "latent": latent, "mask": mask, "stitch": stitch}
+            "edited": host.picture, "target": host.picture, "pairs": (), "dataset": None, "bench": None, "positive": positive, "negative": negative, "latent": latent, "mask": mask, "stitch": stitch}
 
 
 def names_of(node):
     found = {"Step1XEditEncode": "clip vae image", "Step1XReferences": "positive negative vae images.image0", "Step1XSampler": "model positive negative latent",
              "Step1XScheduler": "latent", "Step1XGuidance": "model", "Step1XTeaCache": "model", "Step1XThink": "clip image", "Step1XReflect": "clip source edited",
              "Step1XCrop": "image mask", "Step1XStitch": "image stitch", "Step1XBatch": "model clip vae images", "Step1XReflectionLoop": "model clip vae image",
-             "Step1XLoraLoader": "model", "Step1XRegion": "model"}
+             "Step1XLoraLoader": "model", "Step1XRegion": "model", "Step1XGuidanceInterval": "model", "Step1XGate": "images", "Step1XEditDataset": "clip vae",
+             "Step1XTrainLora": "model dataset", "Step1XPairPropose": "clip image", "Step1XPairCompute": "images", "Step1XPairRecord": "source target", "Step1XPairJudge": "clip pairs",
+             "Step1XPairFilter": "pairs", "Step1XPairSheet": "pairs", "Step1XPairSave": "pairs", "Step1XGEditItems": "bench", "Step1XGEditJudge": "clip bench"}
     return found.get(node, "").split()
 
 
@@ -75,8 +102,9 @@ def run(host, links, node, **changes):
     return host.run(node, **{name: Given(links[name]) for name in names_of(node)}, **WIDGETS[node] | changes)
 
 
-def test_no_number_of_these_nodes_is_left_out(host):
-    inputs = [(name, entry) for name in WIDGETS for entry in nodes.NODE_CLASS_MAPPINGS[name].GET_SCHEMA().inputs]
+def test_no_number_of_any_node_is_left_out(host):
+    schemas = {name: node.GET_SCHEMA() for name, node in nodes.NODE_CLASS_MAPPINGS.items() if name.startswith("Step1X")}
+    inputs = [(name, entry) for name, schema in schemas.items() if not schema.is_dev_only for entry in schema.inputs]
     assert {(name, entry.id): (entry.min, entry.max) for name, entry in inputs if isinstance(entry, (io.Int.Input, io.Float.Input))} == RANGES
 
 
@@ -119,6 +147,7 @@ LIMITS = {
     ("Step1XEditEncode", "size_level"): (64,), ("Step1XReferences", "size_level"): (64,),
     ("Step1XSampler", "seed"): SEED, ("Step1XSampler", "cfg"): (0.0, 1.0, 100.0), ("Step1XSampler", "denoise"): (0.0, 0.01, 1.0),
     ("Step1XScheduler", "steps"): (1, 200), ("Step1XScheduler", "denoise"): (0.0, 1.0), ("Step1XGuidance", "truncate"): (-1.0, 1.0), ("Step1XGuidance", "power"): (0.0, 1.0),
+    ("Step1XGuidanceInterval", "start"): (0.0, 0.7), ("Step1XGuidanceInterval", "end"): (0.0, 1.0),
     ("Step1XTeaCache", "threshold"): (0.0, 2.0), ("Step1XCrop", "context"): (0.0, 10.0), ("Step1XCrop", "min_size"): (16, 8192), ("Step1XStitch", "feather"): (0, 512),
     ("Step1XRegion", "similarity"): (-1.0, 1.0), ("Step1XRegion", "warmup"): (0.0, 1.0), ("Step1XRegion", "refreshes"): (0, 20), ("Step1XRegion", "reuse"): (0.0, 1.0),
     ("Step1XBatch", "seed"): SEED, ("Step1XReflectionLoop", "seed"): SEED, ("Step1XReflectionLoop", "cfg"): CFG, ("Step1XReflectionLoop", "rounds"): (1, 10),
@@ -134,11 +163,16 @@ def test_limits_are_part_of_the_range(host, links, node, name, value):
 
 
 @pytest.mark.parametrize("node, values", [("Step1XGuidance", {"power": 1.0, "truncate": 0.0}), ("Step1XGuidance", {"power": 0.0}), ("Step1XTeaCache", {"threshold": 2.0}),
-                                          ("Step1XRegion", {"warmup": 0.0, "refreshes": 20, "reuse": 1.0}), ("Step1XRegion", {"similarity": 1.0, "warmup": 1.0})])
+                                          ("Step1XRegion", {"warmup": 0.0, "refreshes": 20, "reuse": 1.0}), ("Step1XRegion", {"similarity": 1.0, "warmup": 1.0}),
+                                          ("Step1XGuidanceInterval", {"start": 1.0, "end": 1.0}), ("Step1XGuidanceInterval", {"start": 0.0, "end": 0.0})])
 def test_models_patched_at_the_limits_draw_pictures(host, links, node, values):
     (patched,) = run(host, links, node, **values).made()
     assert torch.isfinite(host.sample(model=Given(patched), cfg=100.0, steps=3).made()[0]["samples"]).all()
     host.still_edits()
+
+
+def test_an_interval_that_ends_before_it_starts(host, links):
+    host.refuses(run(host, links, "Step1XGuidanceInterval", start=1.0), "The guidance would start at 1 of the steps and end at 0.7, .* Set start to at most end")
 
 
 @pytest.mark.parametrize("node, name", CHOICES)
