@@ -60,8 +60,9 @@ RANGES = {
     ("Step1XGuidanceInterval", "start"): (0.0, 1.0), ("Step1XGuidanceInterval", "end"): (0.0, 1.0), ("Step1XGate", "threshold"): (0.0, 1.0),
     ("Step1XEditDataset", "size_level"): SIZE, ("Step1XEditDataset", "validation"): (0, 64),
     ("Step1XTrainLora", "steps"): (1, 1000000), ("Step1XTrainLora", "learning_rate"): (0.0, 1.0), ("Step1XTrainLora", "rank"): (1, 512),
-    ("Step1XTrainLora", "alpha"): (0.001, 512.0), ("Step1XTrainLora", "batch_size"): (1, 256), ("Step1XTrainLora", "accumulation"): (1, 1024), ("Step1XTrainLora", "seed"): SEED, ("Step1XTrainLora", "save_every"): (0, 100000),
-    ("Step1XTrainLora", "validate_every"): (0, 100000), ("Step1XTrainLora", "warmup"): (0, 100000), ("Step1XTrainLora", "ema"): (0.0, 0.99999),
+    ("Step1XTrainLora", "alpha"): (0.001, 512.0), ("Step1XTrainLora", "batch_size"): (1, 256), ("Step1XTrainLora", "accumulation"): (1, 1024),
+    ("Step1XTrainLora", "seed"): SEED, ("Step1XTrainLora", "save_every"): (0, 100000), ("Step1XTrainLora", "validate_every"): (0, 100000),
+    ("Step1XTrainLora", "warmup"): (0, 100000), ("Step1XTrainLora", "ema"): (0.0, 0.99999),
     ("Step1XPairPropose", "count"): (1, 64), ("Step1XPairPropose", "seed"): SEED, ("Step1XPairCompute", "count"): (1, 256), ("Step1XPairCompute", "seed"): SEED,
     ("Step1XPairCompute", "max_side"): (0, 8192), ("Step1XPairJudge", "seed"): SEED, ("Step1XPairFilter", "min_semantics"): (0.0, 10.0),
     ("Step1XPairFilter", "min_quality"): (0.0, 10.0), ("Step1XPairFilter", "min_change"): (0.0, 1.0), ("Step1XPairFilter", "max_change"): (0.0, 1.0),
@@ -95,7 +96,8 @@ def names_of(node):
              "Step1XCrop": "image mask", "Step1XStitch": "image stitch", "Step1XBatch": "model clip vae images", "Step1XReflectionLoop": "model clip vae image",
              "Step1XLoraLoader": "model", "Step1XRegion": "model", "Step1XGuidanceInterval": "model", "Step1XGate": "images", "Step1XEditDataset": "clip vae",
              "Step1XTrainLora": "model dataset", "Step1XPairPropose": "clip image", "Step1XPairCompute": "images", "Step1XPairRecord": "source target",
-             "Step1XPairJudge": "clip pairs", "Step1XPairFilter": "pairs", "Step1XPairSheet": "pairs", "Step1XPairSave": "pairs", "Step1XGEditItems": "bench", "Step1XGEditJudge": "clip bench"}
+             "Step1XPairJudge": "clip pairs", "Step1XPairFilter": "pairs", "Step1XPairSheet": "pairs", "Step1XPairSave": "pairs",
+             "Step1XGEditItems": "bench", "Step1XGEditJudge": "clip bench"}
     return found.get(node, "").split()
 
 
