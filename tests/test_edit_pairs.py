@@ -6,6 +6,7 @@ import shutil
 import comfy.model_management
 import comfy.sd
 import comfy.utils
+import folder_paths
 import numpy as np
 import pytest
 import tiny_models
@@ -17,6 +18,7 @@ from step1x_core.edit_pairs import Cache, dataset_fingerprint, pack_conditioning
 from step1x_core.host.encoding import encode_edit
 from step1x_core.host.loading import load_text_encoder
 from step1x_core.host.pairs import cache_pairs
+from step1x_core.host.training_folders import dataset_path
 
 LEVEL = 64
 
@@ -96,6 +98,21 @@ def test_pictures_outside_of_the_root_are_refused(folder):
     path = write_json(folder / "source", {"0.png": {"ref_image_path": "../target/0.png", "caption": "x"}})
     with pytest.raises(Step1XError, match="lies outside"):
         read_pairs(path, folder / "source")
+
+
+def test_a_name_reaches_the_hosts_input_and_output_folders_only(tmp_path, monkeypatch):
+    roots = {name: tmp_path / name for name in ("input", "output", "temp")}
+    for name, root in roots.items():
+        monkeypatch.setattr(folder_paths, f"get_{name}_directory", lambda root=root: str(root))
+    inside, made = roots["input"] / "pairs", roots["output"] / "edit_pairs" / "pairs"
+    for name in ("pairs", " pairs ", "pairs [input]", str(inside)):
+        assert dataset_path(name) == (inside, roots["input"])
+    for name in ("edit_pairs/pairs [output]", str(made), f"{made} [output]"):
+        assert dataset_path(name) == (made, roots["output"])
+    for name in ("", " ", "[output]", " [output]", "..", "../output/edit_pairs/pairs", "../input/pairs [output]", "../../x [output]", "x [temp]", str(tmp_path),
+                 str(roots["temp"] / "x"), f"{inside}/../../temp", f"{tmp_path}/inputs/x"):
+        with pytest.raises(Step1XError, match="names no dataset"):
+            dataset_path(name)
 
 
 def test_a_turned_photograph_is_set_upright_and_a_web_page_is_no_picture(tmp_path):

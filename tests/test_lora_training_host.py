@@ -70,6 +70,7 @@ def test_the_shipped_workflow_trains_is_cancelled_and_goes_on(client, prompt, ba
 
 
 @pytest.mark.parametrize("dataset, message", [("nothing", "There is no dataset"), ("../output", "names no dataset"), ("", "names no dataset"),
+                                              ("nothing [output]", "There is no dataset"), ("../../x [output]", "names no dataset"),
                                               ("bad.json", "could not be read as JSON")])
 def test_bad_datasets_are_one_sentence_in_the_editor(client, prompt, base, dataset, message):
     (base / "input" / "bad.json").write_text("{", encoding="utf-8")

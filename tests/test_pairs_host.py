@@ -95,6 +95,29 @@ def test_pairs_of_stock_filters_and_of_two_makers_in_one_dataset(server, client,
     assert len(pairs) == 3 and pairs[-1].instruction == "变成底片"
 
 
+def test_what_is_saved_is_trained_on_where_it_lies(server, client, prompt_of):
+    """In one run through the output of the node that saves, and later by its name."""
+    prompt = prompt_of("step1x_make_pairs.json", Step1XPairSave={"name": "trained"}, Step1XPairCompute={"count": 2, "kinds": "text_change"})
+    save, = find_nodes(prompt, "Step1XPairSave")
+    training = prompt_of("step1x_train_lora.json", Step1XEditDataset={"size_level": 64, "validation": 0},
+                         Step1XTrainLora={"name": "on_made_pairs", "steps": 1, "rank": 2, "validate_every": 0})
+    for key, node in training.items():
+        inputs = {name: [f"train{value[0]}", value[1]] if isinstance(value, list) else value for name, value in node["inputs"].items()}
+        prompt[f"train{key}"] = {**node, "inputs": inputs}
+    reader, = find_nodes(prompt, "Step1XEditDataset")
+    prompt[reader]["inputs"]["dataset"] = [save, 0]
+    prompt["report"] = {"class_type": "PreviewAny", "inputs": {"source": [reader, 1]}}
+    made = server.base / "output" / "edit_pairs" / "trained"
+    run = client.run(prompt)
+    count = len(read_pairs(made))
+    assert count >= 2 and any(f"{count} pairs to train on" in text for text in texts(run, prompt))
+    assert (server.base / "output" / "step1x_training" / "on_made_pairs" / "lora.safetensors").is_file()
+
+    prompt[reader]["inputs"]["dataset"] = "edit_pairs/trained/zh-00000.json [output]"
+    shown = "\n".join(texts(client.run(prompt), prompt))
+    assert f"{count // 2} pairs to train on" in shown and "0 latents and conditionings were encoded" in shown
+
+
 @pytest.mark.parametrize("class_type, values, message", [
     ("Step1XPairSave", {"name": "../../escape"}, "cannot be a name of a dataset"),
     ("Step1XPairCompute", {"kinds": "painting"}, "'painting' is no kind that can be made here"),

@@ -12,17 +12,19 @@ OUTPUT_FOLDER = "step1x_training"
 NAME = re.compile(r"\w[\w .-]*")
 
 
-def input_root() -> Path:
-    return Path(os.path.abspath(folder_paths.get_input_directory()))
-
-
-def dataset_path(dataset: str) -> Path:
-    """A folder or file in the input folder. Raises Step1XError for any other."""
-    root = input_root()
-    path = Path(os.path.abspath(root / dataset))
-    if not dataset.strip() or not path.is_relative_to(root):
-        raise Step1XError(f"'{dataset}' names no dataset. Put its folder into {root} and write the folder's name into dataset.")
-    return path
+def dataset_path(dataset: str) -> tuple[Path, Path]:
+    """A folder or file, and which of the host's folders it lies in: the input folder, or the output folder for `NAME [output]`, the host's own mark, and for the
+    whole path that 'Step1X-Edit Save Pairs' gives. Raises Step1XError for any other.
+    """
+    roots = [Path(os.path.abspath(folder)) for folder in (folder_paths.get_input_directory(), folder_paths.get_output_directory())]
+    name, marked = folder_paths.annotated_filepath(dataset.strip())
+    base = roots[0] if marked is None else Path(os.path.abspath(marked))
+    path = Path(os.path.abspath(base / name))
+    root = next((root for root in roots if (root == base or os.path.isabs(name)) and path.is_relative_to(root)), None)
+    if not name or root is None:
+        raise Step1XError(f"'{dataset}' names no dataset. Put its folder into {roots[0]} and write the folder's name into dataset, or for a folder in {roots[1]} "
+                          "its name and ' [output]' behind it.")
+    return path, root
 
 
 def run_folder(name: str) -> Path:
