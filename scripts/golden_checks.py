@@ -25,6 +25,7 @@ from tiny_models import TransformerSize, random_weights, transformer_shapes
 from step1x_core.config import CONFIG_KEY, Step1XError
 from step1x_core.connector import Connector, TimestepEmbedder, scale_time, time_features
 from step1x_core.guidance import NormLimiter, norm_divisor, patch_norm
+from step1x_core.host.blocks import TOKENS_READ
 from step1x_core.host.caching import TeaCache, apply_teacache
 from step1x_core.host.encoding import LATENT_CHANNELS, decode_edit
 from step1x_core.host.loading import load_model
@@ -37,6 +38,10 @@ from step1x_core.keys import diffusers_to_original
 from step1x_core.mllm import attention_mask, layout_states, mrope_positions
 from step1x_core.prompt import prompt_ids
 from step1x_core.schedule import image_to_image_start, latent_tokens, shift_mu, sigma_schedule
+
+
+# The official code computes all tokens in the last block, too, and the files hold that.
+READ_ALL = {TOKENS_READ: None}
 
 
 def golden_model(golden: Golden):
@@ -52,6 +57,7 @@ def golden_model(golden: Golden):
         save_file(weights, path, metadata={CONFIG_KEY: json.dumps(overrides)})
         model = load_model(path)
         model.model.diffusion_model.to(torch.float32)
+    model.model_options["transformer_options"] |= READ_ALL
     return model
 
 
@@ -95,7 +101,8 @@ def check_dit_forward(golden: Golden, errors: Errors) -> None:
     record_intermediates(model, seen)
     tokens = golden.inputs["img"].shape[1] // 2
     target, reference = (unpack(model, golden.inputs["img"][:, part], golden.config) for part in (slice(0, tokens), slice(tokens, None)))
-    velocity = model(target, golden.inputs["timesteps"], golden.inputs["llm_embedding"], ref_latents=[reference], text_mask=golden.inputs["mask"])
+    velocity = model(target, golden.inputs["timesteps"], golden.inputs["llm_embedding"], ref_latents=[reference], text_mask=golden.inputs["mask"],
+                     transformer_options=READ_ALL)
 
     out = golden.outputs
     errors.tensor(pack(model, velocity), out["pred"][:, :tokens])

@@ -8,7 +8,7 @@ from pathlib import Path
 import comfy.sample
 import comfy.samplers
 import torch
-from golden_checks import pack
+from golden_checks import READ_ALL, pack
 from golden_files import Errors, Golden
 from safetensors.torch import save_file
 
@@ -60,7 +60,8 @@ def check_transformer(golden: Golden, errors: Errors) -> None:
     count = rows * columns
     target, reference = (network.unpack(given["hidden_states"][:, part], 2 * rows, 2 * columns) for part in (slice(0, count), slice(count, None)))
     velocity = network(target, given["timestep"], given["encoder_hidden_states"], ref_latents=[reference], text_mask=given["prompt_embeds_mask"],
-                       text_ids=position_bits(given["txt_ids"][None]), text_embeds=given["text_embeddings"], quoted_mask=given["text_mask"])
+                       text_ids=position_bits(given["txt_ids"][None]), text_embeds=given["text_embeddings"], quoted_mask=given["text_mask"],
+                       transformer_options=READ_ALL)
 
     ids = torch.cat((network.process_img(target)[1], network.process_reference(reference, 0)[1]), dim=1)[0]
     errors.equal(ids.float(), given["img_ids"])

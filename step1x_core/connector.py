@@ -123,6 +123,16 @@ def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(allowed.shape, dtype=dtype, device=mask.device).masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
 
+def distinct_tokens(x: Tensor, mask: Tensor) -> int:
+    """How many of the text tokens x [B, T, C] with their mask [B, T] of 0/1 the connector tells apart: the tokens before the padding at the end, and one of the padding.
+
+    Padding sees token 0 alone and is seen by none, so equal padding comes out of the connector equal (spec v1.md b.5).
+    """
+    padding = (mask == 0) & (x == x[:, -1:]).all(dim=-1)
+    told_apart = (~padding).any(dim=0).nonzero()
+    return min(int(told_apart.max()) + 2 if len(told_apart) else 1, x.shape[1])
+
+
 class Connector(nn.Module):
     """Turns language-model states into the transformer's text tokens and pooled vector.
 

@@ -59,25 +59,34 @@ def add_gated_kernel(x, update, gate, tokens, columns, gate_batch, BLOCK: tl.con
 
 
 @triton.jit
-def norm_and_rotate_kernel(qkv, q_weight, k_weight, pe, tokens, heads, qkv_batch, qkv_token, pe_batch, pe_token, eps, HEADS: tl.constexpr, WIDTH: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    batch, token = row // tokens, row % tokens
-    is_key = tl.program_id(2)
+def normed_and_rotated(value, weight, rotation, eps, HEADS: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr):
+    value = value * tl.rsqrt(tl.sum(value * value, axis=1) / WIDTH + eps)[:, None] * weight[None, :]
+    first, second = tl.split(tl.reshape(value.to(DTYPE).to(tl.float32), (HEADS, WIDTH // 2, 2)))
+    rotated_first = tl.load(rotation)[None, :] * first + tl.load(rotation + 1)[None, :] * second
+    rotated_second = tl.load(rotation + 2)[None, :] * first + tl.load(rotation + 3)[None, :] * second
+    return tl.reshape(tl.join(rotated_first, rotated_second), (HEADS, WIDTH)).to(DTYPE)
+
+
+@triton.jit
+def norm_and_rotate_kernel(qkv, q_weight, k_weight, pe, q, k, v, text, repeats, heads, qkv_batch, qkv_token, pe_batch, pe_token, q_batch, q_token, k_batch, k_token,
+                           v_batch, v_token, eps, HEADS: tl.constexpr, WIDTH: tl.constexpr, COPY_V: tl.constexpr):
+    batch, row = tl.program_id(2).to(tl.int64), tl.program_id(0).to(tl.int64)
+    token = tl.where(row < text, row, tl.maximum(row - repeats, text - 1))
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     cols = tl.arange(0, WIDTH)
     inside = (head < heads)[:, None] & (cols < WIDTH)[None, :]
-    place = qkv + batch * qkv_batch + token * qkv_token + (is_key * heads + head)[:, None] * WIDTH + cols[None, :]
-    value = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(q_weight + cols).to(tl.float32)
-    if is_key == 1:
-        weight = tl.load(k_weight + cols).to(tl.float32)
-    value = value * tl.rsqrt(tl.sum(value * value, axis=1) / WIDTH + eps)[:, None] * weight[None, :]
-    first, second = tl.split(tl.reshape(value.to(qkv.dtype.element_ty).to(tl.float32), (HEADS, WIDTH // 2, 2)))
+    here = head[:, None] * WIDTH + cols[None, :]
+    source = qkv + batch * qkv_batch + token * qkv_token + here
     rotation = pe + batch * pe_batch + token * pe_token + tl.arange(0, WIDTH // 2) * 4
-    rotated_first = tl.load(rotation)[None, :] * first + tl.load(rotation + 1)[None, :] * second
-    rotated_second = tl.load(rotation + 2)[None, :] * first + tl.load(rotation + 3)[None, :] * second
-    rotated = tl.reshape(tl.join(rotated_first, rotated_second), (HEADS, WIDTH))
-    tl.store(place, rotated.to(qkv.dtype.element_ty), mask=inside)
+    queries = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    keys = tl.load(source + heads * WIDTH, mask=inside, other=0.0).to(tl.float32)
+    if COPY_V:
+        tl.store(v + batch * v_batch + row * v_token + here, tl.load(source + 2 * heads * WIDTH, mask=inside, other=0.0), mask=inside)
+    queries = normed_and_rotated(queries, tl.load(q_weight + cols).to(tl.float32), rotation, eps, HEADS, WIDTH, qkv.dtype.element_ty)
+    keys = normed_and_rotated(keys, tl.load(k_weight + cols).to(tl.float32), rotation, eps, HEADS, WIDTH, qkv.dtype.element_ty)
+    tl.store(k + batch * k_batch + row * k_token + here, keys, mask=inside)
+    if row < text or row >= text + repeats:
+        tl.store(q + batch * q_batch + token * q_token + here, queries, mask=inside)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, fp8_scale: Tensor | None = None) -> Tensor:
@@ -103,12 +112,16 @@ def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> None:
     add_gated_kernel[(batch * tokens, triton.cdiv(columns, COLUMNS))](x, update, gate, tokens, columns, gate.stride(0), BLOCK=COLUMNS)
 
 
-def norm_and_rotate(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, pe: Tensor) -> None:
-    """RMS norm (eps 1e-6) and rotary positions of the queries and keys in qkv [B, S, 3, H, D], in place. D is a power of two, heads lie together.
+def norm_and_rotate(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, pe: Tensor, q: Tensor, k: Tensor, v: Tensor | None = None, text: int = 0, repeats: int = 0) -> None:
+    """RMS norm (eps 1e-6) and rotary positions of the queries and keys in qkv [B, S, 3, H, D], written to q [B, S, H, D] and k [B, S + repeats, H, D]; values to v as to k.
 
+    D is a power of two, heads lie together. q and k may be qkv's own memory if there are no repeats; v None leaves the values where they are.
     q_weight and k_weight [D], pe float32 [B or 1, 1, S, D / 2, 2, 2] with the last three axes together.
+    repeats: how often key and value number text - 1 are written again, behind themselves.
     """
     batch, tokens, _, heads, width = qkv.shape
     group = min(HEADS, triton.next_power_of_2(heads))
-    norm_and_rotate_kernel[(batch * tokens, triton.cdiv(heads, group), 2)](
-        qkv, q_weight, k_weight, pe, tokens, heads, qkv.stride(0), qkv.stride(1), pe.stride(0) if pe.shape[0] > 1 else 0, pe.stride(2), 1e-6, HEADS=group, WIDTH=width, num_warps=2)
+    v_strides = (0, 0) if v is None else v.stride()[:2]
+    norm_and_rotate_kernel[(tokens + repeats, triton.cdiv(heads, group), batch)](
+        qkv, q_weight, k_weight, pe, q, k, v, text, repeats, heads, *qkv.stride()[:2], pe.stride(0) if pe.shape[0] > 1 else 0, pe.stride(2), *q.stride()[:2], *k.stride()[:2],
+        *v_strides, 1e-6, HEADS=group, WIDTH=width, COPY_V=v is not None, num_warps=2)

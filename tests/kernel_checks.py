@@ -57,11 +57,19 @@ def check(dtype):
             normed = rms_norm(qkv[:, :, part].float(), (HEAD,), weights[part].float(), 1e-6).to(dtype).float().unflatten(-1, (-1, 1, 2))
             expected.append((pe.transpose(1, 2) * normed).sum(-1).flatten(-2))
         rotated = qkv.clone()
-        kernels.norm_and_rotate(rotated, *weights, pe)
+        kernels.norm_and_rotate(rotated, *weights, pe, rotated[:, :, 0], rotated[:, :, 1])
         # Two ulps: the norm is rounded before the rotation, and may round the other way.
         torch.testing.assert_close(rotated[:, :, :2].float(), torch.stack(expected, dim=2), rtol=1e-4 if dtype == torch.float32 else 2**-6,
                                    atol=1e-4 if dtype == torch.float32 else 0.1)
         assert torch.equal(rotated[:, :, 2], qkv[:, :, 2])
+
+        # Token 2 stands for three more; what is written lies within larger tensors.
+        order = [0, 1, 2, 2, 2, 2, 3, 4]
+        q, k, v = (torch.full((BATCH, 10, HEADS, HEAD), 7.0, dtype=dtype) for _ in range(3))
+        kernels.norm_and_rotate(qkv, *weights, pe, q[:, 1:6], k[:, 1:9], v[:, 1:9], 3, 3)
+        assert torch.equal(q[:, 1:6], rotated[:, :, 0]) and (q[:, [0, 6]] == 7).all()
+        for got, part in ((k, 1), (v, 2)):
+            assert torch.equal(got[:, 1:9], rotated[:, order, part]) and (got[:, [0, 9]] == 7).all()
 
 
 torch.manual_seed(0)

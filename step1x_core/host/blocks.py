@@ -2,25 +2,32 @@
 
 import functools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from comfy.ldm.flux.layers import DoubleStreamBlock, ModulationOut, QKNorm, SingleStreamBlock
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.model_management import cast_to_device
-from comfy.ops import cast_bias_weight, uncast_bias_weight
+from comfy.ops import cast_bias_weight, disable_weight_init, manual_cast, uncast_bias_weight
 from comfy.quant_ops import QuantizedTensor, ck, get_layout_class
 from torch import Tensor
+from torch.nn import functional
 
 log = logging.getLogger(__name__)
 
 FP8_LAYOUT = "TensorCoreFP8E4M3Layout"
+# Entry of transformer_options: (T, R), the last of the T text tokens stands for R further ones that are the same.
+REPEATED_TEXT = "step1x_repeated_text"
+# Entry of transformer_options: how many image tokens, from the first on, are read after the last block; None for all tokens.
+TOKENS_READ = "step1x_tokens_read"
 
 
-def plain_needed(pe: Tensor | None, transformer_options: dict, *modulation_dims) -> bool:
+def plain_needed(transformer_options: dict) -> bool:
     """Whether the host's own forward is the one to run: it computes gradients, shows q, k and v to patches and is what torch.compile fuses itself."""
     patches = transformer_options.get("patches", {})
-    return (not hasattr(ck, "rms_rope_") or pe is None or torch.compiler.is_compiling() or torch.is_grad_enabled()
-            or any(dims is not None for dims in modulation_dims) or "attn1_patch" in patches or "attn1_output_patch" in patches)
+    return (not hasattr(ck, "rms_rope_") or torch.compiler.is_compiling() or torch.is_grad_enabled()
+            or "attn1_patch" in patches or "attn1_output_patch" in patches)
 
 
 @functools.cache
@@ -48,34 +55,80 @@ def fp8_input_scale(linear: torch.nn.Module, x: Tensor) -> Tensor | None:
     return torch.ones((), device=x.device) if scale is None else cast_to_device(scale, x.device, torch.float32)
 
 
+def multiplied_as_fp8(layer: torch.nn.Module, x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """layer of e4m3 x [N, C] times scale [] -> [N, out] of dtype.
+
+    The host asks for float32 sums, which Hopper's tensor cores have to leave for; their own 14 bits are well beyond the 4 bits of what is added up.
+    """
+    quantised = QuantizedTensor(x, FP8_LAYOUT, get_layout_class(FP8_LAYOUT).Params(scale=scale, orig_dtype=dtype, orig_shape=tuple(x.shape)))
+    weight, bias, stream = cast_bias_weight(layer, quantised, offloadable=True, compute_dtype=dtype, want_requant=True)
+    if isinstance(weight, QuantizedTensor) and hasattr(functional, "scaled_mm"):
+        kind = functional.ScalingType.TensorWise
+        out = functional.scaled_mm(x, weight._qdata.t(), scale, kind, weight._params.scale, kind, bias=bias, output_dtype=dtype, use_fast_accum=True)
+    else:
+        out = functional.linear(quantised, weight, bias)
+    uncast_bias_weight(layer, weight, bias, stream)
+    return out
+
+
+def is_plain(layer: torch.nn.Module) -> bool:
+    """Whether a layer is one of the host's that multiplies with its weight as it is, so that parts of the weight can be multiplied one by one."""
+    return type(layer) in (disable_weight_init.Linear, manual_cast.Linear) and layer.bias is not None and "forward" not in vars(layer)
+
+
+@contextmanager
+def weight_and_bias(layer: torch.nn.Module, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """weight [N, C] and bias [N] of a plain layer, on the device and in the dtype of x, with its LoRAs."""
+    weight, bias, stream = cast_bias_weight(layer, x, offloadable=True)
+    yield weight, bias
+    uncast_bias_weight(layer, weight, bias, stream)
+
+
+def gelu_of_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU (tanh) of a linear layer of x [B, S, C] -> [B, S, N], in one kernel where x is on a GPU."""
+    return torch._addmm_activation(bias, x.flatten(0, 1), weight.t(), use_gelu=True).unflatten(0, x.shape[:2])
+
+
 def as_fp8(data: Tensor, scale: Tensor, dtype: torch.dtype) -> QuantizedTensor:
     """e4m3 [N, C] with its scale as the input of a layer that computes in dtype."""
     return QuantizedTensor(data, FP8_LAYOUT, get_layout_class(FP8_LAYOUT).Params(scale=scale, orig_dtype=dtype, orig_shape=tuple(data.shape)))
 
 
-def modulated(linear: torch.nn.Module, x: Tensor, mod: ModulationOut) -> Tensor:
-    """linear of x [B, S, C] after a layer norm without weights, times 1 + mod.scale, plus mod.shift ([B, 1, C] each) -> [B, S, N]."""
+def modulated(layer: torch.nn.Module, x: Tensor, mod: ModulationOut) -> Tensor:
+    """layer of x [B, S, C] after a layer norm without weights, times 1 + mod.scale, plus mod.shift ([B, 1, C] each) -> [B, S, N]."""
     kernels = kernels_on(x.device)
     if kernels is None:
-        return linear(ck.adaln(x, mod.scale, mod.shift, 1e-6))
-    scale = fp8_input_scale(linear, x)
+        return layer(ck.adaln(x, mod.scale, mod.shift, 1e-6))
+    scale = fp8_input_scale(layer, x)
     out = kernels.modulate(x, mod.shift, mod.scale, scale)
-    return linear(out) if scale is None else linear(as_fp8(out.flatten(0, 1), scale, x.dtype)).unflatten(0, x.shape[:2])
+    return layer(out) if scale is None else multiplied_as_fp8(layer, out.flatten(0, 1), scale, x.dtype).unflatten(0, x.shape[:2])
 
 
-def projected(linear: torch.nn.Module, parts: list[tuple[Tensor, bool]]) -> Tensor:
-    """linear of the parts joined along their last axis -> [B, S, N]. A part is x [B, S, C], whose rows may lie apart, and whether to apply GELU (tanh)."""
+def projected(layer: torch.nn.Module, parts: list[tuple[Tensor, bool]]) -> Tensor:
+    """layer of the parts joined along their last axis -> [B, S, N]. A part is x [B, S, C], whose rows may lie apart, and whether to apply GELU (tanh)."""
     x = parts[0][0]
     kernels = kernels_on(x.device)
     if kernels is None:
-        return linear(torch.cat([torch.nn.functional.gelu(part, approximate="tanh") if gelu else part for part, gelu in parts], dim=-1))
-    scale = fp8_input_scale(linear, x)
+        return layer(torch.cat([functional.gelu(part, approximate="tanh") if gelu else part for part, gelu in parts], dim=-1))
+    scale = fp8_input_scale(layer, x)
     joined = torch.empty((x.shape[0] * x.shape[1], sum(part.shape[-1] for part, _ in parts)), device=x.device, dtype=x.dtype if scale is None else kernels.FP8)
     start = 0
     for part, gelu in parts:
         kernels.copy_rows(part, joined[:, start:start + part.shape[-1]], scale, gelu)
         start += part.shape[-1]
-    return linear(joined if scale is None else as_fp8(joined, scale, x.dtype)).unflatten(0, x.shape[:2])
+    return (layer(joined) if scale is None else multiplied_as_fp8(layer, joined, scale, x.dtype)).unflatten(0, x.shape[:2])
+
+
+def mlp_of_modulated(mlp: torch.nn.Sequential, x: Tensor, mod: ModulationOut) -> Tensor:
+    """Linear, GELU (tanh), linear of the modulated x [B, S, C] -> [B, S, C]."""
+    kernels = kernels_on(x.device)
+    if kernels is None or not is_plain(mlp[0]):
+        return projected(mlp[2], [(modulated(mlp[0], x, mod), True)])
+    normed = kernels.modulate(x, mod.shift, mod.scale)
+    with weight_and_bias(mlp[0], normed) as (weight, bias):
+        hidden = gelu_of_linear(normed, weight, bias)
+    del normed
+    return mlp[2](hidden)
 
 
 def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> None:
@@ -87,23 +140,52 @@ def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> None:
         x.addcmul_(update, gate)
 
 
-def norm_and_rotate(qkv: Tensor, norm: QKNorm, pe: Tensor) -> None:
-    """RMS norm and rotary positions of the queries and keys in qkv [B, S, 3, H, D], in place. pe float32 [B or 1, 1, S, D / 2, 2, 2]."""
-    q, k, _ = qkv.unbind(2)
-    q_weight, _, q_stream = cast_bias_weight(norm.query_norm, q, offloadable=True)
-    k_weight, _, k_stream = cast_bias_weight(norm.key_norm, k, offloadable=True)
-    kernels = kernels_on(qkv.device)
-    if kernels is not None:
-        kernels.norm_and_rotate(qkv, q_weight, k_weight, pe)
+def with_repeats(x: Tensor, dim: int, text: int, repeats: int) -> Tensor:
+    """x with entry text - 1 of an axis `repeats` more times behind itself."""
+    return torch.cat((x.narrow(dim, 0, text), *[x.narrow(dim, text - 1, 1)] * repeats, x.narrow(dim, text, x.shape[dim] - text)), dim)
+
+
+def queries_keys_values(streams: list[tuple[Tensor, QKNorm]], heads: int, pe: Tensor, repeated: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Projections [B, S_i, 3 * H * D] with their norms -> q [B, S, H, D], k, v [B, S + R, H, D], normed and with rotary positions; they may lie in the projections.
+
+    pe float32 [B or 1, 1, S, D / 2, 2, 2]. repeated: (T, R), key and value number T - 1 stand R + 1 times in their place.
+    """
+    text, repeats = repeated
+    kernels = kernels_on(pe.device)
+    if kernels is None or (len(streams) == 1 and not repeats):
+        qkv = torch.cat([projection for projection, _ in streams], dim=1) if len(streams) > 1 else streams[0][0]
+        q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)
     else:
-        ck.rms_rope_(q, k, pe.transpose(1, 2), q_weight.detach(), k_weight.detach(), 1e-6)
-    uncast_bias_weight(norm.query_norm, q_weight, None, q_stream)
-    uncast_bias_weight(norm.key_norm, k_weight, None, k_stream)
+        batch, _, width = streams[0][0].shape
+        q = streams[0][0].new_empty((batch, pe.shape[2], heads, width // heads // 3))
+        k, v = (q.new_empty((batch, pe.shape[2] + repeats, *q.shape[2:])) for _ in range(2))
+    start = 0
+    for number, (projection, norm) in enumerate(streams):
+        end = start + projection.shape[1]
+        q_weight, _, q_stream = cast_bias_weight(norm.query_norm, projection, offloadable=True)
+        k_weight, _, k_stream = cast_bias_weight(norm.key_norm, projection, offloadable=True)
+        if kernels is None:
+            ck.rms_rope_(q[:, start:end], k[:, start:end], pe[:, :, start:end].transpose(1, 2), q_weight.detach(), k_weight.detach(), 1e-6)
+        else:
+            own = (text, repeats) if number == 0 else (0, 0)
+            shift = 0 if number == 0 else repeats
+            places = slice(start + shift, end + shift + own[1])
+            kernels.norm_and_rotate(projection.unflatten(-1, (3, heads, -1)), q_weight, k_weight, pe[:, :, start:end], q[:, start:end], k[:, places],
+                                    None if v.shape[1] == q.shape[1] and len(streams) == 1 else v[:, places], *own)
+        uncast_bias_weight(norm.query_norm, q_weight, None, q_stream)
+        uncast_bias_weight(norm.key_norm, k_weight, None, k_stream)
+        start = end
+    if kernels is None and repeats:
+        k, v = (with_repeats(x, 1, text, repeats) for x in (k, v))
+    return q, k, v
 
 
-def attend(qkv: Tensor, transformer_options: dict, mask: Tensor | None) -> Tensor:
-    """Attention of qkv [B, S, 3, H, D] whose positions are applied -> [B, S, H * D]."""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+def attend(q: Tensor, k: Tensor, v: Tensor, transformer_options: dict, mask: Tensor | None) -> Tensor:
+    """Attention of q [B, S, H, D], k and v [B, S + R, H, D] -> [B, S, H * D]. mask: the host's for S keys."""
+    text, repeats = transformer_options.get(REPEATED_TEXT, (0, 0))
+    if mask is not None and mask.shape[-1] > 1 and repeats:
+        mask = with_repeats(mask, -1, text, repeats)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return optimized_attention(q, k, v, q.shape[1], skip_reshape=True, mask=mask, transformer_options=transformer_options)
 
 
@@ -112,24 +194,23 @@ class FusedDoubleStreamBlock(DoubleStreamBlock):
 
     def forward(self, img, txt, vec, pe, attn_mask=None, modulation_dims_img=None, modulation_dims_txt=None, transformer_options={}):
         """img [B, S_img, C], txt [B, S_txt, C], vec [B, C], pe float32 [B, 1, S_txt + S_img, D / 2, 2, 2] -> img, txt, changed in place."""
-        if plain_needed(pe, transformer_options, modulation_dims_img, modulation_dims_txt):
+        if plain_needed(transformer_options) or modulation_dims_img is not None or modulation_dims_txt is not None:
             return super().forward(img, txt, vec, pe, attn_mask, modulation_dims_img, modulation_dims_txt, transformer_options)
         img_mod1, img_mod2 = self.img_mod(vec)
         txt_mod1, txt_mod2 = self.txt_mod(vec)
         tokens = txt.shape[1]
 
-        qkv = torch.cat((modulated(self.txt_attn.qkv, txt, txt_mod1), modulated(self.img_attn.qkv, img, img_mod1)), dim=1)
-        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
-        norm_and_rotate(qkv[:, :tokens], self.txt_attn.norm, pe[:, :, :tokens])
-        norm_and_rotate(qkv[:, tokens:], self.img_attn.norm, pe[:, :, tokens:])
-        attn = attend(qkv, transformer_options, attn_mask)
+        streams = [(modulated(self.txt_attn.qkv, txt, txt_mod1), self.txt_attn.norm), (modulated(self.img_attn.qkv, img, img_mod1), self.img_attn.norm)]
+        qkv = queries_keys_values(streams, self.num_heads, pe, transformer_options.get(REPEATED_TEXT, (0, 0)))
+        del streams
+        attn = attend(*qkv, transformer_options, attn_mask)
         del qkv
 
         add_gated(img, projected(self.img_attn.proj, [(attn[:, tokens:], False)]), img_mod1.gate)
         add_gated(txt, projected(self.txt_attn.proj, [(attn[:, :tokens], False)]), txt_mod1.gate)
         del attn
-        add_gated(img, projected(self.img_mlp[2], [(modulated(self.img_mlp[0], img, img_mod2), True)]), img_mod2.gate)
-        add_gated(txt, projected(self.txt_mlp[2], [(modulated(self.txt_mlp[0], txt, txt_mod2), True)]), txt_mod2.gate)
+        add_gated(img, mlp_of_modulated(self.img_mlp, img, img_mod2), img_mod2.gate)
+        add_gated(txt, mlp_of_modulated(self.txt_mlp, txt, txt_mod2), txt_mod2.gate)
         if txt.dtype == torch.float16:
             torch.nan_to_num_(txt, nan=0.0, posinf=65504, neginf=-65504)
         return img, txt
@@ -139,15 +220,42 @@ class FusedSingleStreamBlock(SingleStreamBlock):
     """Same parameters and result as the host's block."""
 
     def forward(self, x, vec, pe, attn_mask=None, modulation_dims=None, transformer_options={}):
-        """x [B, S, C], vec [B, C], pe float32 [B, 1, S, D / 2, 2, 2] -> x, changed in place."""
-        if plain_needed(pe, transformer_options, modulation_dims):
+        """x [B, S, C], vec [B, C], pe float32 [B, 1, S, D / 2, 2, 2] -> x, changed in place; of the last block only the tokens that are read."""
+        if plain_needed(transformer_options) or modulation_dims is not None:
             return super().forward(x, vec, pe, attn_mask, modulation_dims, transformer_options)
         mod, _ = self.modulation(vec)
-        qkv, mlp = modulated(self.linear1, x, mod).split([3 * self.hidden_size, self.mlp_hidden_dim], dim=-1)
-        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
-        norm_and_rotate(qkv, self.norm, pe)
-        attn = attend(qkv, transformer_options, attn_mask)
-        add_gated(x, projected(self.linear2, [(attn, False), (mlp, True)]), mod.gate)
+        rows = self.rows_read(transformer_options)
+        width = 3 * self.hidden_size
+        kernels = kernels_on(x.device)
+        split = kernels is not None and is_plain(self.linear1) and is_plain(self.linear2)
+        if split:
+            normed = kernels.modulate(x, mod.shift, mod.scale)
+            with weight_and_bias(self.linear1, normed) as (weight, bias):
+                qkv = functional.linear(normed, weight[:width], bias[:width])
+                mlp = gelu_of_linear(normed[:, rows], weight[width:], bias[width:])
+            del normed
+        else:
+            qkv, mlp = modulated(self.linear1, x, mod).split([width, self.mlp_hidden_dim], dim=-1)
+        q, k, v = queries_keys_values([(qkv, self.norm)], self.num_heads, pe, transformer_options.get(REPEATED_TEXT, (0, 0)))
+        del qkv
+        attn = attend(q[:, rows], k, v, transformer_options, attn_mask if attn_mask is None or attn_mask.shape[-2] == 1 else attn_mask[..., rows, :])
+        del q, k, v
+        if split:
+            with weight_and_bias(self.linear2, attn) as (weight, bias):
+                update = torch.addmm(bias, attn.flatten(0, 1), weight[:, :self.hidden_size].t()).addmm_(mlp.flatten(0, 1), weight[:, self.hidden_size:].t())
+            update = update.unflatten(0, attn.shape[:2])
+        else:
+            update = projected(self.linear2, [(attn, False), (mlp[:, rows], True)])
+        add_gated(x[:, rows], update, mod.gate)
         if x.dtype == torch.float16:
             torch.nan_to_num_(x, nan=0.0, posinf=65504, neginf=-65504)
         return x
+
+    @staticmethod
+    def rows_read(transformer_options: dict) -> slice:
+        """The tokens that something reads after this block."""
+        tokens = transformer_options.get(TOKENS_READ)
+        if tokens is None or transformer_options["block_index"] + 1 < transformer_options["total_blocks"]:
+            return slice(None)
+        text = transformer_options["img_slice"][0]
+        return slice(text, text + tokens)

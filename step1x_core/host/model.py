@@ -12,6 +12,7 @@ from comfy.supported_models_base import ClipTarget
 from comfy.text_encoders.hunyuan_video import llama_detect
 
 from ..config import CONFIG_KEY, CONNECTOR_KEY, VERSIONS, Step1XError, config_tensor, detect_config, stored_config
+from ..connector import distinct_tokens
 from ..mllm import detect_mllm_config
 from .foreign import check_own_forward
 from .text_encoder import TEXT_ENCODER_NAME, Step1XTEModel, Step1XTokenizer
@@ -25,6 +26,16 @@ def check_latent_shape(samples, channels: int) -> None:
     if samples.is_nested or samples.ndim != 4 or samples.shape[1] != channels:
         raise Step1XError(f"A latent of shape {list(samples.shape)} belongs to another model; Step1X-Edit needs [batch, {channels}, height, width]. "
                           "Connect the latent from 'Step1X-Edit Encode', or an empty one from 'EmptySD3LatentImage'.")
+
+
+class CONDTextTokens(comfy.conds.CONDConstant):
+    """The number of distinct text tokens, of which a batch needs the largest."""
+
+    def can_concat(self, other):
+        return True
+
+    def concat(self, others):
+        return max(cond.cond for cond in (self, *others))
 
 
 class Step1XEditModel(comfy.model_base.Flux):
@@ -65,6 +76,8 @@ class Step1XEditModel(comfy.model_base.Flux):
                 raise Step1XError(f"This conditioning has {context.shape[1]} text positions and a mask of {mask.shape[1]}: conditionings of Step1X-Edit cannot be concatenated. "
                                   "Write everything into one prompt.")
             out["text_mask"] = comfy.conds.CONDRegular(mask)
+            if kwargs.get("text_ids") is None:
+                out["text_tokens"] = CONDTextTokens(distinct_tokens(context, mask))
         return out | self.layout_conds(context, **kwargs)
 
     def check_inputs(self, noise, reference_latents=None, reference_latents_method=None, area=None, control=None, **kwargs) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..config import TIME_FACTOR, VERSIONS
 from ..connector import Connector
 from .attention import cudnn_first, cudnn_is_fastest
-from .blocks import FusedDoubleStreamBlock, FusedSingleStreamBlock
+from .blocks import REPEATED_TEXT, TOKENS_READ, FusedDoubleStreamBlock, FusedSingleStreamBlock, plain_needed
 
 
 def position_bits(text_ids: Tensor) -> Tensor:
@@ -60,9 +60,11 @@ class Step1XTransformer(Flux):
         return super().forward(x.clone(), *args, **kwargs)
 
     def _forward(self, x, timestep, context, y=None, guidance=None, ref_latents=None, control=None, transformer_options={},
-                 text_mask=None, text_ids=None, text_embeds=None, quoted_mask=None, **kwargs):
+                 text_mask=None, text_tokens=None, text_ids=None, text_embeds=None, quoted_mask=None, **kwargs):
         """x [B, C, h, w] noisy latent, timestep [B] in 0..1, context [B, T, C_llm] language-model states,
         text_mask [B, T] of 0/1, ref_latents list of [B, C, h, w] -> velocity [B, C, h, w].
+
+        text_tokens: from this number of text tokens on all are the same (`distinct_tokens`), None if that is not known.
 
         v1.2 only: text_ids [B, T, 3] positions as the bits of float32 (see `position_bits`), text_embeds [B, T, C_llm]
         input embeddings of the language model, quoted_mask [B, T] of 0/1.
@@ -87,6 +89,13 @@ class Step1XTransformer(Flux):
 
         if text_mask is None:
             text_mask = torch.ones(context.shape[:2], dtype=torch.long, device=context.device)
+        if not plain_needed(transformer_options):
+            # Equal tokens at equal positions stay equal in every block, so one is computed for all.
+            if text_tokens is not None and text_tokens < context.shape[1]:
+                transformer_options[REPEATED_TEXT] = (text_tokens, context.shape[1] - text_tokens)
+                context, text_mask = context[:, :text_tokens], text_mask[:, :text_tokens]
+            if not transformer_options.get("patches_replace", {}).get("dit") and control is None:
+                transformer_options.setdefault(TOKENS_READ, img_tokens)
         txt, vec = self.connector(context, timestep, text_mask, transformer_options)
         if self.text_token_mapping is not None and quoted_mask is not None:
             txt = txt + quoted_mask[..., None] * self.text_token_mapping(text_embeds)
@@ -94,7 +103,7 @@ class Step1XTransformer(Flux):
             txt_ids = torch.zeros((*txt.shape[:2], 3), device=x.device, dtype=torch.float32)
         else:
             txt_ids = text_ids.view(torch.float32)
-        # Padded text takes part in the transformer's attention: no mask here, and no trimming.
+        # Padded text takes part in the transformer's attention: no mask here.
         out = self.forward_orig(img, img_ids, txt, txt_ids, timestep, vec, control=control, transformer_options=transformer_options)
         return self.unpack(out[:, :img_tokens], height, width)
 
