@@ -297,6 +297,14 @@ def test_bars_are_as_high_as_their_scores():
     assert heights == [301, 151] and (area == second).all(-1).sum(0).max() == 1
 
 
+def test_the_radar_reaches_as_far_as_its_scores():
+    chart = np.asarray(gedit_plots.radar_chart({"one": {"up": 10.0, "right": 5.0, "down": math.nan, "left": 2.5}}, "t")).astype(int)
+    colour = tuple(int(gedit_plots.COLOURS[0][i:i + 2], 16) for i in (1, 3, 5))
+    # Below the legend; the centre lies 320 pixels below that, 10 is 220 pixels away.
+    rows, columns = np.nonzero((chart[70:] == colour).all(-1))
+    assert [columns.max() - 360, 360 - columns.min(), 320 - rows.min(), rows.max() - 320] == pytest.approx([110, 55, 220, 0], abs=3)
+
+
 def test_the_contact_sheet_shows_source_and_result_of_the_best_and_the_worst(known, tmp_path):
     entries = find_entries(known, tmp_path, "m", "j")
     best, worst = best_and_worst(entries, 2)

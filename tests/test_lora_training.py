@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import comfy.model_management
 import comfy.sd
+import convert
 import demo_host
 import demo_model
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from conftest import PACK
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_convert import LOADABLE
 from test_edit_pairs import cached, write_folder
 from test_gguf import load_gguf
 from torch.autograd.graph import saved_tensors_hooks
@@ -113,6 +115,16 @@ def weight_kind(models, tmp_path, kind):
     return load_model(path, model_options={} if kind == "scaled fp8" else {"dtype": torch.float8_e4m3fn})
 
 
+def precision(source, path, kind):
+    """The model of a bf16 file in another precision, through a file where the host takes it from one."""
+    weights = load_file(source)
+    if kind in LOADABLE:
+        convert.convert(source, path, kind)
+        return load_model(path)
+    save_file({name: tensor.to(getattr(torch, kind)) for name, tensor in weights.items()}, path)
+    return load_model(path)
+
+
 def with_random_lora(model, settings=SETTINGS):
     """A run whose LoRA changes something, and the model to train on."""
     model = prepare_model(model)
@@ -155,6 +167,21 @@ def test_gradients_are_those_of_finite_differences(models, tmp_path, dataset, ki
             difference = (values[0] - values[1]) / 2e-2
             assert difference == pytest.approx((gradient * direction).sum().item(), rel=0.03), name
             loss_of(model, run, dataset)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "float8_e5m2", *LOADABLE])
+def test_gradients_on_weights_of_every_precision_point_where_those_on_bf16_do(models, tmp_path, dataset, kind):
+    """Products of rounded inputs have no finite differences."""
+    source = models / "diffusion_models" / tiny_models.V11_FILE
+    gradients = []
+    for load in (lambda: load_model(source), lambda: precision(source, tmp_path / "other-v1p1.safetensors", kind)):
+        with torch.inference_mode():
+            base = load()
+        model, run = with_random_lora(base)
+        loss_of(model, run, dataset)
+        gradients.append(torch.cat([weight.grad.flatten() for weight in run.weights.values()]))
+    cosine = torch.nn.functional.cosine_similarity(*gradients, dim=0)
+    assert cosine > {"float8_e5m2": 0.95, "nvfp4": 0.95}.get(kind, 0.99)
 
 
 def test_checkpointing_changes_no_gradient(model, dataset):
