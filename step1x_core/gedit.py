@@ -48,7 +48,7 @@ class Item:
 def check_name(name: str, what: str) -> str:
     """The name itself if it can be that of a file or folder. Raises Step1XError for any other: it must not lead anywhere else."""
     fits = isinstance(name, str) and name.strip(". ") and name == name.strip() and len(name) <= 150
-    if not fits or _NO_NAME & set(name) or any(ord(char) < 32 for char in name):
+    if not fits or _NO_NAME & set(name) or any(char < " " or "\ud800" <= char <= "\udfff" for char in name):
         raise Step1XError(f"{str(name)[:80]!r} cannot be a {what}: it must be a file name without any of {' '.join(sorted(_NO_NAME))}.")
     return name
 

@@ -177,6 +177,8 @@ MODELS = {
     "qwen_image": (lambda w: {"transformer_blocks.0.attn.add_q_proj.weight": torch.zeros(4, 4), "txt_norm.weight": torch.zeros(4)}, "is not a Step1X-Edit model"),
     "sdxl": (lambda w: {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4, 3, 3), "model.diffusion_model.label_emb.0.0.weight": torch.zeros(4, 4)},
              "is not a Step1X-Edit model"),
+    "sd15": (lambda w: {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4, 3, 3), "cond_stage_model.transformer.x": torch.zeros(4)},
+             "is not a Step1X-Edit model"),
     "lora": (lambda w: {"lora_unet_x.lora_up.weight": torch.zeros(3, 3)}, "is not a Step1X-Edit model"),
     "language_model": (lambda w: {"model.embed_tokens.weight": torch.zeros(4, 4)}, "is not a Step1X-Edit model"),
     "connector_alone": (lambda w: {key: t for key, t in w.items() if key.startswith("connector.")}, INCOMPLETE),
@@ -223,6 +225,15 @@ def shard_named(name):
     return change
 
 
+def shard_of_all(choose):
+    """choose: the shards' names in the order of the tensors -> others in their place."""
+    def change(folder):
+        names = json.loads((folder / INDEX).read_text())["weight_map"]
+        (folder / INDEX).write_text(json.dumps({"weight_map": dict(zip(names, choose([*names.values()])))}))
+
+    return change
+
+
 def replaced_by_link(name, target):
     def change(folder):
         (folder / name).unlink()
@@ -261,6 +272,8 @@ FOLDERS = {
     "shard_named_nul": (shard_named("\0.safetensors"), "is missing from"),
     "shard_named_with_300_letters": (shard_named("a" * 300 + ".safetensors"), "is missing from"),
     "shard_named_lone_surrogate": (shard_named("\ud800.safetensors"), "is missing from"),
+    "index_with_shards_mixed_up": (shard_of_all(lambda names: names[::-1]), None),
+    "index_without_one_shard": (shard_of_all(lambda names: names[:1] * len(names)), INCOMPLETE),
     "index_missing": (lambda folder: (folder / INDEX).unlink(), None),
     **{f"config_{name}": (text_of(CONFIG, text), READ_AGAIN) for name, text in UNREADABLE.items()},
     **{f"config_with_{name}": (text_of(CONFIG, text), "which does not fit them. Download .* the config.json") for name, text in {
@@ -308,9 +321,20 @@ def test_links_of_the_users_own_are_followed(host, root, repository, tmp_path):
         load_model(host, model=tiny_models.V11_FILE).made()
     finally:
         (root / "diffusion_models" / "loop").unlink()
+    shutil.move(repository, tmp_path / "elsewhere")
+    os.symlink(tmp_path / "elsewhere", repository)
+    try:
+        load_model(host, model="repository/").made()
+        for name in ("repository/../elsewhere/", "repository/../../elsewhere/", "repository/transformer/../../elsewhere/"):
+            check(host, peak_memory(), load_model(host, model=name), NOT_IN_LIST)
+            assert "Refresh the node list" in load_model(host, model=Given(name)).error[1]
+    finally:
+        repository.unlink()
+        shutil.move(tmp_path / "elsewhere", repository)
 
 
 NAMES = {"parent": "../../x.safetensors", "absolute": "/etc/passwd", "backslashes": "..\\x.safetensors", "dot": f"./{tiny_models.V11_FILE}", "nothing": "", "nul": "\0",
+         "parent_folder": "../", "parent_of_a_file": f"{tiny_models.V11_FILE}/../../x.safetensors", "absolute_folder": "/", "line_break": "a\nb", "lone_surrogate": "\ud800",
          "5000_letters": "a" * 5000, "folder_of_the_file": tiny_models.V11_FILE + "/"}
 LOADERS = {
     "model": ("Step1XModelLoader", {"version": "auto", "weight_dtype": "default"}),

@@ -49,7 +49,9 @@ def dataset_path(name: str) -> Path:
     path = os.path.abspath(os.path.join(root, name))
     # A link in the input folder is the person's own; a path out of it may be a stranger's workflow.
     if os.path.commonprefix([path, root + os.sep]) != root + os.sep:
-        raise Step1XError(f"The dataset {name!r} is not in ComfyUI's input folder. Put the dataset's folder there and give its name.")
+        raise Step1XError(f"The dataset {name[:80]!r} is not in ComfyUI's input folder. Put the dataset's folder there and give its name.")
+    if not os.path.exists(path):  # unlike Path.is_file, it takes a name that no file can have, too
+        raise Step1XError(f"There is no GEdit-Bench in {root} under the name {name[:80]!r}. Put the dataset's folder there, or correct its name.")
     return Path(path)
 
 

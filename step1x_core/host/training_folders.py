@@ -10,6 +10,8 @@ from ..config import Step1XError
 
 OUTPUT_FOLDER = "step1x_training"
 NAME = re.compile(r"\w[\w .-]*")
+# Letters of other alphabets take up to four bytes, and a file name has 255.
+LONGEST_NAME = 60
 
 
 def dataset_path(dataset: str) -> tuple[Path, Path]:
@@ -22,13 +24,15 @@ def dataset_path(dataset: str) -> tuple[Path, Path]:
     path = Path(os.path.abspath(base / name))
     root = next((root for root in roots if (root == base or os.path.isabs(name)) and path.is_relative_to(root)), None)
     if not name or root is None:
-        raise Step1XError(f"'{dataset}' names no dataset. Put its folder into {roots[0]} and write the folder's name into dataset, or for a folder in {roots[1]} "
+        raise Step1XError(f"{dataset[:80]!r} names no dataset. Put its folder into {roots[0]} and write the folder's name into dataset, or for a folder in {roots[1]} "
                           "its name and ' [output]' behind it.")
+    if not os.path.exists(path):  # unlike Path.is_file, it takes a name that no file can have, too
+        raise Step1XError(f"There is no dataset {name[:80]!r} in {root}. Put its folder there, or correct its name.")
     return path, root
 
 
 def run_folder(name: str) -> Path:
     """The folder of the training of this name. Raises Step1XError for what is no plain name."""
-    if not NAME.fullmatch(name) or name != name.strip(" ."):
-        raise Step1XError(f"'{name}' cannot be the name of a training. Use letters, digits, spaces, dots, dashes and underscores.")
+    if not NAME.fullmatch(name) or name != name.strip(" .") or len(name) > LONGEST_NAME:
+        raise Step1XError(f"{name[:80]!r} cannot be the name of a training. Use at most {LONGEST_NAME} letters, digits, spaces, dots, dashes and underscores.")
     return Path(folder_paths.get_output_directory(), OUTPUT_FOLDER, name)
