@@ -12,8 +12,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).absolute().parent))
 import environment
 
-# Names of torch's types.
-WEIGHT_DTYPES = ("default", "float8_e4m3fn", "float8_e5m2")
+# As in the loader node: names of torch's types, and fp8 with scales.
+WEIGHT_DTYPES = ("default", "float8_e4m3fn", "float8_e5m2", "fp8_scaled")
 
 
 def arguments() -> argparse.Namespace:
@@ -60,20 +60,24 @@ def main() -> int:
 
     settings = Settings(options.steps, options.learning_rate, options.rank, options.alpha, options.batch, options.accumulation, options.seed, options.schedule,
                         options.warmup, options.ema)
-    rows = []
+    losses, rows = [], []
 
-    def draw(run) -> None:
+    def draw() -> None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        draw_progress(losses, rows).save(options.out / "progress.png")
+
+    def tell(run) -> None:
         print(f"\rstep {run.step}/{options.steps}, loss {run.losses[-1]:.4f} ", end="", file=sys.stderr, flush=True)
+        losses[:] = run.losses
         if run.step == options.steps or options.save_every and run.step % options.save_every == 0:
-            options.out.mkdir(parents=True, exist_ok=True)
-            draw_progress(run.losses, rows).save(options.out / "progress.png")
+            draw()
 
     # Models must be loaded and used in the same mode, and the host uses them in this one.
     with torch.inference_mode():
         try:
             pairs = read_pairs(options.dataset)
-            dtype = {} if options.weight_dtype == "default" else {"dtype": getattr(torch, options.weight_dtype)}
-            model = load_model(options.model, options.version, dtype)
+            dtype = {"dtype": getattr(torch, options.weight_dtype)} if options.weight_dtype.startswith("float8") else {}
+            model = load_model(options.model, options.version, dtype, fp8=options.weight_dtype == "fp8_scaled")
             layout = VERSIONS[model.model.diffusion_model.version].layout
             clip, vae = load_text_encoder(options.mllm, layout), load_vae(options.vae)
             folder = options.dataset if options.dataset.is_dir() else options.dataset.parent
@@ -83,11 +87,12 @@ def main() -> int:
 
             def validate(model, step) -> None:
                 rows[:] = edit_held_out(model, vae, dataset, 0, 0.0, options.seed)
+                draw()
 
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             run = train(model, dataset, settings, options.out, not options.restart, not options.no_checkpointing, options.save_every,
-                        options.validate_every if dataset.validation else 0, validate, draw)
+                        options.validate_every if dataset.validation else 0, validate, tell)
         except Step1XError as error:
             print(f"\n{error}", file=sys.stderr)
             return 1

@@ -12,6 +12,7 @@ import tiny_models
 import torch
 from comfy_server import Client, ComfyServer, ExecutionError, find_nodes, install_pack, to_api
 from conftest import PACK
+from PIL import Image
 from safetensors.torch import load_file
 from test_edit_pairs import write_folder
 
@@ -109,6 +110,16 @@ def test_the_command_goes_on_after_a_kill(models, tmp_path):
         assert "0 latents and conditionings encoded" in result.stderr and (tmp_path / name / "progress.png").is_file()
     killed, whole = (load_file(tmp_path / name / LORA) for name in ("killed", "whole"))
     assert all(torch.equal(tensor, whole[name]) for name, tensor in killed.items())
+
+
+def test_the_command_shows_the_pairs_for_validation_after_the_last_step(models, tmp_path):
+    data = write_folder(tmp_path / "pairs", 3)
+    sizes = []
+    for options in (["--validation", "0"], ["--validation", "1", "--validate-every", "5", "--weight-dtype", "fp8_scaled"]):
+        result = subprocess.run(command(models, data, tmp_path / "out", "--steps", "1", "--restart", *options), capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        sizes.append(Image.open(tmp_path / "out" / "progress.png").size)
+    assert sizes[1][1] > sizes[0][1]
 
 
 def test_the_command_says_what_is_wrong(models, tmp_path):
