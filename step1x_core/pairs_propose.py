@@ -161,7 +161,7 @@ def parse_kinds(text: str, known: tuple[str, ...]) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in known:
-            raise Step1XError(f"{name!r} is no kind that can be made here; those are {', '.join(known)}. Correct the input 'kinds'.")
+            raise Step1XError(f"{name[:80]!r} is no kind that can be made here; those are {', '.join(known)}. Correct the input 'kinds'.")
     return list(dict.fromkeys(names)) or list(known)
 
 

@@ -57,7 +57,7 @@ def make_pair(source: np.ndarray, target: np.ndarray, kind: str, english: str, c
     """
     if kind not in KINDS:
         raise Step1XError(f"{kind!r} is no kind of edit. Take one of {', '.join(KINDS)}.")
-    english, chinese = (" ".join(clean_prompt(text).split()) for text in (english, chinese))
+    english, chinese, maker = (" ".join(clean_prompt(text).split()) for text in (english, chinese, maker))
     if not english and not chinese:
         raise Step1XError("A pair has no instruction. Write one, in English or Chinese, or connect proposals.")
     if abs(math.log(source.shape[1] * target.shape[0] / (source.shape[0] * target.shape[1]))) > ASPECT_TOLERANCE:

@@ -1,7 +1,9 @@
 """Instructions of every kind: what a person can write or paste is encoded, what is no text is refused."""
 
 import json
+from pathlib import Path
 
+import folder_paths
 import pytest
 import tiny_models
 import torch
@@ -98,6 +100,14 @@ NODES = {
     "encode_negative": ("Step1XEditEncode", "negative_prompt", {"prompt": "", "size_level": 64}, ("clip", "vae", "image")),
     "think": ("Step1XThink", "prompt", {"seed": 1, "temperature": 0.7}, ("clip", "image")),
     "reflect": ("Step1XReflect", "prompt", {"seed": 1, "version": "v1.2"}, ("clip", "source", "edited")),
+    "gate": ("Step1XGate", "prompt", {"action": "block", "classifier": "none", "unsafe_labels": "", "threshold": 0.5, "message": "", "words": "blood", "question": ""},
+             ("images",)),
+    "gate_words": ("Step1XGate", "words", {"action": "block", "classifier": "none", "unsafe_labels": "", "threshold": 0.5, "message": "", "prompt": "red", "question": ""},
+                   ("images",)),
+    "record": ("Step1XPairRecord", "english", {"kind": "color_alter", "chinese": "", "direction": "forward", "maker": "x"}, ("source", "target")),
+    "record_maker": ("Step1XPairRecord", "maker", {"kind": "color_alter", "english": "red", "chinese": "", "direction": "forward"}, ("source", "target")),
+    "kinds": ("Step1XPairCompute", "kinds", {"count": 1, "seed": 1, "max_side": 64}, ("images",)),
+    "task_types": ("Step1XGEditBench", "task_types", {"dataset": "", "method": "x", "language": "en", "limit": 1}, ()),
     "batch": ("Step1XBatch", "prompts", {"combine": "pairs", "negative_prompt": "", "size_level": 64, "seed": 1, "steps": 1, "cfg": 2.0, "sampler_name": "euler"},
               ("model", "clip", "vae", "images")),
     "loop": ("Step1XReflectionLoop", "prompt", {"negative_prompt": "", "size_level": 64, "seed": 1, "steps": 1, "cfg": 2.0, "rounds": 1, "think": False, "reflect": False,
@@ -140,6 +150,22 @@ def test_texts_come_out_as_the_server_can_send_them(host, name, prompt):
     outcome = run(host, name, prompt)
     assert torch.isfinite(outcome.made()[0]).all()
     assert all(json.loads(json.dumps(values[0])) == values[0] for values in outcome.outputs if isinstance(values[0], str))
+
+
+@pytest.mark.parametrize("name", ["record", "record_maker"])
+@pytest.mark.parametrize("prompt", [prompt for prompt in FINE.values() if prompt.strip()], ids=[name for name, prompt in FINE.items() if prompt.strip()])
+def test_texts_of_pairs_are_stored_and_drawn(host, tmp_path, monkeypatch, name, prompt):
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    pairs, _ = run(host, name, prompt).made()
+    sheet, _ = host.run("Step1XPairSheet", pairs=Given(pairs), limit=4).made()
+    folder, _ = host.run("Step1XPairSave", writes=tmp_path, pairs=Given(pairs), name="texts").made()
+    assert torch.isfinite(sheet).all() and json.loads((Path(folder) / "en-00000.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", ["kinds", "task_types"])
+@pytest.mark.parametrize("prompt", [prompt for prompt in FINE.values() if prompt.strip()], ids=[name for name, prompt in FINE.items() if prompt.strip()])
+def test_texts_that_are_no_entries_of_a_list(host, name, prompt):
+    host.refuses(run(host, name, prompt), "is no kind that can be made here; .* Correct the input|has no task type .* Correct the input")
 
 
 @pytest.mark.parametrize("prompts, expected", [("", "There is no instruction. Write one"), (" \n\t\n ", "There is no instruction. Write one"),

@@ -66,7 +66,7 @@ def open_bench(dataset: str, method: str, language: str, task_types: str, limit:
     known = {item.task_type for item in items}
     for name in wanted:
         if name not in known:
-            raise Step1XError(f"The dataset has no task type {name!r}; it has {', '.join(sorted(known))}. Correct the input 'task_types'.")
+            raise Step1XError(f"The dataset has no task type {name[:80]!r}; it has {', '.join(sorted(known))}. Correct the input 'task_types'.")
     chosen = select(items, LANGUAGES if language == ALL else (language,), wanted, limit)
     if not chosen:
         raise Step1XError(f"The dataset has no item in the language '{language}' of these task types. Choose others.")
