@@ -1,10 +1,13 @@
 """Pictures, masks and latents that are none, or of unusual kinds, into every node that takes them."""
 
+import folder_paths
+import numpy as np
 import pytest
 import tiny_models
 import torch
 from bad_input_host import Given, Host
 from comfy.nested_tensor import NestedTensor
+from PIL import Image
 
 from step1x_core.host.loading import load_text_encoder
 
@@ -83,6 +86,47 @@ def test_encode_takes_every_kind_of_picture(host, picture, same):
     for a, b in zip(found[:2], expected[:2]):
         assert torch.equal(a[0][0], b[0][0]) and torch.isfinite(a[0][0]).all()
     assert torch.equal(found[2]["samples"], expected[2]["samples"]) and torch.isfinite(found[2]["samples"]).all()
+
+
+def file_of(mode: str, size=(40, 30)):
+    """A picture of that mode with a gradient in it."""
+    gradient = np.linspace(0, 65535 if mode.startswith("I") else 255, size[0] * size[1]).reshape(size[::-1])
+    if mode in ("I;16", "I", "F"):
+        return Image.fromarray(gradient.astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]))
+    return Image.fromarray(gradient.astype(np.uint8)).convert("RGB" if mode in ("CMYK", "P") else "L").convert(mode)
+
+
+ROTATED = Image.Exif()
+ROTATED[274] = 6
+# What a person saves: name of the file, the picture, how it is saved.
+FILES = {
+    "one_pixel": ("a.png", file_of("RGB", (1, 1)), {}),
+    "alpha": ("a.png", file_of("RGBA"), {}),
+    "grey": ("a.png", file_of("L"), {}),
+    "grey_and_alpha": ("a.png", file_of("LA"), {}),
+    "black_and_white": ("a.png", file_of("1"), {}),
+    "palette_with_transparency": ("a.gif", file_of("P"), {"transparency": 0}),
+    "16_bit": ("a.png", file_of("I;16"), {}),
+    "32_bit": ("a.tiff", file_of("I"), {}),
+    "float": ("a.tiff", file_of("F"), {}),
+    "cmyk": ("a.jpg", file_of("CMYK"), {}),
+    "upside_down": ("a.jpg", file_of("RGB"), {"exif": ROTATED}),
+    "animation": ("a.gif", file_of("P"), {"save_all": True, "append_images": [file_of("P").rotate(90)]}),
+    "lossless_webp": ("a.webp", file_of("RGBA"), {"lossless": True}),
+}
+
+
+@pytest.mark.parametrize("name, picture, options", FILES.values(), ids=FILES)
+def test_files_of_every_kind_are_edited(host, tmp_path, monkeypatch, name, picture, options):
+    """Through the stock node, at their own size."""
+    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path))
+    picture.save(tmp_path / name, **options)
+    image, _ = host.run("LoadImage", image=name).made()
+    encoded = host.encode(image=Given(image)).made()
+    (latent,) = host.sample(**{key: Given(value) for key, value in zip(("positive", "negative", "latent"), encoded)}).made()
+    (edited,) = host.decode(latent, source=Given(image)).made()
+    assert edited.shape == (*image.shape[:3], 3) and edited.isfinite().all() and 0 <= edited.min() and edited.max() <= 1
+    host.still_edits()
 
 
 def test_a_very_wide_picture_is_edited_where_its_sides_allow_it(host):
