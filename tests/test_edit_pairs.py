@@ -105,6 +105,8 @@ def test_a_name_reaches_the_hosts_input_and_output_folders_only(tmp_path, monkey
     for name, root in roots.items():
         monkeypatch.setattr(folder_paths, f"get_{name}_directory", lambda root=root: str(root))
     inside, made = roots["input"] / "pairs", roots["output"] / "edit_pairs" / "pairs"
+    inside.mkdir(parents=True)
+    made.mkdir(parents=True)
     for name in ("pairs", " pairs ", "pairs [input]", str(inside)):
         assert dataset_path(name) == (inside, roots["input"])
     for name in ("edit_pairs/pairs [output]", str(made), f"{made} [output]"):

@@ -217,7 +217,8 @@ class Run:
         self.settings = settings
         self.layers = {name: layer.to(device) for name, layer in lora_layers(shapes, settings).items()}
         self.weights = parameters(self.layers)
-        self.optimiser = torch.optim.AdamW(self.weights.values(), lr=settings.learning_rate, weight_decay=WEIGHT_DECAY)
+        # One weight after the other, as on the CPU: all at once take a copy of the moments.
+        self.optimiser = torch.optim.AdamW(self.weights.values(), lr=settings.learning_rate, weight_decay=WEIGHT_DECAY, foreach=False)
         self.average = {name: weight.detach().clone() for name, weight in self.weights.items()} if settings.ema else {}
         self.losses: list[float] = []
 
