@@ -15,6 +15,8 @@ if "STEP1X_COMFYUI" not in os.environ:
 
 # The fixtures stop what they started when the tests are terminated, too.
 signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
+# The servers that tests start are on this machine, whatever proxy a developer has.
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"
 
 sys.path += [str(PACK / "scripts"), str(PACK / "tests")]
 import environment  # noqa: E402

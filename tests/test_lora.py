@@ -1,5 +1,7 @@
 """LoRA files in the host's machinery."""
 
+import logging
+
 import comfy.model_management
 import comfy.sd
 import pytest
@@ -210,7 +212,7 @@ def test_alpha_zero_means_rank():
     assert official_alphas(kohya("img_in", 64, 8, 64, alpha=3))["lora_unet_img_in.alpha"] == 3
 
 
-def test_foreign_lora_is_refused(model, tmp_path):
+def test_foreign_lora_is_refused(model, tmp_path, caplog):
     with pytest.raises(Step1XError, match="fits no layer"):
         apply_lora(model, {"lora_unet_down_blocks_0_attn.lora_down.weight": torch.zeros(2, 2)}, 1.0)
     (tmp_path / "lora.safetensors").write_bytes(b"garbage")
@@ -224,4 +226,6 @@ def test_foreign_lora_is_refused(model, tmp_path):
     with pytest.raises(Step1XError, match="damaged"):
         load_lora_file(tmp_path / "folder.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "ok.safetensors")
-    assert list(load_lora_file(tmp_path / "ok.safetensors")) == ["a"]
+    with caplog.at_level(logging.INFO):
+        assert list(load_lora_file(tmp_path / "ok.safetensors")) == ["a"]
+    assert f"LoRA from {tmp_path / 'ok.safetensors'}" in caplog.text

@@ -1,17 +1,17 @@
 """Training pairs: makers, proposals, judging, near duplicates, the dataset on disk, and the command."""
 
+import contextlib
 import importlib.util
 import io
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import PACK
@@ -298,19 +298,21 @@ def test_pictures_that_give_no_more_end_the_run(tmp_path, picture):
         find_pictures(tmp_path / "set")
 
 
-def command(*arguments, **options) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, str(PACK / "scripts" / "make_pairs.py"), *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+def command(*arguments) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, str(PACK / "scripts" / "make_pairs.py"), *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_the_command_goes_on_after_a_kill(pictures, tmp_path):
     choice = [pictures, tmp_path / "set", "--count", 40, "--size", 128, "--workers", 1, "--seed", 7]
-    killed = command(*choice, start_new_session=True)
+    killed = command(*choice)
     journal = tmp_path / "set" / JOURNAL
     deadline = time.monotonic() + 120
     while not (journal.is_file() and journal.read_bytes().count(b"\n") >= 5):
         assert killed.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(killed.pid, signal.SIGKILL)
+    for process in (killed, *psutil.Process(killed.pid).children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a worker may notice that it is alone
+            process.kill()
     killed.communicate()
     run = command(*choice)
     output, errors = run.communicate(timeout=300)

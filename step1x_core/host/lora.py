@@ -1,5 +1,6 @@
 """LoRA through the host's own machinery."""
 
+import logging
 from pathlib import Path
 
 import comfy.lora
@@ -14,6 +15,8 @@ from ..config import Step1XError
 from ..keys import EMBEDDERS
 from ..lora import diffsynth_names, official_alphas
 from .loading import naming
+
+log = logging.getLogger(__name__)
 
 PREFIX = "diffusion_model."
 # What trainers put in front of a layer's name.
@@ -41,7 +44,10 @@ def lora_keys(model) -> dict:
 
 
 def load_lora_file(path) -> dict[str, Tensor]:
-    """Raises Step1XError for a damaged file, for anything but safetensors, and for tensors that are no weights; the host's exception when the run was cancelled."""
+    """The tensors of a file, which the log names.
+
+    Raises Step1XError for a damaged file, for anything but safetensors, and for tensors that are no weights; the host's exception when the run was cancelled.
+    """
     path = Path(path)
     if not is_safetensors(path):
         raise Step1XError(f"{path.name} is not a safetensors file. Only safetensors files are loaded; get the LoRA in that format.")
@@ -49,6 +55,7 @@ def load_lora_file(path) -> dict[str, Tensor]:
     lora = comfy.utils.load_torch_file(str(path), safe_load=True)
     comfy.model_management.throw_exception_if_processing_interrupted()
     check_types(path.name, lora, lora)
+    log.info("Step1X-Edit LoRA from %s", path)
     return lora
 
 
