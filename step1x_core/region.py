@@ -126,7 +126,8 @@ class RegionRun:
         """Choose the tokens to go on with, from predictions [B, C, h, w]. Without a reference of the same size every step stays full."""
         self.edited = None
         if reference is not None and reference.shape == denoised.shape:
-            self.edited = edited_tokens(denoised, reference, self.settings.similarity, self.mask)
+            # With several graphics cards the reference may have been seen on another one.
+            self.edited = edited_tokens(denoised, reference.to(denoised.device), self.settings.similarity, self.mask)
 
     def region(self) -> Tensor:
         """The edited tokens as places of the latent, bool [B, 1, h, w]."""

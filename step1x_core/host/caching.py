@@ -3,6 +3,7 @@
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from ..config import Step1XError
 from ..teacache import TeaCacheState
 
 WRAPPER_KEY = "step1x_teacache"
@@ -24,7 +25,9 @@ class TeaCache:
         return self.states.setdefault(key, TeaCacheState(self.threshold))
 
     def sample(self, executor, *args, **kwargs):
-        """Around a whole sampling run: nothing outlives it, also when it is cancelled."""
+        """Around a whole sampling run: nothing outlives it, also when it is cancelled. Raises Step1XError for a compiled model."""
+        if "torch_compile_kwargs" in executor.class_obj.model_options:
+            raise Step1XError("'TorchCompileModel' would keep for all steps what 'Step1X-Edit TeaCache' decides in the first. Remove one of the two.")
         self.states.clear()
         try:
             return executor(*args, **kwargs)

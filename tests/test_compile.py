@@ -1,0 +1,96 @@
+"""The stock TorchCompileModel: one graph for all steps, and what cannot live with it.
+
+Attention is torch's, as on a graphics card: the one that the host takes on a CPU asks for the free memory, which breaks the graph.
+"""
+
+import pytest
+import tiny_models
+import torch
+from comfy.ldm.modules.attention import attention_pytorch
+from comfy_extras.nodes_torch_compile import TorchCompileModel
+from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
+
+from step1x_core.config import Step1XError
+from step1x_core.host.caching import apply_teacache
+from step1x_core.host.loading import load_model
+from step1x_core.host.sampling import flow_sigmas, sample
+
+TEXT = tiny_models.TINY_TRANSFORMER.text
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Nothing compiled before, and no gradients."""
+    torch._dynamo.reset()
+    counters.clear()
+    with torch.inference_mode():
+        yield
+
+
+def with_torch_attention(path):
+    model = load_model(path).clone()
+    model.model_options["transformer_options"]["optimized_attention_override"] = lambda attention, *args, **kwargs: attention_pytorch.__wrapped__(*args, **kwargs)
+    return model
+
+
+@pytest.fixture(scope="module")
+def v11(models):
+    return with_torch_attention(models / "diffusion_models" / tiny_models.V11_FILE)
+
+
+@pytest.fixture(scope="module")
+def v12(models):
+    return with_torch_attention(models / "diffusion_models" / tiny_models.V12_FILE)
+
+
+def compiled(model) -> tuple:
+    """The model behind the stock node, and a backend that counts its graphs."""
+    counter = CompileCounter()
+    return TorchCompileModel.execute(model, counter).args[0], counter
+
+
+def edit(version: str, size: int) -> tuple:
+    """Made-up conditioning and latent of a picture of size x size latent places; v1.2's two prompts differ in length."""
+    generator = torch.Generator().manual_seed(0)
+    latent = torch.randn(1, 16, size, size, generator=generator)
+
+    def prompt(length):
+        if version == "v1.1":
+            return torch.randn(1, 640, TEXT, generator=generator), {"attention_mask": (torch.arange(640) < length).long()[None]}
+        states = torch.randn(1, length, TEXT, generator=generator)
+        return states, {"text_ids": torch.arange(length).neg()[None, :, None].expand(1, -1, 3).float(), "text_embeds": states, "text_mask": torch.zeros(1, length).long()}
+
+    return *([[states, {**extra, "reference_latents": [latent]}]] for states, extra in (prompt(30), prompt(20))), {"samples": latent}
+
+
+def run(model, size=16, steps=3, seed=1, cfg=4.0):
+    positive, negative, latent = edit(model.model.diffusion_model.version, size)
+    return sample(model, positive, negative, latent, flow_sigmas(steps, latent["samples"]), cfg, seed, callback=lambda *args: None)["samples"]
+
+
+def test_only_new_shapes_compile_again_and_nothing_breaks_a_graph(v11):
+    fast, counter = compiled(v11)
+    for change in ({}, {"seed": 2}, {"steps": 5}, {"cfg": 2.0}):
+        torch.testing.assert_close(run(fast, **change), run(v11, **change), rtol=1e-4, atol=1e-4)
+        assert counter.frame_count == 1, change
+    for change in ({"size": 24}, {"size": 24, "seed": 2}, {}):
+        torch.testing.assert_close(run(fast, **change), run(v11, **change), rtol=1e-4, atol=1e-4)
+        assert counter.frame_count == 2, change
+    assert not counters["graph_break"]
+
+
+def test_prompts_of_two_lengths_are_two_graphs(v12):
+    fast, counter = compiled(v12)
+    for change in ({}, {"seed": 2, "steps": 5}):
+        torch.testing.assert_close(run(fast, **change), run(v12, **change), rtol=1e-4, atol=1e-4)
+        assert counter.frame_count == 2 and not counters["graph_break"]
+
+
+def test_teacache_would_be_frozen_and_is_refused_in_either_order(v11):
+    """The host drops torch's guards on transformer_options, so that every step would do what the first one did."""
+    fast, _ = compiled(v11)
+    for both in (apply_teacache(fast, 0.2), compiled(apply_teacache(v11, 0.2))[0]):
+        with pytest.raises(Step1XError, match="'TorchCompileModel' would keep .* Remove one of the two"):
+            run(both)
+    run(apply_teacache(v11, 0.2))
