@@ -1,12 +1,13 @@
-"""Loads every kind of model, thinks, encodes, samples and decodes, and writes down what files that opens, and every attempt to reach the network, which fails.
+"""Loads every kind of model and runs the nodes, and writes down what files that opens, and every attempt to reach the network, which fails.
 
-`python guarded_run.py MODELS REPORT`; a script of its own, as a process cannot get rid of an audit hook.
+`python guarded_run.py BASE REPORT`, with models in BASE/models and pairs of pictures in BASE/input; a script of its own, as a process cannot get rid of an audit hook.
 """
 
 import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 NETWORK = ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "urllib.Request", "http.client.connect", "ftplib.connect",
            "smtplib.connect", "webbrowser.open")
@@ -31,7 +32,15 @@ def hook(event: str, args: tuple) -> None:
         seen["written" if args[2] & WRITING else "read"].append(os.path.abspath(os.fsdecode(args[0])))
 
 
-def main(models: Path, report: Path) -> None:
+def take() -> dict[str, list[str]]:
+    """What was seen since the last call, and forget it."""
+    found = {name: sorted(set(entries)) for name, entries in seen.items()}
+    for entries in seen.values():
+        entries.clear()
+    return found
+
+
+def main(base: Path, report: Path) -> None:
     sys.path[:0] = [str(Path(__file__).absolute().parent), str(Path(__file__).absolute().parent.parent / "scripts")]
     import environment
 
@@ -42,15 +51,17 @@ def main(models: Path, report: Path) -> None:
     from loop_host import load_pack, node_classes
 
     for name in ("diffusion_models", "text_encoders", "vae", "loras", "diffusers"):
-        folder_paths.folder_names_and_paths[name] = ([str(models / name)], {".safetensors"})
+        folder_paths.folder_names_and_paths[name] = ([str(base / "models" / name)], {".safetensors"})
+    folder_paths.models_dir, folder_paths.input_directory, folder_paths.output_directory = (str(base / name) for name in ("models", "input", "output"))
     classes = node_classes(load_pack())
+    from step1x_core.host.gate import gate
 
-    def run(name: str, *args, **kwargs) -> tuple:
-        return classes[name].execute(*args, **kwargs).result
+    def run(node: str, **inputs) -> tuple:
+        classes[node].hidden = SimpleNamespace(unique_id="1")  # which the host fills in
+        return classes[node].execute(**inputs).result
 
     # From here on it is not the host that starts but this pack that works.
-    for name in ("processes", "unpickled", "written", "read"):
-        seen[name].clear()
+    starting = take()
     image = torch.rand(1, 72, 96, 3, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         vae, = run("Step1XVAELoader", vae=tiny_models.VAE_FILE)
@@ -64,7 +75,37 @@ def main(models: Path, report: Path) -> None:
             latent, = run("Step1XSampler", model=model, positive=positive, negative=negative, latent=latent, seed=1, steps=1, cfg=4.0, sampler_name="euler", denoise=1.0)
             picture, = run("Step1XDecode", samples=latent, vae=vae, source=image)
             assert picture.shape == image.shape and picture.isfinite().all()
-    report.write_text(json.dumps({name: sorted(set(entries)) for name, entries in seen.items()}), encoding="utf-8")
+        # Of the nodes that only compute.
+        run("Step1XTeaCache", model=model, threshold=0.2)
+        run("Step1XRegion", model=model, similarity=0.9, warmup=0.2, refreshes=1, reuse=0.0)
+        patched, = run("Step1XGuidanceInterval", model=model, start=0.0, end=0.5)
+        run("Step1XReflect", clip=clip, source=image, edited=picture, prompt="make it red", seed=1, version="v1.2")
+        crop, _, stitch = run("Step1XCrop", image=image, mask=(image[..., 0] > 0.5).float(), context=0.5, min_size=16)
+        run("Step1XStitch", image=crop, stitch=stitch, feather=2)
+        one = {"model": patched, "clip": clip, "vae": vae, "prompts": "red", "images": image, "combine": "pairs", "negative_prompt": "", "size_level": 64, "seed": 1, "steps": 1,
+               "cfg": 2.0, "sampler_name": "euler"}
+        run("Step1XBatch", **{name: [value] for name, value in one.items()})
+        _, found, _ = gate(image, "block", "classifier", "LABEL_0, LABEL_1", 0.0, "", prompt="red", question="Is it bad?", clip=clip)
+        assert found == 1
+    editing = take()
+
+    # And of those that keep what they made.
+    with torch.inference_mode():
+        dataset, _ = run("Step1XEditDataset", clip=clip, vae=vae, dataset="pairs", size_level=64, validation=0)
+        run("Step1XTrainLora", model=model, dataset=dataset, name="lora", steps=1, learning_rate=0.01, rank=2, alpha=1.0, batch_size=1, accumulation=1, seed=1, resume=True,
+            save_every=1, validate_every=0, schedule="constant", warmup=0, ema=0.0, gradient_checkpointing=True)
+        pairs, _ = run("Step1XPairCompute", images=[image], kinds=[""], count=[4], seed=[1], max_side=[0])
+        pairs, _ = run("Step1XPairRecord", source=[image], target=[1 - image], kind=["color_alter"], english=["invert it"], chinese=[""], direction=["forward"], maker=["x"],
+                       pairs=[pairs])
+        pairs, _ = run("Step1XPairJudge", clip=clip, pairs=pairs, seed=1)
+        run("Step1XPairSheet", pairs=pairs, limit=4)
+        run("Step1XPairSave", pairs=pairs, name="pairs")
+        bench, = run("Step1XGEditBench", dataset="", method="x", language="en", task_types="", limit=1)
+        pictures, _, items, _ = run("Step1XGEditItems", bench=bench, count=1)
+        run("Step1XGEditSave", images=pictures, items=items)
+        run("Step1XGEditJudge", bench=bench, clip=clip, judge="x", seed=1, again=False)
+        run("Step1XGEditReport", bench=bench, judge="x")
+    report.write_text(json.dumps({"starting": starting, "editing": editing, "keeping": take()}), encoding="utf-8")
 
 
 if __name__ == "__main__":
