@@ -207,8 +207,8 @@ def test_moving_tokens_to_main_memory_changes_no_gradient(model, dataset, monkey
         loss_of(model, run, dataset)
         gradients.append({name: weight.grad.clone() for name, weight in run.weights.items()})
     assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
-    # Picture and text of two double blocks, both in one of two single blocks, and nothing else.
-    assert len(packed) == 6 and {shape[-1] for shape in packed} == {tiny_models.TINY_TRANSFORMER.hidden}
+    # Picture and text of two double blocks, both in one of two single blocks, and nothing else; older torch adds an empty tensor to each.
+    assert [shape[-1] for shape in packed if shape.numel()] == [tiny_models.TINY_TRANSFORMER.hidden] * 6
 
 
 def test_adapted_model_is_the_one_with_the_lora_merged(model, dataset):
