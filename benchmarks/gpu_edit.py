@@ -30,6 +30,8 @@ MODES = {
     "fp8 teacache": {"fp8": True, "teacache": True},
     "fp8 interval": {"fp8": True, "interval": True},
     "fp8 both": {"fp8": True, "interval": True, "teacache": True},
+    "fp8 attention": {"fp8": True, "attention": True},
+    "fp8 attention both": {"fp8": True, "attention": True, "interval": True, "teacache": True},
     "bf16 split": {"split": True},
     "fp8 split": {"fp8": True, "split": True},
 }
@@ -112,7 +114,7 @@ def made_up_conditioning(version: str, size: int, width: int):
     latent = torch.randn(1, 16, size // 8, size // 8, generator=generator)
     if version == "v1.1":
         extra = {"attention_mask": (torch.arange(640) < 360).long()[None]}
-        states = torch.randn(1, 640, width, generator=generator)
+        states = torch.randn(1, 640, width, generator=generator) * extra["attention_mask"][..., None]
     else:
         states = torch.randn(1, 430, width, generator=generator)
         extra = {"text_ids": torch.zeros(1, 430, 3), "text_embeds": states, "text_mask": torch.zeros(1, 430, dtype=torch.long)}
@@ -143,8 +145,11 @@ def edit(options, parts: dict, size: int, filled: float) -> dict[str, float]:
         if options.think:
             with Clock(times, "think"):
                 generate_text(parts["clip"], None, [picture[0], PROMPT], options.think, 0)
+    parts["rows"].clear()
     with Clock(times, "sample"):
         out = sample(parts["model"], positive, negative, latent, flow_sigmas(options.steps, latent["samples"]), options.cfg, 0, callback=lambda *args: None)
+    if parts["rows"]:
+        times["work"] = 100 * sum(parts["rows"]) / (2 * options.steps)
     if not torch.isfinite(out["samples"]).all():
         raise FloatingPointError(f"The latent of size {size} is not finite.")
     if not options.only_sampling:
@@ -162,11 +167,14 @@ def load_parts(options, paths: dict[str, Path], mode: str) -> dict:
     import comfy.utils
 
     from step1x_core.host.caching import apply_teacache
+    from step1x_core.host.fp8_attention import set_fp8_attention
     from step1x_core.host.loading import load_model, load_text_encoder
     from step1x_core.host.sampling import set_guidance_interval
 
     settings = MODES[mode]
     model = load_model(paths["transformer"], options.version, fp8=settings.get("fp8", False))
+    if settings.get("attention"):
+        model = set_fp8_attention(model)
     if settings.get("teacache"):
         model = apply_teacache(model, options.teacache)
     if settings.get("interval"):
@@ -181,7 +189,9 @@ def load_parts(options, paths: dict[str, Path], mode: str) -> dict:
         model = MultiGPUCFGSplitNode.execute(model, 2).args[0]
         if not model.get_additional_models_with_key("multigpu"):
             raise RuntimeError(f"Mode {mode} needs two devices.")
-    parts = {"model": model}
+    parts = {"model": model, "rows": []}
+    if settings.get("teacache") or settings.get("interval"):
+        model.model.diffusion_model.single_blocks[0].register_forward_pre_hook(lambda module, args: parts["rows"].append(len(args[0])))
     if not options.only_sampling:
         parts |= {"clip": load_text_encoder(paths["mllm"], options.version), "vae": comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(paths["vae"])))}
     return parts
@@ -219,7 +229,8 @@ def measure(options, paths: dict[str, Path], mode: str, vram: float) -> list[dic
 
     own = blocks.plain_needed, transformer.cudnn_is_fastest
     if MODES[mode].get("host_blocks"):
-        blocks.plain_needed, transformer.cudnn_is_fastest = lambda *args: True, lambda device: False
+        blocks.plain_needed = transformer.plain_needed = lambda options: True
+        transformer.cudnn_is_fastest = lambda device: False
     filler = fill_memory(vram)
     loading, runs = {}, []
     with Clock(loading, "load"):
@@ -234,6 +245,7 @@ def measure(options, paths: dict[str, Path], mode: str, vram: float) -> list[dic
         runs.append({"mode": mode, "size": size, "vram": vram, "load": loading["load"], "first": first, "runs": rest or [first]})
         print(f"{mode} {size} {vram or ''}: sampling {statistics.median(run['sample'] for run in rest or [first]):.2f} s", file=sys.stderr, flush=True)
     blocks.plain_needed, transformer.cudnn_is_fastest = own
+    transformer.plain_needed = blocks.plain_needed
     del parts, filler
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
@@ -243,14 +255,14 @@ def measure(options, paths: dict[str, Path], mode: str, vram: float) -> list[dic
 
 def table(runs: list[dict]) -> str:
     """Medians of the runs, a line for each mode and size."""
-    columns = {"encode": 8, "sample": 8, "decode": 8, "whole": 8, "think": 7, "allocated": 7, "reserved": 7}
-    lines = [f"{'mode':<15}{'size':>5}{'vram':>6}{'load':>7}{'first':>7}{'encode':>8}{'sample':>8}{'decode':>8}{'whole':>8}{'think':>7}{'alloc':>7}{'resrv':>7}{'+-':>6}"
-             "   (seconds, the last for sampling; GiB)"]
+    columns = {"encode": 8, "sample": 8, "decode": 8, "whole": 8, "think": 7, "work": 6, "allocated": 7, "reserved": 7}
+    lines = [f"{'mode':<19}{'size':>5}{'vram':>6}{'load':>7}{'first':>7}{'encode':>8}{'sample':>8}{'decode':>8}{'whole':>8}{'think':>7}{'work':>6}{'alloc':>7}{'resrv':>7}{'+-':>6}"
+             "   (seconds, the last for sampling; % of the blocks' runs; GiB)"]
     for run in runs:
         middle = {name: statistics.median(values[name] for values in run["runs"]) for name in run["runs"][0]}
         spread = max(values["sample"] for values in run["runs"]) - min(values["sample"] for values in run["runs"])
         cells = "".join(f"{middle[name]:{width}.2f}" if name in middle else f"{'-':>{width}}" for name, width in columns.items())
-        lines.append(f"{run['mode']:<15}{run['size']:>5}{run['vram'] or '-':>6}{run['load']:7.1f}{run['first']['sample']:7.2f}{cells}{spread / 2:6.2f}")
+        lines.append(f"{run['mode']:<19}{run['size']:>5}{run['vram'] or '-':>6}{run['load']:7.1f}{run['first']['sample']:7.2f}{cells}{spread / 2:6.2f}")
     return "\n".join(lines)
 
 

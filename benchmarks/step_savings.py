@@ -2,7 +2,7 @@
 """What skipping work costs in quality: `python benchmarks/step_savings.py`.
 
 Edits held-out pictures of the demo model (see demo_quality.py for what counts as success) with TeaCache, EasyCache, LazyCache and guidance intervals, and
-prints beside the success how much of the blocks' work was done.
+prints beside the success how much of the blocks' work was done. On a graphics card where there is one, else on the CPU.
 """
 
 import argparse
@@ -28,6 +28,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lazycache", nargs="*", type=float, default=[0.2], help="thresholds of the stock LazyCache")
     parser.add_argument("--interval", nargs="*", type=float, default=[0.7, 0.5, 0.3], help="parts of the steps that are guided")
     parser.add_argument("--both", nargs="*", type=float, default=[0.3, 0.5], metavar="THRESHOLD INTERVAL", help="pairs of a TeaCache threshold and a guided part")
+    parser.add_argument("--fp8", action="store_true", help="all settings with fp8_scaled weights (on a card that multiplies them)")
+    parser.add_argument("--fp8-attention", action="store_true", help="all settings with Step1X-Edit fp8 Attention, too")
     return parser.parse_args()
 
 
@@ -51,15 +53,23 @@ def settings(options, model) -> dict:
 
 def main() -> int:
     options = arguments()
-    environment.use_host_in_process()
-    import comfy.utils
     import torch
 
+    environment.use_host_in_process(cpu=not torch.cuda.is_available())
+    import comfy.utils
+
+    from step1x_core.host.fp8_attention import set_fp8_attention
+    from step1x_core.host.loading import load_model
     from training.scenes import judge, pair_at
 
     comfy.utils.set_progress_bar_enabled(False)
     with torch.inference_mode():
-        demo = demo_quality.Demo(demo_model.FOLDER, options.steps, options.cfg, demo_model.FOLDER / "diffusion_models" / demo_model.MODEL_FILE)
+        path = demo_model.FOLDER / "diffusion_models" / demo_model.MODEL_FILE
+        demo = demo_quality.Demo(demo_model.FOLDER, options.steps, options.cfg, path)
+        if options.fp8:
+            demo.model = load_model(path, fp8=True)
+        if options.fp8_attention:
+            demo.model = set_fp8_attention(demo.model)
         drawn = ((index, pair_at(options.seed, index, "heldout")) for index in itertools.count())
         edits = list(itertools.islice(((index, pair) for index, pair in drawn if pair.kind != "none"), options.edits))
         rows = 0
@@ -69,7 +79,9 @@ def main() -> int:
             rows += len(args[0])
 
         demo.model.model.diffusion_model.single_blocks[0].register_forward_pre_hook(count, with_kwargs=True)
-        print(f"{options.edits} held-out edits of 128x128, {options.steps} steps, CFG {options.cfg}, seed {options.seed}; torch {torch.__version__}, {platform.machine()} CPU")
+        print(f"{options.edits} held-out edits of 128x128, {options.steps} steps, CFG {options.cfg}, seed {options.seed}{', fp8 weights' if options.fp8 else ''}"
+              f"{', fp8 attention' if options.fp8_attention else ''}; torch {torch.__version__}, "
+              f"{torch.cuda.get_device_name() if torch.cuda.is_available() else f'{platform.machine()} CPU'}")
         print(f"{'':<28}{'success':>8}{'outside':>9}{'work':>7}   (percent of edits; mean absolute error outside the edit; percent of the exact path's block runs)")
         for name, model in settings(options, demo.model).items():
             demo.model, rows = model, 0

@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from ..step1x_core.host.model import register
+from .attention import Step1XFp8Attention
 from .batch import Step1XBatch
 from .caching import Step1XTeaCache
 from .edit import Step1XDecode, Step1XEditEncode, Step1XReferences
@@ -37,6 +38,7 @@ class Step1XExtension(ComfyExtension):
             Step1XGuidance,
             Step1XGuidanceInterval,
             Step1XTeaCache,
+            Step1XFp8Attention,
             Step1XRegion,
             Step1XThink,
             Step1XReflect,

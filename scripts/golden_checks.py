@@ -39,7 +39,6 @@ from step1x_core.mllm import attention_mask, layout_states, mrope_positions
 from step1x_core.prompt import prompt_ids
 from step1x_core.schedule import image_to_image_start, latent_tokens, shift_mu, sigma_schedule
 
-
 # The official code computes all tokens in the last block, too, and the files hold that.
 READ_ALL = {TOKENS_READ: None}
 

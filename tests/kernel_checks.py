@@ -1,13 +1,18 @@
-"""Compares the Triton kernels with torch; run in Triton's interpreter, on the CPU, by test_blocks.py."""
+"""Compares the Triton kernels with torch, and the blocks that use them with the host's; run in Triton's interpreter, on the CPU, by test_blocks.py."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+import environment
+
+environment.use_host_in_process()
 import torch
-from torch.nn.functional import gelu, layer_norm, rms_norm
+from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
+from torch.nn.functional import gelu, layer_norm, rms_norm, scaled_dot_product_attention
 
 from step1x_core import kernels
+from step1x_core.host import blocks
 
 BATCH, TOKENS, WIDTH, HEADS, HEAD = 2, 5, 96, 3, 32
 
@@ -72,7 +77,47 @@ def check(dtype):
             assert torch.equal(got[:, 1:9], rotated[:, order, part]) and (got[:, [0, 9]] == 7).all()
 
 
+def attend_rounded(q, k, v):
+    """What the fp8 attention of a GPU takes and gives."""
+    assert q.dtype == k.dtype == v.dtype == torch.float8_e4m3fn
+    out = scaled_dot_product_attention(*(x.float().transpose(1, 2) for x in (q, k, v)))
+    return out.transpose(1, 2).flatten(2).to(torch.float8_e4m3fn)
+
+
+def check_blocks():
+    """Text of 3 tokens, the last of which stands for 4, and 5 of the picture, of which 2 are read after the last block."""
+    heads, width, repeats = 2, 64, 3
+    whole = [0, 1, 2, 2, 2, 2]
+    text, image, vec = torch.randn(2, 3, width), torch.randn(2, 5, width), torch.randn(2, width)
+    pe = torch.randn(1, 1, 8, width // heads // 2, 2, 2)
+    pe_whole = pe[:, :, [*whole, *range(3, 8)]]
+    options = {blocks.REPEATED_TEXT: (3, repeats), "block_index": 0, "total_blocks": 1, "img_slice": [3, 8]}
+    for kind, fused, settings in ((DoubleStreamBlock, blocks.FusedDoubleStreamBlock, {"qkv_bias": True}), (SingleStreamBlock, blocks.FusedSingleStreamBlock, {})):
+        plain, ours = (block(width, heads, mlp_ratio=4, dtype=torch.float32, device="cpu", operations=blocks.disable_weight_init, **settings) for block in (kind, fused))
+        weights = {name: torch.randn(tensor.shape) / 8 for name, tensor in plain.state_dict().items()}
+        plain.load_state_dict(weights)
+        ours.load_state_dict(weights)
+
+        def run(block, options, text, pe):
+            if kind is DoubleStreamBlock:
+                return torch.cat(block(img=image.clone(), txt=text.clone(), vec=vec, pe=pe, transformer_options=options)[::-1], dim=1)
+            return block(torch.cat((text, image), dim=1), vec=vec, pe=pe, transformer_options=options)
+
+        expected = run(plain, {}, text[:, whole], pe_whole)[:, [0, 1, 2, *range(6, 11)]]
+        # torch's GELU within a product is the exact one on a CPU.
+        torch.testing.assert_close(run(ours, options, text, pe), expected, rtol=1e-2, atol=5e-3)
+        changed = run(ours, options | {blocks.FP8_ATTENTION: attend_rounded}, text, pe) - expected
+        assert 1e-4 < changed.norm() / expected.norm() < 0.05
+        if kind is SingleStreamBlock:
+            read = run(ours, options | {blocks.TOKENS_READ: 2}, text, pe)
+            torch.testing.assert_close(read[:, 3:5], expected[:, 3:5], rtol=1e-2, atol=5e-3)
+            assert torch.equal(read[:, [0, 1, 2, 5, 6, 7]], torch.cat((text, image), dim=1)[:, [0, 1, 2, 5, 6, 7]])
+
+
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16):
     check(dtype)
+blocks.kernels_on = lambda device: kernels
+with torch.inference_mode():
+    check_blocks()
 print("kernels agree")

@@ -5,6 +5,7 @@ import inspect
 import torch
 from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CAN_SET_PRIORITY = "set_priority" in inspect.signature(sdpa_kernel).parameters
@@ -18,9 +19,15 @@ def cudnn_is_fastest(device: torch.device) -> bool:
 
 
 def cudnn_first(attention, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, skip_reshape=False, **kwargs) -> Tensor:
-    """The host's override hook: q, k, v [B, H, S, D] through cuDNN -> [B, S, H * D]; what is laid out otherwise goes to `attention`."""
+    """The host's override hook: q, k, v [B, H, S, D] through cuDNN -> [B, S, H * D]; what cuDNN cannot take, or is laid out otherwise, goes to `attention`."""
     if mask is not None or not skip_reshape:
         return attention(q, k, v, heads, mask=mask, skip_reshape=skip_reshape, **kwargs)
-    with sdpa_kernel(CUDNN_FIRST, set_priority=True):
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        with sdpa_kernel(CUDNN_FIRST, set_priority=True):
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    elif can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, False, False)):
+        # Not by torch's priorities, which hold for the whole process: two threads of MultiGPU CFG Split would change them under one another.
+        out = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0]
+    else:
+        return attention(q, k, v, heads, skip_reshape=True, **kwargs)
     return out.transpose(1, 2).flatten(2)

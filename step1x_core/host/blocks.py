@@ -14,6 +14,8 @@ from comfy.quant_ops import QuantizedTensor, ck, get_layout_class
 from torch import Tensor
 from torch.nn import functional
 
+from ..config import Step1XError
+
 log = logging.getLogger(__name__)
 
 FP8_LAYOUT = "TensorCoreFP8E4M3Layout"
@@ -21,6 +23,8 @@ FP8_LAYOUT = "TensorCoreFP8E4M3Layout"
 REPEATED_TEXT = "step1x_repeated_text"
 # Entry of transformer_options: how many image tokens, from the first on, are read after the last block; None for all tokens.
 TOKENS_READ = "step1x_tokens_read"
+# Entry of transformer_options: an attention function of e4m3 q, k and v, laid out as `attend` takes them, with an e4m3 result.
+FP8_ATTENTION = "step1x_fp8_attention"
 
 
 def plain_needed(transformer_options: dict) -> bool:
@@ -104,26 +108,26 @@ def modulated(layer: torch.nn.Module, x: Tensor, mod: ModulationOut) -> Tensor:
     return layer(out) if scale is None else multiplied_as_fp8(layer, out.flatten(0, 1), scale, x.dtype).unflatten(0, x.shape[:2])
 
 
-def projected(layer: torch.nn.Module, parts: list[tuple[Tensor, bool]]) -> Tensor:
-    """layer of the parts joined along their last axis -> [B, S, N]. A part is x [B, S, C], whose rows may lie apart, and whether to apply GELU (tanh)."""
+def projected(layer: torch.nn.Module, parts: list[tuple[Tensor, bool]], dtype: torch.dtype) -> Tensor:
+    """layer of the parts joined along their last axis -> [B, S, N] of dtype. A part is x [B, S, C], whose rows may lie apart, and whether to apply GELU (tanh)."""
     x = parts[0][0]
     kernels = kernels_on(x.device)
     if kernels is None:
         return layer(torch.cat([functional.gelu(part, approximate="tanh") if gelu else part for part, gelu in parts], dim=-1))
     scale = fp8_input_scale(layer, x)
-    joined = torch.empty((x.shape[0] * x.shape[1], sum(part.shape[-1] for part, _ in parts)), device=x.device, dtype=x.dtype if scale is None else kernels.FP8)
+    joined = torch.empty((x.shape[0] * x.shape[1], sum(part.shape[-1] for part, _ in parts)), device=x.device, dtype=dtype if scale is None else kernels.FP8)
     start = 0
     for part, gelu in parts:
         kernels.copy_rows(part, joined[:, start:start + part.shape[-1]], scale, gelu)
         start += part.shape[-1]
-    return (layer(joined) if scale is None else multiplied_as_fp8(layer, joined, scale, x.dtype)).unflatten(0, x.shape[:2])
+    return (layer(joined) if scale is None else multiplied_as_fp8(layer, joined, scale, dtype)).unflatten(0, x.shape[:2])
 
 
 def mlp_of_modulated(mlp: torch.nn.Sequential, x: Tensor, mod: ModulationOut) -> Tensor:
     """Linear, GELU (tanh), linear of the modulated x [B, S, C] -> [B, S, C]."""
     kernels = kernels_on(x.device)
     if kernels is None or not is_plain(mlp[0]):
-        return projected(mlp[2], [(modulated(mlp[0], x, mod), True)])
+        return projected(mlp[2], [(modulated(mlp[0], x, mod), True)], x.dtype)
     normed = kernels.modulate(x, mod.shift, mod.scale)
     with weight_and_bias(mlp[0], normed) as (weight, bias):
         hidden = gelu_of_linear(normed, weight, bias)
@@ -145,19 +149,21 @@ def with_repeats(x: Tensor, dim: int, text: int, repeats: int) -> Tensor:
     return torch.cat((x.narrow(dim, 0, text), *[x.narrow(dim, text - 1, 1)] * repeats, x.narrow(dim, text, x.shape[dim] - text)), dim)
 
 
-def queries_keys_values(streams: list[tuple[Tensor, QKNorm]], heads: int, pe: Tensor, repeated: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def queries_keys_values(streams: list[tuple[Tensor, QKNorm]], heads: int, pe: Tensor, transformer_options: dict) -> tuple[Tensor, Tensor, Tensor]:
     """Projections [B, S_i, 3 * H * D] with their norms -> q [B, S, H, D], k, v [B, S + R, H, D], normed and with rotary positions; they may lie in the projections.
 
-    pe float32 [B or 1, 1, S, D / 2, 2, 2]. repeated: (T, R), key and value number T - 1 stand R + 1 times in their place.
+    pe float32 [B or 1, 1, S, D / 2, 2, 2]. Key and value of the last text token stand in their place once more for each of the R tokens that are the same.
     """
-    text, repeats = repeated
+    text, repeats = transformer_options.get(REPEATED_TEXT, (0, 0))
     kernels = kernels_on(pe.device)
-    if kernels is None or (len(streams) == 1 and not repeats):
+    dtype = streams[0][0].dtype if FP8_ATTENTION not in transformer_options else kernels.FP8
+    in_place = kernels is None or (len(streams) == 1 and not repeats and dtype == streams[0][0].dtype)
+    if in_place:
         qkv = torch.cat([projection for projection, _ in streams], dim=1) if len(streams) > 1 else streams[0][0]
         q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)
     else:
         batch, _, width = streams[0][0].shape
-        q = streams[0][0].new_empty((batch, pe.shape[2], heads, width // heads // 3))
+        q = torch.empty((batch, pe.shape[2], heads, width // heads // 3), dtype=dtype, device=pe.device)
         k, v = (q.new_empty((batch, pe.shape[2] + repeats, *q.shape[2:])) for _ in range(2))
     start = 0
     for number, (projection, norm) in enumerate(streams):
@@ -171,7 +177,7 @@ def queries_keys_values(streams: list[tuple[Tensor, QKNorm]], heads: int, pe: Te
             shift = 0 if number == 0 else repeats
             places = slice(start + shift, end + shift + own[1])
             kernels.norm_and_rotate(projection.unflatten(-1, (3, heads, -1)), q_weight, k_weight, pe[:, :, start:end], q[:, start:end], k[:, places],
-                                    None if v.shape[1] == q.shape[1] and len(streams) == 1 else v[:, places], *own)
+                                    None if in_place else v[:, places], *own)
         uncast_bias_weight(norm.query_norm, q_weight, None, q_stream)
         uncast_bias_weight(norm.key_norm, k_weight, None, k_stream)
         start = end
@@ -182,6 +188,10 @@ def queries_keys_values(streams: list[tuple[Tensor, QKNorm]], heads: int, pe: Te
 
 def attend(q: Tensor, k: Tensor, v: Tensor, transformer_options: dict, mask: Tensor | None) -> Tensor:
     """Attention of q [B, S, H, D], k and v [B, S + R, H, D] -> [B, S, H * D]. mask: the host's for S keys."""
+    if FP8_ATTENTION in transformer_options:
+        if mask is not None:
+            raise Step1XError("'Step1X-Edit fp8 Attention' cannot work together with a node that gives the attention a mask. Remove one of the two.")
+        return transformer_options[FP8_ATTENTION](q, k, v)
     text, repeats = transformer_options.get(REPEATED_TEXT, (0, 0))
     if mask is not None and mask.shape[-1] > 1 and repeats:
         mask = with_repeats(mask, -1, text, repeats)
@@ -201,13 +211,13 @@ class FusedDoubleStreamBlock(DoubleStreamBlock):
         tokens = txt.shape[1]
 
         streams = [(modulated(self.txt_attn.qkv, txt, txt_mod1), self.txt_attn.norm), (modulated(self.img_attn.qkv, img, img_mod1), self.img_attn.norm)]
-        qkv = queries_keys_values(streams, self.num_heads, pe, transformer_options.get(REPEATED_TEXT, (0, 0)))
+        qkv = queries_keys_values(streams, self.num_heads, pe, transformer_options)
         del streams
         attn = attend(*qkv, transformer_options, attn_mask)
         del qkv
 
-        add_gated(img, projected(self.img_attn.proj, [(attn[:, tokens:], False)]), img_mod1.gate)
-        add_gated(txt, projected(self.txt_attn.proj, [(attn[:, :tokens], False)]), txt_mod1.gate)
+        add_gated(img, projected(self.img_attn.proj, [(attn[:, tokens:], False)], img.dtype), img_mod1.gate)
+        add_gated(txt, projected(self.txt_attn.proj, [(attn[:, :tokens], False)], txt.dtype), txt_mod1.gate)
         del attn
         add_gated(img, mlp_of_modulated(self.img_mlp, img, img_mod2), img_mod2.gate)
         add_gated(txt, mlp_of_modulated(self.txt_mlp, txt, txt_mod2), txt_mod2.gate)
@@ -236,16 +246,17 @@ class FusedSingleStreamBlock(SingleStreamBlock):
             del normed
         else:
             qkv, mlp = modulated(self.linear1, x, mod).split([width, self.mlp_hidden_dim], dim=-1)
-        q, k, v = queries_keys_values([(qkv, self.norm)], self.num_heads, pe, transformer_options.get(REPEATED_TEXT, (0, 0)))
+        q, k, v = queries_keys_values([(qkv, self.norm)], self.num_heads, pe, transformer_options)
         del qkv
         attn = attend(q[:, rows], k, v, transformer_options, attn_mask if attn_mask is None or attn_mask.shape[-2] == 1 else attn_mask[..., rows, :])
         del q, k, v
         if split:
+            attn = attn.to(x.dtype)
             with weight_and_bias(self.linear2, attn) as (weight, bias):
                 update = torch.addmm(bias, attn.flatten(0, 1), weight[:, :self.hidden_size].t()).addmm_(mlp.flatten(0, 1), weight[:, self.hidden_size:].t())
             update = update.unflatten(0, attn.shape[:2])
         else:
-            update = projected(self.linear2, [(attn, False), (mlp[:, rows], True)])
+            update = projected(self.linear2, [(attn, False), (mlp[:, rows], True)], x.dtype)
         add_gated(x[:, rows], update, mod.gate)
         if x.dtype == torch.float16:
             torch.nan_to_num_(x, nan=0.0, posinf=65504, neginf=-65504)

@@ -8,7 +8,8 @@ from torch import Tensor
 from ..config import TIME_FACTOR, VERSIONS
 from ..connector import Connector
 from .attention import cudnn_first, cudnn_is_fastest
-from .blocks import REPEATED_TEXT, TOKENS_READ, FusedDoubleStreamBlock, FusedSingleStreamBlock, plain_needed
+from .blocks import FP8_ATTENTION, REPEATED_TEXT, TOKENS_READ, FusedDoubleStreamBlock, FusedSingleStreamBlock, plain_needed
+from .foreign import has_own_forward
 
 
 def position_bits(text_ids: Tensor) -> Tensor:
@@ -75,6 +76,8 @@ class Step1XTransformer(Flux):
         transformer_options = transformer_options.copy()
         if cudnn_is_fastest(x.device):
             transformer_options.setdefault("optimized_attention_override", cudnn_first)
+        if transformer_options.get("optimized_attention_override") is not cudnn_first:
+            transformer_options.pop(FP8_ATTENTION, None)  # another node has to see q, k and v
         if VERSIONS[self.version].layout == "v1.2":
             timestep = official_time(timestep, x.dtype)
         img, img_ids = self.process_img(x, transformer_options=transformer_options)
@@ -89,7 +92,7 @@ class Step1XTransformer(Flux):
 
         if text_mask is None:
             text_mask = torch.ones(context.shape[:2], dtype=torch.long, device=context.device)
-        if not plain_needed(transformer_options):
+        if not plain_needed(transformer_options) and has_own_forward(self):
             # Equal tokens at equal positions stay equal in every block, so one is computed for all.
             if text_tokens is not None and text_tokens < context.shape[1]:
                 transformer_options[REPEATED_TEXT] = (text_tokens, context.shape[1] - text_tokens)

@@ -1,0 +1,26 @@
+from comfy_api.latest import io
+
+from ..step1x_core.host.fp8_attention import set_fp8_attention
+from ..step1x_core.host.sampling import check_model
+
+
+class Step1XFp8Attention(io.ComfyNode):
+    """Attention in fp8 through NVIDIA's cuDNN, which no stock node offers."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Step1XFp8Attention",
+            display_name="Step1X-Edit fp8 Attention",
+            category="model/patch/step1x",
+            description="Rounds the attention's inputs to fp8, which data-centre GPUs multiply faster: with fp8 weights a further tenth or more of the time, with a small "
+                        "change of the picture. Needs the package nvidia-cudnn-frontend.",
+            search_aliases=["step1x", "fp8", "attention", "cudnn", "speed"],
+            inputs=[io.Model.Input("model", tooltip="A Step1X-Edit model, best with fp8_scaled weights.")],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model) -> io.NodeOutput:
+        check_model(model)
+        return io.NodeOutput(set_fp8_attention(model))
