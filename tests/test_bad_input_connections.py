@@ -26,6 +26,7 @@ NODES = {
     "Step1XGuidance": (("model",), {"truncate": -1.0, "power": 0.4}),
     "Step1XGuidanceInterval": (("model",), {"start": 0.0, "end": 0.7}),
     "Step1XTeaCache": (("model",), {"threshold": 0.2}),
+    "Step1XFp8Attention": (("model",), {}),
     "Step1XRegion": (("model",), {"similarity": 0.88, "warmup": 0.2, "refreshes": 1, "reuse": 0.02}),
     "Step1XThink": (("clip", "image"), {"prompt": "red", "seed": 1, "temperature": 0.7}),
     "Step1XReflect": (("clip", "source", "edited"), {"prompt": "red", "seed": 1, "version": "v1.2"}),
