@@ -56,6 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--interval", type=float, default=0.5, help="part of the steps that is guided, in the modes with a guidance interval")
     parser.add_argument("--vram", nargs="+", type=float, default=[0.0], metavar="GIB", help="leave only so much of the card's memory free, by an allocation that fills the rest")
     parser.add_argument("--dynamic-vram", action="store_true", help="with the memory manager that ComfyUI switches on at its start on NVIDIA cards")
+    parser.add_argument("--new-seed", action="store_true", help="repeat the sampling only, as ComfyUI does when nothing but the seed changes")
     parser.add_argument("--think", type=int, default=0, metavar="TOKENS", help="also time so many tokens of generated text")
     parser.add_argument("--only-sampling", action="store_true", help="leave the language model and the VAE out: made-up conditioning of the real size")
     parser.add_argument("--tiny", action="store_true", help="miniature models")
@@ -140,8 +141,10 @@ def edit(options, parts: dict, size: int, filled: float) -> dict[str, float]:
         positive, negative, latent = made_up_conditioning(options.version, size, width)
     else:
         picture = torch.rand(1, size, size, 3, generator=torch.Generator().manual_seed(0))
-        with Clock(times, "encode"):
-            positive, negative, latent = encode_edit(parts["clip"], parts["vae"], picture, PROMPT, "", size)
+        if not (options.new_seed and size in parts["encoded"]):
+            with Clock(times, "encode"):
+                parts["encoded"][size] = encode_edit(parts["clip"], parts["vae"], picture, PROMPT, "", size)
+        positive, negative, latent = parts["encoded"][size]
         if options.think:
             with Clock(times, "think"):
                 generate_text(parts["clip"], None, [picture[0], PROMPT], options.think, 0)
@@ -189,7 +192,7 @@ def load_parts(options, paths: dict[str, Path], mode: str) -> dict:
         model = MultiGPUCFGSplitNode.execute(model, 2).args[0]
         if not model.get_additional_models_with_key("multigpu"):
             raise RuntimeError(f"Mode {mode} needs two devices.")
-    parts = {"model": model, "rows": []}
+    parts = {"model": model, "rows": [], "encoded": {}}
     if settings.get("teacache") or settings.get("interval"):
         model.model.diffusion_model.single_blocks[0].register_forward_pre_hook(lambda module, args: parts["rows"].append(len(args[0])))
     if not options.only_sampling:
@@ -257,12 +260,12 @@ def table(runs: list[dict]) -> str:
     """Medians of the runs, a line for each mode and size."""
     columns = {"encode": 8, "sample": 8, "decode": 8, "whole": 8, "think": 7, "work": 6, "allocated": 7, "reserved": 7}
     lines = [f"{'mode':<19}{'size':>5}{'vram':>6}{'load':>7}{'first':>7}{'encode':>8}{'sample':>8}{'decode':>8}{'whole':>8}{'think':>7}{'work':>6}{'alloc':>7}{'resrv':>7}{'+-':>6}"
-             "   (seconds, the last for sampling; % of the blocks' runs; GiB)"]
+             "   (seconds, first: whole edit of the warm-up, +-: for sampling; % of the blocks' runs; GiB)"]
     for run in runs:
         middle = {name: statistics.median(values[name] for values in run["runs"]) for name in run["runs"][0]}
         spread = max(values["sample"] for values in run["runs"]) - min(values["sample"] for values in run["runs"])
         cells = "".join(f"{middle[name]:{width}.2f}" if name in middle else f"{'-':>{width}}" for name, width in columns.items())
-        lines.append(f"{run['mode']:<19}{run['size']:>5}{run['vram'] or '-':>6}{run['load']:7.1f}{run['first']['sample']:7.2f}{cells}{spread / 2:6.2f}")
+        lines.append(f"{run['mode']:<19}{run['size']:>5}{run['vram'] or '-':>6}{run['load']:7.1f}{run['first']['whole']:7.2f}{cells}{spread / 2:6.2f}")
     return "\n".join(lines)
 
 
