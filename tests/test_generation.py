@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from step1x_core.chat import DEFAULT_SYSTEM, chat, split_at_pictures, untemplated
 from step1x_core.config import Step1XError
-from step1x_core.host.generation import generate_text
+from step1x_core.host.generation import Question, generate_text, generate_texts
 from step1x_core.host.loading import load_text_encoder
 from step1x_core.host.model import Step1XEdit
 from step1x_core.images import to_thinker_size
@@ -158,6 +158,67 @@ def test_every_cell_of_a_picture_counts_as_a_token_of_the_prompt(untied):
 def test_a_reply_longer_than_the_cache_goes_on(untied, references, monkeypatch):
     monkeypatch.setattr("step1x_core.host.qwen.REPLY_TOKENS", 5)
     assert greedy(untied, CONTENTS["text"]) == reference_reply(references["untied"], sequence_of(untied, CONTENTS["text"]))
+
+
+def greedy_together(clip, contents, tokens=TOKENS):
+    sequences = [clip.tokenizer.tokenize_chat(*chat(None, content))[NAME][0] for content in contents]
+    return clip.generate({NAME: sequences}, max_length=tokens, temperature=[0.0] * len(contents), seed=[0] * len(contents), repetition_penalty=1.0)
+
+
+@pytest.fixture
+def passes(untied, monkeypatch):
+    """Tokens that each pass of the language model has read so far, as (rows, tokens of a row)."""
+    model, seen = untied.cond_stage_model.qwen25_7b.transformer.model, []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda x, embeds, **kwargs: seen.append(tuple(embeds.shape[:2])) or forward(x, embeds=embeds, **kwargs))
+    return seen
+
+
+@pytest.mark.parametrize("head", ["untied", "tied"])
+def test_replies_at_a_time_are_those_one_by_one(request, head):
+    clip = request.getfixturevalue(head)
+    contents = [*CONTENTS.values(), ["A longer text, " * 60], CONTENTS["text"]]
+    assert greedy_together(clip, contents) == [greedy(clip, content) for content in contents]
+    # Of equal length, nothing is hidden.
+    assert greedy_together(clip, [["abc"], ["xyz"]]) == [greedy(clip, ["abc"]), greedy(clip, ["xyz"])]
+    assert clip.cond_stage_model.qwen25_7b.transformer.model.config.rope_dims == tiny_models.TINY_MLLM["rope_scaling"]["mrope_section"]
+
+
+def test_replies_at_a_time_need_the_passes_of_the_longest(untied, passes):
+    greedy_together(untied, CONTENTS.values(), 20)
+    assert [rows for rows, _ in passes] == [1] * 3 + [3] * 19 and {tokens for _, tokens in passes[3:]} == {1}
+    assert greedy_together(untied, CONTENTS.values(), 0) == [[], [], []] and len(passes) == 22
+
+
+def test_each_of_several_replies_is_drawn_by_its_own_seed_and_temperature(untied):
+    questions = [Question("You judge.", content, seed, heat) for content, seed, heat in zip([*CONTENTS.values(), CONTENTS["text"]], (7, 2**64 - 1, 7, 8), (0.7, 1.2, 0.0, 0.7))]
+    found = generate_texts(untied, questions, 40)
+    assert found == [generate_text(untied, question.system, question.content, 40, question.seed, question.temperature) for question in questions]
+    assert found[0] != found[3]
+
+
+def test_replies_at_a_time_longer_than_the_cache_go_on(untied, monkeypatch):
+    expected = [greedy(untied, content) for content in CONTENTS.values()]
+    monkeypatch.setattr("step1x_core.host.qwen.REPLY_TOKENS", 5)
+    assert greedy_together(untied, CONTENTS.values()) == expected
+
+
+def test_a_reply_that_ends_leaves_the_others_alone(untied, passes):
+    free = greedy(untied, CONTENTS["text"])
+    at = next(i for i, token in enumerate(free) if i > 8 and free.index(token) == i)
+    head = untied.cond_stage_model.qwen25_7b.transformer.model.lm_head.weight
+    saved = head[[151645, free[at]]].clone()
+    with torch.no_grad():
+        head[151645], head[free[at]] = saved[1], saved[0]
+    try:
+        expected = [greedy(untied, content) for content in CONTENTS.values()]
+        passes.clear()
+        assert greedy_together(untied, CONTENTS.values()) == expected
+    finally:
+        with torch.no_grad():
+            head[[151645, free[at]]] = saved
+    lengths = [len(reply) for reply in expected]
+    assert lengths[0] == at + 1 < max(lengths) and len(passes) == 3 + max(lengths) - 1
 
 
 @pytest.mark.parametrize("stop", [151643, 151645])
@@ -318,6 +379,20 @@ def test_cancelling_stops_between_tokens_and_the_next_call_works(untied, monkeyp
     assert greedy(untied, CONTENTS["picture"]) == expected
 
 
+def test_cancelling_several_replies_stops_between_tokens_and_the_next_call_works(untied, passes, monkeypatch):
+    expected = greedy_together(untied, CONTENTS.values())
+    passes.clear()
+
+    def update(self, value):
+        comfy.model_management.interrupt_current_processing(len(passes) == 3 + 2)
+
+    with monkeypatch.context() as patched, pytest.raises(comfy.model_management.InterruptProcessingException):
+        patched.setattr(comfy.utils.ProgressBar, "update", update)
+        greedy_together(untied, CONTENTS.values())
+    assert len(passes) == 3 + 2
+    assert greedy_together(untied, CONTENTS.values()) == expected
+
+
 def test_every_token_is_reported(untied, monkeypatch):
     updates = []
     monkeypatch.setattr(comfy.utils.ProgressBar, "update", lambda self, value: updates.append((value, self.total)))
@@ -407,9 +482,11 @@ def test_memory_for_keys_and_values_is_asked_for(untied, monkeypatch):
     greedy(untied, ["x"], 1)
     greedy(untied, ["x", big], 1)
     untied.load_model()
+    greedy_together(untied, [["x", big]] * 5, 1)
     cells = to_thinker_size(big).shape[0] * to_thinker_size(big).shape[1] // 28**2
     cache = 4 * 2 * 2 * 1 * 32  # float32 keys and values of 2 layers with 1 head of 32
     assert asked[1] - asked[0] >= cells * cache and asked[0] > 1024 * cache and asked[2] == 0
+    assert asked[3] - asked[1] >= 4 * (cells + 1024) * cache
 
 
 def test_compute_dtype_is_the_hosts_choice(untied, monkeypatch):
@@ -420,4 +497,5 @@ def test_compute_dtype_is_the_hosts_choice(untied, monkeypatch):
     greedy(untied, CONTENTS["picture"], 2)
     monkeypatch.setattr(comfy.model_management, "should_use_bf16", lambda device=None, **kwargs: True)
     assert len(greedy(untied, CONTENTS["picture"], 6)) == 6
-    assert seen == [torch.float32, torch.bfloat16]
+    assert [len(reply) for reply in greedy_together(untied, CONTENTS.values(), 6)] == [6, 6, 6]
+    assert seen == [torch.float32, *[torch.bfloat16] * 4]

@@ -1,9 +1,22 @@
 """Questions to the language model: texts and pictures in, a text out (spec v12.md f.1)."""
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from ..chat import chat
 from .encoding import check_text_encoder
+from .text_encoder import TEXT_ENCODER_NAME
+
+
+@dataclass(frozen=True)
+class Question:
+    """One of several questions. The fields are those of `generate_text`."""
+
+    system: str | None
+    content: list[str | Tensor]
+    seed: int
+    temperature: float
 
 
 def check_can_generate(clip) -> None:
@@ -29,3 +42,12 @@ def generate_text(clip, system: str | None, content: list[str | Tensor], max_tok
     reply = clip.generate(tokens, do_sample=temperature > 0, max_length=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                           repetition_penalty=repetition_penalty, seed=seed)
     return clip.decode(reply).strip()
+
+
+def generate_texts(clip, questions: list[Question], max_tokens: int, top_p=0.9, top_k=50, repetition_penalty=1.05) -> list[str]:
+    """The answers to questions that are asked at a time, each as `generate_text` gives it, up to rounding. Raises what that raises."""
+    check_text_encoder(clip)
+    sequences = [clip.tokenizer.tokenize_chat(*chat(question.system, question.content))[TEXT_ENCODER_NAME][0] for question in questions]
+    replies = clip.generate({TEXT_ENCODER_NAME: sequences}, max_length=max_tokens, temperature=[question.temperature for question in questions], top_k=top_k,
+                            top_p=top_p, repetition_penalty=repetition_penalty, seed=[question.seed for question in questions])
+    return [clip.decode(reply).strip() for reply in replies]

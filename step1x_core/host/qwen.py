@@ -115,46 +115,89 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
         return torch.cat(parts)[None], rope_positions(runs).to(device), torch.tensor(ids, device=device)
 
     def scores(self, states: Tensor) -> Tensor:
-        """Hidden state of one token [1, C] -> scores [V] of the next."""
+        """Hidden states of tokens [N, C] -> scores [N, V] of the next ones."""
         if self.model.config.lm_head:
-            return self.model.lm_head(states)[0]
+            return self.model.lm_head(states)
         table = self.model.embed_tokens
         weight, _, stream = comfy.ops.cast_bias_weight(table, states, offloadable=True)
         scores = torch.nn.functional.linear(states, weight)
         comfy.ops.uncast_bias_weight(table, weight, None, stream)
-        return scores[0]
+        return scores
 
-    def empty_cache(self, length: int, device, dtype) -> list[tuple[Tensor, Tensor, int]]:
+    def empty_cache(self, rows: int, length: int, device, dtype) -> list[tuple[Tensor, Tensor, int]]:
         """Room for the keys and values of so many tokens, as the host's attention fills it: per layer keys, values, and the number of tokens so far."""
         config = self.model.config
-        shape = (1, config.num_key_value_heads, length, config.head_dim)
-        return [(torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype), 0) for _ in range(config.num_hidden_layers)]
+        shape = (rows, config.num_key_value_heads, length, config.head_dim)
+        # Zeros, because what a mask hides still is multiplied, by 0, and a NaN would stay one.
+        return [(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype), 0) for _ in range(config.num_hidden_layers)]
 
-    def working_memory(self, sequence: list) -> int:
-        """Bytes that a run over a sequence needs beside the weights: widest activations, keys and values, room for a reply, all in float32."""
+    def working_memory(self, sequences: list[list]) -> int:
+        """Bytes that a run over sequences needs beside the weights: widest activations, keys and values, room for replies, all in float32."""
         config = self.model.config
-        length = sum(math.prod(picture_grid(token["data"])) if isinstance(token, dict) else 1 for token in sequence)
-        activations = length * (3 * config.intermediate_size + 8 * config.hidden_size)
-        cache = (length + REPLY_TOKENS) * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        longest = max(sum(math.prod(picture_grid(token["data"])) if isinstance(token, dict) else 1 for token in sequence) for sequence in sequences)
+        activations = longest * (3 * config.intermediate_size + 8 * config.hidden_size)
+        cache = len(sequences) * (longest + REPLY_TOKENS) * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         return 4 * (activations + cache)
 
-    def generate(self, sequence: list, device, max_tokens: int, sampling: Sampling) -> list[int]:
-        """Continue a sequence (see `embed`) -> ids of the reply, its stop token included if it came to one.
-
-        Nothing is masked, and positions go on after the largest one so far. Raises the host's
-        InterruptProcessingException when the person cancels, between two tokens.
-        """
-        dtype = torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float32
-        embeds, positions, ids = self.embed(sequence, device, dtype)
-        cache = self.empty_cache(len(ids) + max(0, min(max_tokens, REPLY_TOKENS)), device, dtype)
-        choose = TokenChooser(ids, self.model.vocab_size, sampling)
-        progress = comfy.utils.ProgressBar(max_tokens)
-        reply = []
-        while len(reply) < max_tokens and not (reply and reply[-1] in STOP_IDS):
+    def prefill(self, prompts: list[tuple[Tensor, Tensor, Tensor]], cache: list[tuple[Tensor, Tensor, int]]) -> Tensor:
+        """Fill each row of the cache from its start with one prompt (see `embed`) -> hidden states of the last tokens [N, C]."""
+        states = []
+        for row, (embeds, positions, _) in enumerate(prompts):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            states, _, cache = self.model(None, embeds=embeds, past_key_values=cache, position_ids=positions)
-            reply.append(choose(self.scores(states[:, -1])))
-            embeds = self.model.embed_tokens(torch.tensor([reply[-1:]], device=device), out_dtype=dtype)
-            positions = positions.amax(keepdim=True) + 1
+            own = [(keys[row:row + 1], values[row:row + 1], 0) for keys, values, _ in cache]
+            states.append(self.model(None, embeds=embeds, past_key_values=own, position_ids=positions)[0][:, -1])
+        return torch.cat(states)
+
+    def decode(self, tokens: list[int], positions: Tensor, hidden: Tensor, cache: list[tuple[Tensor, Tensor, int]], dtype) -> tuple[Tensor, list]:
+        """Read one more token in each row -> hidden states [N, C] and the cache.
+
+        positions: of the tokens, [N, 1]. hidden: bool [N, L], the places before the replies that hold no token of their row.
+        """
+        embeds = self.model.embed_tokens(torch.tensor(tokens, device=positions.device)[:, None], out_dtype=dtype)
+        mask = None
+        if hidden.any():
+            mask = torch.nn.functional.pad(~hidden, (0, cache[0][2] + 1 - hidden.shape[1]), value=True)
+        config = self.model.config
+        sections = config.rope_dims
+        # A token of text has one position on all three axes; with the sections the host would take the rows for the axes.
+        config.rope_dims = None
+        try:
+            states, _, cache = self.model(None, attention_mask=mask, embeds=embeds, past_key_values=cache, position_ids=positions)
+        finally:
+            config.rope_dims = sections
+        return states[:, -1], cache
+
+    def generate(self, sequences: list[list], device, max_tokens: int, samplings: list[Sampling]) -> list[list[int]]:
+        """Continue sequences (see `embed`), all at a time -> ids of each reply, its stop token included if it came to one.
+
+        Reading the weights takes most of the time that a token takes, so that one for each of several replies costs little more. A reply
+        is what it would be alone, up to rounding. Nothing of a sequence is masked, and positions go on after the largest one so far.
+        Raises the host's InterruptProcessingException when the person cancels, between two tokens.
+        """
+        replies = [[] for _ in sequences]
+        if max_tokens < 1:
+            return replies
+        dtype = torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float32
+        prompts = [self.embed(sequence, device, dtype) for sequence in sequences]
+        lengths = torch.tensor([len(ids) for *_, ids in prompts], device=device)[:, None]
+        longest = int(lengths.max())
+        cache = self.empty_cache(len(prompts), longest + min(max_tokens, REPLY_TOKENS), device, dtype)
+        choosers = [TokenChooser(ids, self.model.vocab_size, sampling) for (*_, ids), sampling in zip(prompts, samplings)]
+        progress = comfy.utils.ProgressBar(max_tokens)
+
+        states = self.prefill(prompts, cache)
+        # All replies begin behind the longest prompt.
+        cache = [(keys, values, longest) for keys, values, _ in cache]
+        hidden = torch.arange(longest, device=device) >= lengths
+        positions = torch.stack([positions.amax() for _, positions, _ in prompts])[:, None]
+        for count in range(1, max_tokens + 1):
+            for reply, choose, scores in zip(replies, choosers, self.scores(states)):
+                # A finished reply keeps its row: taking it out would copy the whole cache.
+                if not (reply and reply[-1] in STOP_IDS):
+                    reply.append(choose(scores))
             progress.update(1)
-        return reply
+            if count == max_tokens or all(reply[-1] in STOP_IDS for reply in replies):
+                break
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            states, cache = self.decode([reply[-1] for reply in replies], positions + count, hidden, cache, dtype)
+        return replies

@@ -54,13 +54,18 @@ class Step1XTextModel(sd1_clip.SDClipModel):
     def generate(self, tokens, do_sample, max_length, temperature, top_k, top_p, min_p, repetition_penalty, seed, presence_penalty=0.0):
         """The host's token structure of one prompt -> ids of the reply. The settings are those of Hugging Face's `generate`.
 
-        Without sampling the most probable token is taken every time.
+        Without sampling, or with a temperature of 0, the most probable token is taken every time. Of several prompts, which are answered
+        at a time, `temperature` and `seed` are lists with one for each, and so is what comes back.
         Raises Step1XError for weights without a language-model head, and for a repetition penalty of 0.
         """
         self.check_can_generate()
-        sampling = Sampling(temperature=temperature if do_sample else 0, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-                            presence_penalty=presence_penalty, seed=seed or 0)
-        return self.transformer.generate([token[0] for token in tokens[TEXT_ENCODER_NAME][0]], self.execution_device, max_length, sampling)
+        together = isinstance(seed, list)
+        rows = zip(temperature, seed) if together else [(temperature, seed)]
+        samplings = [Sampling(temperature=heat if do_sample else 0, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+                              presence_penalty=presence_penalty, seed=number or 0) for heat, number in rows]
+        sequences = [[token[0] for token in sequence] for sequence in tokens[TEXT_ENCODER_NAME]]
+        replies = self.transformer.generate(sequences[:len(samplings)], self.execution_device, max_length, samplings)
+        return replies if together else replies[0]
 
 
 class Step1XTEModel(sd1_clip.SD1ClipModel):
@@ -82,7 +87,8 @@ class Step1XTEModel(sd1_clip.SD1ClipModel):
     def memory_estimation_function(self, tokens, device=None) -> int:
         """Bytes that a run over these tokens needs beside the weights; the host asks before it loads them."""
         model = getattr(self, self.clip).transformer
-        return max((model.working_memory([token[0] for token in sequence]) for sequence in tokens.get(TEXT_ENCODER_NAME, [])), default=0)
+        sequences = [[token[0] for token in sequence] for sequence in tokens.get(TEXT_ENCODER_NAME, [])]
+        return model.working_memory(sequences) if sequences else 0
 
 
 class Step1XTokenizer(sd1_clip.SD1Tokenizer):
