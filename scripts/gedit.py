@@ -288,28 +288,42 @@ def edit(options) -> int:
     return int(failed > 0)
 
 
-def local_judge(options):
-    """Seed and item -> the `ask` of judge.py, by a Qwen2.5-VL in this process."""
+def local_verdicts(options, waiting):
+    """Entries with their verdicts, in groups as they come, by a Qwen2.5-VL in this process."""
     sys.path.insert(0, os.environ["STEP1X_COMFYUI"])
     import comfy.cli_args
     from demo import has_accelerator
 
     comfy.cli_args.args.cpu = not has_accelerator()
-    from step1x_core.host.gedit import LocalJudge
+    from step1x_core.host.gedit import judge_entries
     from step1x_core.host.generation import check_can_generate
     from step1x_core.host.loading import load_text_encoder
 
     say(f"loading {options.mllm.name}")
     clip = load_text_encoder(options.mllm)
     check_can_generate(clip)
-    return lambda item: LocalJudge(clip, f"gedit {item.name}", options.seed)
+    for judged in judge_entries(clip, waiting, options.seed):
+        yield [judged]
 
 
-def web_judge(options):
-    from step1x_core.judge import Endpoint
+def web_verdicts(options, waiting):
+    """Entries with their verdicts or why there are none, in groups as they come, by a web interface."""
+    from step1x_core.gedit import open_picture
+    from step1x_core.judge import Endpoint, Unavailable, judge_edit
 
     endpoint = Endpoint(options.endpoint, options.model, os.environ.get(options.key_variable, ""), options.timeout, options.tries, options.pause)
-    return lambda item: endpoint.judge(options.seed)
+    parallel = max(1, options.parallel)
+
+    def verdict(entry):
+        try:
+            return judge_edit(endpoint.judge(options.seed), entry.item.load(), open_picture(entry.picture, str(entry.picture)), entry.item.instruction)
+        except Unavailable as problem:
+            return problem
+
+    with ThreadPoolExecutor(parallel) as pool:
+        for start in range(0, len(waiting), parallel):
+            group = waiting[start:start + parallel]
+            yield zip(group, pool.map(verdict, group))
 
 
 def judge_name(options) -> str:
@@ -321,9 +335,9 @@ def judge_name(options) -> str:
 
 def judge(options) -> int:
     from step1x_core.config import Step1XError
-    from step1x_core.gedit import check_name, open_picture
+    from step1x_core.gedit import check_name
     from step1x_core.gedit_scores import UNJUDGED, UNPARSABLE, append_record, describe_states, digest, find_entries, records_path
-    from step1x_core.judge import Unavailable, judge_edit
+    from step1x_core.judge import Unavailable
 
     if bool(options.mllm) == bool(options.endpoint) or options.endpoint and not options.model:
         raise Step1XError("Name one judge: --mllm with a file or folder, or --endpoint with --model.")
@@ -335,29 +349,18 @@ def judge(options) -> int:
     say(f"{describe_states(entries)} Asking about {len(waiting)}.")
     if not waiting:
         return 0
-    asker = local_judge(options) if options.mllm else web_judge(options)
-    parallel = max(1, options.parallel) if options.endpoint else 1
-
-    def verdict(entry):
-        try:
-            return judge_edit(asker(entry.item), entry.item.load(), open_picture(entry.picture, str(entry.picture)), entry.item.instruction)
-        except Unavailable as problem:
-            return problem
-
     in_a_row = 0
-    with ThreadPoolExecutor(parallel) as pool:
-        for start in range(0, len(waiting), parallel):
-            group = waiting[start:start + parallel]
-            for entry, result in zip(group, pool.map(verdict, group)):
-                if isinstance(result, Unavailable):
-                    in_a_row += 1
-                    say(f"{entry.item.name} not judged: {result}")
-                    continue
-                in_a_row = 0
-                append_record(records_path(options.results, options.method, name), entry.item, digest(entry.item, entry.picture), result)
-                say(f"{entry.item.name} {result.problem or f'SC {min(result.semantics):g} PQ {min(result.quality):g}'}")
-            if in_a_row >= ERRORS_IN_A_ROW:
-                raise Step1XError(f"The judge could not be reached for {in_a_row} items in a row. What was judged is kept; the same command goes on.")
+    for group in (local_verdicts if options.mllm else web_verdicts)(options, waiting):
+        for entry, result in group:
+            if isinstance(result, Unavailable):
+                in_a_row += 1
+                say(f"{entry.item.name} not judged: {result}")
+                continue
+            in_a_row = 0
+            append_record(records_path(options.results, options.method, name), entry.item, digest(entry.item, entry.picture), result)
+            say(f"{entry.item.name} {result.problem or f'SC {min(result.semantics):g} PQ {min(result.quality):g}'}")
+        if in_a_row >= ERRORS_IN_A_ROW:
+            raise Step1XError(f"The judge could not be reached for {in_a_row} items in a row. What was judged is kept; the same command goes on.")
     entries = find_entries(items, options.results, options.method, name)
     say(describe_states(entries))
     return int(any(entry.state == UNJUDGED for entry in entries))

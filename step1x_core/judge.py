@@ -13,6 +13,7 @@ import random
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Generator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -20,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from .config import Step1XError
-from .reflection import Ask, Conversation, Rules
+from .reflection import Ask, Asked, Conversation, Rules, answered
 from .replies import MAX_SCORE, BadReply, json_block
 from .templates import load_templates
 
@@ -29,7 +30,8 @@ JUDGE_AREA = 512 * 512
 QUESTIONS = ("edit_score", "quality_score")
 # The official code asks up to 10,000 times.
 TRIES = 5
-RULES = Rules(dict.fromkeys(QUESTIONS, 768), scored=True, tries=TRIES)
+ANSWER_TOKENS = 768
+RULES = Rules(dict.fromkeys(QUESTIONS, ANSWER_TOKENS), scored=True, tries=TRIES)
 # The judge's first answer is its most probable one; only one that cannot be read is asked for anew, by chance.
 RETRY_TEMPERATURE = 0.7
 
@@ -77,19 +79,24 @@ def read_scores(reply: str) -> tuple[float, float]:
     return float(scores[0]), float(scores[1])
 
 
-def judge_edit(ask: Ask, source: Image.Image, edited: Image.Image, instruction: str) -> Verdict:
-    """The scores of one edit. Whatever the replies are, this returns a verdict; what `ask` raises passes through, other than BadReply."""
+def judging(source: Image.Image, edited: Image.Image, instruction: str) -> Generator[Asked, str, Verdict]:
+    """The steps (see `answered`) of judging one edit -> its scores, whatever the replies are."""
     pictures = {"source": to_judge_size(source), "edited": to_judge_size(edited)}
-    conversation = Conversation(ask, RULES, load_templates("english"), pictures)
+    conversation = Conversation(None, RULES, load_templates("english"), pictures)
     scores, problems = [], []
     for name, values in zip(QUESTIONS, ({"instruction": instruction}, {})):
         try:
-            scores.append(conversation.retried(name, read_scores, **values))
+            scores.append((yield from conversation.tries(name, read_scores, **values)))
         except BadReply as problem:
             scores.append(None)
             problems.append(str(problem))
     replies = tuple(call.replies[-1] if call.replies else "" for call in conversation.calls)
     return Verdict(*scores, " ".join(problems), replies)
+
+
+def judge_edit(ask: Ask, source: Image.Image, edited: Image.Image, instruction: str) -> Verdict:
+    """The scores of one edit. Whatever the replies are, this returns a verdict; what `ask` raises passes through, other than BadReply."""
+    return answered(ask, judging(source, edited, instruction))
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):

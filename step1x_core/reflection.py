@@ -14,7 +14,7 @@ Where this differs from the official code, on purpose (reasons in docs/thinking.
 - One set of texts, in the language of the instruction, serves preview and final; it follows the final version's contracts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -37,6 +37,8 @@ from .replies import (
 from .templates import fill, load_templates
 
 Ask = Callable[[str, list, int], str]
+# What `ask` is given.
+Asked = tuple[str, list, int]
 
 # What the user turn of each call holds, in order.
 LAYOUTS = {
@@ -124,29 +126,54 @@ def unjudged(reason: str) -> Reflection:
     return Reflection("failed", explanation=reason)
 
 
-class Conversation:
-    """Makes the calls about one instruction and keeps a record of them. pictures: by their names in LAYOUTS."""
+def answered(ask: Ask, steps: Generator[Asked, str]):
+    """The result of steps that yield what is to be asked, and get the reply, or the BadReply that `ask` raises."""
+    try:
+        asked = next(steps)
+        while True:
+            try:
+                reply = ask(*asked)
+            except BadReply as problem:
+                asked = steps.throw(problem)
+            else:
+                asked = steps.send(reply)
+    except StopIteration as end:
+        return end.value
 
-    def __init__(self, ask: Ask, rules: Rules, templates: dict[str, str], pictures: dict):
+
+class Conversation:
+    """Makes the calls about one instruction and keeps a record of them. pictures: by their names in LAYOUTS.
+
+    ask: None where `tries` alone is used, by which several conversations can be had at a time.
+    """
+
+    def __init__(self, ask: Ask | None, rules: Rules, templates: dict[str, str], pictures: dict):
         self.ask, self.rules, self.templates, self.pictures = ask, rules, templates, pictures
         self.calls: list[Call] = []
 
-    def attempt(self, call: Call, values: dict[str, str]) -> str:
-        """One try of a call -> the reply, trimmed, whatever it is."""
+    def question(self, call: Call, values: dict[str, str]) -> Asked:
+        """What is asked by one try of a call."""
         call.tries += 1
         parts = {**self.pictures, "text": fill(self.templates[f"{call.name}.user"], values)}
         content = [parts[part] for part in LAYOUTS[call.name]]
-        reply = clean_prompt(self.ask(self.templates[f"{call.name}.system"], content, self.rules.budgets[call.name])).strip()
-        call.replies.append(reply)
-        return reply
+        return self.templates[f"{call.name}.system"], content, self.rules.budgets[call.name]
 
-    def retried(self, name: str, read: Callable, **values: str):
-        """What `read` makes of the first good reply to a call. Raises BadReply when every try failed; `ask` may raise it, too."""
+    def take(self, call: Call, reply: str) -> str:
+        """Keep the reply to one try of a call -> it, trimmed, whatever it is."""
+        call.replies.append(clean_prompt(reply).strip())
+        return call.replies[-1]
+
+    def attempt(self, call: Call, values: dict[str, str]) -> str:
+        """One try of a call -> the reply, trimmed, whatever it is."""
+        return self.take(call, self.ask(*self.question(call, values)))
+
+    def tries(self, name: str, read: Callable, **values: str) -> Generator[Asked, str]:
+        """The tries of a call, as steps for `answered` -> what `read` makes of the first good reply. Raises BadReply when every try failed."""
         call = Call(name)
         self.calls.append(call)
         while call.tries < self.rules.tries:
             try:
-                reply = self.attempt(call, values)
+                reply = self.take(call, (yield self.question(call, values)))
                 if reply.startswith(ERROR_MARK):
                     raise BadReply("an error message")
                 result = read(reply)
@@ -156,6 +183,10 @@ class Conversation:
                 call.problem = ""
                 return result
         raise BadReply(f"The language model gave no usable answer to the call '{name}' in {call.tries} tries. Last problem: {call.problem}.")
+
+    def retried(self, name: str, read: Callable, **values: str):
+        """What `read` makes of the first good reply to a call. Raises BadReply when every try failed; `ask` may raise it, too."""
+        return answered(self.ask, self.tries(name, read, **values))
 
 
 def think(ask: Ask, source, prompt: str, rules: Rules = RULES["v1.2"], overrides: Path | None = None) -> Thought:

@@ -17,16 +17,17 @@ import torch
 from conftest import PACK
 from PIL import Image
 
+from step1x_core import judge
 from step1x_core.config import Step1XError
 from step1x_core.edit_pairs import read_pairs, read_picture
-from step1x_core.host import pair_making
-from step1x_core.images import to_uint8
-from step1x_core.judge import Verdict
+from step1x_core.host import gedit, pair_making
+from step1x_core.images import from_uint8, to_uint8
+from step1x_core.judge import Verdict, to_judge_size
 from step1x_core.pairs_batch import fill_dataset, find_pictures
 from step1x_core.pairs_hash import Index, fingerprint
 from step1x_core.pairs_makers import CONTRAST, INKS, LUMA, MAKERS, carry_out, orders, readable, shrink
 from step1x_core.pairs_propose import PROPOSED, SEEN, TRIES, propose, read_ideas
-from step1x_core.pairs_record import KINDS, changed_pixels, make_pair, words
+from step1x_core.pairs_record import KINDS, changed_pixels, digest, make_pair, words
 from step1x_core.pairs_review import Thresholds, card, contact_sheet, sift, spread, statistics
 from step1x_core.pairs_store import JOURNAL, PairStore, encode
 from step1x_core.replies import BadReply
@@ -417,21 +418,47 @@ def test_thresholds(picture):
 def test_the_judge_keeps_scores_and_asks_for_the_rest(picture, monkeypatch):
     monkeypatch.setattr(pair_making, "check_can_generate", lambda clip: None)
     asked = []
-
-    class Judge:
-        def __init__(self, clip, task, seed):
-            self.task = task
-
-        def __call__(self, system, content, max_tokens):
-            asked.append((self.task, content))
-            return '{"score": [8, 9], "reasoning": ""}' if len(asked) < 3 else "mumble"
-
-    monkeypatch.setattr(pair_making, "LocalJudge", Judge)
     first, second = pairs_of(picture, 2)
+
+    def replies(clip, questions, max_tokens):
+        assert max_tokens == 768
+        asked.append(questions)
+        # The target tells the pairs apart in both questions; the questions of both pairs are asked at a time.
+        return ['{"score": [8, 9], "reasoning": ""}' if any(torch.equal(part, known) for part in question.content if torch.is_tensor(part)) else "mumble"
+                for question in questions]
+
+    known = from_uint8(to_judge_size(Image.fromarray(first.target)))
+    monkeypatch.setattr(gedit, "generate_texts", replies)
     judged, report = pair_making.judge_pairs(None, (scored(first, semantics=(1.0, 2.0)), first, second), 5)
     assert judged[0].verdict.semantics == (1.0, 2.0) and judged[1].verdict.semantics == judged[1].verdict.quality == (8.0, 9.0)
-    assert judged[2].verdict.problem and len(asked) == 2 + 10 and report.startswith("2 of 3 pairs judged.")
-    assert asked[0][0] != asked[2][0] and any(first.english in part for part in asked[0][1] if isinstance(part, str))
+    assert judged[2].verdict.problem and [len(questions) for questions in asked] == [2] * 2 + [1] * 8 and report.startswith("2 of 3 pairs judged.")
+    assert asked[0][0].seed != asked[0][1].seed and any(first.english in part for part in asked[0][0].content if isinstance(part, str))
+
+
+def test_pairs_at_a_time_get_the_verdicts_they_get_alone(picture, clip, monkeypatch):
+    """With a model of random weights, of whose answers a part is taken for readable: the pairs need different numbers of tries."""
+    def read(reply):
+        if len(reply) % 4:
+            raise BadReply("mumbling")
+        return len(reply) / 100, 1.0
+
+    monkeypatch.setattr(judge, "read_scores", read)
+    pairs = tuple(pairs_of(picture, 3))
+    alone, tries = [], []
+    for pair in pairs:
+        ask = gedit.LocalJudge(clip, f"pair {digest(pair.source.tobytes(), pair.target.tobytes())}", 5)
+        # Fewer tokens than a judge may need: these answers have no end.
+        alone.append(judge.judge_edit(lambda system, content, _, ask=ask: ask(system, content, 4), Image.fromarray(pair.source), Image.fromarray(pair.target), pair.instruction))
+        tries.append(len(ask.exchanges))
+    assert len(set(tries)) > 1 and len({verdict.replies for verdict in alone}) == len(pairs)
+
+    rounds, ask_all = [], gedit.generate_texts
+    monkeypatch.setattr(gedit, "generate_texts", lambda clip, questions, tokens: rounds.append(len(questions)) or ask_all(clip, questions, tokens))
+    monkeypatch.setattr(gedit, "ANSWER_TOKENS", 4)
+    monkeypatch.setattr(gedit, "TOGETHER", 2)
+    judged, _ = pair_making.judge_pairs(clip, pairs, 5)
+    assert [pair.verdict for pair in judged] == alone and [pair.english for pair in judged] == [pair.english for pair in pairs]
+    assert max(rounds) == 2 and sum(rounds) == sum(tries) and len(rounds) < sum(tries)
 
 
 def test_statistics_and_a_contact_sheet_that_misses_no_kind(picture, tmp_path):

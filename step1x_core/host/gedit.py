@@ -3,10 +3,11 @@
 import hashlib
 import logging
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-import comfy.model_management
 import comfy.utils
 import folder_paths
 import numpy as np
@@ -18,15 +19,17 @@ from ..config import Step1XError
 from ..gedit import LANGUAGES, Item, check_name, dataset_files, open_picture, png, read_dataset, result_path, save_picture, select
 from ..gedit_miniature import miniature
 from ..gedit_report import Report, write_report
-from ..gedit_scores import ALL, UNJUDGED, UNPARSABLE, append_record, describe_states, digest, find_entries, records_path
+from ..gedit_scores import ALL, UNJUDGED, UNPARSABLE, Entry, append_record, describe_states, digest, find_entries, records_path
 from ..images import from_uint8, to_rgb, truncate_uint8
-from ..judge import RETRY_TEMPERATURE, judge_edit
-from .generation import check_can_generate
+from ..judge import ANSWER_TOKENS, RETRY_TEMPERATURE, Verdict, judging
+from .generation import Question, check_can_generate, generate_texts
 from .thinking import Asker
 
 log = logging.getLogger(__name__)
 
 RESULTS = "gedit_bench"
+# Edits that the text encoder judges at a time. Their keys and values take about 1 GB beside the 7B model's 15, in bfloat16.
+TOGETHER = 8
 
 
 @dataclass(frozen=True)
@@ -103,10 +106,41 @@ def save_edit(bench: Bench, item: Item, image: Tensor) -> Path:
 class LocalJudge(Asker):
     """The text encoder as judge.py wants it, for one edit."""
 
-    def __call__(self, system: str, content: list, max_tokens: int) -> str:
+    def question(self, system: str, content: list) -> Question:
         repeated = any(asked == system for asked, _, _ in self.exchanges)
         self.temperature = RETRY_TEMPERATURE if repeated else 0.0
-        return super().__call__(system, [part if isinstance(part, str) else from_uint8(part) for part in content], max_tokens)
+        return super().question(system, [part if isinstance(part, str) else from_uint8(part) for part in content])
+
+
+def judge_edits(clip, edits: Iterable[tuple[str, Image.Image, Image.Image, str]], seed: int) -> Iterator[tuple[int, Verdict]]:
+    """The verdicts on edits, with their numbers, in the order in which they are reached; a few edits are asked about at a time.
+
+    edits: name, source, edited picture and instruction; the name and the seed decide what is drawn for an answer that is asked for anew.
+    """
+    waiting = enumerate(edits)
+    running = {}
+    while True:
+        for number, (name, *edit) in islice(waiting, TOGETHER - len(running)):
+            steps = judging(*edit)
+            running[number] = LocalJudge(clip, name, seed), steps, next(steps)
+        if not running:
+            return
+        questions = [judge.question(system, content) for judge, _, (system, content, _) in running.values()]
+        replies = generate_texts(clip, questions, ANSWER_TOKENS)
+        for (number, (judge, steps, _)), question, reply in zip(list(running.items()), questions, replies):
+            judge.note(question, reply)
+            try:
+                running[number] = judge, steps, steps.send(reply)
+            except StopIteration as end:
+                del running[number]
+                yield number, end.value
+
+
+def judge_entries(clip, entries: list[Entry], seed: int) -> Iterator[tuple[Entry, Verdict]]:
+    """The entries with their verdicts, in the order of `judge_edits`. Raises Step1XError for a source picture that cannot be read."""
+    edits = ((f"gedit {entry.item.name}", entry.item.load(), open_picture(entry.picture, str(entry.picture)), entry.item.instruction) for entry in entries)
+    for number, verdict in judge_edits(clip, edits, seed):
+        yield entries[number], verdict
 
 
 def judge_bench(bench: Bench, clip, judge: str, seed: int, again: bool) -> str:
@@ -122,13 +156,10 @@ def judge_bench(bench: Bench, clip, judge: str, seed: int, again: bool) -> str:
     entries = find_entries(bench.items, bench.results, bench.method, judge)
     waiting = [entry for entry in entries if entry.state == UNJUDGED or again and entry.state == UNPARSABLE]
     progress = comfy.utils.ProgressBar(len(waiting))
-    for number, entry in enumerate(waiting, 1):
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        ask = LocalJudge(clip, f"gedit {entry.item.name}", seed)
-        verdict = judge_edit(ask, entry.item.load(), open_picture(entry.picture, str(entry.picture)), entry.item.instruction)
+    for done, (entry, verdict) in enumerate(judge_entries(clip, waiting, seed), 1):
         append_record(records_path(bench.results, bench.method, judge), entry.item, digest(entry.item, entry.picture), verdict)
         log.info("GEdit-Bench: %s %s", entry.item.name, verdict.problem or f"SC {min(verdict.semantics):g} PQ {min(verdict.quality):g}")
-        progress.update_absolute(number)
+        progress.update_absolute(done)
     return describe_states(find_entries(bench.items, bench.results, bench.method, judge) if waiting else entries)
 
 

@@ -15,13 +15,12 @@ from ..checks import check_pictures
 from ..config import Step1XError
 from ..gedit import check_name
 from ..images import from_uint8, to_uint8
-from ..judge import judge_edit
 from ..pairs_makers import ORDER_KINDS, carry_out, orders, shrink
 from ..pairs_propose import PROPOSED, Proposal, parse_kinds, propose
 from ..pairs_record import Pair, digest, make_pair
 from ..pairs_review import card, contact_sheet, describe, statistics, stored_card
 from ..pairs_store import JOURNAL, PairStore, encode
-from .gedit import LocalJudge
+from .gedit import judge_edits
 from .generation import check_can_generate
 from .thinking import Asker, single_picture
 
@@ -111,12 +110,15 @@ def record_pairs(source: list[Tensor], target: list[Tensor], proposals: list[Pro
 def judge_pairs(clip, pairs: tuple[Pair, ...], seed: int) -> tuple[tuple[Pair, ...], str]:
     """The pairs with a verdict each, and a report. Those that have scores keep them. A reply that cannot be read is asked for anew four times."""
     check_can_generate(clip)
-    judged = []
-    for pair in with_progress(list(pairs)):
-        if pair.verdict is None or pair.verdict.problem:
-            ask = LocalJudge(clip, f"pair {digest(pair.source.tobytes(), pair.target.tobytes())}", seed)
-            pair = pair.with_verdict(judge_edit(ask, Image.fromarray(pair.source), Image.fromarray(pair.target), pair.instruction))
-        judged.append(pair)
+    judged = list(pairs)
+    waiting = [(place, pair) for place, pair in enumerate(pairs) if pair.verdict is None or pair.verdict.problem]
+    edits = ((f"pair {digest(pair.source.tobytes(), pair.target.tobytes())}", Image.fromarray(pair.source), Image.fromarray(pair.target), pair.instruction)
+             for _, pair in waiting)
+    progress = comfy.utils.ProgressBar(len(waiting))
+    for done, (number, verdict) in enumerate(judge_edits(clip, edits, seed), 1):
+        place, pair = waiting[number]
+        judged[place] = pair.with_verdict(verdict)
+        progress.update_absolute(done)
     scores = [pair.verdict.problem or f"semantics {min(pair.verdict.semantics):g}, quality {min(pair.verdict.quality):g}" for pair in judged]
     usable = sum(not pair.verdict.problem for pair in judged)
     return tuple(judged), "\n".join([f"{usable} of {len(judged)} pairs judged.", *(f"{text} ({describe(pair)})" for pair, text in zip(judged, scores))])

@@ -10,7 +10,7 @@ from ..prompt import clean_prompt
 from ..reflection import RULES, Reflection, Rules, indent, reflect, think
 from ..templates import LANGUAGES, load_templates
 from .folders import template_folder
-from .generation import check_can_generate, generate_text
+from .generation import Question, check_can_generate, generate_text
 
 # The official setting (spec v12.md f.1).
 TEMPERATURE = 0.7
@@ -29,10 +29,19 @@ class Asker:
         self.clip, self.task, self.seed, self.temperature = clip, task, seed, temperature
         self.exchanges: list[tuple[str, str, str]] = []
 
-    def __call__(self, system: str, content: list, max_tokens: int) -> str:
+    def question(self, system: str, content: list) -> Question:
+        """The next call as it is made, with its seed."""
         digest = hashlib.sha256(f"{self.task} {self.seed} {len(self.exchanges)}".encode()).digest()
-        reply = generate_text(self.clip, system, content, max_tokens, int.from_bytes(digest[:8], "big"), self.temperature)
-        self.exchanges.append((system, "\n".join(part for part in content if isinstance(part, str)), reply))
+        return Question(system, content, int.from_bytes(digest[:8], "big"), self.temperature)
+
+    def note(self, question: Question, reply: str) -> None:
+        """Put a call on record; the next one gets another seed."""
+        self.exchanges.append((question.system, "\n".join(part for part in question.content if isinstance(part, str)), reply))
+
+    def __call__(self, system: str, content: list, max_tokens: int) -> str:
+        question = self.question(system, content)
+        reply = generate_text(self.clip, system, question.content, max_tokens, question.seed, question.temperature)
+        self.note(question, reply)
         return reply
 
 
