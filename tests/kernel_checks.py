@@ -91,7 +91,7 @@ def check_blocks():
     text, image, vec = torch.randn(2, 3, width), torch.randn(2, 5, width), torch.randn(2, width)
     pe = torch.randn(1, 1, 8, width // heads // 2, 2, 2)
     pe_whole = pe[:, :, [*whole, *range(3, 8)]]
-    options = {blocks.REPEATED_TEXT: (3, repeats), "block_index": 0, "total_blocks": 1, "img_slice": [3, 8]}
+    options = {blocks.REPEATED_TEXT: (3, repeats), "block_type": "single", "block_index": 0, "total_blocks": 1, "img_slice": [3, 8]}
     for kind, fused, settings in ((DoubleStreamBlock, blocks.FusedDoubleStreamBlock, {"qkv_bias": True}), (SingleStreamBlock, blocks.FusedSingleStreamBlock, {})):
         plain, ours = (block(width, heads, mlp_ratio=4, dtype=torch.float32, device="cpu", operations=blocks.disable_weight_init, **settings) for block in (kind, fused))
         weights = {name: torch.randn(tensor.shape) / 8 for name, tensor in plain.state_dict().items()}

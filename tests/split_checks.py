@@ -67,7 +67,8 @@ def edit(version: str) -> tuple:
 
     def prompt(length):
         if version == "v1.1":
-            return torch.randn(1, 640, TEXT, generator=generator), {"attention_mask": (torch.arange(640) < length).long()[None]}
+            mask = (torch.arange(640) < length).long()[None]
+            return torch.randn(1, 640, TEXT, generator=generator) * mask[..., None], {"attention_mask": mask}
         states = torch.randn(1, length, TEXT, generator=generator)
         return states, {"text_ids": torch.arange(length).neg()[None, :, None].expand(1, -1, 3).float(), "text_embeds": states, "text_mask": torch.zeros(1, length).long()}
 

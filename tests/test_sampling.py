@@ -10,11 +10,9 @@ from safetensors.torch import save_file
 
 from step1x_core.config import Step1XError
 from step1x_core.guidance import NormLimiter, patch_norm
-from step1x_core.host.blocks import TOKENS_READ
 from step1x_core.host.caching import apply_teacache
 from step1x_core.host.encoding import decode_edit, encode_edit
 from step1x_core.host.loading import load_model
-from step1x_core.host.model import Step1XEditModel
 from step1x_core.host.sampling import HOOKS, check_model, fit_latent, flow_sigmas, sample, set_guidance_interval, set_norm_limiter, with_norm_limiter
 from step1x_core.schedule import sigma_schedule
 from step1x_core.teacache import TeaCacheState
@@ -204,25 +202,6 @@ def test_noise_mask_keeps_the_unmasked_part(model, edit):
     out = run(model, edit, latent={"samples": source, "noise_mask": mask})
     half = source.shape[-1] // 2
     assert torch.allclose(out[..., half:], source[..., half:], atol=1e-4) and not torch.allclose(out[..., :half], source[..., :half])
-
-
-def test_padding_is_computed_once_and_the_last_block_only_where_it_is_read(model, edit, monkeypatch):
-    rows, sizes = [], []
-    extra_conds = Step1XEditModel.extra_conds
-    transformer = model.model.diffusion_model
-    hooks = [transformer.single_blocks[0].register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1])),
-             transformer.single_blocks[-1].linear2.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[-2]))]
-    got = run(model, edit)
-    monkeypatch.setattr(Step1XEditModel, "extra_conds", lambda self, **kwargs: {k: v for k, v in extra_conds(self, **kwargs).items() if k != "text_tokens"})
-    whole = model.clone()
-    whole.model_options["transformer_options"][TOKENS_READ] = None
-    expected = run(whole, edit)
-    for hook in hooks:
-        hook.remove()
-    text, valid = edit[0][0][0].shape[1], [int(cond[0][1]["attention_mask"].sum()) for cond in edit[:2]]
-    assert text == 640 and rows == [max(valid) + 1 + 2 * 13 * 19] * 3 + [640 + 2 * 13 * 19] * 3
-    assert sizes == [13 * 19] * 3 + [640 + 2 * 13 * 19] * 3
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_text_to_image_has_no_reference_tokens(model, clip):

@@ -5,7 +5,6 @@ import inspect
 import torch
 from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
 from torch import Tensor
-from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CAN_SET_PRIORITY = "set_priority" in inspect.signature(sdpa_kernel).parameters
@@ -25,7 +24,7 @@ def cudnn_first(attention, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Te
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         with sdpa_kernel(CUDNN_FIRST, set_priority=True):
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    elif can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, False, False)):
+    elif torch.backends.cuda.can_use_cudnn_attention(torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, False)):
         # Not by torch's priorities, which hold for the whole process: two threads of MultiGPU CFG Split would change them under one another.
         out = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0]
     else:

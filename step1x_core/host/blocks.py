@@ -28,7 +28,8 @@ FP8_ATTENTION = "step1x_fp8_attention"
 
 
 def plain_needed(transformer_options: dict) -> bool:
-    """Whether the host's own forward is the one to run: it computes gradients, shows q, k and v to patches and is what torch.compile fuses itself."""
+    """Whether the host's own forward is the one to run, without the shortcuts below: it computes gradients, shows q, k and v to patches and is what torch.compile
+    fuses itself."""
     patches = transformer_options.get("patches", {})
     return (not hasattr(ck, "rms_rope_") or torch.compiler.is_compiling() or torch.is_grad_enabled()
             or "attn1_patch" in patches or "attn1_output_patch" in patches)
@@ -66,7 +67,8 @@ def multiplied_as_fp8(layer: torch.nn.Module, x: Tensor, scale: Tensor, dtype: t
     """
     quantised = QuantizedTensor(x, FP8_LAYOUT, get_layout_class(FP8_LAYOUT).Params(scale=scale, orig_dtype=dtype, orig_shape=tuple(x.shape)))
     weight, bias, stream = cast_bias_weight(layer, quantised, offloadable=True, compute_dtype=dtype, want_requant=True)
-    if isinstance(weight, QuantizedTensor) and hasattr(functional, "scaled_mm"):
+    # A product of fp8 has no bias in float32.
+    if isinstance(weight, QuantizedTensor) and hasattr(functional, "scaled_mm") and dtype != torch.float32:
         kind = functional.ScalingType.TensorWise
         out = functional.scaled_mm(x, weight._qdata.t(), scale, kind, weight._params.scale, kind, bias=bias, output_dtype=dtype, use_fast_accum=True)
     else:
@@ -91,11 +93,6 @@ def weight_and_bias(layer: torch.nn.Module, x: Tensor) -> Iterator[tuple[Tensor,
 def gelu_of_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU (tanh) of a linear layer of x [B, S, C] -> [B, S, N], in one kernel where x is on a GPU."""
     return torch._addmm_activation(bias, x.flatten(0, 1), weight.t(), use_gelu=True).unflatten(0, x.shape[:2])
-
-
-def as_fp8(data: Tensor, scale: Tensor, dtype: torch.dtype) -> QuantizedTensor:
-    """e4m3 [N, C] with its scale as the input of a layer that computes in dtype."""
-    return QuantizedTensor(data, FP8_LAYOUT, get_layout_class(FP8_LAYOUT).Params(scale=scale, orig_dtype=dtype, orig_shape=tuple(data.shape)))
 
 
 def modulated(layer: torch.nn.Module, x: Tensor, mod: ModulationOut) -> Tensor:

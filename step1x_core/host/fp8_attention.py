@@ -14,13 +14,21 @@ from .blocks import FP8_ATTENTION, kernels_on
 WEIGHTS_SCALE = 256.0
 
 
+@functools.cache
+def handle_for(device: torch.device):
+    """cuDNN's handle of a device."""
+    import cudnn
+
+    return cudnn.create_handle()
+
+
 class Plan:
     """cuDNN's attention for tensors of one layout. shapes: (shape, stride) of q [B, H, S, D], k and v [B, H, K, D] and of the result [B, H, S, D]."""
 
     def __init__(self, device: torch.device, q: tuple, k: tuple, v: tuple, out: tuple):
         import cudnn
 
-        self.handle = cudnn.create_handle()
+        self.handle = handle_for(device)
         self.set_stream = cudnn.set_stream
         float32, e4m3 = cudnn.data_type.FLOAT, cudnn.data_type.FP8_E4M3
         self.graph = cudnn.pygraph(io_data_type=e4m3, intermediate_data_type=float32, compute_data_type=float32, handle=self.handle)
@@ -46,7 +54,7 @@ class Plan:
         self.graph.execute({**dict(zip(self.inputs, (q, k, v))), self.out: out, **self.constants}, workspace, handle=self.handle)
 
 
-# One for each size of picture and number of prompts at a time, and for the last block.
+# Two, for the last block and the others, for each size of picture, number of prompts at a time and length of the text.
 @functools.lru_cache(maxsize=16)
 def plan_for(device: torch.device, *layouts: tuple) -> Plan:
     return Plan(device, *layouts)

@@ -9,7 +9,12 @@ from ..config import TIME_FACTOR, VERSIONS
 from ..connector import Connector
 from .attention import cudnn_first, cudnn_is_fastest
 from .blocks import FP8_ATTENTION, REPEATED_TEXT, TOKENS_READ, FusedDoubleStreamBlock, FusedSingleStreamBlock, plain_needed
-from .foreign import has_own_forward
+from .caching import TeaCache
+from .foreign import runs_own_blocks
+from .region import TransformerCall
+
+# Text tokens are computed in multiples of this, so that not every prompt has shapes of its own.
+TEXT_STEP = 16
 
 
 def position_bits(text_ids: Tensor) -> Tensor:
@@ -26,6 +31,12 @@ def official_time(t: Tensor, dtype: torch.dtype) -> Tensor:
     In bfloat16 neighbouring times near 1000 are 4 apart: 993.58 becomes 992.
     """
     return (t.float() * TIME_FACTOR).to(dtype) / TIME_FACTOR
+
+
+def keeps_text(transformer_options: dict) -> bool:
+    """Whether no patch between the embedders and the blocks puts tokens of its own to the text."""
+    patches = transformer_options.get("patches", {}).get("post_input", [])
+    return all(isinstance(getattr(patch, "__self__", None), (TeaCache, TransformerCall)) for patch in patches)
 
 
 class Step1XTransformer(Flux):
@@ -74,10 +85,10 @@ class Step1XTransformer(Flux):
         """
         height, width = x.shape[-2:]
         transformer_options = transformer_options.copy()
-        if cudnn_is_fastest(x.device):
-            transformer_options.setdefault("optimized_attention_override", cudnn_first)
-        if transformer_options.get("optimized_attention_override") is not cudnn_first:
+        if "optimized_attention_override" in transformer_options or not cudnn_is_fastest(x.device):
             transformer_options.pop(FP8_ATTENTION, None)  # another node has to see q, k and v
+        else:
+            transformer_options["optimized_attention_override"] = cudnn_first
         if VERSIONS[self.version].layout == "v1.2":
             timestep = official_time(timestep, x.dtype)
         img, img_ids = self.process_img(x, transformer_options=transformer_options)
@@ -92,9 +103,10 @@ class Step1XTransformer(Flux):
 
         if text_mask is None:
             text_mask = torch.ones(context.shape[:2], dtype=torch.long, device=context.device)
-        if not plain_needed(transformer_options) and has_own_forward(self):
-            # Equal tokens at equal positions stay equal in every block, so one is computed for all.
-            if text_tokens is not None and text_tokens < context.shape[1]:
+        if not plain_needed(transformer_options) and runs_own_blocks(self):
+            if text_tokens is not None and keeps_text(transformer_options):
+                # Equal tokens at equal positions stay equal in every block, so one is computed for all.
+                text_tokens = min(-(-text_tokens // TEXT_STEP) * TEXT_STEP, context.shape[1])
                 transformer_options[REPEATED_TEXT] = (text_tokens, context.shape[1] - text_tokens)
                 context, text_mask = context[:, :text_tokens], text_mask[:, :text_tokens]
             if not transformer_options.get("patches_replace", {}).get("dit") and control is None:
