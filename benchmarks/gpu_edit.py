@@ -107,20 +107,11 @@ class Clock:
             torch.cuda.synchronize()
 
 
-def made_up_conditioning(version: str, size: int, width: int):
-    """Conditioning and latent of an edit without a language model and a VAE."""
-    import torch
+def made_up_conditioning(version: str, size: int, width: int) -> tuple:
+    """Conditioning and latent of an edit without a language model and a VAE, with as much text as a picture and a sentence make."""
+    import tiny_models
 
-    generator = torch.Generator().manual_seed(0)
-    latent = torch.randn(1, 16, size // 8, size // 8, generator=generator)
-    if version == "v1.1":
-        extra = {"attention_mask": (torch.arange(640) < 360).long()[None]}
-        states = torch.randn(1, 640, width, generator=generator) * extra["attention_mask"][..., None]
-    else:
-        states = torch.randn(1, 430, width, generator=generator)
-        extra = {"text_ids": torch.zeros(1, 430, 3), "text_embeds": states, "text_mask": torch.zeros(1, 430, dtype=torch.long)}
-    conds = [[[states, {**extra, "reference_latents": [latent]}]] for _ in range(2)]
-    return *conds, {"samples": latent}
+    return tiny_models.made_up_edit(version, size // 8, (360, 360) if version == "v1.1" else (430, 430), width)
 
 
 def edit(options, parts: dict, size: int, filled: float) -> dict[str, float]:

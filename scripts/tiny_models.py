@@ -314,6 +314,21 @@ def write_lora(path: Path, size: TransformerSize = TINY_TRANSFORMER, seed: int =
     save_file(random_weights(shapes, seed), path)
 
 
+def made_up_edit(version: str, size: int, lengths: tuple[int, int], width: int) -> tuple:
+    """Both prompts' conditioning, of so many text tokens each, and the latent of an edit of size x size latent places, of random numbers. width: of the states."""
+    generator = torch.Generator().manual_seed(0)
+    latent = torch.randn(1, 16, size, size, generator=generator)
+
+    def prompt(length):
+        if version in ("v1.0", "v1.1"):
+            mask = (torch.arange(640) < length).long()[None]
+            return torch.randn(1, 640, width, generator=generator) * mask[..., None], {"attention_mask": mask}
+        states = torch.randn(1, length, width, generator=generator)
+        return states, {"text_ids": torch.arange(length).neg()[None, :, None].expand(1, -1, 3).float(), "text_embeds": states, "text_mask": torch.zeros(1, length).long()}
+
+    return *([[states, {**extra, "reference_latents": [latent]}]] for states, extra in map(prompt, lengths)), {"samples": latent}
+
+
 def write_upscaler(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(pixel_repeater(), path)

@@ -32,7 +32,6 @@ from step1x_core.host.sampling import flow_sigmas, sample, set_guidance_interval
 from step1x_core.region import RegionSettings
 
 STEPS = 8
-TEXT = tiny_models.TINY_TRANSFORMER.text
 PATCHES = {
     "nothing": lambda model: model,
     "limiter": lambda model: set_norm_limiter(model, NormLimiter(0.5, 0.8)),
@@ -60,23 +59,8 @@ def loud_model(folder: Path, version: str, **options):
     return load_model(path, version, **options)
 
 
-def edit(version: str) -> tuple:
-    """Made-up conditioning and latent of an edit. v1.2's two prompts differ in length."""
-    generator = torch.Generator().manual_seed(0)
-    latent = torch.randn(1, 16, 24, 24, generator=generator)
-
-    def prompt(length):
-        if version == "v1.1":
-            mask = (torch.arange(640) < length).long()[None]
-            return torch.randn(1, 640, TEXT, generator=generator) * mask[..., None], {"attention_mask": mask}
-        states = torch.randn(1, length, TEXT, generator=generator)
-        return states, {"text_ids": torch.arange(length).neg()[None, :, None].expand(1, -1, 3).float(), "text_embeds": states, "text_mask": torch.zeros(1, length).long()}
-
-    return *([[states, {**extra, "reference_latents": [latent]}]] for states, extra in (prompt(300), prompt(200))), {"samples": latent}
-
-
 def run(model, steps=STEPS, cfg=6.0, seed=7):
-    positive, negative, latent = edit(model.model.diffusion_model.version)
+    positive, negative, latent = tiny_models.made_up_edit(model.model.diffusion_model.version, 24, (300, 200), tiny_models.TINY_TRANSFORMER.text)
     return sample(model, positive, negative, latent, flow_sigmas(steps, latent["samples"]), cfg, seed, callback=lambda *args: None)["samples"]
 
 

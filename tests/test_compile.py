@@ -16,8 +16,6 @@ from step1x_core.host.caching import apply_teacache
 from step1x_core.host.loading import load_model
 from step1x_core.host.sampling import flow_sigmas, sample
 
-TEXT = tiny_models.TINY_TRANSFORMER.text
-
 
 @pytest.fixture(autouse=True)
 def fresh():
@@ -50,23 +48,8 @@ def compiled(model) -> tuple:
     return TorchCompileModel.execute(model, counter).args[0], counter
 
 
-def edit(version: str, size: int) -> tuple:
-    """Made-up conditioning and latent of a picture of size x size latent places; v1.2's two prompts differ in length."""
-    generator = torch.Generator().manual_seed(0)
-    latent = torch.randn(1, 16, size, size, generator=generator)
-
-    def prompt(length):
-        if version == "v1.1":
-            mask = (torch.arange(640) < length).long()[None]
-            return torch.randn(1, 640, TEXT, generator=generator) * mask[..., None], {"attention_mask": mask}
-        states = torch.randn(1, length, TEXT, generator=generator)
-        return states, {"text_ids": torch.arange(length).neg()[None, :, None].expand(1, -1, 3).float(), "text_embeds": states, "text_mask": torch.zeros(1, length).long()}
-
-    return *([[states, {**extra, "reference_latents": [latent]}]] for states, extra in (prompt(30), prompt(20))), {"samples": latent}
-
-
 def run(model, size=16, steps=3, seed=1, cfg=4.0):
-    positive, negative, latent = edit(model.model.diffusion_model.version, size)
+    positive, negative, latent = tiny_models.made_up_edit(model.model.diffusion_model.version, size, (30, 20), tiny_models.TINY_TRANSFORMER.text)
     return sample(model, positive, negative, latent, flow_sigmas(steps, latent["samples"]), cfg, seed, callback=lambda *args: None)["samples"]
 
 
