@@ -170,9 +170,9 @@ def queries_keys_values(streams: list[tuple[Tensor, QKNorm]], heads: int, pe: Te
         if kernels is None:
             ck.rms_rope_(q[:, start:end], k[:, start:end], pe[:, :, start:end].transpose(1, 2), q_weight.detach(), k_weight.detach(), 1e-6)
         else:
-            own = (text, repeats) if number == 0 else (0, 0)
-            shift = 0 if number == 0 else repeats
-            places = slice(start + shift, end + shift + own[1])
+            # The first stream begins with the text, and the repeats stand right behind that.
+            own, before = ((0, 0), repeats) if number else ((text, repeats), 0)
+            places = slice(start + before, end + repeats)
             kernels.norm_and_rotate(projection.unflatten(-1, (3, heads, -1)), q_weight, k_weight, pe[:, :, start:end], q[:, start:end], k[:, places],
                                     None if in_place else v[:, places], *own)
         uncast_bias_weight(norm.query_norm, q_weight, None, q_stream)

@@ -23,7 +23,7 @@ def handle_for(device: torch.device):
 
 
 class Plan:
-    """cuDNN's attention for tensors of one layout. shapes: (shape, stride) of q [B, H, S, D], k and v [B, H, K, D] and of the result [B, H, S, D]."""
+    """cuDNN's attention for tensors of one layout: shape and stride each of q [B, H, S, D], k and v [B, H, K, D], and the result out [B, H, S, D]."""
 
     def __init__(self, device: torch.device, q: tuple, k: tuple, v: tuple, out: tuple):
         import cudnn

@@ -148,14 +148,14 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
             states.append(self.model(None, embeds=embeds, past_key_values=own, position_ids=positions)[0][:, -1])
         return torch.cat(states)
 
-    def decode(self, tokens: list[int], positions: Tensor, hidden: Tensor, cache: list[tuple[Tensor, Tensor, int]], dtype) -> tuple[Tensor, list]:
+    def decode(self, tokens: list[int], positions: Tensor, hidden: Tensor | None, cache: list[tuple[Tensor, Tensor, int]], dtype) -> tuple[Tensor, list]:
         """Read one more token in each row -> hidden states [N, C] and the cache.
 
-        positions: of the tokens, [N, 1]. hidden: bool [N, L], the places before the replies that hold no token of their row.
+        positions: of the tokens, [N, 1]. hidden: bool [N, L], the places before the replies that hold no token of their row; None where there are none.
         """
         embeds = self.model.embed_tokens(torch.tensor(tokens, device=positions.device)[:, None], out_dtype=dtype)
         mask = None
-        if hidden.any():
+        if hidden is not None:
             mask = torch.nn.functional.pad(~hidden, (0, cache[0][2] + 1 - hidden.shape[1]), value=True)
         config = self.model.config
         sections = config.rope_dims
@@ -188,7 +188,7 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
         states = self.prefill(prompts, cache)
         # All replies begin behind the longest prompt.
         cache = [(keys, values, longest) for keys, values, _ in cache]
-        hidden = torch.arange(longest, device=device) >= lengths
+        hidden = torch.arange(longest, device=device) >= lengths if int(lengths.min()) < longest else None
         positions = torch.stack([positions.amax() for _, positions, _ in prompts])[:, None]
         for count in range(1, max_tokens + 1):
             for reply, choose, scores in zip(replies, choosers, self.scores(states)):
