@@ -9,6 +9,8 @@ from safetensors import safe_open
 
 TOLERANCE = 1e-5
 MISMATCH = 1.0
+# How far sines and cosines of times up to 1000 may be apart: a frequency is exp of a number, whose last bit depends on the processor's math library (seen: 3.1e-5).
+WAVE_TOLERANCE = 1000 * 2**-23
 
 
 class Golden:
@@ -41,6 +43,12 @@ class Errors:
             scale = expected.float().abs().max().clamp(min=1e-12)
             error = float((found.float() - expected.float()).abs().max() / scale)
         self.max = max(self.max, math.inf if math.isnan(error) else error)
+
+    def waves(self, found: torch.Tensor, expected: torch.Tensor) -> None:
+        """Sines and cosines of times 0..1000 as float32, within WAVE_TOLERANCE, which counts as TOLERANCE."""
+        apart = Errors()
+        apart.tensor(found, expected)
+        self.max = max(self.max, apart.max * TOLERANCE / WAVE_TOLERANCE)
 
     def equal(self, found, expected) -> None:
         """Exactly equal: numbers, lists, or tensors by value."""

@@ -61,8 +61,9 @@ def test_wrong_columns_of_the_size_table_are_found(tmp_path, column, value):
 
 
 @pytest.mark.parametrize("file, tensor, change", [("ids.safetensors", "outputs.a.v1.1.img_ids", 1e-6), ("ids.safetensors", "outputs.rope_pe", math.nan),
-                                                  ("cfg.safetensors", "outputs.divisor", math.nan)])
-def test_ids_are_compared_exactly_and_nan_never_passes(tmp_path, file, tensor, change):
+                                                  ("cfg.safetensors", "outputs.divisor", math.nan), ("time_embedding.safetensors", "outputs.dit.fp32", 3e-4),
+                                                  ("time_embedding.safetensors", "outputs.connector_fp8_weights.bf16", 2**-3)])
+def test_ids_are_compared_exactly_times_nearly_and_nan_never_passes(tmp_path, file, tensor, change):
     with safe_open(GOLDENS / file, framework="pt") as golden:
         metadata, tensors = golden.metadata(), {k: golden.get_tensor(k) for k in golden.keys()}
     tensors[tensor].view(-1)[0] += change
