@@ -60,7 +60,10 @@ def passes() -> None:
     pe = torch.randn(1, 1, tokens, WIDTH // HEADS // 2, 2, 2, device="cuda")
     q, k, v = (torch.empty(PROMPTS, tokens + repeats, *qkv.shape[3:], device="cuda", dtype=x.dtype) for repeats in (0, PADDED - TEXT, PADDED - TEXT))
     joined = torch.empty(PROMPTS * tokens, 5 * WIDTH, device="cuda", dtype=x.dtype)
-    report("norm and rotation, q, k, v joined with repeats", lambda: kernels.norm_and_rotate(qkv, *weights, pe, q, k, v, TEXT, PADDED - TEXT))
+    report("norm and rotation, q, k, v joined with repeats", lambda: kernels.norm_and_rotate(qkv, *weights, pe, q, k, v, text=TEXT, repeats=PADDED - TEXT))
+    rounded = [x.to(torch.float8_e4m3fn) for x in (q, k, v)]
+    report("the same as e4m3, with the scale of the values",
+           lambda: kernels.norm_and_rotate(qkv, *weights, pe, *rounded, kernels.fp8_scale([hidden[..., 2 * WIDTH:3 * WIDTH]]), TEXT, PADDED - TEXT))
     report("norm and modulation", lambda: kernels.modulate(x, shift, scale))
     report("gated residual", lambda: kernels.add_gated(x, update, gate))
     report("GELU as a pass", lambda: kernels.copy_rows(mlp, joined[:, WIDTH:], gelu=True))

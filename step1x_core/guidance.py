@@ -47,6 +47,7 @@ class NormLimiter:
         # The norm is that of the velocities; denoised = x - sigma * velocity.
         divisor = norm_divisor(patch_norm((cond - uncond) / sigma), self.power)
         # Compared in float32 so that a sigma equal to the threshold is not above it.
-        divisor = torch.where(sigma > torch.tensor(self.truncate, dtype=torch.float32, device=sigma.device), divisor, 1.0)
+        # `full` is written on the device; a copy of a number would wait for the whole step before it.
+        divisor = torch.where(sigma > torch.full((), self.truncate, dtype=torch.float32, device=sigma.device), divisor, 1.0)
         out[0] = uncond + (cond - uncond) / divisor
         return out

@@ -37,11 +37,22 @@ def modulate_kernel(x, shift, scale, out, out_scale, tokens, columns, shift_batc
 
 
 @triton.jit
-def rows_kernel(x, out, out_scale, tokens, columns, x_batch, x_token, out_row, BLOCK: tl.constexpr, GELU: tl.constexpr, FP8_OUT: tl.constexpr):
+def fp8_scale_kernel(x, out, tokens, columns, x_batch, x_token, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    value = tl.load(x + row // tokens * x_batch + row % tokens * x_token + cols, mask=cols < columns, other=0.0).to(tl.float32)
+    tl.atomic_max(out, tl.max(tl.abs(value), axis=0) / 448.0)
+
+
+@triton.jit
+def rows_kernel(x, out, x_scale, out_scale, tokens, columns, x_batch, x_token, out_row, BLOCK: tl.constexpr, SCALED: tl.constexpr, GELU: tl.constexpr,
+                FP8_OUT: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < columns
     value = tl.load(x + row // tokens * x_batch + row % tokens * x_token + cols, mask=inside, other=0.0).to(tl.float32)
+    if SCALED:
+        value = value * tl.load(x_scale)
     if GELU:  # the tanh approximation: (1 + tanh(u)) / 2 is sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
         value = value * tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
     tl.store(out + row * out_row + cols, to_output(value, out_scale, FP8_OUT).to(out.dtype.element_ty), mask=inside)
@@ -68,8 +79,8 @@ def normed_and_rotated(value, weight, rotation, eps, HEADS: tl.constexpr, WIDTH:
 
 
 @triton.jit
-def norm_and_rotate_kernel(qkv, q_weight, k_weight, pe, q, k, v, text, repeats, heads, qkv_batch, qkv_token, pe_batch, pe_token, q_batch, q_token, k_batch, k_token,
-                           v_batch, v_token, eps, HEADS: tl.constexpr, WIDTH: tl.constexpr, COPY_V: tl.constexpr):
+def norm_and_rotate_kernel(qkv, q_weight, k_weight, pe, q, k, v, v_scale, text, repeats, heads, qkv_batch, qkv_token, pe_batch, pe_token, q_batch, q_token, k_batch, k_token,
+                           v_batch, v_token, eps, HEADS: tl.constexpr, WIDTH: tl.constexpr, COPY_V: tl.constexpr, FP8_OUT: tl.constexpr):
     batch, row = tl.program_id(2).to(tl.int64), tl.program_id(0).to(tl.int64)
     token = tl.where(row < text, row, tl.maximum(row - repeats, text - 1))
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -81,7 +92,10 @@ def norm_and_rotate_kernel(qkv, q_weight, k_weight, pe, q, k, v, text, repeats, 
     queries = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     keys = tl.load(source + heads * WIDTH, mask=inside, other=0.0).to(tl.float32)
     if COPY_V:
-        tl.store(v + batch * v_batch + row * v_token + here, tl.load(source + 2 * heads * WIDTH, mask=inside, other=0.0), mask=inside)
+        values = tl.load(source + 2 * heads * WIDTH, mask=inside, other=0.0)
+        if FP8_OUT:
+            values = to_output(values.to(tl.float32), v_scale, FP8_OUT).to(v.dtype.element_ty)
+        tl.store(v + batch * v_batch + row * v_token + here, values, mask=inside)
     queries = normed_and_rotated(queries, tl.load(q_weight + cols).to(tl.float32), rotation, eps, HEADS, WIDTH, qkv.dtype.element_ty)
     keys = normed_and_rotated(keys, tl.load(k_weight + cols).to(tl.float32), rotation, eps, HEADS, WIDTH, qkv.dtype.element_ty)
     tl.store(k + batch * k_batch + row * k_token + here, keys, mask=inside)
@@ -99,11 +113,23 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, fp8_scale: Tensor | None =
     return out
 
 
-def copy_rows(x: Tensor, out: Tensor, fp8_scale: Tensor | None = None, gelu: bool = False) -> None:
-    """Write x [B, S, C], through GELU (tanh) if asked, to out [B * S, C]; rows of both may lie apart, and out may be x's own memory."""
+def fp8_scale(parts: list[Tensor]) -> Tensor:
+    """float32 [], the number by which e4m3 has to be multiplied to hold the largest magnitude of all parts [B, S, C], whose rows may lie apart; never 0."""
+    out = torch.full((), 1e-12, device=parts[0].device)
+    for x in parts:
+        batch, tokens, columns = x.shape
+        fp8_scale_kernel[(batch * tokens,)](x, out, tokens, columns, x.stride(0), x.stride(1), BLOCK=triton.next_power_of_2(columns))
+    return out
+
+
+def copy_rows(x: Tensor, out: Tensor, x_scale: Tensor | None = None, out_scale: Tensor | None = None, gelu: bool = False) -> None:
+    """Write x [B, S, C], times x_scale [] and through GELU (tanh) if asked, to out [B * S, C], which is e4m3 with out_scale [].
+
+    Rows of both may lie apart, and out may be x's own memory.
+    """
     batch, tokens, columns = x.shape
-    rows_kernel[(batch * tokens, triton.cdiv(columns, COLUMNS))](x, out, fp8_scale, tokens, columns, x.stride(0), x.stride(1), out.stride(0),
-                                                                 BLOCK=COLUMNS, GELU=gelu, FP8_OUT=fp8_scale is not None)
+    rows_kernel[(batch * tokens, triton.cdiv(columns, COLUMNS))](x, out, x_scale, out_scale, tokens, columns, x.stride(0), x.stride(1), out.stride(0),
+                                                                 BLOCK=COLUMNS, SCALED=x_scale is not None, GELU=gelu, FP8_OUT=out_scale is not None)
 
 
 def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> None:
@@ -112,16 +138,17 @@ def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> None:
     add_gated_kernel[(batch * tokens, triton.cdiv(columns, COLUMNS))](x, update, gate, tokens, columns, gate.stride(0), BLOCK=COLUMNS)
 
 
-def norm_and_rotate(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, pe: Tensor, q: Tensor, k: Tensor, v: Tensor | None = None, text: int = 0, repeats: int = 0) -> None:
+def norm_and_rotate(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, pe: Tensor, q: Tensor, k: Tensor, v: Tensor | None = None,
+                    v_scale: Tensor | None = None, text: int = 0, repeats: int = 0) -> None:
     """RMS norm (eps 1e-6) and rotary positions of the queries and keys in qkv [B, S, 3, H, D], written to q [B, S, H, D] and k [B, S + repeats, H, D]; values to v as to k.
 
     D is a power of two, heads lie together. q and k may be qkv's own memory if there are no repeats; v None leaves the values where they are.
-    q_weight and k_weight [D], pe float32 [B or 1, 1, S, D / 2, 2, 2] with the last three axes together.
+    Outputs may be e4m3: values are then divided by v_scale []. q_weight and k_weight [D], pe float32 [B or 1, 1, S, D / 2, 2, 2] with the last three axes together.
     repeats: how often key and value number text - 1 are written again, behind themselves.
     """
     batch, tokens, _, heads, width = qkv.shape
     group = min(HEADS, triton.next_power_of_2(heads))
     v_strides = (0, 0) if v is None else v.stride()[:2]
     norm_and_rotate_kernel[(tokens + repeats, triton.cdiv(heads, group), batch)](
-        qkv, q_weight, k_weight, pe, q, k, v, text, repeats, heads, *qkv.stride()[:2], pe.stride(0) if pe.shape[0] > 1 else 0, pe.stride(2), *q.stride()[:2], *k.stride()[:2],
-        *v_strides, 1e-6, HEADS=group, WIDTH=width, COPY_V=v is not None, num_warps=2)
+        qkv, q_weight, k_weight, pe, q, k, v, v_scale, text, repeats, heads, *qkv.stride()[:2], pe.stride(0) if pe.shape[0] > 1 else 0, pe.stride(2), *q.stride()[:2],
+        *k.stride()[:2], *v_strides, 1e-6, HEADS=group, WIDTH=width, COPY_V=v is not None, FP8_OUT=v_scale is not None, num_warps=2)

@@ -33,10 +33,14 @@ def check(dtype):
     # What e4m3 can hold comes out as it is; what is beyond 448 becomes 448.
     eighths = torch.randn(BATCH, TOKENS, WIDTH).mul(200).clamp(-448, 448).to(torch.float8_e4m3fn)
     out = torch.empty_like(eighths).flatten(0, 1)
-    kernels.copy_rows(eighths.to(dtype), out, torch.tensor(0.5))
+    kernels.copy_rows(eighths.to(dtype), out, out_scale=torch.tensor(0.5))
     assert torch.equal(out.float(), (eighths.float() * 2).clamp(-448, 448).flatten(0, 1)) and out.float().max() == 448
 
     # The interpreter carries no rounded mantissa into the exponent, so a few values come out as half of what they are; a GPU does.
+    largest = torch.cat((x, 3 * x), dim=1)[:, 1:, 8:]
+    assert torch.isclose(kernels.fp8_scale([x, largest]), largest.float().abs().max() / 448) and kernels.fp8_scale([0 * x]) > 0
+    kernels.copy_rows(eighths, out, torch.tensor(4.0), torch.tensor(8.0))
+    assert torch.equal(out.float(), (eighths.flatten(0, 1).float() / 2).to(torch.float8_e4m3fn).float())
     scale_8 = torch.tensor(2.0**-5)
     got = kernels.modulate(x, shift, scale, scale_8)
     assert got.dtype == torch.float8_e4m3fn
@@ -71,10 +75,15 @@ def check(dtype):
         # Token 2 stands for three more; what is written lies within larger tensors.
         order = [0, 1, 2, 2, 2, 2, 3, 4]
         q, k, v = (torch.full((BATCH, 10, HEADS, HEAD), 7.0, dtype=dtype) for _ in range(3))
-        kernels.norm_and_rotate(qkv, *weights, pe, q[:, 1:6], k[:, 1:9], v[:, 1:9], 3, 3)
+        kernels.norm_and_rotate(qkv, *weights, pe, q[:, 1:6], k[:, 1:9], v[:, 1:9], text=3, repeats=3)
         assert torch.equal(q[:, 1:6], rotated[:, :, 0]) and (q[:, [0, 6]] == 7).all()
         for got, part in ((k, 1), (v, 2)):
             assert torch.equal(got[:, 1:9], rotated[:, order, part]) and (got[:, [0, 9]] == 7).all()
+        q, k, v = (torch.empty((BATCH, tokens, HEADS, HEAD), dtype=torch.float8_e4m3fn) for tokens in (5, 8, 8))
+        v_scale = kernels.fp8_scale([qkv[:, :, 2].flatten(2)])
+        kernels.norm_and_rotate(qkv, *weights, pe, q, k, v, v_scale, 3, 3)
+        for got, part, times in ((q, rotated[:, :, 0], 1), (k, rotated[:, order, 1], 1), (v, qkv[:, order, 2], v_scale)):
+            assert torch.isclose(got.float() * times, part.float(), rtol=0.126, atol=2**-9).float().mean() > 0.95
 
 
 def attend_rounded(q, k, v):
@@ -108,6 +117,17 @@ def check_blocks():
         torch.testing.assert_close(run(ours, options, text, pe), expected, rtol=1e-2, atol=5e-3)
         changed = run(ours, options | {blocks.FP8_ATTENTION: attend_rounded}, text, pe) - expected
         assert 1e-4 < changed.norm() / expected.norm() < 0.05
+        # Values far too small for e4m3, which the layer behind the attention enlarges again.
+        for name, tensor in ours.named_parameters():
+            if ".qkv." in name or name.startswith("linear1."):
+                tensor[2 * width:3 * width] /= 1000
+            elif name.endswith("attn.proj.weight"):
+                tensor *= 1000
+            elif name == "linear2.weight":
+                tensor[:, :width] *= 1000
+        small = run(ours, options | {blocks.FP8_ATTENTION: attend_rounded}, text, pe) - expected
+        assert abs(small.norm() / changed.norm() - 1) < 0.2
+        ours.load_state_dict(weights)
         if kind is SingleStreamBlock:
             read = run(ours, options | {blocks.TOKENS_READ: 2}, text, pe)
             torch.testing.assert_close(read[:, 3:5], expected[:, 3:5], rtol=1e-2, atol=5e-3)

@@ -11,8 +11,11 @@ import torch
 from comfy.ldm.flux.layers import DoubleStreamBlock, EmbedND, SingleStreamBlock
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.ops import disable_weight_init
+from tiny_models import write_transformer
 
+from step1x_core.host import blocks
 from step1x_core.host.blocks import FusedDoubleStreamBlock, FusedSingleStreamBlock
+from step1x_core.host.loading import load_model
 
 WIDTH, HEADS, TEXT, IMAGE = 64, 2, 3, 6
 
@@ -40,6 +43,29 @@ def run_double(block, **options):
 
 def run_single(block, **options):
     return block(stream(2, TEXT + IMAGE, WIDTH, seed=1), vec=stream(2, WIDTH, seed=3), pe=positions(TEXT + IMAGE), **options)
+
+
+@pytest.fixture(scope="module")
+def fp8_block(tmp_path_factory):
+    """A block whose large layers are e4m3 with a scale, in bfloat16."""
+    path = tmp_path_factory.mktemp("fp8") / "step1x-edit-v1p1.safetensors"
+    write_transformer(path, "v1.1")
+    with torch.inference_mode():
+        return load_model(path, fp8=True).model.diffusion_model.single_blocks[0].to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.bfloat16, torch.float32])
+def test_a_product_of_e4m3_is_that_of_its_numbers(fp8_block, bias_dtype):
+    """With the layer as it is, and where the host has to prepare it."""
+    layer = fp8_block.linear2
+    x = stream(32, layer.in_features, seed=1).to(torch.float8_e4m3fn)
+    with torch.inference_mode():
+        layer._full_precision_mm, layer.bias = False, torch.nn.Parameter(layer.bias.to(bias_dtype), requires_grad=False)
+        assert blocks.is_ready(layer, x.device, torch.bfloat16) == (bias_dtype == torch.bfloat16)
+        assert blocks.fp8_input_scale(layer, x).item() == 1
+        expected = torch.nn.functional.linear(x.float() * 0.25, layer.weight.dequantize().float(), layer.bias.float())
+        got = blocks.multiplied_as_fp8(layer, x, torch.tensor(0.25), torch.bfloat16)
+    assert got.dtype == torch.bfloat16 and (got.float() - expected).norm() / expected.norm() < 5e-3
 
 
 @pytest.fixture

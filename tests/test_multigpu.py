@@ -9,8 +9,10 @@ from comfy.quant_ops import QuantizedTensor
 from split_checks import PATCHES, STEPS, difference, loud_model, run, split
 from stock_nodes import NODES
 
+from step1x_core.host import turns
 from step1x_core.host.caching import apply_teacache
 from step1x_core.host.sampling import set_guidance_interval
+from step1x_core.host.turns import Turns
 from step1x_core.teacache import TeaCacheState
 
 if "MultiGPU_WorkUnits" not in NODES:
@@ -71,6 +73,22 @@ def test_each_device_has_its_own_weights_and_prompt(model, first_blocks):
     # TeaCache skips for each prompt by itself.
     assert all(0 < len(seen) < STEPS and {size for size, _ in seen} == {1} for seen in calls)
     assert len({thread for seen in calls for _, thread in seen}) == 2
+
+
+def test_the_devices_take_turns_at_each_block(model, monkeypatch):
+    taken = []
+
+    class Counted(Turns):
+        def taken(self):
+            taken.append(threading.get_ident())
+            return super().taken()
+
+    monkeypatch.setattr(turns, "TURNS", Counted())
+    run(model)
+    assert not taken
+    transformer = model.model.diffusion_model
+    run(split(model))
+    assert len(taken) == 2 * STEPS * (len(transformer.double_blocks) + len(transformer.single_blocks)) and len(set(taken)) == 2
 
 
 def test_a_guidance_interval_leaves_one_device_idle_outside(model, first_blocks):

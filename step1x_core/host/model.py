@@ -28,6 +28,15 @@ def check_latent_shape(samples, channels: int) -> None:
                           "Connect the latent from 'Step1X-Edit Encode', or an empty one from 'EmptySD3LatentImage'.")
 
 
+def on_device(conditioning: dict) -> dict:
+    """The conditioning's tensors on the device of the sampling, which is its entry "device". The host would copy them there in every step, and wait for the one before."""
+    device = conditioning["device"]
+    out = {name: conditioning[name].to(device) for name in ("cross_attn", "attention_mask", "text_ids", "text_embeds", "text_mask") if conditioning.get(name) is not None}
+    if conditioning.get("reference_latents"):
+        out["reference_latents"] = [latent.to(device) for latent in conditioning["reference_latents"]]
+    return out
+
+
 class CONDTextTokens(comfy.conds.CONDConstant):
     """The number of distinct text tokens, of which a batch needs the largest."""
 
@@ -62,6 +71,7 @@ class Step1XEditModel(comfy.model_base.Flux):
                 log.warning("Step1X-Edit v1.0 can only edit; it was not made to draw without a picture. Use v1.1 for text to image, or connect a picture.")
             if kwargs.get("guidance") is not None:
                 log.warning("FluxGuidance has no effect on Step1X-Edit, which has no distilled guidance. Use the CFG of the sampler.")
+        kwargs |= on_device(kwargs)
         out = super().extra_conds(**kwargs)
         out.pop("guidance", None)
         context = kwargs.get("cross_attn", None)
