@@ -13,6 +13,7 @@ from step1x_core.guidance import NormLimiter, patch_norm
 from step1x_core.host.caching import apply_teacache
 from step1x_core.host.encoding import decode_edit, encode_edit
 from step1x_core.host.loading import load_model
+from step1x_core.host.model import on_device
 from step1x_core.host.sampling import HOOKS, check_model, fit_latent, flow_sigmas, sample, set_guidance_interval, set_norm_limiter, with_norm_limiter
 from step1x_core.schedule import sigma_schedule
 from step1x_core.teacache import TeaCacheState
@@ -238,6 +239,13 @@ def test_memory_estimate_counts_the_reference(model):
     plain = model.model.memory_required([2, 16, 128, 128])
     with_reference = model.model.memory_required([2, 16, 128, 128], {"ref_latents": [[2, 16, 128, 128]]})
     assert with_reference == pytest.approx(2 * plain)
+
+
+def test_a_conditioning_goes_to_the_device_of_the_sampling(edit):
+    (context, extra), meta = edit[0][0], torch.device("meta")
+    moved = on_device({"cross_attn": context, "device": meta, "noise": context, "text_ids": None, "strength": 1.0, **extra})
+    assert set(moved) == {"cross_attn", "attention_mask", "reference_latents"} and len(moved["reference_latents"]) == 1
+    assert {tensor.device for tensor in (moved["cross_attn"], moved["attention_mask"], *moved["reference_latents"])} == {meta}
 
 
 def test_conditioning_of_another_model_is_refused(model, edit):

@@ -55,6 +55,7 @@ def kernels_on(device: torch.device):
 
 @functools.cache
 def one_on(device: torch.device) -> Tensor:
+    """1 as float32 [], made once for each device."""
     return torch.ones((), device=device)
 
 
