@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One call of the full-size transformer, as a step of an edit with CFG makes it: `python benchmarks/gpu_step.py`.
 
-Prints for bf16 and fp8_scaled weights (random ones) the time of a call with the pack's blocks, without one of their savings, and with the host's blocks; the
+Prints for bf16 and fp8_scaled weights (random ones) the time of a call with the pack's blocks, without one of their savings, without Python, and with the host's blocks; the
 relative difference of the velocities to those of the host's blocks in bf16; and the kernels of a call. `--tiny` runs a miniature, on a CPU too.
 """
 
@@ -73,8 +73,30 @@ def variants(transformer, kwargs: dict, fp8: bool):
     yield "last block in full", lambda: call({blocks.TOKENS_READ: None})
     if fp8 and module.cudnn_is_fastest(kwargs["x"].device):
         yield "with fp8 attention", lambda: call({blocks.FP8_ATTENTION: attend_fp8})
+    if kwargs["x"].device.type == "cuda":
+        yield "the pack's blocks as a CUDA graph", captured(call)
     yield "the host's blocks", lambda: call(plain=True)
     yield "the host's blocks and attention", lambda: call(plain=True, cudnn=False)
+
+
+def captured(call):
+    """A call that replays the kernels of another: what is left without Python."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        out = call()
+
+    def replay():
+        graph.replay()
+        return out
+
+    return replay
 
 
 def print_kernels(call, lines: int) -> None:
