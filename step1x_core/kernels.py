@@ -41,7 +41,9 @@ def fp8_scale_kernel(x, out, tokens, columns, x_batch, x_token, BLOCK: tl.conste
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     value = tl.load(x + row // tokens * x_batch + row % tokens * x_token + cols, mask=cols < columns, other=0.0).to(tl.float32)
-    tl.atomic_max(out, tl.max(tl.abs(value), axis=0) / 448.0)
+    # The next power of two, by the bits of the exponent.
+    bits = ((tl.max(tl.abs(value), axis=0) / 448.0).to(tl.int32, bitcast=True) + 0x7FFFFF) & -0x800000
+    tl.atomic_max(out, bits.to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -103,19 +105,22 @@ def norm_and_rotate_kernel(qkv, q_weight, k_weight, pe, q, k, v, v_scale, text, 
         tl.store(q + batch * q_batch + token * q_token + here, queries, mask=inside)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, fp8_scale: Tensor | None = None) -> Tensor:
-    """Layer norm of x [B, S, C] (eps 1e-6, no weights), times 1 + scale, plus shift ([B, 1, C]) -> [B, S, C] of x's dtype, or e4m3 with fp8_scale []."""
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, out_scale: Tensor | None = None) -> Tensor:
+    """Layer norm of x [B, S, C] (eps 1e-6, no weights), times 1 + scale, plus shift ([B, 1, C]) -> [B, S, C] of x's dtype, or e4m3 with out_scale []."""
     batch, tokens, columns = x.shape
     x = x.contiguous()
-    out = torch.empty_like(x, dtype=x.dtype if fp8_scale is None else FP8)
-    modulate_kernel[(batch * tokens,)](x, shift, scale, out, fp8_scale, tokens, columns, shift.stride(0), scale.stride(0), 1e-6,
-                                       BLOCK=triton.next_power_of_2(columns), FP8_OUT=fp8_scale is not None, num_warps=8)
+    out = torch.empty_like(x, dtype=x.dtype if out_scale is None else FP8)
+    modulate_kernel[(batch * tokens,)](x, shift, scale, out, out_scale, tokens, columns, shift.stride(0), scale.stride(0), 1e-6,
+                                       BLOCK=triton.next_power_of_2(columns), FP8_OUT=out_scale is not None, num_warps=8)
     return out
 
 
 def fp8_scale(parts: list[Tensor]) -> Tensor:
-    """float32 [], the number by which e4m3 has to be multiplied to hold the largest magnitude of all parts [B, S, C], whose rows may lie apart; never 0."""
-    out = torch.full((), 1e-12, device=parts[0].device)
+    """float32 [], the least power of two times which e4m3 holds the largest magnitude of all parts [B, S, C], whose rows may lie apart; at least 2**-60.
+
+    A power of two rounds nothing but what leaves the range of e4m3 below.
+    """
+    out = torch.full((), 2.0**-60, device=parts[0].device)
     for x in parts:
         batch, tokens, columns = x.shape
         fp8_scale_kernel[(batch * tokens,)](x, out, tokens, columns, x.stride(0), x.stride(1), BLOCK=triton.next_power_of_2(columns))
@@ -143,7 +148,8 @@ def norm_and_rotate(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, pe: Tensor,
     """RMS norm (eps 1e-6) and rotary positions of the queries and keys in qkv [B, S, 3, H, D], written to q [B, S, H, D] and k [B, S + repeats, H, D]; values to v as to k.
 
     D is a power of two, heads lie together. q and k may be qkv's own memory if there are no repeats; v None leaves the values where they are.
-    Outputs may be e4m3: values are then divided by v_scale []. q_weight and k_weight [D], pe float32 [B or 1, 1, S, D / 2, 2, 2] with the last three axes together.
+    All outputs are e4m3 if v_scale [] is given, by which the values are divided.
+    q_weight and k_weight [D], pe float32 [B or 1, 1, S, D / 2, 2, 2] with the last three axes together.
     repeats: how often key and value number text - 1 are written again, behind themselves.
     """
     batch, tokens, _, heads, width = qkv.shape

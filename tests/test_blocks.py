@@ -68,6 +68,19 @@ def test_a_product_of_e4m3_is_that_of_its_numbers(fp8_block, bias_dtype):
     assert got.dtype == torch.bfloat16 and (got.float() - expected).norm() / expected.norm() < 5e-3
 
 
+def test_what_the_host_would_change_is_not_ready():
+    layer = disable_weight_init.Linear(4, 4, dtype=torch.float32, device="cpu")
+    x = torch.zeros(1, 4)
+    assert blocks.is_ready(layer, x.device, x.dtype)
+    assert not blocks.is_ready(layer, torch.device("meta"), x.dtype) and not blocks.is_ready(layer, x.device, torch.bfloat16)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    layer.weight_function = [lambda weight: weight + 1]  # how the host applies a LoRA to weights that are not on the card
+    assert not blocks.is_ready(layer, x.device, x.dtype) and blocks.ready_weight_and_bias(layer, x)[0].unique().tolist() == [2.0]
+    layer.weight_function, layer.bias_function = [], [lambda bias: bias]
+    assert not blocks.is_ready(layer, x.device, x.dtype)
+
+
 @pytest.fixture
 def double():
     return pair(DoubleStreamBlock, FusedDoubleStreamBlock, qkv_bias=True)

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from step1x_core.config import Step1XError
 from step1x_core.guidance import NormLimiter, patch_norm
+from step1x_core.host import model as model_module
 from step1x_core.host.caching import apply_teacache
 from step1x_core.host.encoding import decode_edit, encode_edit
 from step1x_core.host.loading import load_model
@@ -246,6 +247,13 @@ def test_a_conditioning_goes_to_the_device_of_the_sampling(edit):
     moved = on_device({"cross_attn": context, "device": meta, "noise": context, "text_ids": None, "strength": 1.0, **extra})
     assert set(moved) == {"cross_attn", "attention_mask", "reference_latents"} and len(moved["reference_latents"]) == 1
     assert {tensor.device for tensor in (moved["cross_attn"], moved["attention_mask"], *moved["reference_latents"])} == {meta}
+
+
+def test_the_transformer_is_given_the_moved_conditioning(model, edit, monkeypatch):
+    (context, extra), meta = edit[0][0], torch.device("meta")
+    monkeypatch.setattr(model_module, "distinct_tokens", lambda x, mask: 1)  # has to look at values
+    conds = model.model.extra_conds(cross_attn=context, device=meta, noise=torch.zeros(1, 16, 8, 8), **extra)
+    assert {tensor.device for tensor in (conds["c_crossattn"].cond, conds["text_mask"].cond, *conds["ref_latents"].cond)} == {meta}
 
 
 def test_conditioning_of_another_model_is_refused(model, edit):

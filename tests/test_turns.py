@@ -12,12 +12,20 @@ TIMEOUT = 30
 
 
 def in_threads(*calls):
-    threads = [threading.Thread(target=call, daemon=True) for call in calls]
+    errors = []
+
+    def attempt(call):
+        try:
+            call()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=attempt, args=(call,), daemon=True) for call in calls]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(TIMEOUT)
-    assert not any(thread.is_alive() for thread in threads)
+    assert not errors and not any(thread.is_alive() for thread in threads)
 
 
 def test_the_one_who_waits_is_next():
@@ -28,7 +36,7 @@ def test_the_one_who_waits_is_next():
         for _ in range(20):
             with shared.taken():
                 order.append(threading.get_ident())
-                time.sleep(0.002)
+                time.sleep(0.01)
 
     in_threads(work, work)
     # A plain lock would give long rows of one thread. The last ones of the slower thread stand alone.

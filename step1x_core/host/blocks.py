@@ -141,6 +141,9 @@ def projected(layer: torch.nn.Module, parts: list[Part], dtype: torch.dtype) -> 
     if kernels is None:
         return layer(torch.cat([functional.gelu(part.x, approximate="tanh") if part.gelu else part.x for part in parts], dim=-1))
     scale = fp8_input_scale(layer, x)
+    if scale is not None and len(parts) == 1 and x.dtype == kernels.FP8:
+        # What the fp8 attention wrote goes in as it is, on its own scale: not rounded a second time.
+        return multiplied_as_fp8(layer, x.flatten(0, 1), parts[0].scale, dtype).unflatten(0, x.shape[:2])
     joined = torch.empty((x.shape[0] * x.shape[1], sum(part.x.shape[-1] for part in parts)), device=x.device, dtype=dtype if scale is None else kernels.FP8)
     start = 0
     for part in parts:
@@ -179,7 +182,7 @@ def queries_keys_values(streams: list[tuple[Tensor, QKNorm]], heads: int, pe: Te
     """Projections [B, S_i, 3 * H * D] with their norms -> q [B, S, H, D], k, v [B, S + R, H, D], normed and with rotary positions; they may lie in the projections.
 
     pe float32 [B or 1, 1, S, D / 2, 2, 2]. Key and value of the last text token stand in their place once more for each of the R tokens that are the same.
-    For the attention in e4m3 they are e4m3, the values divided by the number [] that is returned last, so that none is too large or too small; it is None otherwise.
+    For the attention in e4m3 they are e4m3, the values divided by the power of two [] that is returned last and puts the largest into its range; it is None otherwise.
     """
     text, repeats = transformer_options.get(REPEATED_TEXT, (0, 0))
     kernels = kernels_on(pe.device)

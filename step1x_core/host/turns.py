@@ -1,6 +1,6 @@
 """Threads of MultiGPU CFG Split that take turns at starting kernels.
 
-Two threads that start kernels at the same time lose most of it in handing Python's lock over at every call (docs/performance_notes.md).
+Two threads that start kernels at the same time lose a tenth of it and more in handing Python's lock over at every call (docs/performance_notes.md).
 """
 
 import functools
@@ -13,8 +13,8 @@ THREAD_DEVICE = "multigpu_thread_device"
 
 
 class Turns:
-    """A lock that goes to whoever has waited longest. It is a courtesy: after `patience` seconds a thread goes on without it, since the holder may be waiting for
-    weights or for its device."""
+    """A lock that goes, of two threads, to the one that waits. It is a courtesy: after `patience` seconds a thread goes on without it, since the holder may itself be
+    waiting for weights or for its device."""
 
     def __init__(self, patience: float = 0.01):
         self.patience = patience
