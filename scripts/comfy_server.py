@@ -170,6 +170,12 @@ class Client:
 
         asyncio.run(call())
 
+    def free(self) -> None:
+        """Unload all models and forget all results. ComfyUI does so between two prompts, at its leisure; a small prompt makes it certain for the next one."""
+        self.post("/free", {"unload_models": True, "free_memory": True})
+        self.run({"empty": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}},
+                  "show": {"class_type": "PreviewImage", "inputs": {"images": ["empty", 0]}}})
+
     def upload_image(self, path: Path, name: str) -> None:
         async def call():
             form = aiohttp.FormData()

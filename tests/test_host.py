@@ -270,7 +270,7 @@ def test_prompt_picture_and_seed_matter_and_equal_inputs_give_equal_pictures(cli
     assert not np.array_equal(base, edit(Step1XSampler={"seed": 2}))
     assert not np.array_equal(base, edit(Step1XSampler={"seed": 1}, Step1XEditEncode={"prompt": "turn the coffee into tea"}))
     assert not np.array_equal(base, edit(Step1XSampler={"seed": 1}, Step1XEditEncode={"negative_prompt": "blurry"}))
-    client.post("/free", {"unload_models": True, "free_memory": True})
+    client.free()
     again = client.run(prompt_of("step1x_edit.json", Step1XSampler={"seed": 1}))
     assert np.array_equal(base, pixels(again)) and len(again.executed) == 8
 
@@ -336,7 +336,7 @@ def test_reference_latent_node_and_text_only_encoder(client, prompt_of):
 
 def test_unload_and_load_another_version(client, prompt_of):
     first = pixels(client.run(prompt_of("step1x_edit.json")))
-    client.post("/free", {"unload_models": True, "free_memory": True})
+    client.free()
     other = pixels(client.run(prompt_of("step1x_edit.json", Step1XModelLoader={"model": tiny_models.V10_FILE})))
     assert not np.array_equal(first, other)
     forced = pixels(client.run(prompt_of("step1x_edit.json", Step1XModelLoader={"model": tiny_models.V10_FILE, "version": "v1.1"})))

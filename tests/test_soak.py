@@ -61,7 +61,7 @@ def test_prompts_of_different_versions_in_the_queue_get_each_its_own_result(serv
     prompts = [edit_prompt(version, "wide.png", 5, size_level=64) for version in ("v1.1", "v1.2", "v1.0", "v1.2")]
     client = Client(server.url, server.log)
     alone = [digest(client.run(prompt)) for prompt in prompts[:3]]
-    client.post("/free", {"unload_models": True, "free_memory": True})
+    client.free()
     # The first has to load its models, so the others wait for it.
     with ThreadPoolExecutor(len(prompts)) as clients:
         together = [digest(run) for run in clients.map(lambda prompt: Client(server.url, server.log).run(prompt), prompts)]
@@ -80,6 +80,6 @@ def test_200_edits_cost_no_memory_and_equal_seeds_stay_equal(server):
         pictures.setdefault((version, picture, seed), set()).add(digest(run))
         resident[number] = process.memory_info().rss
         if number % FREE_EVERY == FREE_EVERY // 2:
-            client.post("/free", {"unload_models": True, "free_memory": True})
+            client.free()
     assert all(len(found) == 1 for found in pictures.values()) and len(set.union(*pictures.values())) == len(pictures)
     assert resident[EDITS] < (1 + GROWTH) * resident[WARM_UP], resident
