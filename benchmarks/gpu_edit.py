@@ -13,8 +13,10 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "scripts"))
 import environment
@@ -204,6 +206,20 @@ def use_dynamic_vram() -> None:
     comfy.memory_management.aimdo_enabled = True
 
 
+@contextmanager
+def in_place_of_ours(blocks: bool, attention: bool) -> Iterator[None]:
+    """The host's blocks, or the attention that it chooses, run within this."""
+    from step1x_core.host import blocks as blocks_module
+    from step1x_core.host import transformer
+
+    with ExitStack() as stack:
+        for module in (blocks_module, transformer) if blocks else ():
+            stack.enter_context(mock.patch.object(module, "plain_needed", lambda options: True))
+        if attention:
+            stack.enter_context(mock.patch.object(transformer, "cudnn_is_fastest", lambda device: False))
+        yield
+
+
 def fill_memory(free: float):
     """A tensor that leaves `free` GiB of the card's memory; None for 0."""
     import torch
@@ -219,12 +235,6 @@ def measure(options, paths: dict[str, Path], mode: str, vram: float) -> list[dic
     import comfy.model_management
     import torch
 
-    from step1x_core.host import blocks, transformer
-
-    own = blocks.plain_needed, transformer.cudnn_is_fastest
-    if MODES[mode].get("host_blocks"):
-        blocks.plain_needed = transformer.plain_needed = lambda options: True
-        transformer.cudnn_is_fastest = lambda device: False
     filler = fill_memory(vram)
     loading, runs = {}, []
     with Clock(loading, "load"):
@@ -238,8 +248,6 @@ def measure(options, paths: dict[str, Path], mode: str, vram: float) -> list[dic
             continue
         runs.append({"mode": mode, "size": size, "vram": vram, "load": loading["load"], "first": first, "runs": rest or [first]})
         print(f"{mode} {size} {vram or ''}: sampling {statistics.median(run['sample'] for run in rest or [first]):.2f} s", file=sys.stderr, flush=True)
-    blocks.plain_needed, transformer.cudnn_is_fastest = own
-    transformer.plain_needed = blocks.plain_needed
     del parts, filler
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
@@ -284,8 +292,10 @@ def main() -> int:
     with nullcontext(options.models) if options.models else tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         paths = write_models(Path(folder), options.version, options.tiny, device, options.only_sampling)
         for mode in options.modes:
+            host = MODES[mode].get("host_blocks", False)
             for vram in options.vram:
-                runs += measure(options, paths, mode, vram)
+                with in_place_of_ours(blocks=host, attention=host):
+                    runs += measure(options, paths, mode, vram)
                 options.json.write_text(json.dumps({"head": head, "runs": runs}, indent=1), encoding="utf-8")
     print(head)
     print(table(runs))

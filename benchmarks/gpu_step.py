@@ -51,27 +51,19 @@ def median_time(call, repeats: int) -> float:
 
 
 def variants(transformer, kwargs: dict, fp8: bool):
-    """Names and calls; what a call switches off in the modules is on again after it."""
+    """Names of what is compared, and the calls."""
     from step1x_core.host import blocks
-    from step1x_core.host import transformer as module
+    from step1x_core.host.attention import cudnn_is_fastest
     from step1x_core.host.fp8_attention import attend_fp8
 
     def call(options=None, plain=False, cudnn=True, **changes):
-        own = blocks.plain_needed, module.cudnn_is_fastest
-        try:
-            if plain:
-                blocks.plain_needed = module.plain_needed = lambda options: True
-            if not cudnn:
-                module.cudnn_is_fastest = lambda device: False
+        with gpu_edit.in_place_of_ours(blocks=plain, attention=not cudnn):
             return transformer(**kwargs | changes, transformer_options=options or {})
-        finally:
-            blocks.plain_needed, module.cudnn_is_fastest = own
-            module.plain_needed = blocks.plain_needed
 
     yield "the pack's blocks", call
     yield "padding not put together", lambda: call(text_tokens=None)
     yield "last block in full", lambda: call({blocks.TOKENS_READ: None})
-    if fp8 and module.cudnn_is_fastest(kwargs["x"].device):
+    if fp8 and cudnn_is_fastest(kwargs["x"].device):
         yield "with fp8 attention", lambda: call({blocks.FP8_ATTENTION: attend_fp8})
     if kwargs["x"].device.type == "cuda":
         yield "the pack's blocks as a CUDA graph", captured(call)
