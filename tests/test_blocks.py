@@ -76,7 +76,7 @@ def test_what_the_host_would_change_is_not_ready():
     with torch.no_grad():
         layer.weight.fill_(1.0)
     layer.weight_function = [lambda weight: weight + 1]  # how the host applies a LoRA to weights that are not on the card
-    assert not blocks.is_ready(layer, x.device, x.dtype) and blocks.ready_weight_and_bias(layer, x)[0].unique().tolist() == [2.0]
+    assert not blocks.is_ready(layer, x.device, x.dtype) and blocks.ready_weight_and_bias(layer, x.device, x.dtype)[0].unique().tolist() == [2.0]
     layer.weight_function, layer.bias_function = [], [lambda bias: bias]
     assert not blocks.is_ready(layer, x.device, x.dtype)
 

@@ -73,9 +73,11 @@ def is_ready(layer: torch.nn.Module, device: torch.device, dtype: torch.dtype) -
     return not layer.weight_function and not layer.bias_function and all(x is None or (x.device == device and x.dtype == dtype) for x in (layer.weight, layer.bias))
 
 
-def ready_weight_and_bias(layer: torch.nn.Module, x: Tensor) -> tuple:
-    """Weight and bias on the device and in the dtype of x, and what uncast_bias_weight wants to have back."""
-    return (layer.weight, layer.bias, None) if is_ready(layer, x.device, x.dtype) else cast_bias_weight(layer, x, offloadable=True)
+def ready_weight_and_bias(layer: torch.nn.Module, device: torch.device, dtype: torch.dtype, **options) -> tuple:
+    """Weight and bias on the device in dtype, and what uncast_bias_weight wants to have back. options: further ones of the host's cast_bias_weight."""
+    if is_ready(layer, device, dtype):
+        return layer.weight, layer.bias, None
+    return cast_bias_weight(layer, device=device, dtype=dtype, bias_dtype=dtype, offloadable=True, **options)
 
 
 def multiplied_as_fp8(layer: torch.nn.Module, x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -83,10 +85,7 @@ def multiplied_as_fp8(layer: torch.nn.Module, x: Tensor, scale: Tensor, dtype: t
 
     The host asks for float32 sums, which Hopper's tensor cores have to leave for; their own 14 bits are well beyond the 4 bits of what is added up.
     """
-    if is_ready(layer, x.device, dtype):
-        weight, bias, stream = layer.weight, layer.bias, None
-    else:
-        weight, bias, stream = cast_bias_weight(layer, device=x.device, dtype=dtype, bias_dtype=dtype, offloadable=True, compute_dtype=dtype, want_requant=True)
+    weight, bias, stream = ready_weight_and_bias(layer, x.device, dtype, compute_dtype=dtype, want_requant=True)
     # A product of fp8 has no bias in float32.
     if isinstance(weight, QuantizedTensor) and hasattr(functional, "scaled_mm") and dtype != torch.float32:
         kind = functional.ScalingType.TensorWise
@@ -106,7 +105,7 @@ def is_plain(layer: torch.nn.Module) -> bool:
 @contextmanager
 def weight_and_bias(layer: torch.nn.Module, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """weight [N, C] and bias [N] of a plain layer, on the device and in the dtype of x, with its LoRAs."""
-    weight, bias, stream = ready_weight_and_bias(layer, x)
+    weight, bias, stream = ready_weight_and_bias(layer, x.device, x.dtype)
     yield weight, bias
     uncast_bias_weight(layer, weight, bias, stream)
 
@@ -201,8 +200,8 @@ def queries_keys_values(streams: list[tuple[Tensor, QKNorm]], heads: int, pe: Te
     start = 0
     for number, (projection, norm) in enumerate(streams):
         end = start + projection.shape[1]
-        q_weight, _, q_stream = ready_weight_and_bias(norm.query_norm, projection)
-        k_weight, _, k_stream = ready_weight_and_bias(norm.key_norm, projection)
+        q_weight, _, q_stream = ready_weight_and_bias(norm.query_norm, projection.device, projection.dtype)
+        k_weight, _, k_stream = ready_weight_and_bias(norm.key_norm, projection.device, projection.dtype)
         if kernels is None:
             ck.rms_rope_(q[:, start:end], k[:, start:end], pe[:, :, start:end].transpose(1, 2), q_weight.detach(), k_weight.detach(), 1e-6)
         else:

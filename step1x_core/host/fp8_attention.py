@@ -47,10 +47,11 @@ class Plan:
         self.graph.create_execution_plans([cudnn.heur_mode.A])
         self.graph.check_support()
         self.graph.build_plans()
+        self.workspace_size = max(1, self.graph.get_workspace_size())
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         self.set_stream(handle=self.handle, stream=torch.cuda.current_stream(q.device).cuda_stream)
-        workspace = torch.empty(max(1, self.graph.get_workspace_size()), dtype=torch.uint8, device=q.device)
+        workspace = torch.empty(self.workspace_size, dtype=torch.uint8, device=q.device)
         self.graph.execute({**dict(zip(self.inputs, (q, k, v))), self.out: out, **self.constants}, workspace, handle=self.handle)
 
 
