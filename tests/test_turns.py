@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -12,20 +13,9 @@ TIMEOUT = 30
 
 
 def in_threads(*calls):
-    errors = []
-
-    def attempt(call):
-        try:
-            call()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=attempt, args=(call,), daemon=True) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(TIMEOUT)
-    assert not errors and not any(thread.is_alive() for thread in threads)
+    with ThreadPoolExecutor(len(calls)) as pool:
+        for running in [pool.submit(call) for call in calls]:
+            running.result(TIMEOUT)
 
 
 def test_the_one_who_waits_is_next():
