@@ -20,12 +20,14 @@ sys.modules["install"] = install
 spec.loader.exec_module(install)
 
 HOST = Path(os.environ["STEP1X_COMFYUI"])
-# The script must not open a connection.
+# The script must not open a connection; the disk has 100 GB free, whatever others write to it meanwhile.
 OFFLINE = """
-import runpy, socket, sys
+import runpy, shutil, socket, sys
 def refuse(*args, **kwargs):
     sys.exit("a connection was opened")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+usage = shutil.disk_usage
+shutil.disk_usage = lambda path: usage(path)._replace(free=100 * 10**9)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -66,7 +68,7 @@ def test_missing_files_come_with_the_one_command_that_gets_them(comfyui):
     (comfyui / "input").mkdir()  # the host makes it
     before = snapshot(comfyui)
     text = advice(comfyui)
-    assert f"in {comfyui}\n" in text and "torch 2." in text and "GB (v1.1, mllm and vae take about 42 GB)" in text
+    assert f"in {comfyui}\n" in text and "torch 2." in text and ": 100 GB (v1.1, mllm and vae take about 42 GB)" in text
     for title, folder in (("Step1X-Edit model", "diffusion_models"), ("Qwen2.5-VL-7B", "text_encoders"), ("FLUX VAE", "vae")):
         assert f"{title}: not found in " in text and str(comfyui / "models" / folder) in text
     assert text.splitlines()[-1].endswith("install.py --download v1.1 mllm vae") and sys.executable in text
