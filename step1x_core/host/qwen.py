@@ -94,7 +94,8 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
         start = next(i for i, token in enumerate(sequence) if isinstance(token, dict))
         mask = attention_mask(ids)
         positions = mrope_positions(mask, start, picture_grid(sequence[start]["data"]))
-        states = self.model(None, attention_mask=mask[None] if hide_zeros else None, embeds=embeds, dtype=torch.float32, position_ids=positions)[0]
+        # The blocks of newer hosts add to what they are given in place.
+        states = self.model(None, attention_mask=mask[None] if hide_zeros else None, embeds=embeds.clone(), dtype=torch.float32, position_ids=positions)[0]
         return states.float(), embeds, positions
 
     def embed(self, sequence: list, device, dtype) -> tuple[Tensor, Tensor, Tensor]:
