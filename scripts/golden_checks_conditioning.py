@@ -60,7 +60,8 @@ class Sequence:
 def check_prompt(row: dict, sequence: Sequence, errors) -> None:
     pieces = split_chat(chat_text(row["prompt"]), len(prompt_prefix()))
     shown = [piece.replace(prompt_prefix(), "{PREFIX}") for piece, _ in pieces]
-    errors.equal("".join(shown), row["chat_text"])
+    # Not the parts put together: a curly mark at the start of a part is lost in the layout.
+    errors.equal(chat_text(row["prompt"]).replace(prompt_prefix(), "{PREFIX}"), row["chat_text"])
     errors.equal(shown, row["parts"])
     errors.equal([quoted for _, quoted in pieces], row["in_quotation"])
 
@@ -73,18 +74,21 @@ def check_prompt(row: dict, sequence: Sequence, errors) -> None:
     errors.equal(sequence.ids[end:], row["ids_after_image"])
     errors.equal(sequence.ids[KEPT][:4], row["first_kept_ids"])
     errors.equal(len(sequence.text_ids), row["n_tokens_kept"])
-    errors.equal(sequence.mask[first:start], row["text_mask_kept_before_image"])
-    errors.equal(sequence.mask[start + 1:], row["text_mask_kept_after_image"])
-    errors.equal(sum(sequence.mask), row["text_mask_sum"])
+    # A long instruction reaches past what is kept: the picture behind it is cut, or left out.
+    shown_start, shown_end = min(start, KEPT.stop), min(end, KEPT.stop)
+    mask_before, mask_after = sequence.mask[first:shown_start], sequence.mask[start + 1:][:KEPT.stop - shown_end]
+    errors.equal(mask_before, row["text_mask_kept_before_image"])
+    errors.equal(mask_after, row["text_mask_kept_after_image"])
+    errors.equal(sum(mask_before) + sum(mask_after), row["text_mask_sum"])
 
     errors.equal(sequence.positions[0, :start].tolist(), row["mllm_pos_t_before_image"])
     errors.equal(sequence.positions[0, end:].tolist(), row["mllm_pos_t_after_image"])
     errors.equal(sequence.positions[:, start].tolist(), row["mllm_image_pos_first"])
     errors.equal(sequence.positions[:, end - 1].tolist(), row["mllm_image_pos_last"])
     time = sequence.text_ids[:, 0].tolist()
-    errors.equal(time[:start - first], row["txt_ids_time_kept_before_image"])
-    errors.equal(time[start - first:end - first], [row["txt_ids_time_image"]] * sequence.cells)
-    errors.equal(time[end - first:], row["txt_ids_time_kept_after_image"])
+    errors.equal(time[:shown_start - first], row["txt_ids_time_kept_before_image"])
+    errors.equal(time[shown_start - first:shown_end - first], [row["txt_ids_time_image"]] * (shown_end - shown_start))
+    errors.equal(time[shown_end - first:], row["txt_ids_time_kept_after_image"])
 
 
 def check_tokens(table: dict, errors) -> None:

@@ -43,15 +43,15 @@ def restored(value):
 
 
 def result_of(parse, value):
-    """What a parser returns, None for a bad reply."""
+    """What a parser returns, None for a bad reply. No reply at all (null) is an empty one here."""
     try:
-        return parse(value)
+        return parse("" if value is None else value)
     except BadReply:
         return None
 
 
 def outcome_table(text: str) -> dict:
-    outcome = replies.read_outcome(text)
+    outcome = replies.read_outcome(text or "")
     return {"success": outcome.success, "refine_prompt": outcome.refine}
 
 
@@ -63,19 +63,19 @@ def check_replies(table: dict, errors) -> None:
         errors.equal(outcome_table(row["input"]), row["direct_format_text"])
         if row["valid"] and kept is not None:
             errors.equal(outcome_table(kept), {"success": row["round_success"], "refine_prompt": row["refine_prompt"]})
-    # No reply at all is an empty one here.
-    errors.equal(result_of(replies.keep_reflection, "") is not None, table["reflection_reply_none_valid"])
+    errors.equal(result_of(replies.keep_reflection, None) is not None, table["reflection_reply_none_valid"])
     for row in table["json_block"]:
         errors.equal(stored(result_of(replies.json_block, row["input"])), row["result"])
     for row in table["score_caps"]:
-        consistency = result_of(replies.read_consistency, restored(row["input"]))
+        # Anything but an object does not get past `json_block`.
+        consistency = result_of(replies.read_consistency, restored(row["input"])) if isinstance(row["input"], dict) else None
         found = None
         if consistency:
             found = {name: stored(getattr(consistency, name)) for name in row["result"] or {} if name != "n_cap_trace"}
             found["n_cap_trace"] = len(consistency.caps)
         errors.equal(found, row["result"])
     for row in table["language_rule"]:
-        text = row["input"] if isinstance(row["input"], str) else "".join(map(str, row["input"]))
+        text = row["input"] if isinstance(row["input"], str) else "".join(map(str, row["input"] or ""))
         errors.equal(replies.language(text), row["result"])
     for row in table.get("best_score_reply", []):
         found = result_of(replies.score_table, row["input"])
@@ -93,7 +93,7 @@ def scripted(script, calls: list):
             if reply == "__RAISE__":
                 # The official code tries again after any exception, this pack after a bad reply only.
                 raise BadReply("the scripted client raised")
-            return reply
+            return reply or ""
         raise Exhausted
     return ask
 
@@ -165,7 +165,7 @@ class Rounds:
     """A language model whose reflection and score replies are those of one round at a time, and what it was asked in that round."""
 
     def __init__(self, rewrite: str):
-        self.replies = {"rewrite": rewrite, "description": "description", "consistency": GOOD_CONSISTENCY}
+        self.replies = {"rewrite": rewrite or "", "description": "description", "consistency": GOOD_CONSISTENCY}
         self.names = {load_templates(language)[f"{name}.system"]: name for name in LAYOUTS for language in LANGUAGES}
         self.asked = {}
 
@@ -199,19 +199,21 @@ def run_case(case: dict, expected: dict, version: str) -> dict:
     loop = Loop(prompt, RULES[version], case["max_try_cnt"] if case["reflection"] else 1)
     images, replies_seen = [], []
     while step := loop.next_step():
-        entry = {"base_image": images[-1] if step.base == "latest" else "source", "encoded_prompts": [step.prompt, case.get("negative_prompt", "")]}
+        entry = {"base_image": images[-1] if step.base == "latest" else "source", "encoded_prompts": [step.prompt, case.get("negative_prompt") or ""]}
         images.append(f"output_{len(images)}")
         found["rounds"].append(entry)
         if not case["reflection"]:
             loop = loop.after(unjudged("reflection is off"))
             continue
-        reply, (edit, quality) = case["rounds"][len(loop.rounds)]
-        model.replies.update(reflection=reply, edit_score=score_reply(edit), quality_score=score_reply(quality))
+        reply, scores = case["rounds"][len(loop.rounds)]
+        # The preview asks for no scores, so its tables may have none.
+        edit, quality = scores or ([0, 0], [0, 0])
+        model.replies.update(reflection=reply or "", edit_score=score_reply(edit), quality_score=score_reply(quality))
         result = reflect(model, "source", images[-1], prompt, RULES[version])
         source, edited, text = model.asked["reflection"]
         entry["reflect"] = {"source": source, "result": edited, "instruction": prompt if prompt in text else text}
         replies_seen.append(reply)
-        loop = loop.after(as_official(result, reply, edit, quality) if "error" not in expected else result)
+        loop = loop.after(as_official(result, reply or "", edit, quality) if "error" not in expected else result)
 
     best = loop.best()
     found["result"] = {"images": images, "think_info": replies_seen if case["thinking"] or case["reflection"] else None,

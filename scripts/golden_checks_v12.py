@@ -10,13 +10,14 @@ import comfy.samplers
 import torch
 from golden_checks import READ_ALL, pack
 from golden_files import Errors, Golden
+from golden_shapes import pad_weight, patches_in_row, position_ids, row_of_patches, split_tokens, token_grid
 from safetensors.torch import save_file
 
 from step1x_core.config import CONFIG_KEY, TIME_FACTOR, VERSIONS, detect_config
 from step1x_core.connector import scale_time
 from step1x_core.guidance import NormLimiter, norm_divisor
 from step1x_core.host.loading import load_model, model_shapes
-from step1x_core.host.sampling import flow_sigmas
+from step1x_core.host.sampling import flow_sigmas, set_norm_limiter
 from step1x_core.host.transformer import official_time, position_bits
 from step1x_core.keys import diffusers_to_original
 from step1x_core.schedule import latent_tokens, shift_mu
@@ -26,10 +27,10 @@ def golden_model(golden: Golden):
     """The weights, in the diffusers layout, as a MODEL, through a checkpoint file and the pack's loader."""
     c = golden.config["config"]
     values = {"version": "v1.2" if golden.config["enable_text_token_mapping"] else "v1.2-preview", "axes_dim": c["axes_dims_rope"],
-              "connector_heads": c["connector_heads_num"]}
+              "connector_heads": c["connector_heads_num"], "theta": golden.config.get("rope_theta", 10000)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "golden.safetensors"
-        save_file(golden.weights, path, metadata={CONFIG_KEY: json.dumps(values)})
+        save_file({name: pad_weight(name, weight) for name, weight in golden.weights.items()}, path, metadata={CONFIG_KEY: json.dumps(values)})
         model = load_model(path)
         model.model.diffusion_model.to(torch.float32)
     return model
@@ -57,16 +58,15 @@ def check_transformer(golden: Golden, errors: Errors) -> None:
 
     given, out = golden.inputs, golden.outputs
     rows, columns = golden.config["latent_tokens_hw"]
-    count = rows * columns
-    target, reference = (network.unpack(given["hidden_states"][:, part], 2 * rows, 2 * columns) for part in (slice(0, count), slice(count, None)))
-    velocity = network(target, given["timestep"], given["encoder_hidden_states"], ref_latents=[reference], text_mask=given["prompt_embeds_mask"],
+    count, channels = rows * columns, out["sample"].shape[-1]
+    target, references = split_tokens(network, given["hidden_states"], given["img_ids"], (rows, columns))
+    velocity = network(target, given["timestep"], given["encoder_hidden_states"], ref_latents=references, text_mask=given["prompt_embeds_mask"],
                        text_ids=position_bits(given["txt_ids"][None]), text_embeds=given["text_embeddings"], quoted_mask=given["text_mask"],
                        transformer_options=READ_ALL)
 
-    ids = torch.cat((network.process_img(target)[1], network.process_reference(reference, 0)[1]), dim=1)[0]
-    errors.equal(ids.float(), given["img_ids"])
-    errors.tensor(pack(network, velocity), out["sample"][:, :count])
-    errors.tensor(seen["final"], out["sample"])
+    errors.equal(position_ids(network, target, references)[0].float(), given["img_ids"])
+    errors.tensor(pack(network, velocity)[..., :channels], out["sample"][:, :count])
+    errors.tensor(seen["final"][..., :channels], out["sample"])
     errors.tensor(seen["connector"][0], out["connector_hidden"])
     errors.tensor(seen["connector"][1], out["connector_global"])
     errors.tensor(seen["context_in"], out["context_in"])
@@ -86,8 +86,9 @@ def check_denoise_loop(golden: Golden, errors: Errors) -> None:
     model = golden_model(Golden(golden.path.parent / golden.config["weights_file"]))
     network = model.model.diffusion_model
     given, out = golden.inputs, golden.outputs
-    width, height = golden.config["generation_wh"]
-    noise, reference = (network.unpack(given[name], height // 8, width // 8) for name in ("noise_packed", "reference_latents_packed"))
+    # The reference may be of another size than the target; what size shows in the table of its ids.
+    noise, reference = (network.unpack(given[name], *(2 * side for side in token_grid(out[ids])))
+                        for name, ids in (("noise_packed", "latent_ids"), ("reference_latents_packed", "reference_ids")))
     errors.equal(network.process_img(noise)[1][0].float(), out["latent_ids"])
     errors.equal(network.process_reference(reference, 0)[1][0].float(), out["reference_ids"])
 
@@ -96,6 +97,7 @@ def check_denoise_loop(golden: Golden, errors: Errors) -> None:
         part = {name.removeprefix(f"{side}."): tensor for name, tensor in given.items() if name.startswith(f"{side}.")}
         conds.append([[part["embedding"], {"text_ids": part["txt_ids"][None], "text_embeds": part["text_embeds"], "text_mask": part["text_masks"],
                                            "reference_latents": [model.model.process_latent_out(reference)]}]])
+    model = set_norm_limiter(model, NormLimiter(golden.config["timesteps_truncate"] / TIME_FACTOR, golden.config["process_norm_power"]))
     sigmas = flow_sigmas(golden.config["steps"], noise)
     errors.tensor(sigmas, out["sigmas"])
     latents, velocities = [], []
@@ -118,12 +120,12 @@ def check_guidance(golden: Golden, errors: Errors) -> None:
     """The pack's hook and the host's CFG function on velocities."""
     for index, case in enumerate(golden.config["cases"]):
         sigma = torch.tensor([case["timestep"] / TIME_FACTOR])
-        # Any arrangement of the tokens serves: guidance is per token.
-        cond, uncond = (golden.inputs[f"{index}.{side}"].unflatten(2, (-1, 2, 2)).permute(0, 2, 3, 1, 4).flatten(3) for side in ("cond", "uncond"))
+        cond, uncond = (row_of_patches(golden.inputs[f"{index}.{side}"]) for side in ("cond", "uncond"))
         limiter = NormLimiter(case["timesteps_truncate"] / TIME_FACTOR, case["process_norm_power"])
         conds_out = limiter({"conds": [True, True], "conds_out": [-sigma * cond, -sigma * uncond], "sigma": sigma})
         guided = -comfy.samplers.cfg_function(None, *conds_out, case["true_cfg_scale"], torch.zeros_like(cond), sigma) / sigma
-        errors.tensor(guided.unflatten(3, (-1, 2)).permute(0, 3, 1, 2, 4).flatten(2), golden.outputs[f"{index}.guided"])
+        expected = golden.outputs[f"{index}.guided"]
+        errors.tensor(patches_in_row(guided, expected.shape[-1]), expected)
         errors.equal(limiter.truncate < sigma.item(), case["norm_limited"])
     for name, expected in golden.outputs.items():
         if name.startswith("process_diff_norm_"):

@@ -2,9 +2,12 @@
 """Set up what is missing and run all tests: `python scripts/test.py [pytest arguments]`.
 
 Outside a ComfyUI installation the tests run in ComfyUI 0.30.0 and 0.18.2, both at once where there is more than one core, inside one in that one.
+`--comfyui FOLDER` runs them in the ComfyUI of that folder instead, a checkout of a newer one for instance: with the packages that its
+requirements.txt pins, in an environment of its own, which is built once. So does STEP1X_COMFYUI where the Python that runs this has no torch.
 What pytest prints is in output/tests, too, in a file for each ComfyUI.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -26,9 +29,9 @@ def python_m(host: environment.Host, tools: Path | None, module: str, *arguments
 class Run(threading.Thread):
     """pytest in one host. Its output is written to a log and shown line by line, each with the host's name in front."""
 
-    def __init__(self, host: environment.Host, tools: Path | None, threads: int):
+    def __init__(self, host: environment.Host, tools: Path | None, threads: int, arguments: list[str]):
         super().__init__(name=host.tree.name)
-        command = python_m(host, tools, "pytest", "--rootdir", "tests", "-c", "tests/pytest.ini", "tests", *sys.argv[1:])
+        command = python_m(host, tools, "pytest", "--rootdir", "tests", "-c", "tests/pytest.ini", "tests", *arguments)
         variables = {**os.environ, "STEP1X_COMFYUI": str(host.tree), "PYTHONUNBUFFERED": "1"}
         variables.setdefault("OMP_NUM_THREADS", str(threads))
         self.child = subprocess.Popen(command, cwd=environment.PACK, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
@@ -47,7 +50,7 @@ class Run(threading.Thread):
         return status == 0
 
 
-def run_pytest(hosts: list[environment.Host], tools: Path | None) -> bool:
+def run_pytest(hosts: list[environment.Host], tools: Path | None, arguments: list[str]) -> bool:
     """Whether all tests passed in all hosts. Cancelled, it stops what it started."""
     cores = os.cpu_count() or 1
     together = len(hosts) if cores >= len(hosts) else 1
@@ -57,7 +60,7 @@ def run_pytest(hosts: list[environment.Host], tools: Path | None) -> bool:
         runs = []
         try:
             for host in hosts[first:first + together]:
-                runs.append(Run(host, tools, cores // together))
+                runs.append(Run(host, tools, cores // together, arguments))
             succeeded &= all([run.succeeded() for run in runs])
         except SystemExit:
             for run in runs:
@@ -70,12 +73,16 @@ def run_pytest(hosts: list[environment.Host], tools: Path | None) -> bool:
 
 
 def main() -> int:
-    hosts = environment.prepare(environment.CURRENT, environment.OLDEST)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--comfyui", metavar="FOLDER", help="the ComfyUI source tree to run in")
+    options, arguments = parser.parse_known_args()
+    named = environment.tree_host(options.comfyui)
+    hosts = [named] if named else environment.prepare(environment.CURRENT, environment.OLDEST)
     tools = environment.install_test_tools(hosts[0])
     environment.say("ruff")
     failed = environment.call(python_m(hosts[0], tools, "ruff", "check", "."), cwd=environment.PACK) != 0
     environment.say(f"pytest with the ComfyUI in {' and '.join(str(host.tree) for host in hosts)}")
-    failed |= not run_pytest(hosts, tools)
+    failed |= not run_pytest(hosts, tools, arguments)
     environment.say("FAILED" if failed else "all tests passed")
     return int(failed)
 

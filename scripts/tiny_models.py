@@ -36,7 +36,7 @@ class TransformerSize:
     connector_depth: int
     vector: int
     channels: int = 64
-    mlp_ratio: int = 4
+    mlp_ratio: float = 4
 
 
 FULL_TRANSFORMER = TransformerSize(hidden=3072, head_dim=128, depth=19, depth_single=38, text=3584, connector=4096, connector_depth=2, vector=768)
@@ -55,7 +55,7 @@ def transformer_shapes(version: str, size: TransformerSize) -> dict[str, tuple[i
         shapes[f"{name}.weight"] = (width,)
         shapes[f"{name}.bias"] = (width,)
 
-    h, c, mlp = size.hidden, size.connector, size.hidden * size.mlp_ratio
+    h, c, mlp = size.hidden, size.connector, int(size.hidden * size.mlp_ratio)
     linear("img_in", h, size.channels)
     linear("time_in.in_layer", h, 256)
     linear("time_in.out_layer", h, h)
