@@ -1,6 +1,7 @@
 """The tests run in a ComfyUI source tree named by STEP1X_COMFYUI; scripts/test.py sets it up."""
 
 import os
+import random
 import signal
 import sys
 from fnmatch import fnmatch
@@ -44,10 +45,28 @@ def part_of(name: str) -> str:
     return next((part for part, patterns in PARTS.items() if any(fnmatch(name, pattern) for pattern in patterns)), "model")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--random-order", metavar="SEED", type=int, help="run the files, and the tests within each, in an order drawn from SEED")
+
+
+def in_random_order(items: list, seed: int) -> list:
+    """The items with their files, and those of each file, in an order that the seed decides. A file stays together, since its fixtures start servers."""
+    draw = random.Random(seed)
+    files = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    order = sorted(files)
+    draw.shuffle(order)
+    return [item for path in order for item in draw.sample(files[path], len(files[path]))]
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
         item.add_marker(part_of(item.path.name))
+    seed = config.getoption("--random-order")
+    if seed is not None:
+        items[:] = in_random_order(items, seed)
 
 
 @pytest.fixture(scope="session")
