@@ -32,7 +32,7 @@ comfy.utils.set_progress_bar_enabled(False)
 
 # The parts of the suite, to be run with `-m`, and their files; all others are of the part "model".
 PARTS = {
-    "server": ("test_batch.py", "test_demo_model.py", "test_editor.py", "test_gate.py", "test_gedit_host.py", "test_host.py", "test_local_edit.py",
+    "server": ("test_batch.py", "test_browser_states.py", "test_demo_model.py", "test_editor.py", "test_gate.py", "test_gedit_host.py", "test_host.py", "test_local_edit.py",
                "test_lora_training_host.py", "test_pairs_host.py"),
     "files": ("test_convert.py", "test_download.py", "test_environment.py", "test_folders.py", "test_install.py"),
     "training": ("test_demo_lora.py", "test_edit_pairs.py", "test_lora_training.py", "test_pair_dataset.py", "test_pairs.py", "test_scenes.py",
