@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Opens and runs every shipped workflow and the blueprint in Chromium, in the real ComfyUI with tiny models: `python scripts/browser_test.py`.
 
-Fails when a workflow shows a missing node, a missing model, an error or an overlap, does not finish, or has no thumbnail. A screenshot of
-each is left in output/browser. It waits for states of the editor and for word of progress, never for a time. Needs Node.js and Chromium or Chrome; --install gets what is missing: Chromium and Node.js with apt (Debian
-and Ubuntu, as root), and in any case the driver playwright-core with npm.
+Fails when a workflow shows a missing node, a missing model, an error or an overlap, does not finish, or has no thumbnail. It waits for states of
+the editor and for word of progress, never for a time. A screenshot of each is left in output/browser. Needs Node.js and Chromium or Chrome;
+--install gets what is missing: Chromium and Node.js with apt (Debian and Ubuntu, as root), and in any case the driver playwright-core with npm.
 """
 
 import argparse
