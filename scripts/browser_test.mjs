@@ -1,11 +1,13 @@
-// The browser's part of browser_test.py: node browser_test.mjs URL CHROMIUM OUTPUT PACK
+// The browser's part of browser_test.py: node browser_test.mjs URL CHROMIUM OUTPUT PACK SLOWDOWN
 // Prints a line for each check; the exit status is the number of those that failed.
 import { mkdtempSync, rmSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 
-const [url, executablePath, output, pack] = process.argv.slice(2);
+import { lastingProblems, layout, queueOpenGraph, settled } from './browser_states.mjs';
+
+const [url, executablePath, output, pack, slowdown] = process.argv.slice(2);
 // Installed outside the pack, where an import would not find it.
 const { chromium } = createRequire(path.join(process.env.STEP1X_PLAYWRIGHT, 'package.json'))('playwright-core');
 
@@ -15,7 +17,9 @@ const OWN_FILES = ['step1x-edit-v1p2.safetensors', 'step1x-edit-lora.safetensors
 // What makes a run short enough for a CPU, by widget.
 const SHORT = { size_level: 256, steps: 3, rounds: 1 };
 const SMALL_LATENT = { width: 256, height: 256 };
-const SECONDS = 300;
+// So long nothing may be heard of a run, and so long a state is waited for: only what never comes takes it.
+const SILENCE = 300;
+const PATIENCE = 300000;
 
 const profile = mkdtempSync(path.join(tmpdir(), 'step1x-chromium-'));
 const context = await chromium.launchPersistentContext(profile, {
@@ -24,6 +28,9 @@ const context = await chromium.launchPersistentContext(profile, {
     '--disable-component-update', '--disable-sync'],
 });
 const page = context.pages()[0];
+page.setDefaultTimeout(PATIENCE);
+page.setDefaultNavigationTimeout(PATIENCE);
+if (Number(slowdown) > 1) await (await context.newCDPSession(page)).send('Emulation.setCPUThrottlingRate', { rate: Number(slowdown) });
 let pageErrors = [];
 page.on('pageerror', error => pageErrors.push(`the page failed: ${error.message}`));
 // Nothing leaves this machine.
@@ -50,7 +57,7 @@ async function check(name, body) {
 
 async function openEditor() {
   await page.goto(url, { waitUntil: 'domcontentloaded' });
-  await page.waitForFunction(() => window.app?.graph && window.app.extensionManager && window.LiteGraph?.registered_node_types?.SaveImage, null, { timeout: 90000 });
+  await page.waitForFunction(() => window.app?.graph && window.app.extensionManager && window.LiteGraph?.registered_node_types?.SaveImage);
 }
 
 const templates = () => page.evaluate(async pack => (await (await fetch('/workflow_templates')).json())[pack].sort(), pack);
@@ -63,10 +70,17 @@ async function openTemplate(name) {
   }, [pack, name]);
 }
 
+// Requests that the page waits for: the search for missing models is one of them.
+const requests = new Set();
+page.on('request', request => requests.add(request));
+for (const end of ['requestfinished', 'requestfailed']) page.on(end, request => requests.delete(request));
+
+// Nothing moves, grows or is asked for any more: over so many drawn frames, however long each takes.
+const atRest = () => settled(async () => ({ requests: [...requests].map(request => request.url()), ...await page.evaluate(layout) }));
+
 async function fitView() {
   await page.evaluate(() => app.extensionManager.command.execute('Comfy.Canvas.FitView'));
-  // The view moves for a moment, and the search for missing models runs beside it.
-  await page.waitForTimeout(1200);
+  await atRest();
 }
 
 // What a person would see wrong in the open graph.
@@ -97,7 +111,7 @@ const graphProblems = () => page.evaluate(() => {
 // What the editor offers to download, or only names, once it knows of so many files: [{name, url, directory}].
 const missingModels = async count => {
   const read = () => document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s.get('missingModel').missingModelCandidates ?? [];
-  const deadline = Date.now() + 5000;
+  const deadline = Date.now() + 60000;
   let missing;
   do {
     await page.waitForTimeout(100);
@@ -116,32 +130,16 @@ const shorten = () => page.evaluate(([short, small]) => {
   }
 }, [SHORT, SMALL_LATENT]);
 
-// Queues the open graph and waits for its end -> problems.
-const queue = () => page.evaluate(seconds => new Promise(resolve => {
-  const events = { execution_success: () => [], execution_interrupted: () => ['the run was interrupted'],
-    execution_error: detail => [`${detail.node_type} (node ${detail.node_id}): ${detail.exception_message}`] };
-  const stop = problems => {
-    Object.entries(listeners).forEach(([name, listener]) => app.api.removeEventListener(name, listener));
-    clearTimeout(timer);
-    resolve(problems);
-  };
-  const listeners = Object.fromEntries(Object.entries(events).map(([name, problems]) => [name, event => stop(problems(event.detail))]));
-  Object.entries(listeners).forEach(([name, listener]) => app.api.addEventListener(name, listener));
-  const timer = setTimeout(() => stop([`not finished within ${seconds} s`]), seconds * 1000);
-  app.queuePrompt(0, 1).then(queued => {
-    if (!queued) stop([`not queued: ${JSON.stringify(app.lastNodeErrors ?? app.lastExecutionError).slice(0, 600)}`]);
-  }, error => stop([`not queued: ${error.message}`]));
-}), SECONDS);
-
 // Every node that saves or previews must have something to show.
 const resultProblems = () => page.evaluate(() => app.graph.nodes.filter(node => ['SaveImage', 'PreviewImage'].includes(node.type))
   .filter(node => !node.images?.length && !app.nodeOutputs?.[node.id]?.images?.length).map(node => `node ${node.id} (${node.type}) shows no picture`));
 
 async function runOpenGraph() {
   await shorten();
-  const problems = await queue();
-  await page.waitForTimeout(1500);
-  return [...problems, ...await graphProblems(), ...problems.length ? [] : await resultProblems()];
+  const problems = await page.evaluate(queueOpenGraph, SILENCE);
+  const shown = problems.length ? [] : await lastingProblems(resultProblems);
+  await atRest();
+  return [...problems, ...await lastingProblems(graphProblems), ...shown];
 }
 
 await openEditor();
@@ -153,7 +151,7 @@ await check('template_browser', async () => {
   await page.getByText(pack, { exact: true }).first().click();
   // Only the cards in sight load their picture.
   await page.waitForFunction(count => [...document.images].filter(image => image.naturalWidth > 0 && image.naturalWidth === image.naturalHeight).length >= count,
-    Math.min(names.length, 4), { timeout: 20000 });
+    Math.min(names.length, 4));
   const broken = await page.evaluate(([pack, names]) => Promise.all(names.map(async name => {
     try {
       await createImageBitmap(await (await fetch(`/api/workflow_templates/${pack}/${name}.jpg`)).blob());
@@ -169,24 +167,29 @@ for (const name of names) {
   await check(name, async () => {
     await openTemplate(name);
     await fitView();
-    const problems = await graphProblems();
+    const problems = await lastingProblems(graphProblems);
     return problems.length ? problems : runOpenGraph();
   });
 }
 
 await check('blueprint', async () => {
   await page.evaluate(() => app.extensionManager.command.execute('Comfy.NewBlankWorkflow'));
-  await page.waitForTimeout(500);
+  await page.waitForFunction(() => app.graph.nodes.length === 0);
+  await atRest();
   // As a person does: a double click on the canvas, the name, Enter; the node hangs on the pointer until a click puts it down.
   await page.mouse.dblclick(900, 600);
+  // The search box has the keyboard, then lists what it found.
+  await page.waitForFunction(() => document.activeElement?.matches('input'));
   await page.keyboard.type(BLUEPRINT, { delay: 20 });
-  await page.waitForTimeout(1000);
+  await page.waitForFunction(name => document.activeElement?.value === name
+    && [...document.querySelectorAll('[role=dialog], [role=listbox], .p-dialog, .p-autocomplete-overlay')].some(list => list.innerText.includes(name)), BLUEPRINT);
+  await atRest();
   await page.keyboard.press('Enter');
-  await page.waitForFunction(() => app.graph.nodes.length === 1, null, { timeout: 20000 });
-  await page.waitForTimeout(800);
+  await page.waitForFunction(() => app.graph.nodes.length === 1);
+  await atRest();
   await page.mouse.move(1000, 500, { steps: 5 });
   await page.mouse.click(1000, 500);
-  await page.waitForFunction(() => app.canvas.state.ghostNodeId == null, null, { timeout: 5000 });
+  await page.waitForFunction(() => app.canvas.state.ghostNodeId == null);
   await page.evaluate(() => {
     const [edit] = app.graph.nodes;
     edit.widgets.find(widget => widget.name === 'prompt').value = 'turn the coffee into tea';
@@ -201,7 +204,7 @@ await check('blueprint', async () => {
     edit.connect(0, add('SaveImage', edit.size[0] + 80), 0);
   });
   await fitView();
-  const problems = await graphProblems();
+  const problems = await lastingProblems(graphProblems);
   return problems.length ? problems : runOpenGraph();
 });
 

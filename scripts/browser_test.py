@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Opens and runs every shipped workflow and the blueprint in Chromium, in the real ComfyUI with tiny models: `python scripts/browser_test.py`.
 
-Fails when a workflow shows a missing node, a missing model, an error or an overlap, does not finish, or has no thumbnail. A screenshot of
-each is left in output/browser. Needs Node.js and Chromium or Chrome; --install gets what is missing: Chromium and Node.js with apt (Debian
-and Ubuntu, as root), and in any case the driver playwright-core with npm.
+Fails when a workflow shows a missing node, a missing model, an error or an overlap, does not finish, or has no thumbnail. It waits for states of
+the editor and for word of progress, never for a time. A screenshot of each is left in output/browser. Needs Node.js and Chromium or Chrome;
+--install gets what is missing: Chromium and Node.js with apt (Debian and Ubuntu, as root), and in any case the driver playwright-core with npm.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def prepare_base(base: Path) -> None:
     (base / "user" / "default" / "comfy.settings.json").write_text(json.dumps(SETTINGS), encoding="utf-8")
 
 
-def test(browser: str, driver: Path) -> int:
+def test(browser: str, driver: Path, slowdown: float) -> int:
     from comfy_server import PACK_NAME, ComfyServer
 
     shutil.rmtree(SCREENSHOTS, ignore_errors=True)
@@ -102,7 +102,7 @@ def test(browser: str, driver: Path) -> int:
         prepare_base(base)
         environment.say("starting ComfyUI")
         with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base) as server:
-            command = ["node", str(environment.SCRIPTS / "browser_test.mjs"), server.url, browser, str(SCREENSHOTS), PACK_NAME]
+            command = ["node", str(environment.SCRIPTS / "browser_test.mjs"), server.url, browser, str(SCREENSHOTS), PACK_NAME, str(slowdown)]
             status = environment.call(command, env={**os.environ, "STEP1X_PLAYWRIGHT": str(driver)})
             shutil.copy(server.log, SCREENSHOTS)
     return status
@@ -111,6 +111,7 @@ def test(browser: str, driver: Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--install", action="store_true", help="install what is missing")
+    parser.add_argument("--slowdown", type=float, default=1, metavar="FACTOR", help="run the page as on a processor that is so many times slower")
     options = parser.parse_args()
     started = time.monotonic()
     try:
@@ -118,7 +119,7 @@ def main() -> int:
     except CannotRun as error:
         print(f"BROWSER TEST NOT RUN: {error}", file=sys.stderr)
         return 2
-    failed = test(browser, driver)
+    failed = test(browser, driver, options.slowdown)
     environment.say(f"browser test {'FAILED' if failed else 'passed'} in {time.monotonic() - started:.0f} s; screenshots and the server's log are in {SCREENSHOTS}")
     return int(failed != 0)
 

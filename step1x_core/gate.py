@@ -25,8 +25,8 @@ QUESTION_SYSTEM = "You check instructions for an image editor before they are ca
 
 
 def entries(text: str) -> list[str]:
-    """The entries of a list in a text, with commas or line breaks between them."""
-    return [entry.strip() for entry in re.split(r"[,\n\uff0c]", text) if entry.strip()]
+    """The entries of a list in a text, with commas or line breaks between them. One of nothing but invisible characters is none."""
+    return [entry.strip() for entry in re.split(r"[,\n\uff0c]", text) if plain(entry)]
 
 
 def find_labels(names: dict[int, str], wanted: list[str], classifier: str) -> list[int]:

@@ -1,6 +1,7 @@
 """The tests run in a ComfyUI source tree named by STEP1X_COMFYUI; scripts/test.py sets it up."""
 
 import os
+import random
 import signal
 import sys
 from fnmatch import fnmatch
@@ -31,7 +32,7 @@ comfy.utils.set_progress_bar_enabled(False)
 
 # The parts of the suite, to be run with `-m`, and their files; all others are of the part "model".
 PARTS = {
-    "server": ("test_batch.py", "test_demo_model.py", "test_editor.py", "test_gate.py", "test_gedit_host.py", "test_host.py", "test_local_edit.py",
+    "server": ("test_batch.py", "test_browser_states.py", "test_demo_model.py", "test_editor.py", "test_gate.py", "test_gedit_host.py", "test_host.py", "test_local_edit.py",
                "test_lora_training_host.py", "test_pairs_host.py"),
     "files": ("test_convert.py", "test_download.py", "test_environment.py", "test_folders.py", "test_install.py"),
     "training": ("test_demo_lora.py", "test_edit_pairs.py", "test_lora_training.py", "test_pair_dataset.py", "test_pairs.py", "test_scenes.py",
@@ -44,10 +45,28 @@ def part_of(name: str) -> str:
     return next((part for part, patterns in PARTS.items() if any(fnmatch(name, pattern) for pattern in patterns)), "model")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--random-order", metavar="SEED", type=int, help="run the files, and the tests within each, in an order drawn from SEED")
+
+
+def in_random_order(items: list, seed: int) -> list:
+    """The items with their files, and those of each file, in an order that the seed decides. A file stays together, since its fixtures start servers."""
+    draw = random.Random(seed)
+    files = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    order = sorted(files)
+    draw.shuffle(order)
+    return [item for path in order for item in draw.sample(files[path], len(files[path]))]
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
         item.add_marker(part_of(item.path.name))
+    seed = config.getoption("--random-order")
+    if seed is not None:
+        items[:] = in_random_order(items, seed)
 
 
 @pytest.fixture(scope="session")

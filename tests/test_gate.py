@@ -1,6 +1,7 @@
 """The content gate: a tiny classifier that was trained to find red pictures, words and questions about the instruction, and what takes a picture's place."""
 
 import io
+import itertools
 import json
 import os
 import socket
@@ -16,7 +17,7 @@ from conftest import PACK
 from PIL import Image
 
 from step1x_core.config import Step1XError
-from step1x_core.gate import BLOCK, BLUR, LABEL, OFF, REPORT, Finding, find_labels, forbidden_words, read_answer, treat, unsafe_scores
+from step1x_core.gate import ACTIONS, BLOCK, BLUR, LABEL, OFF, REPORT, Finding, find_labels, forbidden_words, read_answer, treat, unsafe_scores
 from step1x_core.host import gate as host_gate
 from step1x_core.host.gate import NONE, classifier_folders, gate
 
@@ -173,8 +174,8 @@ def test_the_language_model_is_asked_about_the_instruction_and_silence_is_no_con
     settings = {"action": REPORT, "classifier": NONE, "question": "Does it ask for violence?", "clip": clip}
     assert check(GREEN, prompt="add a sword", **settings)[1] == found
     assert asked == [(["Does it ask for violence?\n\nThe instruction:\nadd a sword"], 8, 0.0)]
-    # Nothing to ask about, and a word that settles it.
-    assert check(GREEN, prompt=" ", **settings)[1] == 0 and check(GREEN, prompt="add a sword", words="sword", **settings)[1] == 1 and len(asked) == 1
+    # A word that settles it.
+    assert check(GREEN, prompt="add a sword", words="sword", **settings)[1] == 1 and len(asked) == 1
 
 
 def test_a_real_text_encoder_answers_something(clip):
@@ -191,6 +192,42 @@ def test_a_real_text_encoder_answers_something(clip):
 def test_a_gate_that_could_not_work_does_not_let_pass(settings, message):
     with pytest.raises(Step1XError, match=message):
         check(GREEN, **{"prompt": "x", **settings})
+
+
+COMBINATIONS = list(itertools.product(ACTIONS, (NONE, "group/red-finder"), (None, "", " \u200b\n", "turn it blue", "draw blood"),
+                                      ("", " ,\u200b\n", "blood, knife"), ("", " \u200b", "Is it bad?"), (False, True)))
+
+
+@pytest.mark.parametrize("action, classifier, prompt, words, question, connected", COMBINATIONS)
+def test_in_every_combination_a_gate_that_is_on_checks_or_refuses(clip, monkeypatch, action, classifier, prompt, words, question, connected):
+    """What is given to check by is checked by: where it cannot be, there is an error, and never an unsafe picture that passes as found safe."""
+    asked = []
+    monkeypatch.setattr(host_gate, "generate_text", lambda *args, **kwargs: asked.append(args) or "No.")
+    has_words, has_question, has_prompt = words.startswith("blood"), question.startswith("Is"), prompt in ("turn it blue", "draw blood")
+    given = {"prompt": prompt, "words": words, "question": question, "clip": clip if connected else None}
+    problem = None if action == OFF else \
+        "nothing to check by" if classifier == NONE and not has_words and not has_question else \
+        "no text encoder" if has_question and not connected else \
+        "'prompt' is empty" if (has_words or has_question) and not has_prompt else None
+    if problem:
+        with pytest.raises(Step1XError, match=problem):
+            check(RED, action, classifier, **given)
+        return
+    out, found, _ = check(RED, action, classifier, **given)
+    by_words = has_words and prompt == "draw blood"
+    assert found == (action != OFF and (classifier != NONE or by_words))
+    assert torch.equal(out, RED) == (not found or action == REPORT)
+    assert len(asked) == (action != OFF and has_question and not by_words)
+
+
+@pytest.mark.parametrize("settings", [{"action": "Block"}, {"action": ""}, {"action": None}])
+def test_an_unknown_action_is_no_way_past_the_gate(settings):
+    with pytest.raises(Step1XError, match="has no action"):
+        check(GREEN, classifier=NONE, prompt="x", words="y", **settings)
+
+
+def test_a_threshold_that_is_no_number_lets_nothing_pass():
+    assert check(GREEN, threshold=float("nan"))[1] == 1
 
 
 def copy_classifier(models_dir, name, drop=(), **changes):

@@ -1,7 +1,6 @@
 """Schemas, documentation and workflows stay complete and consistent."""
 
 import ast
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ import pytest
 import tiny_models
 import torch
 from conftest import PACK
+from loop_host import NAME, load_pack, node_classes
 
 EARLIER_PACKS = {
     "Step-1XEditNode", "Step1XEditModelLoader", "Step1XEditGenerate", "Step1XEditTeaCacheModelLoader", "Step1XEditTeaCacheGenerate", "REDStep1XEditModelLoader",
@@ -20,19 +20,24 @@ EARLIER_PACKS = {
 
 @pytest.fixture(scope="module")
 def schemas():
-    """The nodes of the menu as the host loads them: by file path, under a name of the host's choice."""
-    import asyncio
+    """The nodes of the menu as the host loads them: by file path, under a name that is not ours.
 
-    spec = importlib.util.spec_from_file_location("custom_pack", PACK / "__init__.py", submodule_search_locations=[str(PACK)])
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["custom_pack"] = module
-    spec.loader.exec_module(module)
+    Its core is the one that all tests import: a second one's family, registered first, would be that of the models of every later test.
+    """
+    return {name: node.GET_SCHEMA() for name, node in node_classes(load_pack()).items() if not node.DEV_ONLY}
 
-    async def load():
-        extension = await module.comfy_entrypoint()
-        return await extension.get_node_list()
 
-    return {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in asyncio.run(load()) if not node.DEV_ONLY}
+def node_module(name: str):
+    """A module of the loaded pack."""
+    return sys.modules[f"{NAME}.nodes.{name}"]
+
+
+def test_loading_the_pack_as_the_host_does_leaves_one_family(schemas, model):
+    from comfy.supported_models import models as families
+
+    from step1x_core.host.model import Step1XEdit
+
+    assert [family for family in families if family.__name__ == Step1XEdit.__name__] == [Step1XEdit] and type(model.model.model_config) is Step1XEdit
 
 
 def test_node_ids_are_ours_alone(schemas):
@@ -54,12 +59,10 @@ def test_defaults_are_the_official_ones(schemas):
     assert inputs["Step1XEditEncode.size_level"].default == 1024 and inputs["Step1XGuidance.truncate"].default == -1
 
 
-def test_guidance_node_takes_the_limit_of_the_models_version(schemas, models, monkeypatch):
-    module = sys.modules["custom_pack.nodes.sampling"]
-    # The host keeps the family that was registered first, which other tests import under another name.
-    monkeypatch.setattr(module, "check_model", lambda model: None)
+def test_guidance_node_takes_the_limit_of_the_models_version(schemas, models):
+    module = node_module("sampling")
     for name, limit in ((tiny_models.V11_FILE, 0.93), (tiny_models.V12_FILE, 0.00093)):
-        model = sys.modules["custom_pack.nodes.loaders"].load_model(models / "diffusion_models" / name)
+        model = node_module("loaders").load_model(models / "diffusion_models" / name)
         for truncate, expected in ((-1.0, limit), (0.5, 0.5), (0.0, 0.0)):
             (hook,) = module.Step1XGuidance.execute(model, truncate, 0.4).result[0].model_options["sampler_pre_cfg_function"]
             assert hook.truncate == expected
@@ -72,7 +75,7 @@ def test_prompts_from_before_v12_still_validate(schemas):
 
 
 def test_sampler_makes_its_schedule_for_the_fitted_latent(schemas, monkeypatch):
-    module = sys.modules["custom_pack.nodes.sampling"]
+    module = node_module("sampling")
     monkeypatch.setattr(module, "check_model", lambda model: None)
     monkeypatch.setattr(module, "version_defaults", lambda model, steps, cfg: (steps, cfg))
     monkeypatch.setattr(module, "with_norm_limiter", lambda model: model)

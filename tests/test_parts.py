@@ -1,9 +1,11 @@
 """The parts of the suite: every file is in one, and in the right one."""
 
 from fnmatch import fnmatch
+from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 
-from conftest import PARTS, part_of
+from conftest import PARTS, in_random_order, part_of
 
 FILES = sorted(Path(__file__).parent.glob("test_*.py"))
 
@@ -27,3 +29,13 @@ def test_no_file_of_part_model_or_training_starts_a_server():
     sources = {path.name: path.read_text(encoding="utf-8") for path in FILES if path.name != "test_parts.py"}
     starts = {name: part_of(name) for name, source in sources.items() if "ComfyServer(" in source or "demo_client(" in source}
     assert starts["test_host.py"] == "server" and not {"model", "training"} & {*starts.values()}, starts
+
+
+def test_a_random_order_has_every_test_once_and_keeps_files_together():
+    items = [SimpleNamespace(path=Path(f"test_{file}.py"), name=f"{file}{i}") for file in "abcdef" for i in range(10)]
+    names = {seed: [item.name for item in in_random_order(items, seed)] for seed in (1, 1, 2)}
+    assert [item.name for item in in_random_order(list(reversed(items)), 1)] != [item.name for item in items]
+    assert names[1] == [item.name for item in in_random_order(items, 1)] != names[2]
+    for order in names.values():
+        assert sorted(order) == sorted(item.name for item in items) != order
+        assert len([file for file, _ in groupby(order, key=lambda name: name[0])]) == 6

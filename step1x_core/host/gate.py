@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checks import check_pictures
 from ..classifier import Classifier, classify, is_classifier, load_classifier
 from ..config import Step1XError
-from ..gate import OFF, QUESTION_SYSTEM, Finding, describe, entries, find_labels, forbidden_words, read_answer, treat, unsafe_scores
+from ..gate import ACTIONS, OFF, QUESTION_SYSTEM, Finding, describe, entries, find_labels, forbidden_words, plain, read_answer, treat, unsafe_scores
 from ..images import to_uint8
 from .generation import check_can_generate, generate_text
 from .thinking import check_instruction
@@ -56,11 +56,18 @@ def open_classifier(name: str) -> Classifier:
 
 
 def refusal(prompt: str, words: str, question: str, clip) -> str:
-    """Why an instruction is refused, "" if it is not. An answer that is neither yes nor no refuses it, too."""
+    """Why an instruction is refused, "" if it is not. An answer that is neither yes nor no refuses it, too.
+
+    Raises Step1XError for words or a question with no instruction that they could be about.
+    """
+    if (entries(words) or plain(question)) and not plain(prompt):
+        # An input that is not connected is an empty one, too, and then nothing would ever be found.
+        raise Step1XError("The content gate is to check the instruction by 'words' or 'question', but 'prompt' is empty, so everything would pass. "
+                          "Connect to 'prompt' what goes to the encoder; or empty 'words' and 'question'.")
     found = forbidden_words(prompt, entries(words))
     if found:
         return f"the instruction has {', '.join(found)}"
-    if question.strip() and prompt.strip():
+    if plain(question):
         check_instruction(prompt)
         reply = generate_text(clip, QUESTION_SYSTEM, [f"{question.strip()}\n\nThe instruction:\n{prompt}"], ANSWER_TOKENS, 0, temperature=0.0)
         answer = read_answer(reply)
@@ -77,16 +84,19 @@ def gate(images: Tensor, action: str, classifier: str, unsafe_labels: str, thres
 
     An instruction that is refused concerns all pictures of the batch. words: a list as `entries` reads it.
 
-    Raises Step1XError if there is nothing to check by, for a classifier or label that does not exist, and for a question without a text
-    encoder that can answer.
+    Raises Step1XError for another action than those of `ACTIONS`, if there is nothing to check by, for words or a question without an
+    instruction, for a classifier or label that does not exist, and for a question without a text encoder that can answer.
     """
+    prompt, words, question = prompt or "", words or "", question or ""
+    if action not in ACTIONS:
+        raise Step1XError(f"The content gate has no action {action!r}. Set 'action' to one of {', '.join(ACTIONS)}.")
     check_pictures(images, "images")
     if action == OFF:
         return images, 0, "The content gate is off: nothing was checked."
-    if classifier == NONE and not entries(words) and not question.strip():
+    if classifier == NONE and not entries(words) and not plain(question):
         raise Step1XError("The content gate is on but has nothing to check by. Choose a classifier, or list words or a question for the instruction; "
                           "or set 'action' to off.")
-    if question.strip():
+    if plain(question):
         if clip is None:
             raise Step1XError("The content gate is to ask a question about the instruction, but no text encoder is connected. "
                               "Connect 'clip' or empty 'question'.")
@@ -100,7 +110,8 @@ def gate(images: Tensor, action: str, classifier: str, unsafe_labels: str, thres
     findings = []
     for score in scores:
         reasons = [refused] if refused else []
-        if score is not None and score >= threshold:
+        # So put that a threshold of NaN lets nothing pass.
+        if score is not None and not score < threshold:
             reasons.append(f"unsafe content {score:.0%}")
         findings.append(Finding(score, "; ".join(reasons)))
     report = describe(findings, action, threshold, message)
