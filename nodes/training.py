@@ -56,7 +56,7 @@ class Step1XEditDataset(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, dataset="", **inputs):
         # The host does not know the value of a connected input yet; the node that it comes from has its own fingerprint.
-        return dataset_fingerprint(dataset_path(dataset)[0]) if dataset else ""
+        return dataset_fingerprint(*dataset_path(dataset)) if dataset else ""
 
     @classmethod
     def execute(cls, clip, vae, dataset, size_level, validation) -> io.NodeOutput:
@@ -96,7 +96,8 @@ class Step1XTrainLora(io.ComfyNode):
                              tooltip="Batches for each step: the same effect as a larger batch, without its memory."),
                 io.Int.Input("seed", default=42, min=0, max=0xffffffffffffffff, control_after_generate=True,
                              tooltip="The random seed: same seed and inputs, same LoRA."),
-                io.Boolean.Input("resume", default=True, tooltip="Go on from the state of an earlier run of this name. Off: begin anew and overwrite it."),
+                io.Boolean.Input("resume", default=True, tooltip="Go on from the state of an earlier run of this name. "
+                                     "Off: begin anew; the files of the earlier run are moved to a folder NAME.1."),
                 io.Int.Input("save_every", default=100, min=0, max=100000, advanced=True,
                              tooltip="Steps between two savings. 0: only at the end and on cancel."),
                 io.Int.Input("validate_every", default=200, min=0, max=100000,

@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=100)
     parser.add_argument("--validation", type=int, default=0, help="number of pairs from the end that are edited now and then and not trained on")
     parser.add_argument("--validate-every", type=int, default=200)
-    parser.add_argument("--restart", action="store_true", help="begin anew where there is a state")
+    parser.add_argument("--restart", action="store_true", help="begin anew where there is a state; the earlier files are moved to OUT.1")
     parser.add_argument("--cpu", action="store_true")
     return parser.parse_args()
 

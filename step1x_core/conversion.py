@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .checkpoint import check_file, is_safetensors
 from .config import CONFIG_KEY, CONNECTOR_KEY, Step1XError
+from .files import write_file
 from .keys import diffusers_to_original, is_diffusers_layout
 from .mllm import HEAD_KEY, TEXT_KEY, normalize_keys
 
@@ -295,7 +296,7 @@ def convert(weights: Weights, out: Path, form: str, extra: dict[str, Tensor], me
         os.replace(partial_file, out)
     finally:
         partial_file.unlink(missing_ok=True)
-    out.with_name(out.name + ".sha256").write_text(f"{digest.hexdigest()}  {out.name}\n", encoding="utf-8", newline="\n")
+    write_file(out.with_name(out.name + ".sha256"), f"{digest.hexdigest()}  {out.name}\n".encode())
     return digest.hexdigest()
 
 

@@ -7,7 +7,6 @@ A dataset is a folder in one of two layouts, with the same columns:
 
 import io
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -16,6 +15,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from .config import Step1XError
+from .files import check_name, safe_path, write_file
 
 TASK_TYPES = ("background_change", "color_alter", "material_alter", "motion_change", "ps_human", "style_change", "subject-add", "subject-remove",
               "subject-replace", "text_change", "tone_transfer")
@@ -23,9 +23,6 @@ LANGUAGES = ("en", "cn")
 METADATA = "metadata.jsonl"
 PICTURE_COLUMN = "input_image_raw"
 COLUMNS = ("key", "task_type", "instruction", "instruction_language", "Intersection_exist")
-
-# Characters that file names cannot have on some system.
-_NO_NAME = set('<>:"/\\|?*')
 
 
 @dataclass(frozen=True)
@@ -43,14 +40,6 @@ class Item:
     def name(self) -> str:
         """What tells an item from all others."""
         return f"{self.task_type}/{self.language}/{self.key}"
-
-
-def check_name(name: str, what: str) -> str:
-    """The name itself if it can be that of a file or folder. Raises Step1XError for any other: it must not lead anywhere else."""
-    fits = isinstance(name, str) and name.strip(". ") and name == name.strip() and len(name) <= 150
-    if not fits or _NO_NAME & set(name) or any(char < " " or "\ud800" <= char <= "\udfff" for char in name):
-        raise Step1XError(f"{str(name)[:80]!r} cannot be a {what}: it must be a file name without any of {' '.join(sorted(_NO_NAME))}.")
-    return name
 
 
 def open_picture(content: bytes | Path, name: str) -> Image.Image:
@@ -88,9 +77,7 @@ def read_folder(folder: Path) -> list[Item]:
             raise Step1XError(f"{place} is no JSON ({problem}). Correct it or make the folder anew.") from problem
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
             raise Step1XError(f"{place} has no 'file_name'. Each line is an object with the picture's path in it.")
-        path = folder / row["file_name"]
-        if folder.absolute() not in Path(os.path.abspath(path)).parents:
-            raise Step1XError(f"{place} names a picture outside of its folder: {row['file_name']!r}. Put the pictures into the folder.")
+        path = safe_path(folder, row["file_name"], folder, place)
         items.append(make_item(row, partial(open_picture, path, str(path)), place))
     return items
 
@@ -107,15 +94,30 @@ def parquet():
 
 # Items come in the file's order, so the group at hand is nearly always the last one.
 @lru_cache(maxsize=1)
-def picture_group(path: Path, group: int) -> list:
-    """The picture column of one row group: dicts with the file's content under "bytes", or the content itself."""
+def picture_group(path: Path, group: int, stamp: tuple[int, ...]) -> list:
+    """The picture column of one row group: dicts with the file's content under "bytes", or the content itself. stamp: see `file_stamp`."""
     return parquet().ParquetFile(path).read_row_group(group, columns=[PICTURE_COLUMN]).column(PICTURE_COLUMN).to_pylist()
 
 
-def open_parquet_picture(path: Path, group: int, row: int) -> Image.Image:
-    value = picture_group(path, group)[row]
-    content = value.get("bytes") if isinstance(value, dict) else value
+def file_stamp(path: Path) -> tuple[int, ...]:
+    """Other numbers whenever a file was replaced or written to."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def open_parquet_picture(path: Path, group: int, row: int, stamp: tuple[int, ...]) -> Image.Image:
+    """stamp: of the file when its rows were read. Raises Step1XError where it was replaced since: its pictures would go with other instructions."""
     place = f"The picture of row {row} in group {group} of {path}"
+    try:
+        if file_stamp(path) != stamp:
+            raise Step1XError(f"{path} was replaced after its rows were read. Run the node that opens the dataset again.")
+        value = picture_group(path, group, stamp)[row]
+    # pyarrow's own errors are ValueErrors and OSErrors.
+    except (ValueError, OSError, LookupError) as problem:
+        if isinstance(problem, Step1XError):
+            raise
+        raise Step1XError(f"{place} cannot be read ({problem}). Get the file again.") from problem
+    content = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(content, bytes):
         raise Step1XError(f"{place} is missing. Get the file again.")
     return open_picture(content, place)
@@ -126,6 +128,7 @@ def read_parquet(path: Path) -> list[Item]:
     module = parquet()
     items = []
     try:
+        stamp = file_stamp(path)
         file = module.ParquetFile(path)
         absent = [name for name in (*COLUMNS, PICTURE_COLUMN) if name not in file.schema_arrow.names]
         if absent:
@@ -138,7 +141,7 @@ def read_parquet(path: Path) -> list[Item]:
         raise Step1XError(f"{path} cannot be read as a parquet file ({problem}). Download it again.") from problem
     for group, rows in enumerate(groups):
         for row, values in enumerate(rows):
-            items.append(make_item(values, partial(open_parquet_picture, path, group, row), f"Row {row} in group {group} of {path}"))
+            items.append(make_item(values, partial(open_parquet_picture, path, group, row, stamp), f"Row {row} in group {group} of {path}"))
     return items
 
 
@@ -220,14 +223,6 @@ def png(picture: Image.Image) -> bytes:
     content = io.BytesIO()
     picture.save(content, "PNG")
     return content.getvalue()
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file that is there as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(path.name + ".part")
-    partial_path.write_bytes(content)
-    partial_path.replace(path)
 
 
 def save_picture(path: Path, content: bytes) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from .gedit import Item, png, write_file
+from .files import write_file
+from .gedit import Item, png
 from .gedit_plots import bar_chart, contact_sheet, radar_chart
 from .gedit_scores import (
     FULL_SET,

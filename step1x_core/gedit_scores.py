@@ -12,7 +12,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from .gedit import LANGUAGES, Item, is_picture, ordered_types, result_path, write_file
+from .files import write_file
+from .gedit import LANGUAGES, Item, is_picture, ordered_types, result_path
 from .judge import Verdict
 
 JUDGED = "judged"

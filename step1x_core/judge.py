@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from .config import Step1XError
+from .prompt import plain_text
 from .reflection import Ask, Asked, Conversation, Rules, answered
 from .replies import MAX_SCORE, BadReply, json_block
 from .templates import load_templates
@@ -113,7 +114,8 @@ def data_url(pixels: np.ndarray) -> str:
 
 
 def message_part(part) -> dict:
-    return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image_url", "image_url": {"url": data_url(part)}}
+    """A text or a picture as the interface takes it. Servers read special tokens in a text as such, so there are none."""
+    return {"type": "text", "text": plain_text(part)} if isinstance(part, str) else {"type": "image_url", "image_url": {"url": data_url(part)}}
 
 
 class Endpoint:
@@ -140,7 +142,7 @@ class Endpoint:
             asked.append(system)
             sampling = {"temperature": RETRY_TEMPERATURE, "seed": (seed + repeated) % 2**31} if repeated else {"temperature": 0}
             return self.answer({"model": self.model, "max_tokens": max_tokens, **sampling, "messages": [
-                {"role": "system", "content": system}, {"role": "user", "content": [message_part(part) for part in content]}]})
+                {"role": "system", "content": plain_text(system)}, {"role": "user", "content": [message_part(part) for part in content]}]})
 
         return ask
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
+from .files import safe_path
 from .gedit import ordered_types
 from .gedit_plots import INK, MARGIN, PAPER, THUMBNAIL, thumbnail
 from .pairs_record import Pair, changed_pixels
@@ -83,7 +84,7 @@ def stored_card(folder, row: dict) -> Card:
     """A pair of a dataset by its row in the journal."""
     verdict = row["verdict"] or {}
     return Card(row["kind"], row["maker"], row["en"], row["zh"], lower_scores(verdict.get("semantics"), verdict.get("quality")),
-                lambda: (Image.open(folder / row["source"]), Image.open(folder / row["target"])))
+                lambda: tuple(Image.open(safe_path(folder, row[side], folder, str(folder))) for side in ("source", "target")))
 
 
 def mean(values: list[float]) -> str:

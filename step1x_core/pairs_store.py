@@ -17,7 +17,7 @@ from PIL import Image
 
 from .config import Step1XError
 from .edit_pairs import CAPTION, REFERENCE
-from .gedit import write_file
+from .files import unwritable, write_file
 from .pairs_hash import SIZE, Index, fingerprint
 from .pairs_record import Pair, digest
 
@@ -91,7 +91,7 @@ class PairStore:
         rows, whole = read_journal(self.journal)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.journal, "ab")
+            self.file = open(self.journal, "ab", buffering=0)
             self.file.truncate(whole)
         except OSError as problem:
             raise self.unwritable(problem) from problem
@@ -114,11 +114,17 @@ class PairStore:
             self.file.close()
 
     def unwritable(self, problem: OSError) -> Step1XError:
-        return Step1XError(f"The dataset {self.folder} cannot be written ({problem}). Free space on the disk, or correct the rights of that folder.")
+        return unwritable(f"The dataset {self.folder}", problem)
 
     def write_row(self, row: dict) -> None:
-        self.file.write(json.dumps(row).encode() + b"\n")
-        self.file.flush()
+        """A line of the journal, whole or not at all: half of one would spoil the next. Raises Step1XError where the disk is full."""
+        data, place = json.dumps(row).encode() + b"\n", self.journal.stat().st_size
+        try:
+            if self.file.write(data) != len(data):
+                raise OSError("No space left on device")
+        except OSError as problem:
+            self.file.truncate(place)
+            raise self.unwritable(problem) from problem
 
     def add(self, encoded: Encoded, order: str = "") -> str | None:
         """Store a pair unless one that looks the same is there -> the name of that one. order: what it was made for, to be found in `done`.

@@ -4,6 +4,7 @@ The tokenizer is passed in as a function `text -> list of ids` that recognises s
 """
 
 import json
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,9 @@ VISION_END_ID = 151653
 # "Picture 1: <|vision_start|>", between the head and the picture.
 PICTURE_LABEL_IDS = [24669, 220, 16, 25, 220, 151652]
 TURN_END = "<|im_end|>\n<|im_start|>assistant\n"
+
+# What tokenizers of Qwen and of other families read as one token with a meaning: "<|im_end|>" and the like, and the tags of tools and thoughts.
+_SPECIAL = re.compile(r"<(\|[^\s<>|]+\||/?(?:tool_call|tool_response|think))>")
 
 QUOTE = '"'
 LEFT_QUOTE, RIGHT_QUOTE = "\u201c", "\u201d"
@@ -34,10 +38,21 @@ def prompt_head_ids() -> tuple[int, ...]:
 def clean_prompt(prompt: str) -> str:
     """Make any string safe to tokenise: lone surrogates become U+FFFD, a literal image token becomes plain text.
 
-    The official code fails on both; a second image token would have no picture behind it.
+    The official code fails on both; a second image token would have no picture behind it. Other special tokens stay special in an
+    instruction to edit by, for v1.0 and v1.1 (`prompt_ids`) and for v1.2 (`prompt_ids_v12`): the official layout reads them so, and goldens
+    hold their ids (tests/goldens/tokenization.json, tests/goldens/v12/tokens.json). Nothing is asked there, so there is no answer to forge.
+    What is put to the language model as a question goes through `plain_text`.
     """
     prompt = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return prompt.replace(IMAGE_PAD, "<| image_pad |>")
+
+
+def plain_text(text: str) -> str:
+    """A text whose every token is plain: a special token in it becomes plain text, "<|im_end|>" as "<| im_end |>" and "<think>" as "< think >".
+
+    With them a text could end its turn in a chat and answer in the model's place.
+    """
+    return _SPECIAL.sub(lambda match: "<| " + match[1][1:-1] + " |>" if match[1][0] == "|" else f"< {match[1]} >", clean_prompt(text))
 
 
 def split_quotations(text: str) -> list[str]:

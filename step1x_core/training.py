@@ -1,5 +1,6 @@
 """Training a LoRA on pairs of pictures: objective, noise levels, layers, order of the pairs and the kohya layout (spec train_eval.md 1)."""
 
+import logging
 import math
 import re
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .config import Step1XError
+
+log = logging.getLogger(__name__)
 
 # Official defaults.
 RANK = 64
@@ -61,6 +64,29 @@ def check_resumed(stored: dict, settings: Settings, place: str) -> None:
         if stored.get(name) != now:
             raise Step1XError(f"The training in {place} was begun with {name} {stored.get(name)}, now it is {now}. "
                               "Set it back, choose another name, or switch resume off to begin anew.")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a LoRA is trained on. dataset: the fingerprint of its pairs; version: of the model."""
+
+    dataset: str = ""
+    version: str = ""
+
+
+def check_origin(stored: dict, origin: Origin, place: str) -> None:
+    """Raise Step1XError where a stored training was on another dataset or for another version. stored: as the state names them; place: where it was found.
+
+    A state of an earlier release that does not name them is taken on, with a line in the log.
+    """
+    version, dataset = stored.get("version"), stored.get("dataset")
+    advice = "Choose another name, or switch resume off to begin anew; the earlier training is then kept beside it."
+    if version is not None and version != origin.version:
+        raise Step1XError(f"The training in {place} is for Step1X-Edit {version}, and the model here is {origin.version}. {advice}")
+    if dataset is not None and dataset != origin.dataset:
+        raise Step1XError(f"The training in {place} was begun with another dataset, size or number of pairs for validation. {advice}")
+    if version is None or dataset is None:
+        log.warning("The training in %s is of an earlier release and does not say which dataset or version it is for; it goes on with those at hand.", place)
 
 
 def generator(seed: int, *stream: int) -> torch.Generator:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..checks import check_pictures
 from ..config import Step1XError
-from ..gedit import LANGUAGES, Item, check_name, dataset_files, open_picture, png, read_dataset, result_path, save_picture, select
+from ..files import check_name
+from ..gedit import LANGUAGES, Item, dataset_files, open_picture, png, read_dataset, result_path, save_picture, select
 from ..gedit_miniature import miniature
 from ..gedit_report import Report, write_report
 from ..gedit_scores import ALL, UNJUDGED, UNPARSABLE, Entry, append_record, describe_states, digest, find_entries, records_path

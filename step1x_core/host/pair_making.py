@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checks import check_pictures
 from ..config import Step1XError
-from ..gedit import check_name
+from ..files import check_name
 from ..images import from_uint8, to_uint8
 from ..pairs_makers import ORDER_KINDS, carry_out, orders, shrink
 from ..pairs_propose import PROPOSED, Proposal, parse_kinds, propose

@@ -1,6 +1,7 @@
 """Pairs of pictures through the language model and the VAE, once: what is in the cache is not encoded again."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import comfy.model_management
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..checks import check_finite
 from ..config import Step1XError
-from ..edit_pairs import CACHE_FOLDER, Cache, CachedPair, EditDataset, EditPair, content_key, pack_conditioning, read_picture
+from ..edit_pairs import CACHE_FOLDER, Cache, CachedPair, EditDataset, EditPair, content_key, decode_picture, pack_conditioning, picture_size
 from ..images import from_uint8, resize, resize_tensor, to_rgb, to_uint8, working_size
 from .encoding import LATENT_FACTOR, check_text_encoder, check_vae, encode_pictures
 
@@ -32,12 +33,20 @@ def fingerprint(patcher, network: torch.nn.Module) -> str:
     return content_key(*parts)
 
 
-def check_shapes(pair: EditPair, source: Tensor, target: Tensor) -> None:
-    """Raise Step1XError where one picture [H, W, 3] cannot lie over the other."""
-    ratios = [picture.shape[1] / picture.shape[0] for picture in (source, target)]
+def check_shapes(pair: EditPair, source: tuple[int, int], target: tuple[int, int]) -> None:
+    """Raise Step1XError where one picture cannot lie over the other. source, target: width and height."""
+    ratios = [width / height for width, height in (source, target)]
     if abs(math.log(ratios[0] / ratios[1])) > ASPECT_TOLERANCE:
-        raise Step1XError(f"{pair.target} has {target.shape[1]}x{target.shape[0]} pixels and its source {pair.source.name} {source.shape[1]}x{source.shape[0]}: "
+        raise Step1XError(f"{pair.target} has {target[0]}x{target[1]} pixels and its source {pair.source.name} {source[0]}x{source[1]}: "
                           "they must have the same shape. Crop one of them, or take the pair out.")
+
+
+def unchanged(path: Path, key: str, name: Callable[[bytes], str]) -> bytes:
+    """The content of a file that had this key a moment ago. name: what the key is made by. Raises Step1XError where it was replaced meanwhile."""
+    data = path.read_bytes()
+    if name(data) != key:
+        raise Step1XError(f"The picture {path} was replaced while the dataset was read. Run the node again.")
+    return data
 
 
 def to_size(picture: Tensor, size: tuple[int, int], layout: str) -> Tensor:
@@ -65,41 +74,43 @@ def cache_pairs(clip, vae, pairs: list[EditPair], folder: Path, size_level: int,
     text_name = content_key(layout, size_level, fingerprint(clip.patcher, clip.cond_stage_model))
     vae_name = content_key(layout, size_level, fingerprint(vae.patcher, vae.first_stage_model))
     progress = comfy.utils.ProgressBar(2 * len(pairs))
-    computed = 0
 
-    def instruction_key(picture: Tensor, data: bytes, text: str) -> str:
-        nonlocal computed
-        key = content_key(text_name, data, text)
-        if key not in cache:
-            shown = picture if layout == "v1.2" else to_size(picture, working_size(picture.shape[1], picture.shape[0], size_level), layout)
-            conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text, images=[shown[None]], size_level=size_level))
-            check_finite(conditioning[0][0], "The text encoder gave values that are no numbers (NaN or infinity): its file is damaged. Download it again.")
-            cache.store(key, pack_conditioning(conditioning))
-            computed += 1
-        return key
+    def encode_instruction(key: str, picture: Tensor, text: str) -> None:
+        shown = picture if layout == "v1.2" else to_size(picture, working_size(picture.shape[1], picture.shape[0], size_level), layout)
+        conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text, images=[shown[None]], size_level=size_level))
+        check_finite(conditioning[0][0], "The text encoder gave values that are no numbers (NaN or infinity): its file is damaged. Download it again.")
+        cache.store(key, pack_conditioning(conditioning))
 
-    def latent_key(picture: Tensor, data: bytes, size: tuple[int, int]) -> str:
-        nonlocal computed
-        key = content_key(vae_name, data, *size)
-        if key not in cache:
-            cache.store(key, {"latent": encode_pictures(vae, to_size(picture, size, layout)[None]).float().cpu()})
-            computed += 1
-        return key
-
-    instructions = []
+    cached, computed = [], 0
     for number, pair in enumerate(pairs):
         comfy.model_management.throw_exception_if_processing_interrupted()
-        picture, data = read_picture(pair.source), pair.source.read_bytes()
-        check_shapes(pair, picture, read_picture(pair.target))
-        held_out = number >= len(pairs) - validation
-        instructions.append((instruction_key(picture, data, pair.instruction), instruction_key(picture, data, "") if held_out else None))
+        source, target = pair.source.read_bytes(), pair.target.read_bytes()
+        sizes = picture_size(source, pair.source), picture_size(target, pair.target)
+        check_shapes(pair, *sizes)
+        size = working_size(*sizes[0], size_level)
+        keys = [content_key(vae_name, data, *size) for data in (source, target)]
+        texts = [pair.instruction, ""] if number >= len(pairs) - validation else [pair.instruction]
+        conditionings = {content_key(text_name, source, text): text for text in texts}
+        missing = [key for key in conditionings if key not in cache]
+        if keys[1] not in cache:
+            decode_picture(target, pair.target)  # a damaged one is told before the encoders have worked for hours
+        if missing:
+            picture = decode_picture(source, pair.source)
+            for key in missing:
+                encode_instruction(key, picture, conditionings[key])
+        computed += len(missing)
+        names = [content_key(text_name, source, text) for text in texts]
+        cached.append(CachedPair(pair, names[0], *keys, (size[1] // LATENT_FACTOR, size[0] // LATENT_FACTOR), names[1] if len(names) > 1 else None,
+                                 content_key(source, target, pair.instruction)))
         progress.update(1)
-    cached = []
-    for pair, (positive, negative) in zip(pairs, instructions):
+    for item in cached:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        source = read_picture(pair.source)
-        size = working_size(source.shape[1], source.shape[0], size_level)
-        keys = [latent_key(picture, path.read_bytes(), size) for picture, path in ((source, pair.source), (read_picture(pair.target), pair.target))]
-        cached.append(CachedPair(pair, positive, *keys, (size[1] // LATENT_FACTOR, size[0] // LATENT_FACTOR), negative))
+        for key, path in ((item.source, item.pair.source), (item.target, item.pair.target)):
+            if key not in cache:
+                size = [side * LATENT_FACTOR for side in reversed(item.size)]
+                data = unchanged(path, key, lambda data: content_key(vae_name, data, *size))
+                cache.store(key, {"latent": encode_pictures(vae, to_size(decode_picture(data, path), tuple(size), layout)[None]).float().cpu()})
+                computed += 1
         progress.update(1)
+    cache.prune({key for item in cached for key in (item.conditioning, item.negative, item.source, item.target) if key})
     return EditDataset(cache, cached[:len(pairs) - validation], cached[len(pairs) - validation:]), computed

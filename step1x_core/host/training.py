@@ -4,11 +4,9 @@ The stock trainer fails on conditionings with reference latents and knows neithe
 offloading, casting, conditioning and sampling are the host's.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -20,34 +18,16 @@ import torch
 from comfy.cli_args import args as comfy_args
 from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
 from comfy.quant_ops import QuantizedTensor
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..config import Step1XError
-from ..edit_pairs import CachedPair, EditDataset, write_tensors
+from ..edit_pairs import CachedPair, EditDataset
 from ..images import to_uint8
-from ..training import (
-    MAX_GRADIENT_NORM,
-    WEIGHT_DECAY,
-    LoraLayer,
-    Settings,
-    add_noise,
-    check_resumed,
-    draw,
-    flow_loss,
-    learning_rate,
-    lora_layers,
-    pair_at,
-    parameters,
-    to_kohya,
-)
+from ..training import LoraLayer, Origin, Settings, add_noise, draw, flow_loss, pair_at
 from .sampling import check_model, flow_sigmas, sample, version_defaults, with_norm_limiter
+from .training_run import LORA_FILE, STATE_FILE, Run  # noqa: F401 (the names of what a training leaves)
 
-STATE_FILE, LORA_FILE = "state.safetensors", "lora.safetensors"
-# Entry of the state file's metadata.
-RUN_KEY = "step1x_training"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 # Bytes for each weight of a LoRA: itself, its gradient and two moments in float32.
 TRAINED_BYTES = 16
 # The working memory of one block and its gradients, in units of what sampling takes: counted 1.5 at 1024x1024 and 1.8 at 512x512, without the weights of one layer.
@@ -210,78 +190,6 @@ def batch_losses(model, dataset: EditDataset, items: list[CachedPair], positions
         yield flow_loss(predict(model, add_noise(x0, noise, s), s, join(parts[3])), x0, noise)
 
 
-class Run:
-    """A training between two steps: the LoRA, the optimiser and the losses so far. All that decides the next step is in the state file."""
-
-    def __init__(self, settings: Settings, shapes: dict[str, tuple[int, int]], device: torch.device):
-        self.settings = settings
-        self.layers = {name: layer.to(device) for name, layer in lora_layers(shapes, settings).items()}
-        self.weights = parameters(self.layers)
-        # One weight after the other, as on the CPU: all at once take a copy of the moments.
-        self.optimiser = torch.optim.AdamW(self.weights.values(), lr=settings.learning_rate, weight_decay=WEIGHT_DECAY, foreach=False)
-        self.average = {name: weight.detach().clone() for name, weight in self.weights.items()} if settings.ema else {}
-        self.losses: list[float] = []
-
-    @property
-    def step(self) -> int:
-        return len(self.losses)
-
-    @property
-    def trained(self) -> int:
-        return sum(weight.numel() for weight in self.weights.values())
-
-    def lora(self) -> dict[str, Tensor]:
-        """The LoRA so far, in the official layout, averaged where that is on."""
-        return to_kohya(self.average or self.weights, self.settings.alpha)
-
-    def update(self, loss: float) -> None:
-        """One step of the optimiser with the gradients at hand."""
-        torch.nn.utils.clip_grad_norm_(self.weights.values(), MAX_GRADIENT_NORM)
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.settings, self.step)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for name, average in self.average.items():
-                average.lerp_(self.weights[name], 1 - self.settings.ema)
-        self.losses.append(loss)
-
-    def save(self, folder: Path, version: str) -> None:
-        """Two files: the state, and the LoRA so far for use. Raises Step1XError where they cannot be written."""
-        tensors = {name: weight.detach() for name, weight in self.weights.items()} | {"losses": torch.tensor(self.losses, dtype=torch.float64)}
-        tensors |= {f"average.{name}": average for name, average in self.average.items()}
-        for name, weight in self.weights.items():
-            tensors |= {f"{moment}.{name}": self.optimiser.state[weight][moment] for moment in MOMENTS if weight in self.optimiser.state}
-        write_tensors(folder / STATE_FILE, tensors, {RUN_KEY: json.dumps(asdict(self.settings))})
-        # kohya's names.
-        metadata = {"ss_network_dim": self.settings.rank, "ss_network_alpha": self.settings.alpha, "ss_steps": self.step,
-                    "ss_base_model_version": f"step1x-edit-{version}"}
-        write_tensors(folder / LORA_FILE, self.lora(), {name: str(value) for name, value in metadata.items()})
-
-    def resume(self, folder: Path) -> None:
-        """Go on where the state file ends, if there is one. Raises Step1XError for a damaged one, and for one of other settings or of another model."""
-        path = folder / STATE_FILE
-        if not path.is_file():
-            return
-        try:
-            with safe_open(path, "pt") as file:
-                check_resumed(json.loads(file.metadata()[RUN_KEY]), self.settings, str(folder))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
-            raise Step1XError(f"{path} is damaged or no training's state ({error}). Delete it, or choose another name.") from error
-        if any(name not in tensors or tensors[name].shape != weight.shape for name, weight in self.weights.items()):
-            raise Step1XError(f"The training in {folder} was of another model. Choose another name.")
-        self.losses = tensors["losses"].tolist()
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                weight.copy_(tensors[name])
-                if self.step:
-                    moments = {moment: tensors[f"{moment}.{name}"].to(weight.device) for moment in MOMENTS}
-                    self.optimiser.state[weight] = {"step": torch.tensor(float(self.step)), **moments}
-            for name, average in self.average.items():
-                average.copy_(tensors[f"average.{name}"])
-
-
 def train_step(model, dataset: EditDataset, run: Run) -> None:
     """One update. Raises Step1XError when the loss is no number any more, and the host's exception on cancel; the run is then as it was before."""
     settings, total = run.settings, 0.0
@@ -306,7 +214,8 @@ def train_step(model, dataset: EditDataset, run: Run) -> None:
 
 def train(model, dataset: EditDataset, settings: Settings, folder: Path, resume: bool = True, checkpointing: bool = True, save_every: int = 0,
           validate_every: int = 0, validate: Callable | None = None, report: Callable | None = None) -> Run:
-    """Train up to settings.steps. State and LoRA go to the folder every `save_every` steps (0: never), at the end, and when the run is cancelled or fails.
+    """Train up to settings.steps. State and LoRA go to the folder every `save_every` steps (0: never), at the end, and when the run is cancelled or fails,
+    but not before its first step: until then an earlier training stays as it is. Then, where the run does not go on from it, it is moved to FOLDER.1.
 
     model: a Step1X-Edit model, of any weight dtype; it is not changed. validate: called as (model, step) every `validate_every` steps (0: never) and at the
     end, in inference mode and with the LoRA in place. report: called with the run after each step.
@@ -317,29 +226,29 @@ def train(model, dataset: EditDataset, settings: Settings, folder: Path, resume:
     check_model(model)
     model = prepare_model(model)
     transformer = model.model.diffusion_model
+    origin = Origin(dataset.fingerprint(), transformer.version)
     with torch.inference_mode(False):
-        run = Run(settings, linear_shapes(transformer), model.load_device)
+        run = Run(settings, linear_shapes(transformer), model.load_device, origin)
         if resume:
             run.resume(folder)
     load_for_training(model, dataset, settings, run.trained, checkpointing)
-    saved = run.step if run.step else -1
     with adapted(transformer, run.layers, checkpointing):
         try:
             while run.step < settings.steps:
                 with torch.inference_mode(False), torch.enable_grad(), training_mode():
                     train_step(model, dataset, run)
+                # Not before there is something to take the place of an earlier training, and before anybody else writes there.
+                run.claim(folder)
+                if save_every and run.step % save_every == 0:
+                    run.save(folder)
                 if report is not None:
                     report(run)
-                if save_every and run.step % save_every == 0:
-                    run.save(folder, transformer.version)
-                    saved = run.step
                 if validate is not None and validate_every and (run.step % validate_every == 0 or run.step == settings.steps):
                     with torch.inference_mode():
                         validate(model, run.step)
                     load_for_training(model, dataset, settings, run.trained, checkpointing)
         finally:
-            if run.step != saved:
-                run.save(folder, transformer.version)
+            run.save(folder)
     return run
 
 

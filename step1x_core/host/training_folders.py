@@ -7,10 +7,10 @@ from pathlib import Path
 import folder_paths
 
 from ..config import Step1XError
+from ..files import name_fault
 
 OUTPUT_FOLDER = "step1x_training"
 NAME = re.compile(r"\w[\w .-]*")
-# Letters of other alphabets take up to four bytes, and a file name has 255.
 LONGEST_NAME = 60
 
 
@@ -33,6 +33,7 @@ def dataset_path(dataset: str) -> tuple[Path, Path]:
 
 def run_folder(name: str) -> Path:
     """The folder of the training of this name. Raises Step1XError for what is no plain name."""
-    if not NAME.fullmatch(name) or name != name.strip(" .") or len(name) > LONGEST_NAME:
-        raise Step1XError(f"{name[:80]!r} cannot be the name of a training. Use at most {LONGEST_NAME} letters, digits, spaces, dots, dashes and underscores.")
+    if not NAME.fullmatch(name) or len(name) > LONGEST_NAME or name_fault(name):
+        raise Step1XError(f"{name[:80]!r} cannot be the name of a training. Use at most {LONGEST_NAME} letters, digits, spaces, dots, dashes and underscores, "
+                          "and no name that Windows keeps for a device, such as CON.")
     return Path(folder_paths.get_output_directory(), OUTPUT_FOLDER, name)
