@@ -2,18 +2,27 @@
 
 import inspect
 
+import comfy.model_management
 import torch
-from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .relied_on import ATTENTION, intact
 
 CAN_SET_PRIORITY = "set_priority" in inspect.signature(sdpa_kernel).parameters
 CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
+def torch_attention_chosen() -> bool:
+    """Whether the host computes attention with torch's own function: nothing that it asks first was chosen. Its attention functions are opaque; its settings are not."""
+    others = ("sage_attention_enabled", "flash_attention_enabled", "comfy_kitchen_attention_enabled", "xformers_enabled")
+    management = comfy.model_management
+    return management.pytorch_attention_enabled() and not any(getattr(management, name)() for name in others if hasattr(management, name))
+
+
 def cudnn_is_fastest(device: torch.device) -> bool:
     """True on data-centre GPUs from Hopper on, unless the user chose another attention than torch's; the host asks torch for flash first."""
-    return (optimized_attention is attention_pytorch and CAN_SET_PRIORITY and device.type == "cuda" and torch.version.cuda is not None
+    return (torch_attention_chosen() and CAN_SET_PRIORITY and intact(ATTENTION) and device.type == "cuda" and torch.version.cuda is not None
             and torch.cuda.get_device_capability(device) in ((9, 0), (10, 0), (10, 3)))
 
 

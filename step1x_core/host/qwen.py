@@ -15,6 +15,7 @@ from ..images import VISION_CELL
 from ..mllm import MLLMConfig, attention_mask, mrope_positions, rope_positions
 from ..prompt import IMAGE_PAD_ID
 from ..token_sampling import Sampling, TokenChooser
+from .relied_on import TEXT_ENCODER, check_intact
 
 # End of text and end of turn.
 STOP_IDS = (151643, 151645)
@@ -65,6 +66,7 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
 
     def __init__(self, config_dict, dtype, device, operations):
         super().__init__()
+        check_intact(TEXT_ENCODER)
         config = MLLMConfig(**config_dict)
         text = llama.Qwen25_7BVLI_Config(
             vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,

@@ -16,7 +16,7 @@ import comfy.samplers
 import numpy as np
 import torch
 from comfy.cli_args import args as comfy_args
-from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
+from comfy.ldm.modules.attention import attention_pytorch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -25,6 +25,7 @@ from ..config import Step1XError
 from ..edit_pairs import CachedPair, EditDataset
 from ..images import to_uint8
 from ..training import LoraLayer, Origin, Settings, add_noise, draw, flow_loss, pair_at
+from .attention import torch_attention_chosen
 from .sampling import check_model, flow_sigmas, sample, version_defaults, with_norm_limiter
 from .training_run import LORA_FILE, STATE_FILE, Run  # noqa: F401 (the names of what a training leaves)
 
@@ -161,7 +162,7 @@ def predict(model, x: Tensor, s: Tensor, conditioning: tuple[Tensor, dict]) -> T
     entry = {"cross_attn": cond, "model_conds": {}, **extra}
     conds = comfy.samplers.encode_model_conds(model.model.extra_conds, [entry], x, x.device, "training")[0]["model_conds"]
     conds = {name: value.process_cond(batch_size=len(x), device=x.device, area=None).cond for name, value in conds.items()}
-    options = {} if optimized_attention is attention_pytorch else {"optimized_attention_override": differentiable_attention}
+    options = {} if torch_attention_chosen() else {"optimized_attention_override": differentiable_attention}
     return (x - model.model.apply_model(x, s, transformer_options=options, **conds)) / s[:, None, None, None]
 
 

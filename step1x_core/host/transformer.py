@@ -1,6 +1,7 @@
 """The Step1X-Edit transformer: the host's Flux with a connector in front of it (spec v1.md a, v12.md a)."""
 
 import torch
+from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.modules.attention import optimized_attention_masked
 from torch import Tensor
@@ -12,6 +13,7 @@ from .blocks import FP8_ATTENTION, REPEATED_TEXT, TOKENS_READ, FusedDoubleStream
 from .caching import TeaCache
 from .foreign import runs_own_blocks
 from .region import TransformerCall
+from .relied_on import BLOCKS, TRANSFORMER, check_intact, intact
 
 # Text tokens are computed in multiples of this, so that not every prompt has shapes of its own.
 TEXT_STEP = 16
@@ -50,9 +52,11 @@ class Step1XTransformer(Flux):
     def __init__(self, version, connector, depth, depth_single_blocks, text_token_mapping=False, dtype=None, device=None, operations=None, **kwargs):
         super().__init__(dtype=dtype, device=device, operations=operations, depth=0, depth_single_blocks=0, **kwargs)
         self.params.depth, self.params.depth_single_blocks = depth, depth_single_blocks
+        check_intact(TRANSFORMER)
+        double, single = (FusedDoubleStreamBlock, FusedSingleStreamBlock) if intact(BLOCKS) else (DoubleStreamBlock, SingleStreamBlock)
         block = {"mlp_ratio": self.params.mlp_ratio, "dtype": dtype, "device": device, "operations": operations}
-        self.double_blocks = torch.nn.ModuleList([FusedDoubleStreamBlock(self.hidden_size, self.num_heads, qkv_bias=self.params.qkv_bias, **block) for _ in range(depth)])
-        self.single_blocks = torch.nn.ModuleList([FusedSingleStreamBlock(self.hidden_size, self.num_heads, **block) for _ in range(depth_single_blocks)])
+        self.double_blocks = torch.nn.ModuleList([double(self.hidden_size, self.num_heads, qkv_bias=self.params.qkv_bias, **block) for _ in range(depth)])
+        self.single_blocks = torch.nn.ModuleList([single(self.hidden_size, self.num_heads, **block) for _ in range(depth_single_blocks)])
         self.version = version
         self.connector = Connector(**connector, attention=optimized_attention_masked, dtype=dtype, device=device, operations=operations)
         self.text_token_mapping = None
