@@ -28,6 +28,11 @@ GUARDED = "Guarded"
 ROUNDS_LIMIT = 10
 
 
+def task_of(inputs: dict) -> str:
+    """What tells a piece of work from another of the same node: the texts and numbers among its inputs."""
+    return repr({name: value for name, value in inputs.items() if isinstance(value, (str, int, float))})
+
+
 def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     """A twin of a node with the suffix `GUARDED`: an error, its own or one it is given, comes out of all outputs as a Failure."""
 
@@ -48,7 +53,7 @@ def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
         @classmethod
         def execute(cls, **inputs) -> io.NodeOutput:
             failure = next((value for value in inputs.values() if isinstance(value, Failure)), None)
-            output = failure or attempt(cls.hidden.unique_id, node.execute, **inputs)
+            output = failure or attempt(cls.hidden.unique_id, task_of(inputs), node.execute, **inputs)
             return io.NodeOutput(*[output] * len(node.define_schema().outputs)) if isinstance(output, Failure) else output
 
     return Guarded
@@ -206,7 +211,9 @@ class Step1XLoopJudge(io.ComfyNode):
             return io.NodeOutput(state)
         if isinstance(edited, Failure):
             return io.NodeOutput(state.after(edited, None))
-        return io.NodeOutput(state.after(edited, attempt(cls.hidden.unique_id, judge, clip, source, edited, state.loop.prompt, seed, state.loop.rules)))
+        prompt = state.loop.prompt
+        judgement = attempt(cls.hidden.unique_id, task_of({"prompt": prompt, "seed": seed}), judge, clip, source, edited, prompt, seed, state.loop.rules)
+        return io.NodeOutput(state.after(edited, judgement))
 
 
 class Step1XLoopResult(io.ComfyNode):

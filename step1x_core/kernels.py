@@ -4,6 +4,8 @@ A result can be written as e4m3 for a product on fp8 tensor cores: rounded to va
 The arithmetic is float32; where the plain path stores a value in the model's dtype before the rotary positions, so does this.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,17 @@ FP8 = torch.float8_e4m3fn
 # What one program handles, the fastest on an H200 (docs/performance.md).
 COLUMNS = 4096
 HEADS = 32
+
+
+def on_its_card(function):
+    """Triton starts a kernel on the current card, whichever its tensors lie on: this makes that of the first argument, a tensor or a list of them, current."""
+
+    @functools.wraps(function)
+    def launched(first, *args, **kwargs):
+        with torch.cuda.device_of(first[0] if isinstance(first, list) else first):
+            return function(first, *args, **kwargs)
+
+    return launched
 
 
 @triton.jit
@@ -105,6 +118,7 @@ def norm_and_rotate_kernel(qkv, q_weight, k_weight, pe, q, k, v, v_scale, text, 
         tl.store(q + batch * q_batch + token * q_token + here, queries, mask=inside)
 
 
+@on_its_card
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, out_scale: Tensor | None = None) -> Tensor:
     """Layer norm of x [B, S, C] (eps 1e-6, no weights), times 1 + scale, plus shift ([B, 1, C]) -> [B, S, C] of x's dtype, or e4m3 with out_scale []."""
     batch, tokens, columns = x.shape
@@ -115,6 +129,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, out_scale: Tensor | None =
     return out
 
 
+@on_its_card
 def fp8_scale(parts: list[Tensor]) -> Tensor:
     """float32 [], the least power of two times which e4m3 holds the largest magnitude of all parts [B, S, C], whose rows may lie apart; at least 2**-60.
 
@@ -127,6 +142,7 @@ def fp8_scale(parts: list[Tensor]) -> Tensor:
     return out
 
 
+@on_its_card
 def copy_rows(x: Tensor, out: Tensor, x_scale: Tensor | None = None, out_scale: Tensor | None = None, gelu: bool = False) -> None:
     """Write x [B, S, C], times x_scale [] and through GELU (tanh) if asked, to out [B * S, C], which is e4m3 with out_scale [].
 
@@ -137,12 +153,14 @@ def copy_rows(x: Tensor, out: Tensor, x_scale: Tensor | None = None, out_scale: 
                                                                  BLOCK=COLUMNS, SCALED=x_scale is not None, GELU=gelu, FP8_OUT=out_scale is not None)
 
 
+@on_its_card
 def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> None:
     """x + update * gate, written into x. x and update [B, S, C] (contiguous), gate [B, 1, C]."""
     batch, tokens, columns = x.shape
     add_gated_kernel[(batch * tokens, triton.cdiv(columns, COLUMNS))](x, update, gate, tokens, columns, gate.stride(0), BLOCK=COLUMNS)
 
 
+@on_its_card
 def norm_and_rotate(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, pe: Tensor, q: Tensor, k: Tensor, v: Tensor | None = None,
                     v_scale: Tensor | None = None, text: int = 0, repeats: int = 0) -> None:
     """RMS norm (eps 1e-6) and rotary positions of the queries and keys in qkv [B, S, 3, H, D], written to q [B, S, H, D] and k [B, S + repeats, H, D]; values to v as to k.

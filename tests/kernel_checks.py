@@ -92,6 +92,22 @@ def check(dtype):
             assert torch.isclose(got.float() * times, part.float(), rtol=0.126, atol=2**-9).float().mean() > 0.95
 
 
+def check_cards():
+    """Every launch has the card of its tensors as the current one: on the CPU this can only be seen by what is asked for."""
+    asked, device_of = [], torch.cuda.device_of
+    torch.cuda.device_of = lambda tensor: asked.append(tensor) or device_of(tensor)
+    try:
+        x, gate, qkv = torch.randn(1, 4, 64), torch.randn(1, 1, 64), torch.randn(1, 4, 3, 1, 32)
+        kernels.modulate(x, gate, gate)
+        kernels.fp8_scale([x])
+        kernels.copy_rows(x, torch.empty(4, 64))
+        kernels.add_gated(x, x.clone(), gate)
+        kernels.norm_and_rotate(qkv, torch.ones(32), torch.ones(32), torch.randn(1, 1, 4, 16, 2, 2), qkv[:, :, 0], qkv[:, :, 1])
+    finally:
+        torch.cuda.device_of = device_of
+    assert len(asked) == 5 and all(tensor is expected for tensor, expected in zip(asked, (x, x, x, x, qkv)))
+
+
 def attend_rounded(q, k, v):
     """What the fp8 attention of a GPU takes and gives."""
     assert q.dtype == k.dtype == v.dtype == torch.float8_e4m3fn
@@ -159,6 +175,7 @@ def check_fp8_layer():
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16):
     check(dtype)
+check_cards()
 blocks.kernels_on = lambda device: kernels
 with torch.inference_mode():
     check_blocks()

@@ -186,7 +186,13 @@ def test_a_bad_picture_is_reported_and_tried_again_in_the_next_run(client, tmp_p
     assert np.abs(inverted.astype(int) - invert(recolouring(3).source)).mean() < 20
     report = report_of(run, prompt)
     assert "1 of 2 edits made." in report and "1. picture 1" in report and "too narrow" in report
-    assert find_nodes(prompt, "Step1XBatch")[0] in client.run(prompt).executed
+    node, = find_nodes(prompt, "Step1XBatch")
+    again = client.run(prompt)
+    assert node in again.executed and "1 of 2 edits made." in report_of(again, prompt) and "is not tried again as it is" in report_of(again, prompt)
+    # It always fails: once more is enough, until something changes.
+    assert node not in client.run(prompt).executed
+    prompt[node]["inputs"]["seed"] += 1
+    assert node in client.run(prompt).executed and node in client.run(prompt).executed and node not in client.run(prompt).executed
     prompt = workflow_prompt(client, ("narrow.png", "narrow.png"), prompts="invert all colors")
     with pytest.raises(ExecutionError, match="None of the edits could be made"):
         client.run(prompt)

@@ -8,12 +8,12 @@ from comfy.text_encoders.qwen_vl import process_qwen2vl_images
 from PIL import Image
 
 from step1x_core.config import Step1XError
-from step1x_core.host.encoding import LAYOUT_KEY, decode_edit, encode_edit
+from step1x_core.host.encoding import LAYOUT_KEY, add_references, decode_edit, encode_edit
 from step1x_core.host.loading import load_text_encoder
 from step1x_core.host.qwen import picture_grid
 from step1x_core.host.sampling import flow_sigmas, sample
 from step1x_core.host.text_encoder import TEXT_ENCODER_NAME, Step1XTokenizer
-from step1x_core.images import from_uint8, resize, to_output_size, to_thinker_size, to_uint8, to_vision_size_v12, to_working_size_v12
+from step1x_core.images import from_uint8, resize, to_output_size, to_thinker_size, to_uint8, to_vision_size_v12, to_working_size, to_working_size_v12
 from step1x_core.mllm import attention_mask
 from step1x_core.positions import text_ids, vision_coordinates
 from step1x_core.prompt import IMAGE_PAD_ID
@@ -223,6 +223,15 @@ def test_encode_edit_gives_each_side_its_own_resize(clip_v12, vae, photo):
         direct = encode(clip_v12, prompt, [photo], size_level=256)
         assert torch.equal(cond, direct[0]) and all(torch.equal(extra[name], direct[1][name]) for name in EXTRAS)
     assert positive[0][0].shape[1] == negative[0][0].shape[1] + 9 and positive[0][1]["text_mask"].sum() == 3 and negative[0][1]["text_mask"].sum() == 0
+
+
+def test_further_references_are_resized_by_the_rule_of_their_version(clip, clip_v12, vae, photo):
+    further = photo.flip(2)
+    for encoder, rule in ((clip, to_working_size), (clip_v12, to_working_size_v12)):
+        sides = encode_edit(encoder, vae, photo, "make it red", "", 256)[:2]
+        for (_, extra), in add_references(list(sides), vae, [further], 128):
+            assert torch.equal(extra["reference_latents"][1], vae.encode(rule(further[0], 128)[None]))
+    assert not torch.equal(to_working_size(further[0], 128), to_working_size_v12(further[0], 128))
 
 
 def test_batches_are_merged_picture_by_picture(clip_v12, vae, photo):

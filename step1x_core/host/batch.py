@@ -50,7 +50,8 @@ def edit_batch(node_id: str, model, clip, vae, items: list[Item], negative_promp
         for index, item in enumerate(items):
             comfy.model_management.throw_exception_if_processing_interrupted()
             if not isinstance(states[index], Failure):
-                states[index] = attempt(node_id, stage, item, states[index])
+                task = f"{stage.__name__} {index} {item.number} {item.seed} {item.prompt}"
+                states[index] = attempt(node_id, task, stage, item, states[index])
             position += units
             progress.update_absolute(position)
     report = describe(items, [state.reason if isinstance(state, Failure) else None for state in states])

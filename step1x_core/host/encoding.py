@@ -102,6 +102,8 @@ def encode_pictures(vae, pictures: Tensor) -> Tensor:
 def add_references(conditionings: list[list], vae, images: list[Tensor], size_level: int) -> list[list]:
     """Conditionings with the latents of further pictures [B, H, W, C] behind the references that they have. Only the transformer sees them (experimental).
 
+    They are resized as the edited picture is, by the rule of the version whose conditionings these are.
+
     Raises Step1XError for a foreign VAE, what is no conditioning or no picture, and sizes that degenerate.
     """
     check_vae(vae)
@@ -109,7 +111,10 @@ def add_references(conditionings: list[list], vae, images: list[Tensor], size_le
         check_conditioning(conditioning, name)
     for image in images:
         check_pictures(image, "images")
-    latents = [encode_pictures(vae, torch.stack([to_working_size(picture, size_level) for picture in image])) for image in images]
+    # Its entry of the conditioning tells the layout: each version reads all its references resized in one way.
+    is_v12 = any("text_ids" in extra for conditioning in conditionings for _, extra in conditioning)
+    resize = to_working_size_v12 if is_v12 else to_working_size
+    latents = [encode_pictures(vae, torch.stack([resize(picture, size_level) for picture in image])) for image in images]
     return [[[cond, {**extra, "reference_latents": [*extra.get("reference_latents", []), *latents]}] for cond, extra in conditioning]
             for conditioning in conditionings]
 

@@ -77,11 +77,16 @@ def open_bench(dataset: str, method: str, language: str, task_types: str, limit:
     return Bench(tuple(chosen), method, results_folder())
 
 
-def bench_fingerprint(dataset: str, method: str) -> str:
-    """Another text whenever a file of the dataset, a result or a judgement changes."""
-    folder = results_folder() / check_name(method, "name of a method")
-    files = sorted([*folder.glob("fullset/*/*/*.png"), *folder.glob("scores/*/*.jsonl")])
-    files += dataset_files(dataset_path(dataset.strip())) if dataset.strip() else []
+def bench_fingerprint(dataset: str | None, method: str | None) -> str:
+    """Another text whenever a file of the dataset, a result or a judgement changes.
+
+    None is a connected input: the host does not know its value yet, and the node that it comes from has its own fingerprint. Without
+    the method's name those of all methods count.
+    """
+    folder = results_folder() / check_name(method, "name of a method") if method is not None else results_folder()
+    depth = "" if method is not None else "*/"
+    files = sorted([*folder.glob(f"{depth}fullset/*/*/*.png"), *folder.glob(f"{depth}scores/*/*.jsonl")])
+    files += dataset_files(dataset_path(dataset.strip())) if dataset and dataset.strip() else []
     state = hashlib.sha256()
     for path in files:
         status = path.stat()

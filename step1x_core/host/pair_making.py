@@ -129,10 +129,16 @@ def dataset_folder(name: str) -> Path:
     return Path(folder_paths.get_output_directory(), DATASETS, check_name(name, "name of a dataset"))
 
 
-def journal_state(name: str) -> str:
-    """Another text whenever pairs were added, or the dataset was deleted."""
-    path = dataset_folder(name) / JOURNAL
-    return f"{path.stat().st_size} {path.stat().st_mtime_ns}" if path.is_file() else ""
+def journal_state(name: str | None) -> str:
+    """Another text whenever pairs were added, or the dataset was deleted.
+
+    name: None is a connected input, whose value the host does not know yet: then every dataset counts.
+    """
+    if name is None:
+        journals = sorted(Path(folder_paths.get_output_directory(), DATASETS).glob(f"*/{JOURNAL}"))
+    else:
+        journals = [path for path in [dataset_folder(name) / JOURNAL] if path.is_file()]
+    return " ".join(f"{path.parent.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in journals)
 
 
 def save_pairs(pairs: tuple[Pair, ...], name: str) -> tuple[str, str]:

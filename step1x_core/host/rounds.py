@@ -16,8 +16,12 @@ log = logging.getLogger(__name__)
 # Without a cache (--cache-none) the host runs a finished node again for everyone who asks for its result later.
 HOST_KEEPS_RESULTS = not comfy.cli_args.args.cache_none
 
-# How many errors each node has turned into a Failure, by its id in the graph.
+# How often the same thing is tried before its Failure is kept like any result.
+TRIES = 2
+# How many errors each node has turned into a Failure that is tried again, by its id in the graph.
 _failures: Counter[str] = Counter()
+# How often in a row a node failed at a task, by its id, the task and the kind of error.
+_repeats: Counter[tuple] = Counter()
 
 
 @dataclass(frozen=True)
@@ -27,25 +31,36 @@ class Failure:
     reason: str
 
 
-def attempt(node_id: str, function, *args, **kwargs):
+def attempt(node_id: str, task: str, function, *args, **kwargs):
     """What the function returns, or a Failure. Only the host's cancel gets through.
 
-    After running out of memory the models are unloaded, as the host does when a node fails.
+    task: what tells this piece of the node's work from others, such as an instruction and a seed. After the same kind of error in `TRIES`
+    runs the Failure says that it is kept. After running out of memory the models are unloaded, as the host does when a node fails.
     """
     try:
-        return function(*args, **kwargs)
+        result = function(*args, **kwargs)
     except comfy.model_management.InterruptProcessingException:
         raise
     except Exception as problem:
         log.warning("A part of the run failed; the rest is kept.", exc_info=True)
         if comfy.model_management.is_oom(problem):
             comfy.model_management.unload_all_models()
-        _failures[node_id] += 1
-        return Failure(f"{type(problem).__name__}: {problem}")
+        reason, key = f"{type(problem).__name__}: {problem}", (node_id, task, type(problem))
+        _repeats[key] += 1
+        if _repeats[key] < TRIES:
+            _failures[node_id] += 1
+            return Failure(reason)
+        return Failure(f"{reason} (This failed {_repeats[key]} times and is not tried again as it is: change an input.)")
+    for key in [key for key in _repeats if key[:2] == (node_id, task)]:
+        del _repeats[key]
+    return result
 
 
 def failures(node_id: str) -> int:
-    """Failures so far of a node and of those it was expanded to. As part of a fingerprint: a Failure is not kept, the next run tries again."""
+    """Failures so far of a node and of those it was expanded to, without those that are kept.
+
+    As part of a fingerprint: a Failure is not kept, the next run tries again, until it has been tried `TRIES` times.
+    """
     return sum(count for name, count in _failures.items() if name == node_id or name.startswith(f"{node_id}."))
 
 
