@@ -149,7 +149,7 @@ class Step1XGEditJudge(io.ComfyNode):
 
     @classmethod
     def execute(cls, bench, clip, judge, seed, again) -> io.NodeOutput:
-        check_widgets(cls, judge=judge, seed=seed)
+        check_widgets(cls, judge=judge, seed=seed, again=again)
         check_bench(bench)
         return io.NodeOutput(bench, judge_bench(bench, clip, judge, seed, again))
 

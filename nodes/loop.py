@@ -123,7 +123,7 @@ class Step1XReflectionLoop(io.ComfyNode):
             if len(entries) != 1:
                 raise Step1XError(f"The input '{name}' brings a list of {len(entries)}; the loop edits one picture at a time. Queue them one by one.")
         values = {name: entries[0] for name, entries in lists.items()}
-        check_widgets(cls, **{name: values[name] for name in ("prompt", "negative_prompt", "size_level", "seed", "steps", "cfg", "rounds", "sampler_name")})
+        check_widgets(cls, **{name: values[name] for name in ("prompt", "negative_prompt", "size_level", "seed", "steps", "cfg", "rounds", "think", "reflect", "sampler_name")})
         seed, think, reflect = values["seed"], values["think"], values["reflect"]
         # What would fail later would cost a thought or a picture.
         check_model(values["model"])

@@ -211,7 +211,8 @@ class Step1XPairFilter(io.ComfyNode):
 
     @classmethod
     def execute(cls, pairs, min_semantics, min_quality, min_change, max_change, unjudged) -> io.NodeOutput:
-        check_widgets(cls, min_semantics=min_semantics, min_quality=min_quality, min_change=min_change, max_change=max_change)
+        check_widgets(cls, min_semantics=min_semantics, min_quality=min_quality, min_change=min_change, max_change=max_change,
+                      unjudged=unjudged)
         check_pairs(pairs)
         return io.NodeOutput(*sift(pairs, Thresholds(min_semantics, min_quality, min_change, max_change, unjudged)))
 

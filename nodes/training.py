@@ -122,7 +122,8 @@ class Step1XTrainLora(io.ComfyNode):
     def execute(cls, model, dataset, name, steps, learning_rate, rank, alpha, batch_size, accumulation, seed, resume, save_every, validate_every, schedule, warmup, ema,
                 gradient_checkpointing, vae=None) -> io.NodeOutput:
         check_widgets(cls, name=name, steps=steps, learning_rate=learning_rate, rank=rank, alpha=alpha, batch_size=batch_size, accumulation=accumulation, seed=seed,
-                      save_every=save_every, validate_every=validate_every, schedule=schedule, warmup=warmup, ema=ema)
+                      save_every=save_every, validate_every=validate_every, schedule=schedule, warmup=warmup, ema=ema, resume=resume,
+                      gradient_checkpointing=gradient_checkpointing)
         check_model(model)
         check_kind(dataset, EditDataset, "dataset", "'Step1X-Edit Dataset'")
         if vae is not None:

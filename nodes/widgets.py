@@ -8,6 +8,11 @@ from ..step1x_core.config import Step1XError
 
 
 def fits(entry: io.Input, value) -> bool:
+    if isinstance(entry, io.Boolean.Input):
+        # Other packs hand over 0 and 1; a text is true whatever it says.
+        return isinstance(value, numbers.Integral) and value in (0, 1)
+    if isinstance(value, bool) and not isinstance(entry, io.Combo.Input):
+        return False
     if isinstance(entry, io.Int.Input):
         return isinstance(value, numbers.Integral) and entry.min <= value <= entry.max
     if isinstance(entry, io.Float.Input):
@@ -18,6 +23,8 @@ def fits(entry: io.Input, value) -> bool:
 
 
 def wanted(entry: io.Input) -> str:
+    if isinstance(entry, io.Boolean.Input):
+        return "true or false"
     if isinstance(entry, io.Int.Input):
         return f"a whole number from {entry.min} to {entry.max}"
     if isinstance(entry, io.Float.Input):
@@ -28,7 +35,7 @@ def wanted(entry: io.Input) -> str:
 def check_widgets(node: type[io.ComfyNode], **values) -> None:
     """Raise Step1XError for values that the node's widgets do not offer.
 
-    values: by the names of the inputs, which are numbers, texts and lists of choices.
+    values: by the names of the inputs, which are numbers, texts, switches and lists of choices.
     """
     for entry in node.define_schema().inputs:
         if entry.id in values and not fits(entry, values[entry.id]):

@@ -1,9 +1,13 @@
 """Checks on what comes in from other nodes: whether it is a picture, a mask, a latent or a conditioning at all, and holds numbers."""
 
+import logging
+
 import torch
 from torch import Tensor
 
 from .config import Step1XError
+
+log = logging.getLogger(__name__)
 
 BAD_LATENT = "The latent holds values that are no numbers (NaN or infinity), so no picture can come of it. Look at the node that made it."
 
@@ -14,12 +18,19 @@ def describe(value) -> str:
 
 
 def check_pictures(pictures: Tensor, name: str) -> None:
-    """Raise Step1XError unless the input `name` brings pictures: a floating-point tensor [B, H, W, C] without a side of length 0."""
+    """Raise Step1XError unless the input `name` brings pictures: a floating-point tensor [B, H, W, C] without a side of length 0.
+
+    Values that are no numbers are read as black (NaN) or cut to 0..1; a warning in the log tells.
+    """
     if not torch.is_tensor(pictures) or pictures.ndim != 4 or not pictures.is_floating_point():
         raise Step1XError(f"The input '{name}' brings no picture but {describe(pictures)}; pictures are floating-point tensors [batch, height, width, channels]. "
                           "Connect an output of the type IMAGE.")
     if 0 in pictures.shape:
         raise Step1XError(f"There is no picture to edit: the image batch is empty, the input '{name}' has the shape {list(pictures.shape)}. Connect a picture.")
+    broken = int((~torch.isfinite(pictures)).sum())
+    if broken:
+        log.warning("%d of the %d values that the input '%s' brings are no numbers (NaN or infinity); NaN is taken for black. Look at the node that made them; "
+                    "a VAE whose precision is too low needs ComfyUI started with --fp32-vae.", broken, pictures.numel(), name)
 
 
 def check_mask(mask: Tensor) -> None:

@@ -32,10 +32,16 @@ def diffsynth_names(depth: int, depth_single: int) -> dict[str, str]:
 
 
 def official_alphas(lora: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give modules whose stored alpha is 0 an alpha equal to their rank: the official merge reads 0 as unset, the host as "no effect"."""
+    """Give modules whose stored alpha is 0 an alpha equal to their rank: the official merge reads 0 as unset, the host as "no effect".
+
+    Of other forms than plain LoRA the alpha is left out, which means the same.
+    """
     out = dict(lora)
     for key, alpha in lora.items():
-        down = key.removesuffix(ALPHA) + ".lora_down.weight"
-        if key.endswith(ALPHA) and alpha.item() == 0 and down in lora:
-            out[key] = alpha.new_tensor(lora[down].shape[0])
+        if key.endswith(ALPHA) and alpha.item() == 0:
+            down = key.removesuffix(ALPHA) + ".lora_down.weight"
+            if down in lora:
+                out[key] = alpha.new_tensor(lora[down].shape[0])
+            else:
+                out.pop(key)
     return out

@@ -13,8 +13,10 @@ from diffusers_layout import diffusers_repository, to_diffusers
 from safetensors.torch import load_file
 from utils.extra_config import load_extra_path_config
 
+from step1x_core.checkpoint import is_model_folder
 from step1x_core.config import Step1XError
-from step1x_core.host.folders import choices, resolve
+from step1x_core.host import folders
+from step1x_core.host.folders import choices, model_folders, resolve
 from step1x_core.host.loading import load_model, load_text_encoder, load_vae
 
 KINDS = (("diffusion_models", "transformer"), ("text_encoders", "text_encoder"), ("vae", "vae"))
@@ -114,6 +116,42 @@ def test_of_equal_folders_the_first_is_taken(host_folders, models):
     weights = to_diffusers(load_file(models / "diffusion_models" / tiny_models.V12_FILE))
     folders = [diffusers_repository(host_folders / name / "same", weights) for name in ("unet", "diffusers")]
     assert choices("diffusion_models", "transformer") == {"same/": str(folders[0])}
+
+
+def test_folders_are_read_once_until_something_in_them_changes(tmp_path, monkeypatch):
+    looked = []
+    monkeypatch.setattr(folders, "is_model_folder", lambda folder: looked.append(folder) or is_model_folder(folder))
+    repository = tmp_path / "models" / "group" / "repository"
+    (repository / "transformer").mkdir(parents=True)
+    (tmp_path / "models" / "other").mkdir()
+
+    def found():
+        looked.clear()
+        return [folder.name for folder in model_folders(tmp_path / "models", "transformer")]
+
+    def settle():
+        for folder, _, _ in os.walk(tmp_path):
+            os.utime(folder, (1, 1))
+
+    assert found() == [] and looked
+    # Just changed, so that it could change again unseen.
+    assert found() == [] and looked
+    settle()
+    assert found() == [] and looked
+    assert [found(), found(), looked] == [[], [], []]
+    (repository / "transformer" / "config.json").write_text("{}")
+    (repository / "transformer" / "a.safetensors").write_bytes(b"")
+    assert found() == ["repository"] and looked
+    settle()
+    assert found() == ["repository"] and found() == ["repository"] and not looked
+    shutil.rmtree(repository)
+    assert found() == [] and looked
+    settle()
+    found()
+    shutil.rmtree(tmp_path / "models")
+    assert found() == [] and found() == [] and not looked
+    shutil.copytree(Path(__file__).parent, tmp_path / "models" / "new", ignore=lambda folder, names: names)
+    assert found() == [] and looked
 
 
 def test_a_file_that_is_gone_is_named_with_the_folders_that_were_searched(host_folders):

@@ -1,10 +1,12 @@
 """The content gate: a tiny classifier that was trained to find red pictures, words and questions about the instruction, and what takes a picture's place."""
 
+import gc
 import io
 import itertools
 import json
 import os
 import socket
+import weakref
 from pathlib import Path
 
 import folder_paths
@@ -241,8 +243,32 @@ def copy_classifier(models_dir, name, drop=(), **changes):
     return target
 
 
-def test_only_whole_safe_classifier_folders_are_offered_and_opened(models_dir, monkeypatch):
-    monkeypatch.setattr(host_gate, "kept_classifier", host_gate.kept_classifier.__wrapped__)
+def test_no_classifier_is_kept_between_runs(monkeypatch):
+    opened, load = [], host_gate.load_classifier
+
+    def watched(folder):
+        classifier = load(folder)
+        opened.append(weakref.ref(classifier.model))
+        return classifier
+
+    monkeypatch.setattr(host_gate, "load_classifier", watched)
+    for _ in range(2):
+        check(GREEN)
+    gc.collect()
+    assert len(opened) == 2 and all(model() is None for model in opened)
+
+
+def test_a_picture_without_numbers_does_not_pass_as_a_black_one():
+    for value in (float("nan"), float("inf")):
+        broken = GREEN.clone()
+        broken[0, 3, 4, 1] = value
+        for settings in ({}, {"classifier": NONE, "words": "blood", "prompt": "x"}):
+            with pytest.raises(Step1XError, match="'images' of the content gate holds values that are no numbers.*--fp32-vae"):
+                check(broken, **settings)
+        assert check(broken, OFF)[0] is broken
+
+
+def test_only_whole_safe_classifier_folders_are_offered_and_opened(models_dir):
     assert set(classifier_folders()) == {"group/red-finder"} and folder_paths.get_folder_paths("image_classification") == [str(models_dir / "image_classification")]
     pickled = copy_classifier(models_dir, "pickled", drop=("model.safetensors",))
     torch.save({}, pickled / "pytorch_model.bin")

@@ -1,10 +1,13 @@
 """Sizes and 8-bit conversions."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from step1x_core.checks import check_pictures
 from step1x_core.config import Step1XError
 from step1x_core.images import from_uint8, to_output_size, to_uint8, to_vision_size, to_working_size, truncate_uint8, vision_sizes, working_size
 
@@ -72,3 +75,13 @@ def test_degenerate_sizes_are_refused_in_words():
     assert working_size(15500, 100, 512) == (6368, 32)
     with pytest.raises(Step1XError, match="6368x32 pixels is too long for the language model"):
         vision_sizes(6368, 32)
+
+
+def test_a_picture_with_values_that_are_no_numbers_is_told_of(caplog):
+    picture = torch.zeros(1, 4, 5, 3)
+    with caplog.at_level(logging.WARNING):
+        check_pictures(picture, "image")
+        assert not caplog.records
+        picture[0, 0, 0, :2] = torch.tensor([float("nan"), float("inf")])
+        check_pictures(picture, "image")
+    assert "2 of the 60 values that the input 'image' brings are no numbers" in caplog.text and "--fp32-vae" in caplog.text

@@ -148,6 +148,16 @@ def test_partly_loaded_model_computes_the_same(files):
     assert torch.equal(predict(partly), predict(whole))
 
 
+def test_room_is_made_before_matrices_go_to_the_card_to_be_scaled(files, monkeypatch):
+    weights, calls, convert = load_file(files["v1.1"]), [], loading.converted
+    device = comfy.model_management.get_torch_device()
+    monkeypatch.setattr(comfy.model_management, "free_memory", lambda size, device, *args, **kwargs: calls.append((size, device)))
+    monkeypatch.setattr(loading, "converted", lambda name, tensor, *args: calls.append(tensor.numel()) or convert(name, tensor, *args))
+    loading.scaled_fp8(weights)
+    (size, where), *numbers = calls
+    assert where == device and numbers and size >= 4 * 4 * max(numbers)
+
+
 def test_scaled_fp8_file_loads_through_the_hosts_quantised_format(files, tmp_path):
     weights = load_file(files["v1.1"])
     scaled = {"scaled_fp8": torch.zeros(2, dtype=FLOAT8)}

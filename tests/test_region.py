@@ -268,6 +268,12 @@ def test_a_conditioning_that_begins_later_is_computed_in_full(model, edit):
     assert torch.isfinite(run(guided_late, edit, steps=12)).all() and max(shares(patched)[3:-1]) > min(shares(patched)[3:-1])
 
 
+def test_steps_in_which_no_conditioning_is_in_force(model, edit):
+    late = [[[side[0][0], side[0][1] | {"start_percent": 0.6}]] for side in edit[:2]]
+    patched = apply_region(model, RegionSettings(similarity=-0.15, reuse=0.0, refreshes=0))
+    assert torch.isfinite(run(patched, (*late, edit[2]), steps=6)).all() and shares(patched)[0] == 0.0 < shares(patched)[-1]
+
+
 class Stop(Exception):
     pass
 

@@ -146,6 +146,35 @@ def test_limiter_chains_with_other_pre_cfg_hooks(model, edit):
     assert "sampler_cfg_function" not in patched.model_options
 
 
+def test_cfg_one_leaves_the_unconditional_pass_out_where_the_limiter_does_nothing(loud_model, edit):
+    rows = []
+
+    def count(executor, x, *args, **kwargs):
+        rows.append(len(x))
+        return executor(x, *args, **kwargs)
+
+    def counted(model, **settings):
+        patched = model.clone()
+        patched.add_wrapper("diffusion_model", count)
+        rows.clear()
+        return run(patched, edit, steps=8, **settings), list(rows)
+
+    limited = int((flow_sigmas(8, edit[2]["samples"])[:-1] > 0.93).sum())
+    out, passes = counted(loud_model, cfg=1.0)
+    assert 0 < limited < 8 and sum(passes) == 8 + limited and passes[-1] == 1
+    assert sum(counted(loud_model, cfg=1.5)[1]) == 16
+    # Behind the limited steps: what the host does at CFG 1, to the bit.
+    late, passes = counted(loud_model, cfg=1.0, denoise=0.5)
+    assert torch.equal(late, counted(set_norm_limiter(loud_model, NormLimiter(truncate=1.0)), cfg=1.0, denoise=0.5)[0]) and set(passes) == {1}
+    # In the limited steps: as before, up to the rounding of what is added and taken away again; a hook that may look at the other pass gets it.
+    watched = loud_model.clone()
+    watched.set_model_sampler_pre_cfg_function(lambda args: args["conds_out"])
+    both, passes = counted(watched, cfg=1.0)
+    assert sum(passes) == 16
+    torch.testing.assert_close(out, both, rtol=1e-3, atol=1e-3)
+    assert sum(counted(set_norm_limiter(loud_model, NormLimiter(truncate=0.0)), cfg=1.0)[1]) == 16
+
+
 def test_cfg_one_still_uses_the_unconditional_pass_where_the_limiter_needs_it(loud_model, edit, clip, vae, photo):
     model = loud_model
     other_negative = (edit[0], encode_edit(clip, vae, photo, "x", "something else", 256)[1], edit[2])

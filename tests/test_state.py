@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import inspect
 import os
 
 import comfy.model_management
@@ -107,3 +108,20 @@ def test_other_work_other_errors_and_a_success_give_new_tries(counted):
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         attempt("7", "edit 1", fail, comfy.model_management.InterruptProcessingException)
     assert failures("7") == before + 1
+
+
+def test_switches_are_checked_like_every_widget(classes):
+    check = classes["Step1XTrainLora"].execute.__globals__["check_widgets"]
+    for name, node in classes.items():
+        for entry in node.GET_SCHEMA().inputs:
+            if type(entry).__qualname__ != "Boolean.Input":
+                continue
+            for value in (True, False, 0, 1):
+                check(node, **{entry.id: value})
+            for value in ("False", None, 2, 0.5, [True]):
+                with pytest.raises(ValueError, match=f"'{entry.id}' brings .* but it takes true or false"):
+                    check(node, **{entry.id: value})
+            # It is among those that the node hands over, too.
+            assert f"{entry.id}={entry.id}" in inspect.getsource(node.execute) or f'"{entry.id}"' in inspect.getsource(node.execute), f"{name}.{entry.id}"
+    with pytest.raises(ValueError, match="'seed' brings 'True'"):
+        check(classes["Step1XSampler"], seed=True)

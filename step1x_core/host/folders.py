@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+import time
 from pathlib import Path
 
 import folder_paths
@@ -17,16 +17,51 @@ log = logging.getLogger(__name__)
 FOLDER_DEPTH = 3
 # Folders of earlier packs in the models folder, and whose files they hold.
 EARLIER_FOLDERS = {"diffusion_models": "Step1x-Edit", "vae": "Step1x-Edit", "text_encoders": "MLLM"}
+# A folder that changed less than so long before it was read may change again without its time telling: file systems count in steps.
+SETTLED_NS = 2_000_000_000
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
 
-def model_folders(root: Path, subfolder: str, depth: int = FOLDER_DEPTH) -> Iterator[Path]:
-    """Hugging Face model folders and diffusers repositories with the model in `subfolder`, at most `depth` levels below `root`; none lies within another."""
+# What was found below a folder, by it and the subfolder, with the times of all folders that were looked into.
+_scans: dict[tuple[Path, str], tuple[dict[Path, int], list[Path]]] = {}
+
+
+def folder_time(path: Path) -> int:
+    """When something was last added to a folder or taken out of it, in ns; -1 where there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return -1
+
+
+def model_folders(root: Path, subfolder: str) -> list[Path]:
+    """Hugging Face model folders and diffusers repositories with the model in `subfolder`, at most `FOLDER_DEPTH` levels below `root`; none lies within another.
+
+    The host asks for a node's choices several times in each run; the folders are read again only when one of them has changed.
+    """
+    kept = _scans.get((root, subfolder))
+    if kept is None or any(folder_time(path) != changed for path, changed in kept[0].items()):
+        times: dict[Path, int] = {}
+        started = time.time_ns()
+        found = scan(root, subfolder, times)
+        _scans.pop((root, subfolder), None)
+        if all(changed < started - SETTLED_NS for changed in times.values()):
+            _scans[root, subfolder] = times, found
+        return found
+    return list(kept[1])
+
+
+def scan(root: Path, subfolder: str, times: dict[Path, int], depth: int = FOLDER_DEPTH) -> list[Path]:
+    """What `model_folders` finds. times: gets the time of every folder that is looked into, taken before that."""
+    times[root] = folder_time(root)
+    found = []
     for folder in sorted(path for path in root.glob("*") if path.is_dir()):
+        times |= {path: folder_time(path) for path in (folder, folder / subfolder)}
         if is_model_folder(folder) or (folder / subfolder).is_dir() and is_model_folder(folder / subfolder):
-            yield folder
+            found.append(folder)
         elif depth > 1 and not (folder / "model_index.json").is_file():
-            yield from model_folders(folder, subfolder, depth - 1)
+            found += scan(folder, subfolder, times, depth - 1)
+    return found
 
 
 def earlier_folders(folder_name: str) -> list[Path]:

@@ -2,14 +2,13 @@
 
 import logging
 import os
-from functools import lru_cache
 from pathlib import Path
 
 import folder_paths
 import torch
 from torch import Tensor
 
-from ..checks import check_pictures
+from ..checks import check_finite, check_pictures
 from ..classifier import Classifier, classify, is_classifier, load_classifier
 from ..config import Step1XError
 from ..gate import ACTIONS, OFF, QUESTION_SYSTEM, Finding, describe, entries, find_labels, forbidden_words, plain, read_answer, treat, unsafe_scores
@@ -35,24 +34,17 @@ def classifier_folders() -> dict[str, Path]:
     return found
 
 
-def files_state(folder: Path) -> tuple:
-    return tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir()) if path.is_file())
-
-
-@lru_cache(maxsize=1)
-def kept_classifier(folder: Path, state: tuple) -> Classifier:
-    """The classifier of the last run, as long as its files have the same state."""
-    return load_classifier(folder)
-
-
 def open_classifier(name: str) -> Classifier:
-    """Raises Step1XError for a name that is not offered and as `load_classifier` does."""
+    """The classifier, read anew for each run: kept, its memory would be lost to the host, which cannot unload what it does not know.
+
+    Raises Step1XError for a name that is not offered and as `load_classifier` does.
+    """
     folders = classifier_folders()
     if name not in folders:
         searched = ", ".join(folder_paths.get_folder_paths(FOLDER))
         raise Step1XError(f"The classifier '{name}' is not in the {FOLDER} folder (any more); searched: {searched}. "
                           "Refresh the node list and choose it again.")
-    return kept_classifier(folders[name], files_state(folders[name]))
+    return load_classifier(folders[name])
 
 
 def refusal(prompt: str, words: str, question: str, clip) -> str:
@@ -93,6 +85,9 @@ def gate(images: Tensor, action: str, classifier: str, unsafe_labels: str, thres
     check_pictures(images, "images")
     if action == OFF:
         return images, 0, "The content gate is off: nothing was checked."
+    # They would be black to the classifier, and something else to whatever saves them.
+    check_finite(images, "The input 'images' of the content gate holds values that are no numbers (NaN or infinity), so nothing can be said about them. "
+                         "Look at the node that made them; a VAE whose precision is too low needs ComfyUI started with --fp32-vae.")
     if classifier == NONE and not entries(words) and not plain(question):
         raise Step1XError("The content gate is on but has nothing to check by. Choose a classifier, or list words or a question for the instruction; "
                           "or set 'action' to off.")

@@ -41,6 +41,10 @@ DIFFUSERS_VAE_KEY = "decoder.up_blocks.0.resnets.0.norm1.weight"
 FLUX_KEYS = (("double_blocks.0.img_attn.qkv.weight",), ("x_embedder.weight", "single_transformer_blocks.0.proj_mlp.weight"))
 
 
+# How many float32 copies of a matrix there are while it is converted to scaled fp8, at most.
+FLOATS_AT_A_TIME = 4
+
+
 @contextmanager
 def naming(name: str):
     """Turn the errors that the host and torch raise for weights they do not expect (of another shape, of an unknown quantisation) into one that names the file."""
@@ -182,6 +186,9 @@ def scaled_fp8(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if any(key.split(".")[-1] in SCALES for key in state_dict):
         return state_dict
     device = comfy.model_management.get_torch_device()
+    # One matrix at a time, with room for it in float32 and what is made of it; the host does not know of them.
+    largest = max((tensor.numel() for name, tensor in state_dict.items() if MODEL_LAYERS.fullmatch(name)), default=0)
+    comfy.model_management.free_memory(largest * FLOATS_AT_A_TIME * 4, device)
     out = {}
     for name, tensor in state_dict.items():
         comfy.model_management.throw_exception_if_processing_interrupted()

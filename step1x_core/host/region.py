@@ -119,7 +119,7 @@ class RegionDenoiser:
     def prepare(self, executor, model, noise_shape, conds, **kwargs):
         """Around the host's estimate of memory: to it the cache looks like further pictures of the batch."""
         size = self.cache_bytes(noise_shape, conds, model.model.get_dtype_inference().itemsize)
-        pictures = math.ceil(size / model.model.memory_required([1, *noise_shape[1:]]))
+        pictures = math.ceil(size / max(1, model.model.memory_required([1, *noise_shape[1:]])))
         return executor(model, [noise_shape[0] + pictures, *noise_shape[1:]], conds, **kwargs)
 
     def cache_bytes(self, noise_shape, conds: dict, itemsize: int) -> int:
@@ -135,7 +135,8 @@ class RegionDenoiser:
         def denoise(mode):
             self.mode, self.call_shares = mode, []
             out = executor(x, timestep, model_options, seed)
-            self.step_shares.append(sum(self.call_shares) / len(self.call_shares))
+            # A step in which no conditioning is in force calls nothing.
+            self.step_shares.append(sum(self.call_shares) / max(len(self.call_shares), 1))
             return out
 
         run, sigma = self.run, timestep.max()

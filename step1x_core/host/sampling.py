@@ -1,5 +1,6 @@
 """Sampling through the host's own sampler machinery."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..checks import BAD_LATENT, check_conditioning, check_finite, latent_samples
@@ -17,6 +19,7 @@ from ..schedule import image_to_image_start, latent_tokens, sigma_schedule
 from .model import Step1XEditModel, check_latent_shape
 
 HOOKS = "sampler_pre_cfg_function"
+CFG1_KEY = "step1x_cfg1"
 COND_BATCH = "sampler_calc_cond_batch_function"
 SAMPLERS = comfy.samplers.SAMPLER_NAMES
 
@@ -28,18 +31,46 @@ def check_model(model) -> None:
         raise Step1XError(f"This is not a Step1X-Edit model but {type(network).__name__}. Connect the model from 'Load Step1X-Edit Model'.")
 
 
+@dataclass(frozen=True)
+class Cfg1Saving:
+    """Around the guided prediction: at CFG 1 the unconditional pass is left out of the steps that the limiter leaves alone.
+
+    Those steps are the host's own at CFG 1, to the last bit. Where another hook is in place, which may look at that pass, all is as the
+    model's options say. truncate: the limiter's.
+    """
+
+    truncate: float
+
+    def __call__(self, executor, x, timestep, model_options={}, seed=None) -> Tensor:
+        cfg = getattr(executor.class_obj, "cfg", None)
+        alone = [type(hook) for hook in model_options.get(HOOKS, [])] == [NormLimiter] and not has_cfg_functions(model_options)
+        if alone and isinstance(cfg, (int, float)) and math.isclose(cfg, 1.0):
+            # Compared in float32, as the limiter does.
+            if not (timestep > torch.full((), self.truncate, dtype=torch.float32, device=timestep.device)).any():
+                model_options = model_options | {"disable_cfg1_optimization": False}
+        return executor(x, timestep, model_options, seed)
+
+
+def has_cfg_functions(model_options: dict) -> bool:
+    return "sampler_post_cfg_function" in model_options or "sampler_cfg_function" in model_options
+
+
 def set_norm_limiter(model, limiter: NormLimiter):
     """A clone of the model with this norm limiter among its pre-CFG hooks, in place of any earlier one.
 
-    The unconditional pass is kept at CFG 1 while the limiter is active: in v1.0 and v1.1 it still shapes the early steps.
+    The unconditional pass is kept at CFG 1 in the steps in which the limiter is active: in v1.0 and v1.1 it still shapes the early ones.
     """
     model = model.clone()
     options = model.model_options
     options[HOOKS] = [hook for hook in options.get(HOOKS, []) if not isinstance(hook, NormLimiter)]
-    if not (options[HOOKS] or "sampler_post_cfg_function" in options or "sampler_cfg_function" in options):
+    if not (options[HOOKS] or has_cfg_functions(options)):
         # Left by an earlier limiter: no other hook asked for it.
         options.pop("disable_cfg1_optimization", None)
-    model.set_model_sampler_pre_cfg_function(limiter, disable_cfg1_optimization=limiter.truncate < 1 and model_version(model).uncond_at_cfg1)
+    shapes_cfg1 = limiter.truncate < 1 and model_version(model).uncond_at_cfg1
+    model.set_model_sampler_pre_cfg_function(limiter, disable_cfg1_optimization=shapes_cfg1)
+    model.remove_wrappers_with_key(WrappersMP.PREDICT_NOISE, CFG1_KEY)
+    if shapes_cfg1:
+        model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, CFG1_KEY, Cfg1Saving(limiter.truncate))
     return model
 
 
