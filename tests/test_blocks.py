@@ -140,8 +140,7 @@ def test_compiling_breaks_no_graph_and_only_new_shapes_compile_again(double, sin
 
 def test_triton_kernels_agree_with_torch():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    if sys.platform != "linux":
-        pytest.skip("Triton is published for Linux only")
+    pytest.importorskip("triton", reason="Triton, which is published for Linux only, is not installed")
     done = subprocess.run([sys.executable, Path(__file__).parent / "kernel_checks.py"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "kernels agree" in done.stdout
