@@ -11,10 +11,12 @@ from ..config import Step1XError
 from ..region import RegionRun, RegionSettings, step_at, token_rows
 from ..schedule import latent_tokens
 from .attention import cudnn_first, cudnn_is_fastest
+from .foreign import check_alone, refuse_shared, stand_alone
 
 log = logging.getLogger(__name__)
 
 WRAPPER_KEY = "step1x_region"
+NODE = "Step1X-Edit Region Denoising"
 
 
 class TransformerCall:
@@ -135,6 +137,8 @@ class RegionDenoiser:
         def denoise(mode):
             self.mode, self.call_shares = mode, []
             out = executor(x, timestep, model_options, seed)
+            if not self.call_shares:
+                refuse_shared(NODE, {"forward"})
             self.step_shares.append(sum(self.call_shares) / len(self.call_shares))
             return out
 
@@ -158,6 +162,7 @@ class RegionDenoiser:
 
     def forward(self, executor, x, timestep, context, y, guidance, ref_latents, control, transformer_options, **kwargs):
         """Around one call of the transformer, which may serve several conditionings: x [conditionings * B, C, h, w] -> velocity."""
+        check_alone(executor.class_obj, transformer_options)
         conds, rows = transformer_options["uuids"], None
         references = sum(latent_tokens(*latent.shape[-2:]) for latent in ref_latents or ())
         tokens = latent_tokens(*x.shape[-2:]) + references
@@ -183,6 +188,7 @@ def apply_region(model, settings: RegionSettings):
     for kind, wrapper in wrappers.items():
         model.remove_wrappers_with_key(kind, WRAPPER_KEY)
         model.add_wrapper_with_key(kind, WRAPPER_KEY, wrapper)
+    model.model_options = stand_alone(model.model_options, NODE)
     return model
 
 
