@@ -440,6 +440,7 @@ REFUSED = {
     "FluxKontextMultiReferenceLatentMethod": ("fixed place for them. Remove that node", lambda demo: {
         "positive": run("FluxKontextMultiReferenceLatentMethod", conditioning=demo.edit()[0], reference_latents_method="uxo/uno")[0]}),
     "FluxKVCache": ("reads it anew in every step. Remove that node", lambda demo: {"model": run("FluxKVCache", model=demo.model)[0]}),
+    "ModelSamplingSD3": ("Remove the ModelSampling node", lambda demo: {"model": run("ModelSamplingSD3", model=demo.model)[0]}),
     "ControlNet": ("there is none for Step1X-Edit.* Remove 'Apply ControlNet'", lambda demo: dict(zip(("positive", "negative"), controlled(demo)))),
     "ConditioningSetArea": ("Use 'Conditioning \\(Set Mask\\)'", lambda demo: {
         "positive": run("ConditioningSetArea", conditioning=demo.edit()[0], width=SIZE, height=SIZE // 2, x=0, y=0, strength=1.0)[0]}),
@@ -461,6 +462,32 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing_behind(demo, name):
         demo.ksampler(**inputs(demo))
     assert re.sub(r"\b\d+\b", "N", re.sub(r"\[.*?\]", "[...]", str(info.value))) in DOCS.read_text(encoding="utf-8")
     assert difference(demo.ksampler(steps=1), before) == 0
+
+
+@pytest.mark.parametrize("node, inputs", [
+    ("ModelSamplingSD3", {"shift": 1.0}), ("ModelSamplingStableCascade", {}), ("ModelSamplingContinuousV", {}),
+    *(("ModelSamplingDiscrete", {"sampling": sampling}) for sampling in ("eps", "v_prediction", "lcm", "x0", "img_to_img")),
+    *(("ModelSamplingContinuousEDM", {"sampling": sampling}) for sampling in ("v_prediction", "edm", "eps", "cosmos_rflow"))])
+@pytest.mark.parametrize("sampler", ["ours", "KSampler", "SamplerCustomAdvanced"])
+def test_times_and_predictions_of_other_models_are_refused_before_the_first_step(demo, monkeypatch, node, inputs, sampler):
+    model = run(node, model=demo.model, **inputs)[0]
+    positive, negative, latent = demo.edit()
+    called = []
+    monkeypatch.setattr(type(demo.model.model), "apply_model", lambda *args, **kwargs: called.append(1))
+    with pytest.raises(Step1XError, match="The model's sampling was changed to ModelSampling.*reads times from 0 to 1"):
+        if sampler == "ours":
+            sample(model, positive, negative, latent, flow_sigmas(2, latent["samples"]), 1.5, 1, callback=lambda *args: None)
+        elif sampler == "KSampler":
+            demo.ksampler(model, steps=2)
+        else:
+            guider = run("CFGGuider", model=model, positive=positive, negative=negative, cfg=1.5)[0]
+            run("SamplerCustomAdvanced", noise=run("RandomNoise", noise_seed=1)[0], guider=guider, sampler=run("KSamplerSelect", sampler_name="euler")[0],
+                sigmas=flow_sigmas(2, latent["samples"]), latent_image=latent)
+    assert not called
+
+
+def test_model_sampling_aura_flow_keeps_times_up_to_one(demo):
+    assert right("replace", demo.ksampler(run("ModelSamplingAuraFlow", model=demo.model)[0]))
 
 
 @pytest.mark.parametrize("node, error", [("FreeU", KeyError), ("FreeU_V2", KeyError), ("TomePatchModel", TypeError), ("SelfAttentionGuidance", AttributeError)])

@@ -5,8 +5,10 @@ from comfy.patcher_extension import WrappersMP
 
 from ..config import Step1XError
 from ..teacache import TeaCacheState
+from .foreign import foreign_parts, refuse_shared, stand_alone
 
 WRAPPER_KEY = "step1x_teacache"
+NODE = "Step1X-Edit TeaCache"
 
 
 class TeaCache:
@@ -25,9 +27,13 @@ class TeaCache:
         return self.states.setdefault(key, TeaCacheState(self.threshold))
 
     def sample(self, executor, *args, **kwargs):
-        """Around a whole sampling run: nothing outlives it, also when it is cancelled. Raises Step1XError for a compiled model."""
+        """Around a whole sampling run: nothing outlives it, also when it is cancelled.
+
+        Raises Step1XError for a compiled model, and one whose forward pass is another pack's.
+        """
         if "torch_compile_kwargs" in executor.class_obj.model_options:
             raise Step1XError("'TorchCompileModel' would keep for all steps what 'Step1X-Edit TeaCache' decides in the first. Remove one of the two.")
+        refuse_shared(NODE, foreign_parts(executor.class_obj.model_patcher.model.diffusion_model) & {"forward", "_forward"})
         self.states.clear()
         try:
             return executor(*args, **kwargs)
@@ -45,6 +51,8 @@ class TeaCache:
         return args
 
     def double_block(self, args: dict, extra: dict) -> dict:
+        if "transformer_options" not in args:
+            refuse_shared(NODE, {"forward_orig"})  # the host's own passes them
         if self.state(args["transformer_options"]).ran:
             return extra["original_block"](args)
         return {"img": args["img"], "txt": args["txt"]}
@@ -78,6 +86,7 @@ def apply_teacache(model, threshold: float):
         model.set_model_patch_replace(cache.double_block, "dit", "double_block", i)
     for i in range(len(transformer.single_blocks)):
         model.set_model_patch_replace(cache.single_block, "dit", "single_block", i)
+    model.model_options = stand_alone(model.model_options, NODE)
     model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY)
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, cache.sample)
     return model

@@ -7,6 +7,7 @@ import comfy.conds
 import comfy.model_base
 import comfy.model_detection
 import comfy.supported_models
+import torch
 from comfy.ldm.flux.model import FluxParams
 from comfy.supported_models_base import ClipTarget
 from comfy.text_encoders.hunyuan_video import llama_detect
@@ -26,6 +27,18 @@ def check_latent_shape(samples, channels: int) -> None:
     if samples.is_nested or samples.ndim != 4 or samples.shape[1] != channels:
         raise Step1XError(f"A latent of shape {list(samples.shape)} belongs to another model; Step1X-Edit needs [batch, {channels}, height, width]. "
                           "Connect the latent from 'Step1X-Edit Encode', or an empty one from 'EmptySD3LatentImage'.")
+
+
+def check_sampling(model_sampling) -> None:
+    """Raise Step1XError for times other than the flow's, 0..1, and for a prediction that is read as anything but the velocity from picture to noise."""
+    one = torch.ones(1)
+    time = float(torch.as_tensor(model_sampling.timestep(one)).flatten()[0])
+    # At noise level 1 the picture is what is left when the prediction 0.25 is taken from 1.
+    denoised = float(model_sampling.calculate_denoised(one, torch.full((1, 1, 1, 1), 0.25), torch.ones(1, 1, 1, 1)))
+    if abs(time - 1) > 1e-3 or abs(denoised - 0.75) > 1e-3:
+        raise Step1XError(f"The model's sampling was changed to {type(model_sampling).__bases__[0].__name__} with times up to {time:g}, but Step1X-Edit reads times "
+                          "from 0 to 1 and predicts a flow, so only noise would come of it. Remove the ModelSampling node in front of the sampler "
+                          "('ModelSamplingSD3', 'ModelSamplingDiscrete' and their kind); 'ModelSamplingFlux' works.")
 
 
 def on_device(conditioning: dict) -> dict:
@@ -93,6 +106,7 @@ class Step1XEditModel(comfy.model_base.Flux):
     def check_inputs(self, noise, reference_latents=None, reference_latents_method=None, area=None, control=None, **kwargs) -> None:
         """Raise Step1XError for latents of another model, and for what other nodes ask for and the host would do wrong or not at all."""
         check_own_forward(self.diffusion_model)
+        check_sampling(self.model_sampling)
         check_latent_shape(noise, self.latent_channels)
         references = reference_latents or []
         for latent in references:

@@ -11,10 +11,12 @@ from ..config import Step1XError
 from ..region import RegionRun, RegionSettings, step_at, token_rows
 from ..schedule import latent_tokens
 from .attention import cudnn_first, cudnn_is_fastest
+from .foreign import check_alone, refuse_shared, stand_alone
 
 log = logging.getLogger(__name__)
 
 WRAPPER_KEY = "step1x_region"
+NODE = "Step1X-Edit Region Denoising"
 
 
 class TransformerCall:
@@ -103,6 +105,7 @@ class RegionDenoiser:
         self.cache: dict[tuple, tuple[Tensor, Tensor]] = {}
         self.reference: Tensor | None = None
         self.call_shares: list[float] = []
+        self.applied = False
 
     def sample(self, executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
         """Around a whole sampling run: nothing outlives it, also when it is cancelled. Raises Step1XError for patches that this one cannot work with."""
@@ -133,8 +136,10 @@ class RegionDenoiser:
     def predict(self, executor, x, timestep, model_options={}, seed=None):
         """Around the guided prediction: x [B, C, h, w] -> denoised latents."""
         def denoise(mode):
-            self.mode, self.call_shares = mode, []
+            self.mode, self.call_shares, self.applied = mode, [], False
             out = executor(x, timestep, model_options, seed)
+            if self.applied and not self.call_shares:
+                refuse_shared(NODE, {"forward"})  # in whose place was that which calls `forward` below
             # A step in which no conditioning is in force calls nothing.
             self.step_shares.append(sum(self.call_shares) / max(len(self.call_shares), 1))
             return out
@@ -157,8 +162,14 @@ class RegionDenoiser:
             return run.predicted(sigma)
         return run.merge(sigma, x, denoise("region"), reused)
 
+    def apply(self, executor, *args, **kwargs):
+        """Around one call of the model, whoever calls it."""
+        self.applied = True
+        return executor(*args, **kwargs)
+
     def forward(self, executor, x, timestep, context, y, guidance, ref_latents, control, transformer_options, **kwargs):
         """Around one call of the transformer, which may serve several conditionings: x [conditionings * B, C, h, w] -> velocity."""
+        check_alone(executor.class_obj, transformer_options)
         conds, rows = transformer_options["uuids"], None
         references = sum(latent_tokens(*latent.shape[-2:]) for latent in ref_latents or ())
         tokens = latent_tokens(*x.shape[-2:]) + references
@@ -180,10 +191,11 @@ def apply_region(model, settings: RegionSettings):
     transformer = model.model.diffusion_model
     denoiser = RegionDenoiser(settings, len(transformer.double_blocks), len(transformer.single_blocks), transformer.hidden_size)
     wrappers = {WrappersMP.OUTER_SAMPLE: denoiser.sample, WrappersMP.PREPARE_SAMPLING: denoiser.prepare,
-                WrappersMP.PREDICT_NOISE: denoiser.predict, WrappersMP.DIFFUSION_MODEL: denoiser.forward}
+                WrappersMP.PREDICT_NOISE: denoiser.predict, WrappersMP.APPLY_MODEL: denoiser.apply, WrappersMP.DIFFUSION_MODEL: denoiser.forward}
     for kind, wrapper in wrappers.items():
         model.remove_wrappers_with_key(kind, WRAPPER_KEY)
         model.add_wrapper_with_key(kind, WRAPPER_KEY, wrapper)
+    model.model_options = stand_alone(model.model_options, NODE)
     return model
 
 

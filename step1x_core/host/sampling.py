@@ -16,11 +16,13 @@ from ..checks import BAD_LATENT, check_conditioning, check_finite, latent_sample
 from ..config import VERSIONS, Step1XError, Version
 from ..guidance import NormLimiter
 from ..schedule import image_to_image_start, latent_tokens, sigma_schedule
+from .foreign import foreign_parts, refuse_shared, stand_alone
 from .model import Step1XEditModel, check_latent_shape
 
 HOOKS = "sampler_pre_cfg_function"
 CFG1_KEY = "step1x_cfg1"
 COND_BATCH = "sampler_calc_cond_batch_function"
+INTERVAL_NODE = "Step1X-Edit Guidance Interval"
 SAMPLERS = comfy.samplers.SAMPLER_NAMES
 
 
@@ -97,10 +99,29 @@ class GuidanceInterval:
         sigmas = args["model_options"]["transformer_options"]["sample_sigmas"]
         done = int((sigmas > args["sigma"].max()).sum()) / (len(sigmas) - 1)
         guided = self.start <= done < self.end or len(args["conds"]) < 2
+        args = args | {"model_options": self.guarded(args["model"].diffusion_model, args["model_options"])}
         if not guided:
             args = args | {"conds": [args["conds"][0], *(None for _ in args["conds"][1:])]}
         out = self.other(args) if self.other else comfy.samplers.calc_cond_batch(args["model"], args["conds"], args["input"], args["sigma"], args["model_options"])
         return out if guided else [out[0]] * len(out)
+
+    def guarded(self, transformer, model_options: dict) -> dict:
+        """Options with which a call is refused that runs another pack's cache: it keeps what two prompts gave and adds it to one.
+
+        Functions that are in the transformer for good, as raylight's, keep nothing. A compiled model is traced once, and left alone.
+        """
+        if "torch_compile_kwargs" in model_options:
+            return model_options
+        lasting, wrapper = foreign_parts(transformer), model_options.get("model_function_wrapper")
+        model_options = stand_alone(model_options, INTERVAL_NODE, lasting)
+        if wrapper is not None:
+            def watched(apply_model, params):
+                def apply(*args, **kwargs):
+                    refuse_shared(INTERVAL_NODE, foreign_parts(transformer) - lasting)
+                    return apply_model(*args, **kwargs)
+                return wrapper(apply, params)
+            model_options["model_function_wrapper"] = watched
+        return model_options
 
 
 def set_guidance_interval(model, start: float, end: float):
@@ -143,6 +164,20 @@ def fit_latent(model, latent: dict) -> dict:
     return out
 
 
+def check_references(model, positive: list, negative: list, cfg: float) -> None:
+    """Raise Step1XError where a prompt has the picture as its reference and another has none: their difference, which guidance follows, is then no edit.
+
+    At CFG 1 the negative prompt is not looked at, unless the model's options ask for it.
+    """
+    if cfg == 1 and not model.model_options.get("disable_cfg1_optimization"):
+        return
+    lacking = [name for name, prompts in (("positive", positive), ("negative", negative)) if not all(entry[1].get("reference_latents") for entry in prompts)]
+    if lacking and any(entry[1].get("reference_latents") for entry in (*positive, *negative)):
+        raise Step1XError(f"The input '{lacking[0]}' has a prompt without the reference picture that another prompt of this edit has, which gives a dark or wrong picture. "
+                          "Connect both prompts of 'Step1X-Edit Encode', or put 'ReferenceLatent' behind each; for text to image, use neither. A node that writes its own "
+                          "prompt, as a detailer's wildcard does, leaves the reference out.")
+
+
 def sample(model, positive, negative, latent: dict, sigmas: Tensor, cfg: float, seed: int, sampler_name: str = "euler", callback=None) -> dict:
     """Denoise a latent dict with the host's sampler; returns a new latent dict.
 
@@ -153,6 +188,7 @@ def sample(model, positive, negative, latent: dict, sigmas: Tensor, cfg: float, 
     """
     check_conditioning(positive, "positive")
     check_conditioning(negative, "negative")
+    check_references(model, positive, negative, cfg)
     out = fit_latent(model, latent)
     samples, mask = out["samples"], latent.get("noise_mask")
     if mask is not None and (0 in mask.shape or not torch.isfinite(mask).all()):

@@ -11,7 +11,7 @@ from ..connector import Connector
 from .attention import cudnn_first, cudnn_is_fastest
 from .blocks import FP8_ATTENTION, REPEATED_TEXT, TOKENS_READ, FusedDoubleStreamBlock, FusedSingleStreamBlock, plain_needed
 from .caching import TeaCache
-from .foreign import runs_own_blocks
+from .foreign import check_alone, runs_own_blocks
 from .region import TransformerCall
 from .relied_on import BLOCKS, TRANSFORMER, check_intact, intact
 
@@ -87,6 +87,7 @@ class Step1XTransformer(Flux):
 
         y and guidance belong to the host's interface and are not used: the pooled vector comes from the connector.
         """
+        check_alone(self, transformer_options)
         height, width = x.shape[-2:]
         transformer_options = transformer_options.copy()
         if "optimized_attention_override" in transformer_options or not cudnn_is_fastest(x.device):
