@@ -55,7 +55,7 @@ def safe_path(base: Path, name: str | Path, root: Path | None, place: str) -> Pa
     foreign = os.name != "nt" and ("\\" in text and ".." in windows.parts or windows.drive and not text.startswith("/"))
     path = os.path.abspath(os.path.join(base, text)) if "\0" not in text else ""
     if "\0" in text or root is not None and (foreign or not _inside(path, os.path.abspath(root))):
-        raise Step1XError(f"{place} names the file {text[:200]!r}, which lies outside of {root}. Move the file there and name it from its dataset's folder on.")
+        raise Step1XError(f"{place} names a picture outside of its folder: {text[:200]!r} lies outside of {root}. Put the pictures there.")
     if root is not None:
         real = os.path.realpath(path)
         if not any(_inside(real, os.path.realpath(folder)) for folder in (root, base)):

@@ -448,11 +448,16 @@ def orders(name: str, kinds: list[str], first: int, count: int, seed: int) -> li
     return [Order(kind, makers[kind][turn % len(makers[kind])], number) for kind, turn, number in chosen]
 
 
+def check_side(height: int, width: int) -> None:
+    """Raise Step1XError for a picture that is too small."""
+    if min(height, width) < MIN_SIDE:
+        raise Step1XError(f"A picture has {width}x{height} pixels; pairs need {MIN_SIDE} on each side at least. Leave it out.")
+
+
 def shrink(picture: np.ndarray, max_side: int) -> np.ndarray:
     """uint8 [H, W, 3] -> the same with at most so many pixels on the longer side; 0: as it is. Raises Step1XError for a picture that is too small."""
     height, width, _ = picture.shape
-    if min(height, width) < MIN_SIDE:
-        raise Step1XError(f"A picture has {width}x{height} pixels; pairs need {MIN_SIDE} on each side at least. Leave it out.")
+    check_side(height, width)
     scale = max_side / max(height, width)
     if not max_side or scale >= 1:
         return picture

@@ -12,6 +12,7 @@ from PIL import Image
 
 from step1x_core.batches import ALL, PAIRS, SEEDS, lay_out
 from step1x_core.config import Step1XError
+from step1x_core.host import batch as host_batch
 from step1x_core.host.batch import edit_batch
 from step1x_core.host.encoding import ENCODING_STEPS, add_references, encode_edit
 from step1x_core.host.rounds import failures
@@ -72,6 +73,23 @@ def test_each_edit_is_the_single_one_with_its_seed_and_a_bad_picture_costs_no_ot
     lines = report.splitlines()
     assert lines[0] == "3 of 4 edits made." and lines[2].startswith("2. picture 2, seed 21") and "FAILED" in lines[2] and "too narrow" in lines[2]
     assert [line.endswith(": made") for line in lines[1:]] == [True, False, True, True] and failures("test") == before + 1
+
+
+def test_a_picture_and_the_negative_prompt_are_encoded_once_and_few_edits_wait(demo, monkeypatch):
+    pictures = [to_image(recolouring(index).source) for index in (0, 1)]
+    items = lay_out(pictures, ["make it red\nmake it blue\nmake it green"], [1], ALL)
+    apart = [batch(demo, [item], steps=1)[0][0] for item in items]
+    monkeypatch.setattr(host_batch, "TOGETHER", 2)
+    texts, latents = [], []
+    tokenize, encode, decode = demo.clip.tokenize, demo.vae.encode, demo.vae.decode
+    monkeypatch.setattr(demo.clip, "tokenize", lambda text, **options: (texts.append(text), tokenize(text, **options))[1])
+    monkeypatch.setattr(demo.vae, "encode", lambda pixels: (latents.append(1), encode(pixels))[1])
+    monkeypatch.setattr(demo.vae, "decode", lambda samples: (latents.append(0), decode(samples))[1])
+    together = batch(demo, items, steps=1)[0]
+    assert all(torch.equal(*pair) for pair in zip(apart, together, strict=True))
+    assert len(texts) == 6 + 2 and sum(latents) == 2
+    # The first edits are done before the second picture is encoded.
+    assert latents == [1, 0, 0, 1, 0, 0, 0, 0]
 
 
 def test_running_out_of_memory_is_reported_and_the_models_make_room(demo, monkeypatch):

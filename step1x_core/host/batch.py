@@ -12,13 +12,16 @@ from .rounds import Failure, attempt
 from .sampling import check_model, flow_sigmas, sample, version_defaults, with_norm_limiter
 
 PREVIEW_FORMAT = "JPEG"
+# Edits that are encoded, sampled and decoded together. Their conditionings wait in main memory, some 20 MB for each at 1024x1024.
+TOGETHER = 32
 
 
 def edit_batch(node_id: str, model, clip, vae, items: list[Item], negative_prompt: str, size_level: int, steps: int, cfg: float,
                sampler_name: str) -> tuple[list[Tensor], str]:
     """The edited pictures [1, H, W, 3] at the sizes of their sources, without those that failed, and a report on all.
 
-    All items are encoded first, then sampled, then decoded, so that on a small card each model is loaded once.
+    Many items are encoded first, then sampled, then decoded, so that on a small card each model is loaded seldom; of a picture's instructions only the first
+    encodes the picture itself and the negative prompt.
     node_id: the node on whose account failures are put. steps, cfg: 0 takes the version's default.
 
     Raises Step1XError for models of another kind and if all items failed, and the host's exception when the run is cancelled.
@@ -31,8 +34,14 @@ def edit_batch(node_id: str, model, clip, vae, items: list[Item], negative_promp
     previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
     progress = comfy.utils.ProgressBar(len(items) * (ENCODING_STEPS + steps + 1))
 
+    # Of the latest picture, by its number: the instructions of one picture follow each other.
+    encoded = {}
+
     def encode(item: Item, _):
-        return encode_edit(clip, vae, item.picture, item.prompt, negative_prompt, size_level, progress=progress)
+        shared = encoded.pop(item.number, {})
+        encoded.clear()
+        encoded[item.number] = shared
+        return encode_edit(clip, vae, item.picture, item.prompt, negative_prompt, size_level, progress=progress, known=shared)
 
     def denoise(item: Item, encoded):
         start = progress.current
@@ -46,14 +55,15 @@ def edit_batch(node_id: str, model, clip, vae, items: list[Item], negative_promp
         return decode_edit(vae, latent, item.picture)
 
     states, position = [None] * len(items), 0
-    for stage, units in ((encode, ENCODING_STEPS), (denoise, steps), (decode, 1)):
-        for index, item in enumerate(items):
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            if not isinstance(states[index], Failure):
-                task = f"{stage.__name__} {index} {item.number} {item.seed} {item.prompt}"
-                states[index] = attempt(node_id, task, stage, item, states[index])
-            position += units
-            progress.update_absolute(position)
+    for first in range(0, len(items), TOGETHER):
+        for stage, units in ((encode, ENCODING_STEPS), (denoise, steps), (decode, 1)):
+            for index, item in enumerate(items[first:first + TOGETHER], first):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                if not isinstance(states[index], Failure):
+                    task = f"{stage.__name__} {index} {item.number} {item.seed} {item.prompt}"
+                    states[index] = attempt(node_id, task, stage, item, states[index])
+                position += units
+                progress.update_absolute(position)
     report = describe(items, [state.reason if isinstance(state, Failure) else None for state in states])
     pictures = [state for state in states if not isinstance(state, Failure)]
     if not pictures:

@@ -51,7 +51,7 @@ def check_latent(samples: Tensor, pictures: Tensor) -> None:
 
 
 def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, size_level: int, latent: dict | None = None,
-                progress=None) -> tuple[list, list, dict]:
+                progress=None, known: dict | None = None) -> tuple[list, list, dict]:
     """Pictures [B, H, W, C] in 0..1 and an instruction -> positive and negative conditioning, and the pictures' latent.
 
     Every picture is brought to its working size; the language model sees it with both prompts, for v1.2
@@ -60,6 +60,8 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
 
     latent: what an earlier turn sampled; it is used in place of the pictures' own, which spares them a round trip through the VAE.
     progress: object whose `update(1)` is called `ENCODING_STEPS` times for a single picture; by default the host's progress bar.
+
+    known: what other instructions for the same picture share is taken from here, or put here: negative conditioning and latent. All else must be the same.
 
     Raises Step1XError for what is no picture, a foreign text encoder or VAE, a latent of another size, sizes that degenerate, and damaged weights.
     """
@@ -75,8 +77,13 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
 
     if progress is None:
         progress = comfy.utils.ProgressBar(2 * len(pictures) + 1)
+    known = {} if known is None else known
     conditionings = []
     for text in (prompt, negative_prompt):
+        if len(conditionings) == 1 and "negative" in known:
+            conditionings.append(known["negative"])
+            progress.update(len(pictures))
+            continue
         parts = []
         for picture in shown:
             comfy.model_management.throw_exception_if_processing_interrupted()
@@ -86,7 +93,8 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
             progress.update(1)
         conditionings.append(merge_batch(parts))
     comfy.model_management.throw_exception_if_processing_interrupted()
-    samples = encode_pictures(vae, pictures) if latent is None else latent["samples"]
+    samples = known["samples"] if "samples" in known else encode_pictures(vae, pictures) if latent is None else latent["samples"]
+    known |= {"negative": conditionings[1], "samples": samples}
     progress.update(1)
     positive, negative = ([[cond, {**extra, "reference_latents": [samples]}] for cond, extra in c] for c in conditionings)
     return positive, negative, {"samples": samples, LAYOUT_KEY: layout}

@@ -15,10 +15,11 @@ from ..checks import check_pictures
 from ..config import Step1XError
 from ..files import check_name
 from ..images import from_uint8, to_uint8
-from ..pairs_makers import ORDER_KINDS, carry_out, orders, shrink
+from ..pairs_makers import ORDER_KINDS, carry_out, check_side, orders, shrink
 from ..pairs_propose import PROPOSED, Proposal, parse_kinds, propose
 from ..pairs_record import Pair, digest, make_pair
 from ..pairs_review import card, contact_sheet, describe, statistics, stored_card
+from ..pairs_spool import spooled
 from ..pairs_store import JOURNAL, PairStore, encode
 from .gedit import judge_edits
 from .generation import check_can_generate
@@ -55,16 +56,29 @@ def propose_edits(clip, image: Tensor, kinds: str, count: int, seed: int) -> tup
 
 
 def algorithmic_pairs(images: list[Tensor], kinds: str, count: int, seed: int, max_side: int) -> tuple[tuple[Pair, ...], str]:
-    """At most `count` pairs of each picture, and a report. The same picture and seed give the same pairs."""
+    """At most `count` pairs of each picture, and a report. The same picture and seed give the same pairs.
+
+    One picture is worked on at a time, and what is made waits in the host's temporary folder: it may be more than main memory holds.
+    """
     chosen = parse_kinds(kinds, ORDER_KINDS)
-    work = []
-    for picture in pictures(images, "images"):
-        picture = shrink(picture, max_side)
-        name = digest(picture.tobytes())
-        work += [(picture, name, order) for order in orders(name, chosen, 0, count, seed)]
-    made = [carry_out(picture, name, order, seed) for picture, name, order in with_progress(work)]
-    pairs = tuple(pair for pair in made if pair)
-    lines = [f"{len(pairs)} pairs made; {len(made) - len(pairs)} edits did not suit their picture."]
+    for batch in images:
+        check_pictures(batch, "images")
+        check_side(*batch.shape[1:3])
+    total = sum(len(batch) for batch in images) * count
+    progress = comfy.utils.ProgressBar(total)
+
+    def make() -> Iterator[Pair]:
+        for picture in (shrink(to_uint8(picture), max_side) for batch in images for picture in batch):
+            name = digest(picture.tobytes())
+            for order in orders(name, chosen, 0, count, seed):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                pair = carry_out(picture, name, order, seed)
+                if pair:
+                    yield pair
+                progress.update(1)
+
+    pairs = spooled(make(), Path(folder_paths.get_temp_directory()))
+    lines = [f"{len(pairs)} pairs made; {total - len(pairs)} edits did not suit their picture."]
     return pairs, "\n".join(lines + [f"{pair.maker}, {describe(pair)} / {pair.chinese}" for pair in pairs])
 
 
