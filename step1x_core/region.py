@@ -156,7 +156,8 @@ class RegionRun:
         """Take note of the predictions for x at noise level sigma []; computed [B] says for which pictures (default: all)."""
         velocity = (x - denoised) / sigma
         if self.denoised is None:
-            self.sigma, self.velocity, self.denoised = sigma.expand(x.shape[0]), velocity, denoised
+            # A copy, because the caller's goes on to the sampler.
+            self.sigma, self.velocity, self.denoised = sigma.expand(x.shape[0]), velocity, denoised.clone()
             self.change, self.decay = torch.full_like(self.sigma, math.inf), torch.zeros_like(self.sigma)
             return
         region = self.region()

@@ -102,7 +102,7 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
 
 def encode_pictures(vae, pictures: Tensor) -> Tensor:
     """Pictures [B, H, W, 3] in 0..1 -> latents. Raises Step1XError where they are no numbers."""
-    samples = vae.encode(pictures)
+    samples = vae.encode(pictures.clone())  # not a person's own picture, should the host work in place
     check_finite(samples, f"The VAE made {BAD_VAE}")
     return samples
 
@@ -151,7 +151,7 @@ def decode_edit(vae, latent: dict, source: Tensor | None = None) -> Tensor:
     samples = latent_samples(latent)
     check_latent_shape(samples, LATENT_CHANNELS)
     check_finite(samples, BAD_LATENT)
-    pictures = vae.decode(samples)
+    pictures = vae.decode(samples.clone())
     check_finite(pictures, f"The VAE decoded to {BAD_VAE}")
     if source is None or source.shape[1:3] == pictures.shape[1:3]:
         return pictures

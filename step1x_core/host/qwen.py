@@ -96,8 +96,9 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
         start = next(i for i, token in enumerate(sequence) if isinstance(token, dict))
         mask = attention_mask(ids)
         positions = mrope_positions(mask, start, picture_grid(sequence[start]["data"]))
-        # The blocks of newer hosts add to what they are given in place.
-        states = self.model(None, attention_mask=mask[None] if hide_zeros else None, embeds=embeds.clone(), dtype=torch.float32, position_ids=positions)[0]
+        # Copies go to the host: from 0.33 on its blocks write their result into what they are given.
+        states = self.model(None, attention_mask=mask[None] if hide_zeros else None, embeds=embeds.clone(), dtype=torch.float32,
+                            position_ids=positions.clone())[0]
         return states.float(), embeds, positions
 
     def embed(self, sequence: list, device, dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,7 +149,8 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
         for row, (embeds, positions, _) in enumerate(prompts):
             comfy.model_management.throw_exception_if_processing_interrupted()
             own = [(keys[row:row + 1], values[row:row + 1], 0) for keys, values, _ in cache]
-            states.append(self.model(None, embeds=embeds, past_key_values=own, position_ids=positions)[0][:, -1])
+            # Copies, as in `encode`, of the last states too: the host may use their memory again for the next prompt.
+            states.append(self.model(None, embeds=embeds.clone(), past_key_values=own, position_ids=positions.clone())[0][:, -1].clone())
         return torch.cat(states)
 
     def decode(self, tokens: list[int], positions: Tensor, hidden: Tensor | None, cache: list[tuple[Tensor, Tensor, int]], dtype) -> tuple[Tensor, list]:

@@ -65,7 +65,8 @@ class TransformerCall:
         parts = list(zip(self.conds, *(t.chunk(len(self.conds)) for t in (q, k, v)), strict=True))
         if self.rows is None:
             for cond, _, keys, values in parts:
-                self.cache[cond, block] = keys.contiguous(), values.contiguous()
+                # Copies, where `contiguous` may give the tensors themselves: an attention function may use their memory.
+                self.cache[cond, block] = tuple(x.clone(memory_format=torch.contiguous_format) for x in (keys, values))
             return attend(q, k, v)
         text = k.shape[2] - self.rows.shape[1]
         places = torch.cat((torch.arange(text, device=k.device).expand(len(self.rows), -1), text + self.rows), dim=1)[:, None, :, None].expand_as(parts[0][2])
@@ -175,7 +176,7 @@ class RegionDenoiser:
         tokens = latent_tokens(*x.shape[-2:]) + references
         foreign = transformer_options.get("patches_replace", {}).get("dit")
         if self.mode == "record" and ref_latents and ref_latents[0].shape == x.shape:
-            self.reference = ref_latents[0].chunk(len(conds))[0].float()
+            self.reference = ref_latents[0].chunk(len(conds))[0].to(torch.float32, copy=True)
         # A conditioning that begins in the middle of the run has nothing in the cache yet.
         if self.mode == "region" and not foreign and all((cond, ("double", 0)) in self.cache for cond in conds):
             rows = token_rows(self.run.edited, references).to(x.device)

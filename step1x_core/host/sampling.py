@@ -103,7 +103,8 @@ class GuidanceInterval:
         if not guided:
             args = args | {"conds": [args["conds"][0], *(None for _ in args["conds"][1:])]}
         out = self.other(args) if self.other else comfy.samplers.calc_cond_batch(args["model"], args["conds"], args["input"], args["sigma"], args["model_options"])
-        return out if guided else [out[0]] * len(out)
+        # Each its own tensor: the host may work in place on one of them.
+        return out if guided else [out[0], *(out[0].clone() for _ in out[1:])]
 
     def guarded(self, transformer, model_options: dict) -> dict:
         """Options with which a call is refused that runs another pack's cache: it keeps what two prompts gave and adds it to one.
@@ -198,9 +199,10 @@ def sample(model, positive, negative, latent: dict, sigmas: Tensor, cfg: float, 
     if callback is None:
         callback = latent_preview.prepare_callback(model, sigmas.shape[0] - 1)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    # Copies of what others hold as well: the latent can be the reference of the conditioning, too.
     out["samples"] = comfy.sample.sample_custom(
-        model, noise, cfg, comfy.samplers.sampler_object(sampler_name), sigmas, positive, negative, samples,
-        noise_mask=mask, callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed,
+        model, noise, cfg, comfy.samplers.sampler_object(sampler_name), sigmas.clone(), positive, negative, samples.clone(),
+        noise_mask=None if mask is None else mask.clone(), callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed,
     )
     check_finite(out["samples"], "Sampling ended in values that are no numbers (NaN or infinity), which would be a black picture. Most likely the file of the model or "
                                  "of a LoRA is damaged, or the CFG, a LoRA's strength or float16 is too much: try without them, or download the file again.")

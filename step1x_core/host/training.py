@@ -163,7 +163,8 @@ def predict(model, x: Tensor, s: Tensor, conditioning: tuple[Tensor, dict]) -> T
     conds = comfy.samplers.encode_model_conds(model.model.extra_conds, [entry], x, x.device, "training")[0]["model_conds"]
     conds = {name: value.process_cond(batch_size=len(x), device=x.device, area=None).cond for name, value in conds.items()}
     options = {} if torch_attention_chosen() else {"optimized_attention_override": differentiable_attention}
-    return (x - model.model.apply_model(x, s, transformer_options=options, **conds)) / s[:, None, None, None]
+    # Copies, because both are needed afterwards.
+    return (x - model.model.apply_model(x.clone(), s.clone(), transformer_options=options, **conds)) / s[:, None, None, None]
 
 
 def join(conditionings: list[tuple[Tensor, dict]]) -> tuple[Tensor, dict]:
@@ -273,5 +274,5 @@ def edit_held_out(model, vae, dataset: EditDataset, steps: int, cfg: float, seed
         positive, negative = ([list(dataset.conditioning(item, negative))] for negative in (False, True))
         latent = {"samples": source}
         edited = sample(model, positive, negative, latent, flow_sigmas(steps, source), cfg, seed, callback=lambda *args: None)["samples"]
-        rows.append(to_uint8(torch.cat([vae.decode(part)[0] for part in (source, edited, target)], dim=1)))
+        rows.append(to_uint8(torch.cat([vae.decode(part.clone())[0] for part in (source, edited, target)], dim=1)))
     return rows

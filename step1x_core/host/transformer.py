@@ -69,11 +69,12 @@ class Step1XTransformer(Flux):
         The model was trained with one reference; further ones step along the time axis (experimental).
         """
         t, y, x = VERSIONS[self.version].reference_offset
-        return self.process_img(latent, index=t * (index + 1), h_offset=y * self.patch_size, w_offset=x * self.patch_size, transformer_options=transformer_options)
+        # A copy: in float32 on the CPU this is the conditioning's own tensor.
+        return self.process_img(latent.clone(), index=t * (index + 1), h_offset=y * self.patch_size, w_offset=x * self.patch_size, transformer_options=transformer_options)
 
-    def forward(self, x, *args, **kwargs):
-        # EasyCache adds to its input in place, and in float32 that is the sampler's own tensor.
-        return super().forward(x.clone(), *args, **kwargs)
+    def forward(self, x, timestep, *args, **kwargs):
+        # EasyCache adds to its input in place, and in float32 that is the sampler's own tensor, as the times are.
+        return super().forward(x.clone(), timestep.clone(), *args, **kwargs)
 
     def _forward(self, x, timestep, context, y=None, guidance=None, ref_latents=None, control=None, transformer_options={},
                  text_mask=None, text_tokens=None, text_ids=None, text_embeds=None, quoted_mask=None, **kwargs):
@@ -122,7 +123,7 @@ class Step1XTransformer(Flux):
         if text_ids is None:
             txt_ids = torch.zeros((*txt.shape[:2], 3), device=x.device, dtype=torch.float32)
         else:
-            txt_ids = text_ids.view(torch.float32)
+            txt_ids = text_ids.view(torch.float32).clone()  # not the conditioning's own
         # Padded text takes part in the transformer's attention: no mask here.
         out = self.forward_orig(img, img_ids, txt, txt_ids, timestep, vec, control=control, transformer_options=transformer_options)
         return self.unpack(out[:, :img_tokens], height, width)
