@@ -122,9 +122,9 @@ def test_transformer_and_sampler(model, edit, monkeypatch):
               spoils(monkeypatch, comfy.sample, "sample_custom")]
 
     def cfg_in_place(cfg_function):
-        def function(model, cond, uncond, *args, **kwargs):
-            out = cfg_function(model, cond.clone(), uncond.clone(), *args, **kwargs)
-            cond.fill_(77)
+        def function(model, cond_pred, uncond_pred, *args, **kwargs):
+            out = cfg_function(model, cond_pred.clone(), uncond_pred.clone(), *args, **kwargs)
+            cond_pred.fill_(77)
             return out.clone()
         return function
 

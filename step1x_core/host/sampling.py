@@ -179,6 +179,15 @@ def check_references(model, positive: list, negative: list, cfg: float) -> None:
                           "prompt, as a detailer's wildcard does, leaves the reference out.")
 
 
+def copied(value):
+    """Tensors of a conditioning as copies, lists and dicts of them as new ones; anything else as it is."""
+    if torch.is_tensor(value):
+        return value.clone()
+    if isinstance(value, dict):
+        return {name: copied(part) for name, part in value.items()}
+    return type(value)(map(copied, value)) if type(value) in (list, tuple) else value
+
+
 def sample(model, positive, negative, latent: dict, sigmas: Tensor, cfg: float, seed: int, sampler_name: str = "euler", callback=None) -> dict:
     """Denoise a latent dict with the host's sampler; returns a new latent dict.
 
@@ -199,9 +208,9 @@ def sample(model, positive, negative, latent: dict, sigmas: Tensor, cfg: float, 
     if callback is None:
         callback = latent_preview.prepare_callback(model, sigmas.shape[0] - 1)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
-    # Copies of what others hold as well: the latent can be the reference of the conditioning, too.
+    # Copies of what other nodes hold as well, which a host may write into.
     out["samples"] = comfy.sample.sample_custom(
-        model, noise, cfg, comfy.samplers.sampler_object(sampler_name), sigmas.clone(), positive, negative, samples.clone(),
+        model, noise, cfg, comfy.samplers.sampler_object(sampler_name), sigmas.clone(), copied(positive), copied(negative), samples.clone(),
         noise_mask=None if mask is None else mask.clone(), callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed,
     )
     check_finite(out["samples"], "Sampling ended in values that are no numbers (NaN or infinity), which would be a black picture. Most likely the file of the model or "
