@@ -22,6 +22,7 @@ from .config import CONFIG_KEY, CONNECTOR_KEY, Step1XError
 from .files import write_file
 from .keys import diffusers_to_original, is_diffusers_layout
 from .mllm import HEAD_KEY, TEXT_KEY, normalize_keys
+from .quantised import is_weight_scale
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -152,7 +153,7 @@ class Weights:
         empty = {key[len(self.prefix):]: value for key, value in empty.items() if key.startswith(self.prefix)}
 
         name = paths[0].name
-        scales = [key for key in empty if key.split(".")[-1] in SCALES]
+        scales = [key for key in empty if key.split(".")[-1] in SCALES or is_weight_scale(key)]
         if scales or "_quantization_metadata" in self.metadata:
             raise Step1XError(f"{name} is quantised with scales already. Convert the bf16 file, or a plain fp8 one.")
         self.stored = {CONFIG_KEY: self._load(CONFIG_KEY)} if empty.pop(CONFIG_KEY, None) else {}

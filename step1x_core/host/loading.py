@@ -19,6 +19,7 @@ from ..config import CONFIG_KEY, CONNECTOR_KEY, SCALE_FACTOR_KEY, TEXT_MAPPING_K
 from ..conversion import MODEL_LAYERS, SCALES, converted
 from ..keys import diffusers_to_original, is_diffusers_layout
 from ..mllm import TEXT_KEY, VISION_KEY, MLLMConfig, detect_mllm_config, normalize_keys
+from ..quantised import check_foreign, check_leftovers, marked_layers, merge_metadata, multiply_out, shorten_metadata, unknown_tensors
 from .model import register
 from .qwen import Qwen25VL
 from .sampling import with_norm_limiter
@@ -69,7 +70,7 @@ def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], di
         tensors, file_metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
         comfy.model_management.throw_exception_if_processing_interrupted()
         state_dict.update(tensors)
-        metadata.update(file_metadata or {})
+        metadata = merge_metadata(path.name, metadata, file_metadata or {})
     return state_dict, metadata
 
 
@@ -84,6 +85,21 @@ def check_weights(name: str, expected: dict[str, tuple[int, ...]], state_dict: d
     """Raise Step1XError for tensors that are missing, of the wrong shape, or no weights."""
     check_tensors(name, expected, shapes(state_dict))
     check_types(name, state_dict, [key for key in state_dict if key in expected])
+
+
+def without_scales(checkpoint: Checkpoint, state_dict, marked: set[str]) -> None:
+    """Multiply the scales out that ComfyUI would ignore, in place. Raises Step1XError for those that cannot be read."""
+    count = multiply_out(checkpoint.path.name, state_dict, marked, checkpoint.config, comfy.model_management.throw_exception_if_processing_interrupted)
+    if count:
+        log.info("%s: the scales of %d quantised weights, which are not in ComfyUI's format, were multiplied out to bfloat16", checkpoint.path.name, count)
+
+
+def check_extra(name: str, expected: dict[str, tuple[int, ...]], state_dict, marked: set[str]) -> None:
+    """Raise Step1XError for integers without a scale and scales of nothing; what no layer takes is logged."""
+    check_leftovers(name, state_dict, marked)
+    unknown = unknown_tensors(state_dict, expected, marked)
+    if unknown:
+        log.warning("%s holds %d tensors that the model does not have, and which are left out: %s", name, len(unknown), ", ".join(unknown[:3]) + (", ..." if unknown[3:] else ""))
 
 
 def shapes(state_dict) -> dict[str, tuple[int, ...]]:
@@ -148,18 +164,22 @@ def choose_version(checkpoint: Checkpoint, state_dict) -> str:
 def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tuple[dict, dict]:
     """Transformer weights in the original layout, ready for the host's loader, and the file metadata.
 
-    Raises Step1XError for files that are damaged, of another model, incomplete, quantised in the diffusers layout or of a version that cannot be told, and for
-    contradicting marks of a version.
+    Raises Step1XError for files that are damaged, of another model, incomplete, in another tool's format, quantised in the diffusers layout or of a version that cannot be
+    told, and for contradicting marks of a version.
     """
     pipeline_layout(checkpoint)
     state_dict, metadata = read_checkpoint(checkpoint)
     name = checkpoint.path.name
+    check_foreign(name, state_dict, checkpoint.config)
     state_dict = strip_prefix(state_dict)
+    metadata = shorten_metadata(name, metadata, state_dict)
     # The connector has the same names in both layouts: a foreign file is refused before the conversion copies it.
     if CONNECTOR_KEY not in state_dict:
         if any(all(key in state_dict for key in keys) for keys in FLUX_KEYS):
             raise Step1XError(f"{name} is a FLUX model: it has no Step1X-Edit connector. Load it with 'Load Diffusion Model', or choose a Step1X-Edit file here.")
         raise Step1XError(f"{name} is not a Step1X-Edit model: {CONNECTOR_KEY} is not in it. Choose a file such as step1x-edit-v1p1-official.safetensors.")
+    marked = marked_layers(name, state_dict, metadata)
+    without_scales(checkpoint, state_dict, marked)
     if is_diffusers_layout(state_dict):
         state_dict = diffusers_to_original(state_dict)
 
@@ -172,11 +192,13 @@ def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tupl
         config = detect_config(state_dict)
     except KeyError as error:
         raise Step1XError(f"{name} lacks the tensor {error.args[0]}. The file is incomplete; download it again.") from error
-    check_weights(name, model_shapes(config), state_dict)
+    expected = model_shapes(config)
+    check_weights(name, expected, state_dict)
     if is_diffusers_layout(state_dict):
         # What the conversion left over: scales of matrices that it stacked.
         raise Step1XError(f"{name} is a quantised file in the diffusers layout, which cannot be read. Choose a scaled file in the original layout, or the unquantised "
                           "one with an fp8 weight_dtype.")
+    check_extra(name, expected, state_dict, marked)
     log.info("Step1X-Edit %s from %s", config.version, checkpoint.path)
     return state_dict, metadata
 
@@ -216,6 +238,9 @@ def load_model(path, version: str | None = None, model_options={}, disable_dynam
         if fp8:
             state_dict = scaled_fp8(state_dict)
         patcher = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=model_options, metadata=metadata, disable_dynamic=disable_dynamic)
+        if patcher is None:
+            raise Step1XError(f"ComfyUI does not know {checkpoint.path.name} for a Step1X-Edit model. Restart ComfyUI; if that does not help, report it with "
+                              "ComfyUI's version and the name of the file.")
     patcher.cached_patcher_init = (functools.partial(load_model, fp8=fp8), (path, version, model_options))
     return with_norm_limiter(patcher)
 
@@ -227,17 +252,23 @@ def mllm_state_dict(checkpoint: Checkpoint) -> tuple[dict, MLLMConfig]:
     """
     state_dict, metadata = read_checkpoint(checkpoint)
     name = checkpoint.path.name
-    state_dict, metadata = comfy.utils.convert_old_quants(state_dict, model_prefix="", metadata=metadata)
+    check_foreign(name, state_dict, checkpoint.config)
     state_dict = normalize_keys(state_dict)
+    metadata = shorten_metadata(name, metadata, state_dict, normalize_keys)
+    state_dict, metadata = comfy.utils.convert_old_quants(state_dict, model_prefix="", metadata=metadata)
     if TEXT_KEY not in state_dict:
         raise Step1XError(f"{name} is not a Qwen2.5-VL model: {TEXT_KEY} is not in it. Choose a file such as qwen_2.5_vl_7b.safetensors.")
     if VISION_KEY not in state_dict:
         raise Step1XError(f"{name} has no vision tower ({VISION_KEY}); Step1X-Edit must see the picture. Choose the full Qwen2.5-VL-7B-Instruct.")
+    marked = marked_layers(name, state_dict, {})
+    without_scales(checkpoint, state_dict, marked)
     try:
         config = detect_mllm_config(state_dict, checkpoint.config or parse_config(metadata.get(CONFIG_KEY, "{}")))
     except KeyError as error:
         raise Step1XError(f"{name} lacks the tensor {error.args[0]}. The file is incomplete or another model; choose the full Qwen2.5-VL-7B-Instruct.") from error
-    check_weights(name, mllm_shapes(config), state_dict)
+    expected = mllm_shapes(config)
+    check_weights(name, expected, state_dict)
+    check_extra(name, expected, state_dict, marked)
     log.info("Step1X-Edit text encoder from %s", checkpoint.path)
     return state_dict, config
 
