@@ -22,6 +22,7 @@ from .config import CONFIG_KEY, CONNECTOR_KEY, Step1XError
 from .files import write_file
 from .keys import diffusers_to_original, is_diffusers_layout
 from .mllm import HEAD_KEY, TEXT_KEY, normalize_keys
+from .prefixes import transformer_names
 from .quantised import is_weight_scale
 
 FP8 = torch.float8_e4m3fn
@@ -147,12 +148,12 @@ class Weights:
                     entry = file.get_slice(key)
                     self.files[key] = path
                     empty[key] = (entry.get_dtype(), entry.get_shape())
-        self.prefix = "model.diffusion_model."
-        if not any(key.startswith(self.prefix) for key in empty):
-            self.prefix = ""
-        empty = {key[len(self.prefix):]: value for key, value in empty.items() if key.startswith(self.prefix)}
-
         name = paths[0].name
+        # What this pack calls a tensor, and its name in the file.
+        self.stored_names = {short: key for key, short in transformer_names(name, empty).items()} or {key: key for key in empty}
+        self.stored_names |= {key: key for key in (CONFIG_KEY,) if key in empty}
+        empty = {short: empty[key] for short, key in self.stored_names.items()}
+
         scales = [key for key in empty if key.split(".")[-1] in SCALES or is_weight_scale(key)]
         if scales or "_quantization_metadata" in self.metadata:
             raise Step1XError(f"{name} is quantised with scales already. Convert the bf16 file, or a plain fp8 one.")
@@ -176,8 +177,8 @@ class Weights:
 
     def _load(self, key: str) -> Tensor:
         # Opened anew each time: with the last tensor of a file the system lets go of what was read.
-        with safe_open(self.files[self.prefix + key], framework="pt") as file:
-            return file.get_tensor(self.prefix + key)
+        with safe_open(self.files[self.stored_names[key]], framework="pt") as file:
+            return file.get_tensor(self.stored_names[key])
 
     def read(self, name: str) -> Tensor:
         """The tensor of a native name."""

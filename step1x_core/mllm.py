@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .config import HEAD_DIM, PROMPT_DROP_TOKENS, PROMPT_MAX_TOKENS, Step1XError
 from .images import VISION_CELL
+from .prefixes import LANGUAGE_WRAPPERS, language_name
 
 VISION_KEY = "visual.patch_embed.proj.weight"
 TEXT_KEY = "model.layers.0.self_attn.q_proj.weight"
@@ -40,12 +41,9 @@ class MLLMConfig:
 
 
 def normalize_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names of any Hugging Face or ComfyUI file -> `model.*` and `visual.*`; the language-model head becomes `model.lm_head.*`."""
-    out = {}
-    for key, tensor in state_dict.items():
-        name = key.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
-        out["model." + name if name.startswith("lm_head.") else name] = tensor
-    return out
+    """Names of any known file -> `model.*` and `visual.*`; the language-model head becomes `model.lm_head.*`. Of a whole checkpoint only the language model is kept."""
+    own = {key: tensor for key, tensor in state_dict.items() if key.startswith(LANGUAGE_WRAPPERS[0])}
+    return {language_name(key): tensor for key, tensor in (own or state_dict).items()}
 
 
 def check_config(config: MLLMConfig) -> None:

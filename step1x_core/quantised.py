@@ -90,7 +90,7 @@ def stored_layers(name: str, text: str) -> dict:
         layers = json.loads(text)["layers"]
         layers.items()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise Step1XError(f"{name} cannot be loaded: the {METADATA_KEY} in its head is no list of layers ({type(error).__name__}: {error}). "
+        raise Step1XError(f"{name} could not be loaded: the {METADATA_KEY} in its head is no list of layers ({type(error).__name__}: {error}). "
                           "Download it again, or choose another file.") from error
     return layers
 

@@ -12,7 +12,7 @@ from step1x_core.config import CONFIG_KEY
 MODEL, LANGUAGE, VAE, LORA = "bad-v1p1.safetensors", "bad_mllm.safetensors", "bad_vae.safetensors", "bad_lora.safetensors"
 DAMAGED = r"is damaged, incomplete or no safetensors file .* Download it again"
 INCOMPLETE = r"lacks .* download it again|lacks the tensor"
-WRONG = "cannot be loaded, it does not hold what it should|does not fit the model: .* has shape"
+WRONG = "could not be loaded|does not fit the model: .* has shape"
 NO_WEIGHTS = "which is no type of weights"
 QKV = "double_blocks.0.img_attn.qkv.weight"
 NAN = float("nan")

@@ -166,10 +166,10 @@ MODELS = {
         "no_heads": '{"connector_heads": 0}', "seven_heads": '{"connector_heads": 7}', "negative_heads": '{"connector_heads": -1}'}.items()},
     "configuration_tensor_of_noise": (lambda w: {**w, CONFIG_KEY: torch.rand(3, 4)}, "is damaged. Download the file again"),
     "configuration_tensor_empty": (lambda w: {**w, CONFIG_KEY: torch.zeros(0, dtype=torch.uint8)}, "is damaged. Download the file again"),
-    **{f"quantisation_{name}": (quantised(text), rf"{MODEL} cannot be loaded") for name, text in {
+    **{f"quantisation_{name}": (quantised(text), rf"{MODEL} could not be loaded") for name, text in {
         "no_json": "nope", "empty": "{}", "list": "[]", "number": '{"layers": 5}', "unknown": '{"layers": {"img_in": {"format": "zzz"}}}',
         "without_scales": '{"layers": {"double_blocks.0.img_attn.qkv": {"format": "float8_e4m3fn"}}}'}.items()},
-    "quantisation_tensor_of_noise": (lambda w: {**w, "double_blocks.0.img_attn.qkv.comfy_quant": torch.tensor([1, 2, 3], dtype=torch.uint8)}, "cannot be loaded"),
+    "quantisation_tensor_of_noise": (lambda w: {**w, "double_blocks.0.img_attn.qkv.comfy_quant": torch.tensor([1, 2, 3], dtype=torch.uint8)}, "could not be loaded"),
     "further_tensors": (lambda w: {**w, "notes": torch.zeros(3)}, None),
     "one_tensor_of_a_further_block": (lambda w: {**w, "double_blocks.7.x.weight": torch.zeros(3)}, INCOMPLETE),
     "block_without_a_number": (lambda w: {**w, "double_blocks.x.weight": torch.zeros(3)}, INCOMPLETE),
@@ -299,7 +299,7 @@ def test_model_folders(host, repository, memory, change, expected):
 CLASSES = {
     **{name: (text, READ_AGAIN) for name, text in UNREADABLE.items()},
     "flux": ('{"_class_name": "FluxPipeline"}', "belongs to the pipeline FluxPipeline, which this node pack does not run. Supported"),
-    **{name: (f'{{"_class_name": {text}}}', "cannot be loaded|belongs to the pipeline") for name, text in {"list": '["a"]', "table": "{}", "number": "5"}.items()},
+    **{name: (f'{{"_class_name": {text}}}', "could not be loaded|belongs to the pipeline") for name, text in {"list": '["a"]', "table": "{}", "number": "5"}.items()},
     "none": ("{}", "Choose the version in 'Load Step1X-Edit Model'"),
 }
 

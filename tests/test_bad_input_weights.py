@@ -73,23 +73,23 @@ LANGUAGE_MODELS = {
     **{f"{name}_matrix": (lambda w, config, dtype=dtype: ({**w, "model.layers.0.mlp.up_proj.weight": w["model.layers.0.mlp.up_proj.weight"].to(dtype)},
                                                           {CONFIG_KEY: json.dumps(config)}), NO_WEIGHTS) for name, dtype in TYPES.items()},
     **{f"configuration_{name}": (lambda w, config, text=text: (w, {CONFIG_KEY: text}), "is damaged. Download the file again") for name, text in UNREADABLE.items() if text},
-    "heads_as_text": (language("num_attention_heads", "2"), "cannot be loaded"),
+    "heads_as_text": (language("num_attention_heads", "2"), "could not be loaded"),
     "heads_negative": (language("num_attention_heads", -2), MISFIT),
     "theta_zero": (language("rope_theta", 0), MISFIT),
     "theta_as_text": (language("rope_theta", "x"), MISFIT),
     "epsilon_as_text": (language("rms_norm_eps", "x"), MISFIT),
-    "scaling_as_text": (language("rope_scaling", "x"), "cannot be loaded"),
+    "scaling_as_text": (language("rope_scaling", "x"), "could not be loaded"),
     **{f"section_{name}": (language("rope_scaling", {"mrope_section": value}), MISFIT) for name, value in {
         "short": [1, 2], "text": "abc", "negative": [-4, 14, 6], "empty": [], "long": [16, 24, 24]}.items()},
-    "text_config_as_text": (language("text_config", "x"), "cannot be loaded"),
-    "vision_config_as_null": (language("vision_config", None), "cannot be loaded"),
+    "text_config_as_text": (language("text_config", "x"), "could not be loaded"),
+    "vision_config_as_null": (language("vision_config", None), "could not be loaded"),
     "vision_heads_zero": (vision("num_heads", 0), MISFIT),
     "vision_heads_seven": (vision("num_heads", 7), MISFIT),
     "vision_window_zero": (vision("window_size", 0), MISFIT),
     "vision_window_as_text": (vision("window_size", "a"), MISFIT),
     "vision_blocks_as_number": (vision("fullatt_block_indexes", 5), MISFIT),
-    "quantisation_no_json": (lambda w, config: (w, {CONFIG_KEY: json.dumps(config), "_quantization_metadata": "{"}), "cannot be loaded"),
-    "quantisation_number": (lambda w, config: (w, {CONFIG_KEY: json.dumps(config), "_quantization_metadata": '{"layers": 5}'}), "cannot be loaded"),
+    "quantisation_no_json": (lambda w, config: (w, {CONFIG_KEY: json.dumps(config), "_quantization_metadata": "{"}), "could not be loaded"),
+    "quantisation_number": (lambda w, config: (w, {CONFIG_KEY: json.dumps(config), "_quantization_metadata": '{"layers": 5}'}), "could not be loaded"),
     "cut": (lambda w, config: save(w)[:5000], f"{LANGUAGE} {DAMAGED}"),
     "html": (lambda w, config: b"<!DOCTYPE html>" * 50, f"{LANGUAGE} {DAMAGED}"),
     "pickle": (lambda w, config: pickle.dumps(Bomb()), f"{LANGUAGE} {DAMAGED}"),
@@ -131,7 +131,7 @@ def test_vaes(host, root, memory, vae_weights, change, expected):
 LAYER = "lora_unet_double_blocks_0_img_attn_qkv"
 DOWN, UP, ALPHA = f"{LAYER}.lora_down.weight", f"{LAYER}.lora_up.weight", f"{LAYER}.alpha"
 GOOD_LORA = {DOWN: torch.full((4, 64), 0.1), UP: torch.full((192, 4), 0.1), ALPHA: torch.tensor(4.0)}
-UNFIT = "This LoRA (does not fit|cannot be loaded).* choose another"
+UNFIT = "This LoRA (does not fit.* choose another|could not be loaded.* Try another file)"
 
 
 def tensors(**named):

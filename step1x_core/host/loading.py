@@ -19,7 +19,8 @@ from ..config import CONFIG_KEY, CONNECTOR_KEY, SCALE_FACTOR_KEY, TEXT_MAPPING_K
 from ..conversion import MODEL_LAYERS, SCALES, converted
 from ..keys import diffusers_to_original, is_diffusers_layout
 from ..mllm import TEXT_KEY, VISION_KEY, MLLMConfig, detect_mllm_config, normalize_keys
-from ..quantised import check_foreign, check_leftovers, marked_layers, merge_metadata, multiply_out, shorten_metadata, unknown_tensors
+from ..prefixes import COMPILED, transformer_names
+from ..quantised import FILE_MARKER, check_foreign, check_leftovers, marked_layers, merge_metadata, multiply_out, shorten_metadata, unknown_tensors
 from .model import register
 from .qwen import Qwen25VL
 from .sampling import with_norm_limiter
@@ -31,7 +32,9 @@ log = logging.getLogger(__name__)
 # The class names of diffusers repositories and the prompt layout of their versions (spec v12.md a.4).
 PIPELINE_LAYOUTS = {"Step1XEditPipeline": "v1.1", "Step1XEditPipelineV1P2": "v1.2"}
 # How names of files and folders write a version.
-NAMED_LAYOUTS = {"v1.2": re.compile(r"v1[.p]?2(?!\d)|v1_2(?!\d)|preview|reasonedit", re.IGNORECASE), "v1.1": re.compile(r"v1[.p]?1(?!\d)|v1_1(?!\d)", re.IGNORECASE)}
+# Without a v only "1.1" and "1p1", not as part of a longer number: "1-1" and "1_1" may be anything.
+NAMED_LAYOUTS = {layout: re.compile(rf"v1[.p_-]?{minor}(?!\d)|(?<![\d.])1[.p]{minor}(?!\d|[gm]?b\b){more}", re.IGNORECASE)
+                 for layout, minor, more in (("v1.2", 2, "|preview|reasonedit"), ("v1.1", 1, ""))}
 # What config.json of a diffusers transformer calls what shapes do not show.
 CONFIG_NAMES = {"axes_dims_rope": "axes_dim", "connector_heads_num": "connector_heads"}
 
@@ -48,15 +51,18 @@ FLOATS_AT_A_TIME = 4
 
 @contextmanager
 def naming(name: str):
-    """Turn the errors that the host and torch raise for weights they do not expect (of another shape, of an unknown quantisation) into one that names the file."""
+    """Turn what is raised while a file's content is read, or handed to the host, into an error that names the file and keeps the cause.
+
+    It says nothing of whose fault it is: the file may be damaged, or the host or this pack may not know what is in it.
+    """
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, Step1XError) or comfy.model_management.is_oom(error):
             raise
         detail = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise Step1XError(f"{name} cannot be loaded, it does not hold what it should ({detail}). The file is damaged, of another model, or of a "
-                          "quantisation that this ComfyUI does not know: download it again, or choose another.") from error
+        raise Step1XError(f"{name} could not be loaded ({detail}). The file may be damaged or hold something else, or this ComfyUI or this pack does not know its "
+                          "format. Try another file; if one that is known to be good fails too, update both and report the error.") from error
 
 
 def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], dict]:
@@ -74,11 +80,11 @@ def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], di
     return state_dict, metadata
 
 
-def strip_prefix(state_dict):
-    """Drop the prefix under which the host's ModelSave and CheckpointSave store a diffusion model."""
-    prefix = "model.diffusion_model."
-    inner = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
-    return inner or state_dict
+def strip_prefix(name: str, state_dict):
+    """The transformer's tensors without whatever stands in front of their names; marks of the whole file stay. Raises Step1XError as `transformer_names` does."""
+    renamed = transformer_names(name, state_dict) or transformer_names(name, state_dict, [key for keys in FLUX_KEYS for key in keys[:1]])
+    marks = {key: state_dict[key] for key in (FILE_MARKER, CONFIG_KEY) if key in state_dict}
+    return marks | {short: state_dict[key] for key, short in renamed.items()} if renamed else state_dict
 
 
 def check_weights(name: str, expected: dict[str, tuple[int, ...]], state_dict: dict[str, torch.Tensor]) -> None:
@@ -126,7 +132,7 @@ def pipeline_layout(checkpoint: Checkpoint) -> str | None:
     """The prompt layout that a diffusers repository's class name stands for; None without one. Raises Step1XError for another model's class."""
     if checkpoint.pipeline is None:
         return None
-    if checkpoint.pipeline not in PIPELINE_LAYOUTS:
+    if not isinstance(checkpoint.pipeline, str) or checkpoint.pipeline not in PIPELINE_LAYOUTS:
         raise Step1XError(f"{checkpoint.path} belongs to the pipeline {checkpoint.pipeline}, which this node pack does not run. "
                           f"Supported: {', '.join(PIPELINE_LAYOUTS)}.")
     return PIPELINE_LAYOUTS[checkpoint.pipeline]
@@ -171,8 +177,8 @@ def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tupl
     state_dict, metadata = read_checkpoint(checkpoint)
     name = checkpoint.path.name
     check_foreign(name, state_dict, checkpoint.config)
-    state_dict = strip_prefix(state_dict)
-    metadata = shorten_metadata(name, metadata, state_dict)
+    state_dict = strip_prefix(name, state_dict)
+    metadata = shorten_metadata(name, metadata, state_dict, lambda names: {key.replace(COMPILED, ""): value for key, value in names.items()})
     # The connector has the same names in both layouts: a foreign file is refused before the conversion copies it.
     if CONNECTOR_KEY not in state_dict:
         if any(all(key in state_dict for key in keys) for keys in FLUX_KEYS):
@@ -181,18 +187,20 @@ def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tupl
     marked = marked_layers(name, state_dict, metadata)
     without_scales(checkpoint, state_dict, marked)
     if is_diffusers_layout(state_dict):
-        state_dict = diffusers_to_original(state_dict)
+        with naming(name):
+            state_dict = diffusers_to_original(state_dict)
 
     overrides = stored_config(state_dict) | parse_config(metadata.get(CONFIG_KEY, "{}"))
     overrides |= {name: checkpoint.config[key] for key, name in CONFIG_NAMES.items() if key in checkpoint.config}
     if version is not None or "version" not in overrides:
         overrides["version"] = version or choose_version(checkpoint, state_dict)
     state_dict[CONFIG_KEY] = config_tensor(overrides)
-    try:
-        config = detect_config(state_dict)
-    except KeyError as error:
-        raise Step1XError(f"{name} lacks the tensor {error.args[0]}. The file is incomplete; download it again.") from error
-    expected = model_shapes(config)
+    with naming(name):
+        try:
+            config = detect_config(state_dict)
+        except KeyError as error:
+            raise Step1XError(f"{name} lacks the tensor {error.args[0]}. The file is incomplete; download it again.") from error
+        expected = model_shapes(config)
     check_weights(name, expected, state_dict)
     if is_diffusers_layout(state_dict):
         # What the conversion left over: scales of matrices that it stacked.
@@ -233,14 +241,14 @@ def load_model(path, version: str | None = None, model_options={}, disable_dynam
     """
     register()
     checkpoint = find_checkpoint(path, "transformer")
+    state_dict, metadata = model_state_dict(checkpoint, version)
+    if fp8:
+        state_dict = scaled_fp8(state_dict)
     with naming(checkpoint.path.name):
-        state_dict, metadata = model_state_dict(checkpoint, version)
-        if fp8:
-            state_dict = scaled_fp8(state_dict)
         patcher = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=model_options, metadata=metadata, disable_dynamic=disable_dynamic)
-        if patcher is None:
-            raise Step1XError(f"ComfyUI does not know {checkpoint.path.name} for a Step1X-Edit model. Restart ComfyUI; if that does not help, report it with "
-                              "ComfyUI's version and the name of the file.")
+    if patcher is None:
+        raise Step1XError(f"ComfyUI does not know {checkpoint.path.name} for a Step1X-Edit model. Restart ComfyUI; if that does not help, report it with "
+                          "ComfyUI's version and the name of the file.")
     patcher.cached_patcher_init = (functools.partial(load_model, fp8=fp8), (path, version, model_options))
     return with_norm_limiter(patcher)
 
@@ -262,11 +270,12 @@ def mllm_state_dict(checkpoint: Checkpoint) -> tuple[dict, MLLMConfig]:
         raise Step1XError(f"{name} has no vision tower ({VISION_KEY}); Step1X-Edit must see the picture. Choose the full Qwen2.5-VL-7B-Instruct.")
     marked = marked_layers(name, state_dict, {})
     without_scales(checkpoint, state_dict, marked)
-    try:
-        config = detect_mllm_config(state_dict, checkpoint.config or parse_config(metadata.get(CONFIG_KEY, "{}")))
-    except KeyError as error:
-        raise Step1XError(f"{name} lacks the tensor {error.args[0]}. The file is incomplete or another model; choose the full Qwen2.5-VL-7B-Instruct.") from error
-    expected = mllm_shapes(config)
+    with naming(name):
+        try:
+            config = detect_mllm_config(state_dict, checkpoint.config or parse_config(metadata.get(CONFIG_KEY, "{}")))
+        except KeyError as error:
+            raise Step1XError(f"{name} lacks the tensor {error.args[0]}. The file is incomplete or another model; choose the full Qwen2.5-VL-7B-Instruct.") from error
+        expected = mllm_shapes(config)
     check_weights(name, expected, state_dict)
     check_extra(name, expected, state_dict, marked)
     log.info("Step1X-Edit text encoder from %s", checkpoint.path)
@@ -283,9 +292,9 @@ def load_text_encoder(path, layout: str | None = None, model_options={}, disable
     """
     checkpoint = find_checkpoint(path, "text_encoder")
     layout = layout or PIPELINE_LAYOUTS.get(checkpoint.pipeline, "v1.1")
+    state_dict, config = mllm_state_dict(checkpoint)
+    tokenizer = functools.partial(Step1XTokenizer, layout=layout)
     with naming(checkpoint.path.name):
-        state_dict, config = mllm_state_dict(checkpoint)
-        tokenizer = functools.partial(Step1XTokenizer, layout=layout)
         target = ClipTarget(tokenizer, functools.partial(Step1XTEModel, config=config, **llama_detect(state_dict)))
         parameters = comfy.utils.calculate_parameters(state_dict)
         clip = comfy.sd.CLIP(target, parameters=parameters, state_dict=[state_dict], model_options=model_options, disable_dynamic=disable_dynamic)

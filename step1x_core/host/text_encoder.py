@@ -1,5 +1,8 @@
 """The Step1X-Edit text encoder on the host's Qwen2.5-VL (spec v1.md c, v12.md b)."""
 
+import functools
+import logging
+import math
 from dataclasses import asdict
 
 import torch
@@ -7,16 +10,27 @@ from comfy import sd1_clip
 from comfy.text_encoders.qwen_image import Qwen25_7BVLITokenizer
 
 from ..chat import chat, untemplated
-from ..config import PROMPT_MAX_TOKENS, Step1XError
+from ..config import PROMPT_DROP_TOKENS, PROMPT_MAX_TOKENS, Step1XError
 from ..images import BLACK_PICTURE, to_thinker_size, to_vision_size, to_vision_size_v12
 from ..mllm import MLLMConfig, layout_states
 from ..positions import text_ids
-from ..prompt import IMAGE_PAD_ID, prompt_ids
+from ..prompt import IMAGE_PAD_ID, PICTURE_LABEL_IDS, TURN_END, prompt_ids
 from ..prompt_v12 import KEPT, SPECIAL_TOKENS, prompt_ids_v12
 from ..token_sampling import Sampling
 from .qwen import STOP_IDS, Qwen25VL, picture_grid
 
+log = logging.getLogger(__name__)
+
 TEXT_ENCODER_NAME = "qwen25_7b"
+
+
+@functools.lru_cache(maxsize=64)
+def say_cut(prompt: str, tokens: int, picture_tokens: int = 0) -> None:
+    """Log, once for each prompt, how many tokens of its end are cut, and of the picture behind it. Numbers below 1 say that nothing is."""
+    if tokens > 0:
+        log.warning("The prompt is too long: its last %d tokens are cut and have no effect. Shorten it. It begins: %s", tokens, prompt[:60])
+    elif picture_tokens > 0:
+        log.warning("The prompt is so long that the language model's view of the image loses %d tokens. Shorten it. It begins: %s", picture_tokens, prompt[:60])
 
 
 class Step1XTextModel(sd1_clip.SDClipModel):
@@ -145,11 +159,15 @@ class Step1XTokenizer(sd1_clip.SD1Tokenizer):
             sequence, mask = prompt_ids_v12(text, self.token_ids)
             pixels, working_size = to_vision_size_v12(picture, size_level)
             at = sequence.index(IMAGE_PAD_ID)
+            say_cut(text, at - len(PICTURE_LABEL_IDS) - KEPT.stop, at + math.prod(picture_grid(pixels)) - KEPT.stop)
             # No token reaches the transformer from there on, nor does it act on those before.
             del sequence[KEPT.stop:at], mask[KEPT.stop:at]
             sequence[min(at, KEPT.stop)] = {"type": "image", "data": pixels, "working_size": working_size, "text_mask": mask}
         else:
             before, after = prompt_ids(text, self.token_ids)
+            pixels = to_vision_size(picture)
+            room = PROMPT_DROP_TOKENS + PROMPT_MAX_TOKENS - len(before) - math.prod(picture_grid(pixels))
+            say_cut(text, len(after) - len(self.token_ids(TURN_END)) - room)
             # No more reach the transformer; the work grows with the square of the length.
-            sequence = [*before, {"type": "image", "data": to_vision_size(picture)}, *after[:PROMPT_MAX_TOKENS]]
+            sequence = [*before, {"type": "image", "data": pixels}, *after[:PROMPT_MAX_TOKENS]]
         return {TEXT_ENCODER_NAME: [[(token, 1.0, 0) if return_word_ids else (token, 1.0) for token in sequence]]}
