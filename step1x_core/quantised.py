@@ -28,7 +28,7 @@ SUSPECT = re.compile(r"scale|zero|absmax|amax|scb|quant|g_idx|smooth", re.IGNORE
 # Other tools' formats by the end of a tensor's name, the more special ones first.
 FOREIGN = {
     "bitsandbytes": re.compile(r"\.(absmax|nested_absmax|quant_map|nested_quant_map|SCB|quant_state\.\w+|weight_format)$"),
-    "nunchaku (SVDQuant)": re.compile(r"\.(wscales|wcscales|wtscale|wzeros|smooth_factor|smooth_factor_orig|smooth|smooth_orig|proj_down|svd_up|svd_down)$"),
+    "nunchaku (SVDQuant)": re.compile(r"\.(wscales|wcscales|wtscale|wzeros|smooth_factor|smooth_factor_orig|smooth|smooth_orig|proj_down|svd_up|svd_down|svdquant_\w+)$"),
     "GPTQ": re.compile(r"\.g_idx$"),
     "AWQ or GPTQ": re.compile(r"\.(qweight|qzeros)$"),
     "optimum-quanto": re.compile(r"\.weight\._(data|scale|shift)(\._\w+)?$"),
@@ -268,6 +268,22 @@ def multiply_layer(name: str, state_dict: dict[str, Tensor], layer: str, keys: l
     state_dict[weight_key] = multiplied(weight, *layout)
     del state_dict[scales[0]]
     return 1
+
+
+def lift_marker(state_dict: dict[str, Tensor]) -> None:
+    """Give ComfyUI's marker of a whole file, which may stand under a prefix that the tensors lost, its bare name; in place."""
+    for key in [key for key in state_dict if key.endswith("." + FILE_MARKER)]:
+        state_dict[FILE_MARKER] = state_dict.pop(key)
+
+
+def check_stock(state_dict: dict[str, Tensor]) -> None:
+    """Raise Step1XError for scales that ComfyUI's own loader would ignore. By then it has chosen the model's type: it is too late to multiply them out."""
+    marked = marked_layers("", state_dict, {})
+    for key in filter(is_weight_scale, state_dict):
+        weight = state_dict.get(f"{layer_of(key)}.weight")
+        if layer_of(key) not in marked and weight is not None and is_narrow(weight):
+            raise Step1XError(f"This file holds {key}, a scale that ComfyUI's own loaders ignore, since the file lacks ComfyUI's marker. Load it with "
+                              "'Load Step1X-Edit Model', which multiplies it out.")
 
 
 def check_leftovers(name: str, state_dict: dict[str, Tensor], marked: Collection[str]) -> None:

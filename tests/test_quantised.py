@@ -2,8 +2,10 @@
 
 import json
 import logging
+import weakref
 
 import comfy.quant_ops
+import comfy.sd
 import pytest
 import tiny_models
 import torch
@@ -17,6 +19,7 @@ from step1x_core.config import CONFIG_KEY, Step1XError
 from step1x_core.conversion import Weights
 from step1x_core.host import loading
 from step1x_core.host.loading import load_model, load_text_encoder
+from step1x_core.host.model import register
 
 FP8 = torch.float8_e4m3fn
 PEAK = {FP8: 448, torch.float8_e5m2: 57344, torch.int8: 127}
@@ -325,6 +328,46 @@ def test_further_tensors_are_logged_once(model_weights, mllm_weights, tmp_path, 
             state(tmp_path, weights | extra)
         assert [r.getMessage().split(" holds ")[1] for r in caplog.records] == [
             "5 tensors that the model does not have, and which are left out: notes.0, notes.1, notes.2, ..."]
+
+
+def test_the_stock_loader_refuses_scales_that_it_would_ignore(model_weights, tmp_path):
+    register()
+    stored, _ = unmarked(model_weights, matrices(model_weights))
+    save_file(stored, tmp_path / "scaled-v1p1.safetensors")
+    with pytest.raises(Step1XError, match="weight_scale, a scale that ComfyUI's own loaders ignore.*'Load Step1X-Edit Model'"):
+        comfy.sd.load_diffusion_model(str(tmp_path / "scaled-v1p1.safetensors"))
+    for how in ("scaled_fp8", "comfy_quant", "metadata"):
+        stored, metadata = marked(model_weights, how)
+        save_file(stored, tmp_path / "marked-v1p1.safetensors", metadata=metadata)
+        model = comfy.sd.load_diffusion_model(str(tmp_path / "marked-v1p1.safetensors"))
+        assert torch.equal(predict(model), predict(load_model(tmp_path / "marked-v1p1.safetensors")))
+
+
+def test_a_marker_under_another_prefix_than_the_tensors_is_found(mllm_weights, tmp_path):
+    stored, _ = marked(mllm_weights, "scaled_fp8")
+    expected = mllm_state(tmp_path, stored)
+    stored["text_encoders.qwen25_7b.transformer.scaled_fp8"] = stored.pop("scaled_fp8")
+    found = mllm_state(tmp_path, stored)
+    assert set(found) == set(expected) and sum(key.endswith(".comfy_quant") for key in found) == len(matrices(mllm_weights))
+
+
+def test_exponents_as_scales_are_multiplied_out(model_weights, tmp_path):
+    if not hasattr(torch, "float8_e8m0fnu"):
+        pytest.skip("this torch has no float8_e8m0fnu")
+    codes = model_weights[QKV + "weight"].to(FP8)
+    powers = torch.exp2(torch.arange(12.0).reshape(6, 2) - 5)
+    stored = model_weights | {QKV + "weight": codes, QKV + "weight_scale_inv": powers.to(torch.float8_e8m0fnu)}
+    right = (codes.float() * powers.repeat_interleave(32, 0).repeat_interleave(32, 1)).bfloat16()
+    check_equal(model_state(tmp_path, stored), model_weights | {QKV + "weight": right})
+
+
+def test_multiplying_out_holds_no_second_copy_of_everything():
+    """Each weight is let go of as soon as its product is there."""
+    state_dict = {f"{i}.weight": torch.ones(64, 64, dtype=torch.int8) for i in range(4)} | {f"{i}.weight_scale": torch.tensor(0.5) for i in range(4)}
+    held = [weakref.ref(state_dict[f"{i}.weight"]) for i in range(4)]
+    alive = []
+    quantised.multiply_out("x", state_dict, (), {}, lambda: alive.append(sum(ref() is not None for ref in held)))
+    assert alive == [4, 3, 2, 1] and all(ref() is None for ref in held)
 
 
 @pytest.mark.parametrize("scale", quantised.WEIGHT_SCALES)

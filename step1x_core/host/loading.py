@@ -19,7 +19,7 @@ from ..config import CONFIG_KEY, CONNECTOR_KEY, SCALE_FACTOR_KEY, TEXT_MAPPING_K
 from ..conversion import MODEL_LAYERS, SCALES, converted
 from ..keys import diffusers_to_original, is_diffusers_layout
 from ..mllm import TEXT_KEY, VISION_KEY, MLLMConfig, detect_mllm_config, normalize_keys
-from ..quantised import check_foreign, check_leftovers, marked_layers, merge_metadata, multiply_out, shorten_metadata, unknown_tensors
+from ..quantised import check_foreign, check_leftovers, lift_marker, marked_layers, merge_metadata, multiply_out, shorten_metadata, unknown_tensors
 from .model import register
 from .qwen import Qwen25VL
 from .sampling import with_norm_limiter
@@ -168,6 +168,7 @@ def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tupl
     name = checkpoint.path.name
     check_foreign(name, state_dict, checkpoint.config)
     state_dict = strip_prefix(state_dict)
+    lift_marker(state_dict)
     metadata = shorten_metadata(name, metadata, state_dict)
     # The connector has the same names in both layouts: a foreign file is refused before the conversion copies it.
     if CONNECTOR_KEY not in state_dict:
@@ -247,6 +248,7 @@ def mllm_state_dict(checkpoint: Checkpoint) -> tuple[dict, MLLMConfig]:
     name = checkpoint.path.name
     check_foreign(name, state_dict, checkpoint.config)
     state_dict = normalize_keys(state_dict)
+    lift_marker(state_dict)
     metadata = shorten_metadata(name, metadata, state_dict, normalize_keys)
     state_dict, metadata = comfy.utils.convert_old_quants(state_dict, model_prefix="", metadata=metadata)
     if TEXT_KEY not in state_dict:
