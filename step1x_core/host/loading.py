@@ -18,8 +18,9 @@ from ..checkpoint import Checkpoint, check_file, check_tensors, check_types, fin
 from ..config import CONFIG_KEY, CONNECTOR_KEY, SCALE_FACTOR_KEY, TEXT_MAPPING_KEY, Step1XError, config_tensor, detect_config, parse_config, stored_config
 from ..conversion import MODEL_LAYERS, SCALES, converted
 from ..keys import diffusers_to_original, is_diffusers_layout
+from ..markers import lift_marker, marked_layers, merge_metadata, shorten_metadata
 from ..mllm import TEXT_KEY, VISION_KEY, MLLMConfig, detect_mllm_config, normalize_keys
-from ..quantised import check_foreign, check_leftovers, lift_marker, marked_layers, merge_metadata, multiply_out, shorten_metadata, unknown_tensors
+from ..quantised import check_foreign, check_leftovers, multiply_out, unknown_tensors
 from .model import register
 from .qwen import Qwen25VL
 from .sampling import with_norm_limiter
@@ -85,9 +86,10 @@ def check_weights(name: str, expected: dict[str, tuple[int, ...]], state_dict: d
 
 def without_scales(checkpoint: Checkpoint, state_dict, marked: set[str]) -> None:
     """Multiply the scales out that ComfyUI would ignore, in place. Raises Step1XError for those that cannot be read."""
-    count = multiply_out(checkpoint.path.name, state_dict, marked, checkpoint.config, comfy.model_management.throw_exception_if_processing_interrupted)
+    name, check = checkpoint.path.name, comfy.model_management.throw_exception_if_processing_interrupted
+    count = multiply_out(name, state_dict, marked, checkpoint.config, check)
     if count:
-        log.info("%s: the scales of %d quantised weights, which are not in ComfyUI's format, were multiplied out to bfloat16", checkpoint.path.name, count)
+        log.info("%s: the scales of %d weights, without ComfyUI's marker, were multiplied out to bfloat16", name, count)
 
 
 def check_extra(name: str, expected: dict[str, tuple[int, ...]], state_dict, marked: set[str]) -> None:
@@ -95,7 +97,8 @@ def check_extra(name: str, expected: dict[str, tuple[int, ...]], state_dict, mar
     check_leftovers(name, state_dict, marked)
     unknown = unknown_tensors(state_dict, expected, marked)
     if unknown:
-        log.warning("%s holds %d tensors that the model does not have, and which are left out: %s", name, len(unknown), ", ".join(unknown[:3]) + (", ..." if unknown[3:] else ""))
+        first = ", ".join(unknown[:3]) + (", ..." if unknown[3:] else "")
+        log.warning("%s holds %d tensors that the model does not have, and which are left out: %s", name, len(unknown), first)
 
 
 def shapes(state_dict) -> dict[str, tuple[int, ...]]:
@@ -160,8 +163,8 @@ def choose_version(checkpoint: Checkpoint, state_dict) -> str:
 def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tuple[dict, dict]:
     """Transformer weights in the original layout, ready for the host's loader, and the file metadata.
 
-    Raises Step1XError for files that are damaged, of another model, incomplete, in another tool's format, quantised in the diffusers layout or of a version that cannot be
-    told, and for contradicting marks of a version.
+    Raises Step1XError for files that are damaged, of another model, incomplete, in another tool's format, quantised in
+    the diffusers layout or of a version that cannot be told, and for contradicting marks of a version.
     """
     pipeline_layout(checkpoint)
     state_dict, metadata = read_checkpoint(checkpoint)
@@ -233,8 +236,8 @@ def load_model(path, version: str | None = None, model_options={}, disable_dynam
             state_dict = scaled_fp8(state_dict)
         patcher = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=model_options, metadata=metadata, disable_dynamic=disable_dynamic)
         if patcher is None:
-            raise Step1XError(f"ComfyUI does not know {checkpoint.path.name} for a Step1X-Edit model. Restart ComfyUI; if that does not help, report it with "
-                              "ComfyUI's version and the name of the file.")
+            raise Step1XError(f"ComfyUI does not know {checkpoint.path.name} for a Step1X-Edit model. Restart ComfyUI; if that does "
+                              "not help, report it with ComfyUI's version and the name of the file.")
     patcher.cached_patcher_init = (functools.partial(load_model, fp8=fp8), (path, version, model_options))
     return with_norm_limiter(patcher)
 
