@@ -128,7 +128,7 @@ def layers_of(lora: dict[str, Tensor], layers: dict) -> tuple[dict[str, dict[str
         if target is None:
             if split is None and unknown_kind(key, layers):
                 raise Step1XError(
-                    f"This LoRA cannot be loaded: nothing is known about the kind of its tensor {key}, and without it the rest would be wrong. "
+                    f"This LoRA could not be loaded: nothing is known about the kind of its tensor {key}, and without it the rest would be wrong. "
                     "Export the LoRA in the layout of kohya, PEFT or LyCORIS, or choose another file."
                 )
             unknown.append(key)
@@ -137,7 +137,7 @@ def layers_of(lora: dict[str, Tensor], layers: dict) -> tuple[dict[str, dict[str
         tensors = out.setdefault(layer, {})
         if kind in tensors or targets.setdefault(target, layer) != layer:
             raise Step1XError(
-                f"This LoRA cannot be loaded: it holds more than one change of the same layer ({key} and another under a similar name), as files with "
+                f"This LoRA could not be loaded: it holds more than one change of the same layer ({key} and another under a similar name), as files with "
                 "several adapters do. Export one adapter, or choose another file."
             )
         tensors[kind] = tensor

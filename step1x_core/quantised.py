@@ -1,10 +1,9 @@
-"""Quantised weights that ComfyUI does not know: scales without its marker are multiplied out, other tools' formats are named and refused.
+"""Quantised weights that ComfyUI does not know: scales without its marker, and other tools' formats.
 
-ComfyUI marks a layer by a tensor `comfy_quant` beside its weight, a whole file by a tensor `scaled_fp8`, or by `_quantization_metadata` in the file's metadata.
-Marked layers are left as they are. Beside an unmarked one ComfyUI ignores a scale, and the model draws noise.
+Marked layers (markers.py) are left as they are. Beside an unmarked one ComfyUI ignores a scale, and the model draws
+noise: those are multiplied out. Other formats are named and refused.
 """
 
-import json
 import re
 from collections.abc import Callable, Collection, Iterator
 
@@ -12,36 +11,67 @@ import torch
 from torch import Tensor
 
 from .config import CONFIG_KEY, Step1XError
+from .markers import FILE_MARKER, MARKER, layer_of, marked_layers
 
-MARKER = "comfy_quant"
-FILE_MARKER = "scaled_fp8"
-METADATA_KEY = "_quantization_metadata"
-
-# Names of the factor of a weight, after the layer's name. DeepSeek's "inv" is that of its making: it is multiplied, too.
+# Names of the factor of a weight, after the layer's name. DeepSeek's "inv" tells of its making: it is multiplied, too.
 WEIGHT_SCALES = ("weight_scale", "scale_weight", "weight_scale_inv", "weight.scale")
 # What only matters to a kernel that rounds its inputs, or a cache of keys and values, as well.
-INPUT_SCALES = ("input_scale", "scale_input", "input_scale_inv", "scale_input_inv", "activation_scale", "act_scale", "input_zero_point", "output_scale",
-                "k_scale", "v_scale", "q_scale")
+INPUT_SCALES = (
+    "input_scale",
+    "scale_input",
+    "input_scale_inv",
+    "scale_input_inv",
+    "activation_scale",
+    "act_scale",
+    "input_zero_point",
+    "output_scale",
+    "k_scale",
+    "v_scale",
+    "q_scale",
+)
 # By these words the name of a tensor beside a weight of 8 bits shows that the weight cannot be read without it.
 SUSPECT = re.compile(r"scale|zero|absmax|amax|scb|quant|g_idx|smooth", re.IGNORECASE)
 
 # Other tools' formats by the end of a tensor's name, the more special ones first.
 FOREIGN = {
-    "bitsandbytes": re.compile(r"\.(absmax|nested_absmax|quant_map|nested_quant_map|SCB|quant_state\.\w+|weight_format)$"),
-    "nunchaku (SVDQuant)": re.compile(r"\.(wscales|wcscales|wtscale|wzeros|smooth_factor|smooth_factor_orig|smooth|smooth_orig|proj_down|svd_up|svd_down)$"),
+    "bitsandbytes": re.compile(
+        r"\.(absmax|nested_absmax|quant_map|nested_quant_map|SCB|quant_state\.\w+|weight_format)$"
+    ),
+    "nunchaku (SVDQuant)": re.compile(
+        r"\.(wscales|wcscales|wtscale|wzeros|smooth(_factor)?(_orig)?|proj_down|svd_up|svd_down|svdquant_\w+)$"
+    ),
     "GPTQ": re.compile(r"\.g_idx$"),
     "AWQ or GPTQ": re.compile(r"\.(qweight|qzeros)$"),
     "optimum-quanto": re.compile(r"\.weight\._(data|scale|shift)(\._\w+)?$"),
-    "torchao": re.compile(r"(:|\._weight_|\.weight[._])(_data|qdata|int_data|float8_data|packed_weight|tensor_impl|layout_tensor|original_weight_tensor)\b"),
+    "torchao": re.compile(
+        r"(:|\._weight_|\.weight[._])(_data|qdata|int_data|float8_data|packed_weight|tensor_impl|layout_tensor)\b"
+    ),
     "HQQ": re.compile(r"\.W_q$"),
     "compressed-tensors in packed form": re.compile(r"\.(weight_packed|weight_global_scale|bitmask|compressed)$"),
 }
 # What a config.json calls such a format.
-FOREIGN_METHODS = {"bitsandbytes": "bitsandbytes", "awq": "AWQ", "gptq": "GPTQ", "auto-round": "AutoRound", "torchao": "torchao", "quanto": "optimum-quanto",
-                   "hqq": "HQQ", "nunchaku": "nunchaku (SVDQuant)", "svdquant": "SVDQuant", "sdnq": "SDNQ", "aqlm": "AQLM", "vptq": "VPTQ", "eetq": "EETQ",
-                   "higgs": "HIGGS", "spqr": "SpQR", "mxfp4": "MXFP4"}
+FOREIGN_METHODS = {
+    "bitsandbytes": "bitsandbytes",
+    "awq": "AWQ",
+    "gptq": "GPTQ",
+    "auto-round": "AutoRound",
+    "torchao": "torchao",
+    "quanto": "optimum-quanto",
+    "hqq": "HQQ",
+    "nunchaku": "nunchaku (SVDQuant)",
+    "svdquant": "SVDQuant",
+    "sdnq": "SDNQ",
+    "aqlm": "AQLM",
+    "vptq": "VPTQ",
+    "eetq": "EETQ",
+    "higgs": "HIGGS",
+    "spqr": "SpQR",
+    "mxfp4": "MXFP4",
+}
 
-INSTEAD = "Take the bf16 file, one in ComfyUI's scaled fp8, or make a smaller one of the bf16 file with scripts/convert.py."
+INSTEAD = (
+    "Take the bf16 file, one in ComfyUI's scaled fp8, or make a smaller one of the bf16 file with scripts/convert.py."
+)
 
 # Elements that are in float32 at a time.
 CHUNK = 2**20
@@ -70,65 +100,22 @@ def check_foreign(name: str, state_dict: dict[str, Tensor], config: dict) -> Non
     """Raise Step1XError for a format of another tool, by the names of its tensors or by the folder's config.json."""
     for tool, pattern in FOREIGN.items():
         # A layer with ComfyUI's marker may have parts of any name.
-        key = next((key for key in state_dict if pattern.search(key) and f"{layer_of(key)}.{MARKER}" not in state_dict), None)
+        key = next(
+            (key for key in state_dict if pattern.search(key) and f"{layer_of(key)}.{MARKER}" not in state_dict), None
+        )
         if key is not None:
-            raise Step1XError(f"{name} is quantised by {tool} ({key} is in it), a format that this node pack does not read. {INSTEAD}")
+            raise Step1XError(
+                f"{name} is quantised by {tool} ({key} is in it), a format that this node pack does not read. {INSTEAD}"
+            )
     method = str(quantisation_config(config).get("quant_method") or "").lower()
     # A folder may keep the entry when its weights are bf16 again.
-    if method in FOREIGN_METHODS and any(is_narrow(tensor) or not tensor.is_floating_point() for tensor in state_dict.values()):
-        raise Step1XError(f"{name} is quantised by {FOREIGN_METHODS[method]} (so says its config.json), a format that this node pack does not read. {INSTEAD}")
-
-
-def layer_of(key: str) -> str:
-    """The layer that a tensor belongs to: `a.b` of `a.b.weight_scale` and of `a.b.weight.scale`."""
-    return key.split(".weight.")[0] if ".weight." in key else key.rpartition(".")[0]
-
-
-def stored_layers(name: str, text: str) -> dict:
-    """The layers of a `_quantization_metadata` entry. Raises Step1XError for one that cannot be read."""
-    try:
-        layers = json.loads(text)["layers"]
-        layers.items()
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise Step1XError(f"{name} could not be loaded: the {METADATA_KEY} in its head is no list of layers ({type(error).__name__}: {error}). "
-                          "Download it again, or choose another file.") from error
-    return layers
-
-
-def merge_metadata(name: str, first: dict, second: dict) -> dict:
-    """The metadata of two files of one model: the layers that either of them marks, and else the second's word."""
-    merged = first | second
-    if METADATA_KEY in first and METADATA_KEY in second:
-        merged[METADATA_KEY] = json.dumps({"layers": stored_layers(name, first[METADATA_KEY]) | stored_layers(name, second[METADATA_KEY])})
-    return merged
-
-
-def shorten_metadata(name: str, metadata: dict, state_dict: dict[str, Tensor], rename: Callable[[dict], dict] = dict) -> dict:
-    """The metadata with the names of marked layers as `state_dict` has them, whose own were shortened.
-
-    rename: what was done to the tensors' names, besides dropping a prefix. A layer that is not in `state_dict` keeps its name.
-
-    Raises Step1XError for an entry that cannot be read.
-    """
-    if METADATA_KEY not in metadata:
-        return metadata
-    layers = {}
-    for layer, form in stored_layers(name, metadata[METADATA_KEY]).items():
-        found = next(iter(rename({f"{layer}.weight": None}))).removesuffix(".weight")
-        while f"{found}.weight" not in state_dict and "." in found:
-            found = found.partition(".")[2]
-        layers[found if f"{found}.weight" in state_dict else layer] = form
-    return metadata | {METADATA_KEY: json.dumps({"layers": layers})}
-
-
-def marked_layers(name: str, state_dict: dict[str, Tensor], metadata: dict) -> set[str]:
-    """The layers that ComfyUI takes for quantised. Raises Step1XError for metadata that cannot be read."""
-    marked = {key.removesuffix("." + MARKER) for key in state_dict if key.endswith("." + MARKER)}
-    if METADATA_KEY in metadata:
-        return marked | set(stored_layers(name, metadata[METADATA_KEY]))
-    if FILE_MARKER in state_dict:
-        marked |= {key.removesuffix(".scale_weight") for key in state_dict if key.endswith(".scale_weight")}
-    return marked
+    if method in FOREIGN_METHODS and any(
+        is_narrow(tensor) or not tensor.is_floating_point() for tensor in state_dict.values()
+    ):
+        raise Step1XError(
+            f"{name} is quantised by {FOREIGN_METHODS[method]} (so says its config.json), "
+            f"a format that this node pack does not read. {INSTEAD}"
+        )
 
 
 def block_sizes(config: dict) -> tuple[int, int] | None:
@@ -146,7 +133,7 @@ def block_sizes(config: dict) -> tuple[int, int] | None:
 def block_size(length: int, count: int, told: int | None) -> int | None:
     """Size of the blocks when `length` values have `count` scales; None where that cannot be.
 
-    Without being told it is a power of two, of which at most one fits, or else equal parts. The last block may be smaller.
+    Without being told it is a power of two, of which at most one fits, or else equal parts. The last may be smaller.
     """
     if count == 1:
         return length
@@ -157,7 +144,9 @@ def block_size(length: int, count: int, told: int | None) -> int | None:
 
 
 def scale_grid(weight: Tensor, scale: Tensor, told: tuple[int, int] | None) -> tuple[Tensor, int, int] | None:
-    """The scales as float32 [R, C] and the rows and columns of the weight, seen as [rows, the rest], that one is for; None for a layout not known.
+    """The scales as float32 [R, C], and the rows and columns of the weight, seen as [rows, the rest], that one is for.
+
+    None for a layout that is not known.
 
     scale: of any shape with one value, [rows], [rows, 1, ...], or [R, C] for blocks of a matrix.
     """
@@ -171,7 +160,9 @@ def scale_grid(weight: Tensor, scale: Tensor, told: tuple[int, int] | None) -> t
     # One row of scales, one to each column: of a square matrix it could as well be meant for the rows.
     if weight.ndim != 2 or scale.ndim != 2 or tuple(scale.shape) == (1, columns):
         return None
-    row, column = (block_size(n, count, told[i] if told else None) for i, (n, count) in enumerate(zip(weight.shape, scale.shape)))
+    row, column = (
+        block_size(n, count, told[i] if told else None) for i, (n, count) in enumerate(zip(weight.shape, scale.shape))
+    )
     return (grid, row, column) if row and column else None
 
 
@@ -192,7 +183,7 @@ def multiplied(weight: Tensor, grid: Tensor, row: int, column: int) -> Tensor:
     for part in row_chunks(*flat.shape):
         scales = grid[torch.arange(part.start, part.stop, device=weight.device) // row]
         if grid.shape[1] > 1:
-            scales = scales.repeat_interleave(column, dim=1)[:, :flat.shape[1]]
+            scales = scales.repeat_interleave(column, dim=1)[:, : flat.shape[1]]
         out[part] = flat[part].float() * scales
     return out.reshape(weight.shape)
 
@@ -203,21 +194,33 @@ def is_neutral(key: str, tensor: Tensor) -> bool:
 
 
 def refuse_scale(name: str, key: str, tensor: Tensor, weight: str, found: Tensor) -> Step1XError:
-    return Step1XError(f"{name} holds {key} ({dtype_name(tensor)} {list(tensor.shape)}) beside {weight} ({dtype_name(found)} {list(found.shape)}), which looks like "
-                       f"its scale in a form that this node pack does not read; without it the weight is noise. {INSTEAD}")
+    return Step1XError(
+        f"{name} holds {key} ({dtype_name(tensor)} {list(tensor.shape)}) beside "
+        f"{weight} ({dtype_name(found)} {list(found.shape)}), "
+        f"which looks like "
+        f"its scale in a form that this node pack does not read; without it the weight is noise. {INSTEAD}"
+    )
 
 
 def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def multiply_out(name: str, state_dict: dict[str, Tensor], marked: Collection[str], config: dict, check: Callable[[], None] = lambda: None) -> int:
-    """Multiply the scales of unmarked layers into their weights, in place in `state_dict`, and drop them; returns the number of layers.
+def multiply_out(
+    name: str,
+    state_dict: dict[str, Tensor],
+    marked: Collection[str],
+    config: dict,
+    check: Callable[[], None] = lambda: None,
+) -> int:
+    """Multiply the scales of unmarked layers into their weights, in place, and drop them; returns the number of layers.
 
-    marked: layers that are left as they are. config: the folder's config.json. check: called before each weight, to raise where the person cancels.
-    Weights become bfloat16, and where any does so do all unmarked ones of 8 bits: else the host would take theirs for the type of the model.
+    marked: layers that are left as they are. config: the folder's config.json. check: called before each weight, to
+    raise where the person cancels. Weights become bfloat16, and where any does so do all unmarked ones of 8 bits: else
+    the host would take theirs for the type of the model.
 
-    Raises Step1XError for a scale in an unknown layout or with values that are not finite, and for another tensor beside a weight that looks like its scale.
+    Raises Step1XError for a scale in an unknown layout or with values that are not finite, and for another tensor
+    beside a weight that looks like its scale.
     """
     told = block_sizes(quantisation_config(config))
     beside = {}
@@ -236,13 +239,15 @@ def multiply_out(name: str, state_dict: dict[str, Tensor], marked: Collection[st
     return done
 
 
-def multiply_layer(name: str, state_dict: dict[str, Tensor], layer: str, keys: list[str], told: tuple[int, int] | None) -> int:
-    """As `multiply_out` for one layer with the tensors `keys` beside its weight; returns 1 where it was multiplied, else 0."""
+def multiply_layer(
+    name: str, state_dict: dict[str, Tensor], layer: str, keys: list[str], told: tuple[int, int] | None
+) -> int:
+    """As `multiply_out` for a layer and the tensors `keys` beside its weight; returns 1 where it was multiplied, or 0."""
     weight_key = f"{layer}.weight"
     weight = state_dict[weight_key]
-    scales = [key for key in keys if key[len(layer) + 1:] in WEIGHT_SCALES]
+    scales = [key for key in keys if key[len(layer) + 1 :] in WEIGHT_SCALES]
     for key in keys:
-        kind = key[len(layer) + 1:]
+        kind = key[len(layer) + 1 :]
         if kind in INPUT_SCALES and (is_narrow(weight) or scales):
             del state_dict[key]
         elif kind not in WEIGHT_SCALES and SUSPECT.search(kind) and is_narrow(weight):
@@ -264,14 +269,33 @@ def multiply_layer(name: str, state_dict: dict[str, Tensor], layer: str, keys: l
     if layout is None:
         raise refuse_scale(name, scales[-1], state_dict[scales[-1]], weight_key, weight)
     if not layout[0].isfinite().all():
-        raise Step1XError(f"{name} holds {scales[0]} with values that are infinite or no numbers. The file is damaged; download it again.")
+        raise Step1XError(
+            f"{name} holds {scales[0]} with values that are infinite or no numbers. "
+            "The file is damaged; download it again."
+        )
     state_dict[weight_key] = multiplied(weight, *layout)
     del state_dict[scales[0]]
     return 1
 
 
+def check_stock(state_dict: dict[str, Tensor]) -> None:
+    """Raise Step1XError for scales that ComfyUI's own loader would ignore.
+
+    It has chosen the model's type before the weights come here: it is too late to multiply them out.
+    """
+    marked = marked_layers("", state_dict, {})
+    for key in filter(is_weight_scale, state_dict):
+        weight = state_dict.get(f"{layer_of(key)}.weight")
+        if layer_of(key) not in marked and weight is not None and is_narrow(weight):
+            raise Step1XError(
+                f"This file holds {key}, a scale that ComfyUI's own loaders ignore, "
+                "since the file lacks ComfyUI's marker. Load it with "
+                "'Load Step1X-Edit Model', which multiplies it out."
+            )
+
+
 def check_leftovers(name: str, state_dict: dict[str, Tensor], marked: Collection[str]) -> None:
-    """Raise Step1XError for an unmarked weight of integers, whose scale is missing, and for a scale beside a weight that is not of 8 bits."""
+    """Raise Step1XError for an unmarked weight of integers without a scale, and for a scale of one not of 8 bits."""
     for key, tensor in state_dict.items():
         weight = f"{layer_of(key)}.weight"
         if layer_of(key) in marked or weight not in state_dict:
@@ -279,7 +303,10 @@ def check_leftovers(name: str, state_dict: dict[str, Tensor], marked: Collection
         if is_weight_scale(key):
             raise refuse_scale(name, key, tensor, weight, state_dict[weight])
         if key == weight and tensor.dtype in (torch.int8, torch.uint8):
-            raise Step1XError(f"{name} holds {key} as {dtype_name(tensor)} without a scale beside it; without one the weight is noise. {INSTEAD}")
+            raise Step1XError(
+                f"{name} holds {key} as {dtype_name(tensor)} without a scale beside it; "
+                f"without one the weight is noise. {INSTEAD}"
+            )
 
 
 def unknown_tensors(state_dict: dict[str, Tensor], expected: Collection[str], marked: Collection[str]) -> list[str]:

@@ -18,9 +18,10 @@ from ..checkpoint import Checkpoint, check_file, check_tensors, check_types, fin
 from ..config import CONFIG_KEY, CONNECTOR_KEY, SCALE_FACTOR_KEY, TEXT_MAPPING_KEY, Step1XError, config_tensor, detect_config, parse_config, stored_config
 from ..conversion import MODEL_LAYERS, SCALES, converted
 from ..keys import diffusers_to_original, is_diffusers_layout
+from ..markers import FILE_MARKER, lift_marker, marked_layers, merge_metadata, shorten_metadata
 from ..mllm import TEXT_KEY, VISION_KEY, MLLMConfig, detect_mllm_config, normalize_keys
 from ..prefixes import COMPILED, transformer_names
-from ..quantised import FILE_MARKER, check_foreign, check_leftovers, marked_layers, merge_metadata, multiply_out, shorten_metadata, unknown_tensors
+from ..quantised import check_foreign, check_leftovers, multiply_out, unknown_tensors
 from .model import register
 from .qwen import Qwen25VL
 from .sampling import with_norm_limiter
@@ -95,9 +96,10 @@ def check_weights(name: str, expected: dict[str, tuple[int, ...]], state_dict: d
 
 def without_scales(checkpoint: Checkpoint, state_dict, marked: set[str]) -> None:
     """Multiply the scales out that ComfyUI would ignore, in place. Raises Step1XError for those that cannot be read."""
-    count = multiply_out(checkpoint.path.name, state_dict, marked, checkpoint.config, comfy.model_management.throw_exception_if_processing_interrupted)
+    name, check = checkpoint.path.name, comfy.model_management.throw_exception_if_processing_interrupted
+    count = multiply_out(name, state_dict, marked, checkpoint.config, check)
     if count:
-        log.info("%s: the scales of %d quantised weights, which are not in ComfyUI's format, were multiplied out to bfloat16", checkpoint.path.name, count)
+        log.info("%s: the scales of %d weights, without ComfyUI's marker, were multiplied out to bfloat16", name, count)
 
 
 def check_extra(name: str, expected: dict[str, tuple[int, ...]], state_dict, marked: set[str]) -> None:
@@ -105,7 +107,8 @@ def check_extra(name: str, expected: dict[str, tuple[int, ...]], state_dict, mar
     check_leftovers(name, state_dict, marked)
     unknown = unknown_tensors(state_dict, expected, marked)
     if unknown:
-        log.warning("%s holds %d tensors that the model does not have, and which are left out: %s", name, len(unknown), ", ".join(unknown[:3]) + (", ..." if unknown[3:] else ""))
+        first = ", ".join(unknown[:3]) + (", ..." if unknown[3:] else "")
+        log.warning("%s holds %d tensors that the model does not have, and which are left out: %s", name, len(unknown), first)
 
 
 def shapes(state_dict) -> dict[str, tuple[int, ...]]:
@@ -170,14 +173,15 @@ def choose_version(checkpoint: Checkpoint, state_dict) -> str:
 def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tuple[dict, dict]:
     """Transformer weights in the original layout, ready for the host's loader, and the file metadata.
 
-    Raises Step1XError for files that are damaged, of another model, incomplete, in another tool's format, quantised in the diffusers layout or of a version that cannot be
-    told, and for contradicting marks of a version.
+    Raises Step1XError for files that are damaged, of another model, incomplete, in another tool's format, quantised in
+    the diffusers layout or of a version that cannot be told, and for contradicting marks of a version.
     """
     pipeline_layout(checkpoint)
     state_dict, metadata = read_checkpoint(checkpoint)
     name = checkpoint.path.name
     check_foreign(name, state_dict, checkpoint.config)
     state_dict = strip_prefix(name, state_dict)
+    lift_marker(state_dict)
     metadata = shorten_metadata(name, metadata, state_dict, lambda names: {key.replace(COMPILED, ""): value for key, value in names.items()})
     # The connector has the same names in both layouts: a foreign file is refused before the conversion copies it.
     if CONNECTOR_KEY not in state_dict:
@@ -262,6 +266,7 @@ def mllm_state_dict(checkpoint: Checkpoint) -> tuple[dict, MLLMConfig]:
     name = checkpoint.path.name
     check_foreign(name, state_dict, checkpoint.config)
     state_dict = normalize_keys(state_dict)
+    lift_marker(state_dict)
     metadata = shorten_metadata(name, metadata, state_dict, normalize_keys)
     state_dict, metadata = comfy.utils.convert_old_quants(state_dict, model_prefix="", metadata=metadata)
     if TEXT_KEY not in state_dict:

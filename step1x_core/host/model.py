@@ -15,6 +15,7 @@ from comfy.text_encoders.hunyuan_video import llama_detect
 from ..config import CONFIG_KEY, CONNECTOR_KEY, VERSIONS, Step1XError, config_tensor, detect_config, stored_config
 from ..connector import distinct_tokens
 from ..mllm import detect_mllm_config
+from ..quantised import check_stock
 from .foreign import check_own_forward
 from .text_encoder import TEXT_ENCODER_NAME, Step1XTEModel, Step1XTokenizer
 from .transformer import Step1XTransformer, position_bits
@@ -163,6 +164,7 @@ class Step1XEdit(comfy.supported_models.Flux):
         return Step1XEditModel(self, device=device)
 
     def process_unet_state_dict(self, state_dict):
+        check_stock(state_dict)
         state_dict.pop(CONFIG_KEY, None)
         return super().process_unet_state_dict(state_dict)
 
