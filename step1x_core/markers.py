@@ -10,6 +10,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from .config import Step1XError
+from .prefixes import is_transformer_prefix
 
 MARKER = "comfy_quant"
 FILE_MARKER = "scaled_fp8"
@@ -77,6 +78,7 @@ def marked_layers(name: str, state_dict: dict[str, Tensor], metadata: dict) -> s
 
 
 def lift_marker(state_dict: dict[str, Tensor]) -> None:
-    """Give ComfyUI's marker of a whole file its bare name, in place; the tensors may have lost its prefix."""
-    for key in [key for key in state_dict if key.endswith("." + FILE_MARKER)]:
+    """Give ComfyUI's marker of a transformer's file its bare name, in place; its prefix may be another than the tensors'."""
+    ends = [key for key in state_dict if key.endswith("." + FILE_MARKER)]
+    for key in (key for key in ends if is_transformer_prefix(key.removesuffix(FILE_MARKER))):
         state_dict[FILE_MARKER] = state_dict.pop(key)

@@ -29,6 +29,11 @@ LANGUAGE_PARTS = (
 _TRANSFORMER = re.compile(rf"(?:(?:{'|'.join(TRANSFORMER_PREFIXES)})\.)*")
 
 
+def is_transformer_prefix(prefix: str) -> bool:
+    """Whether this, with its last point, may stand in front of a transformer's names."""
+    return _TRANSFORMER.fullmatch(prefix.replace(COMPILED, "")) is not None
+
+
 def transformer_names(name: str, keys: Iterable[str], anchors: Iterable[str] = (CONNECTOR_KEY,)) -> dict[str, str]:
     """The tensors of the transformer among those of a file, old name to the one without prefix; {} if there is no transformer.
 
@@ -38,7 +43,7 @@ def transformer_names(name: str, keys: Iterable[str], anchors: Iterable[str] = (
     """
     plain = {key: key.replace(COMPILED, "") for key in keys}
     found = {short[:-len(anchor)] for short in plain.values() for anchor in anchors if short.endswith(anchor)}
-    prefixes = sorted(prefix for prefix in found if _TRANSFORMER.fullmatch(prefix))
+    prefixes = sorted(prefix for prefix in found if is_transformer_prefix(prefix))
     if len(prefixes) > 1:
         raise Step1XError(f"{name} holds {len(prefixes)} transformers, under {' and '.join(repr(prefix) for prefix in prefixes)}. Choose a file with one.")
     return {key: short[len(prefixes[0]):] for key, short in plain.items() if short.startswith(prefixes[0])} if prefixes else {}

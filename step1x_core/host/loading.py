@@ -180,8 +180,8 @@ def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tupl
     state_dict, metadata = read_checkpoint(checkpoint)
     name = checkpoint.path.name
     check_foreign(name, state_dict, checkpoint.config)
-    state_dict = strip_prefix(name, state_dict)
     lift_marker(state_dict)
+    state_dict = strip_prefix(name, state_dict)
     metadata = shorten_metadata(name, metadata, state_dict, lambda names: {key.replace(COMPILED, ""): value for key, value in names.items()})
     # The connector has the same names in both layouts: a foreign file is refused before the conversion copies it.
     if CONNECTOR_KEY not in state_dict:
