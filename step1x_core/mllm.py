@@ -42,8 +42,8 @@ class MLLMConfig:
 
 def normalize_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Names of any known file -> `model.*` and `visual.*`; the language-model head becomes `model.lm_head.*`. Of a whole checkpoint only the language model is kept."""
-    own = {key: tensor for key, tensor in state_dict.items() if key.startswith(LANGUAGE_WRAPPERS[0])}
-    return {language_name(key): tensor for key, tensor in (own or state_dict).items()}
+    own = {language_name(key): tensor for key, tensor in state_dict.items() if key.startswith(LANGUAGE_WRAPPERS[0])}
+    return own if TEXT_KEY in own else {language_name(key): tensor for key, tensor in state_dict.items()}
 
 
 def check_config(config: MLLMConfig) -> None:
