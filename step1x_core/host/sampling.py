@@ -172,6 +172,9 @@ def check_references(model, positive: list, negative: list, cfg: float) -> None:
     """
     if cfg == 1 and not model.model_options.get("disable_cfg1_optimization"):
         return
+    width = model.model.diffusion_model.connector.S.c_embedder.linear_1.in_features
+    if any(entry[0].shape[-1] != width for entry in (*positive, *negative)):
+        return  # another model's, of which `extra_conds` says so
     lacking = [name for name, prompts in (("positive", positive), ("negative", negative)) if not all(entry[1].get("reference_latents") for entry in prompts)]
     if lacking and any(entry[1].get("reference_latents") for entry in (*positive, *negative)):
         raise Step1XError(f"The input '{lacking[0]}' has a prompt without the reference picture that another prompt of this edit has, which gives a dark or wrong picture. "
