@@ -52,7 +52,8 @@ def main(base: Path, report: Path) -> None:
 
     for name in ("diffusion_models", "text_encoders", "vae", "loras", "diffusers"):
         folder_paths.folder_names_and_paths[name] = ([str(base / "models" / name)], {".safetensors"})
-    folder_paths.models_dir, folder_paths.input_directory, folder_paths.output_directory = (str(base / name) for name in ("models", "input", "output"))
+    folder_paths.models_dir, folder_paths.input_directory, folder_paths.output_directory, folder_paths.temp_directory = (
+        str(base / name) for name in ("models", "input", "output", "temp"))
     classes = node_classes(load_pack())
     from step1x_core.host.gate import gate
 

@@ -67,9 +67,12 @@ def test_the_shipped_workflow_trains_is_cancelled_and_goes_on(client, prompt, ba
     ours = load_file(run_folder / LORA)
     assert all(torch.equal(tensor, ours[name]) for name, tensor in load_file(saved).items()) and len(ours) == 3 * 26
 
-    # What was changed on the disk is noticed.
+    # What was changed on the disk is noticed: the finished LoRA is not given out for one of the new pairs, nor overwritten.
+    finished = (run_folder / LORA).read_bytes()
     (data / "target" / "2.txt").write_text("something else", encoding="utf-8")
-    assert reader in client.run(prompt).executed
+    with pytest.raises(ExecutionError, match="begun with another dataset"):
+        client.run(prompt)
+    assert (run_folder / LORA).read_bytes() == finished
 
 
 @pytest.mark.parametrize("dataset, message", [("nothing", "There is no dataset"), ("../output", "names no dataset"), ("", "names no dataset"),

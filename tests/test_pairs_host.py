@@ -113,7 +113,8 @@ def test_what_is_saved_is_trained_on_where_it_lies(server, client, prompt_of):
     assert count >= 2 and any(f"{count} pairs to train on" in text for text in texts(run, prompt))
     assert (server.base / "output" / "step1x_training" / "on_made_pairs" / "lora.safetensors").is_file()
 
-    prompt[reader]["inputs"]["dataset"] = "edit_pairs/trained/zh-00000.json [output]"
+    trainer, = find_nodes(prompt, "Step1XTrainLora")
+    prompt[reader]["inputs"]["dataset"], prompt[trainer]["inputs"]["name"] = "edit_pairs/trained/zh-00000.json [output]", "on_half_of_them"
     shown = "\n".join(texts(client.run(prompt), prompt))
     assert f"{count // 2} pairs to train on" in shown and "0 latents and conditionings were encoded" in shown
 

@@ -134,7 +134,7 @@ def test_what_is_kept_lies_in_the_hosts_folders(run):
     seen, base = run
     written = seen["keeping"]["written"]
     kept = [path for path in written if path not in outside([path], base)]
-    assert outside(kept, base / "input" / "pairs", base / "output") == [] and outside(written, tempfile.gettempdir()) == []
+    assert outside(kept, base / "input" / "pairs", base / "output", base / "temp") == [] and outside(written, tempfile.gettempdir()) == []
     assert all(any(Path(path).is_relative_to(base / folder) for path in kept) for folder in ("input/pairs/.step1x_cache", "output/step1x_training/lora", "output/edit_pairs/pairs",
                                                                                              "output/gedit_bench/x"))
 

@@ -440,7 +440,6 @@ REFUSED = {
     "FluxKontextMultiReferenceLatentMethod": ("fixed place for them. Remove that node", lambda demo: {
         "positive": run("FluxKontextMultiReferenceLatentMethod", conditioning=demo.edit()[0], reference_latents_method="uxo/uno")[0]}),
     "FluxKVCache": ("reads it anew in every step. Remove that node", lambda demo: {"model": run("FluxKVCache", model=demo.model)[0]}),
-    "ModelSamplingSD3": ("Remove the ModelSampling node", lambda demo: {"model": run("ModelSamplingSD3", model=demo.model)[0]}),
     "ControlNet": ("there is none for Step1X-Edit.* Remove 'Apply ControlNet'", lambda demo: dict(zip(("positive", "negative"), controlled(demo)))),
     "ConditioningSetArea": ("Use 'Conditioning \\(Set Mask\\)'", lambda demo: {
         "positive": run("ConditioningSetArea", conditioning=demo.edit()[0], width=SIZE, height=SIZE // 2, x=0, y=0, strength=1.0)[0]}),
@@ -465,7 +464,8 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing_behind(demo, name):
 
 
 @pytest.mark.parametrize("node, inputs", [
-    ("ModelSamplingSD3", {"shift": 1.0}), ("ModelSamplingStableCascade", {}), ("ModelSamplingContinuousV", {}),
+    ("ModelSamplingSD3", {"shift": 1.0}), ("ModelSamplingStableCascade", {"shift": 2.0}),
+    ("ModelSamplingContinuousV", {"sampling": "v_prediction", "sigma_max": 500.0, "sigma_min": 0.03}),
     *(("ModelSamplingDiscrete", {"sampling": sampling}) for sampling in ("eps", "v_prediction", "lcm", "x0", "img_to_img")),
     *(("ModelSamplingContinuousEDM", {"sampling": sampling}) for sampling in ("v_prediction", "edm", "eps", "cosmos_rflow"))])
 @pytest.mark.parametrize("sampler", ["ours", "KSampler", "SamplerCustomAdvanced"])
@@ -474,20 +474,26 @@ def test_times_and_predictions_of_other_models_are_refused_before_the_first_step
     positive, negative, latent = demo.edit()
     called = []
     monkeypatch.setattr(type(demo.model.model), "apply_model", lambda *args, **kwargs: called.append(1))
-    with pytest.raises(Step1XError, match="The model's sampling was changed to ModelSampling.*reads times from 0 to 1"):
+    with pytest.raises(Step1XError, match="The model's sampling was changed to .*reads times from 0 to 1") as info:
         if sampler == "ours":
             sample(model, positive, negative, latent, flow_sigmas(2, latent["samples"]), 1.5, 1, callback=lambda *args: None)
         elif sampler == "KSampler":
-            demo.ksampler(model, steps=2)
+            run("KSampler", model=model, positive=positive, negative=negative, latent_image=latent, seed=1, steps=2, cfg=1.5, sampler_name="euler", scheduler="simple", denoise=1.0)
         else:
             guider = run("CFGGuider", model=model, positive=positive, negative=negative, cfg=1.5)[0]
             run("SamplerCustomAdvanced", noise=run("RandomNoise", noise_seed=1)[0], guider=guider, sampler=run("KSamplerSelect", sampler_name="euler")[0],
                 sigmas=flow_sigmas(2, latent["samples"]), latent_image=latent)
     assert not called
+    if node == "ModelSamplingSD3":
+        assert re.sub(r"\b\d+\b", "N", str(info.value)).replace("from N to N", "from 0 to 1") in DOCS.read_text(encoding="utf-8")
 
 
 def test_model_sampling_aura_flow_keeps_times_up_to_one(demo):
-    assert right("replace", demo.ksampler(run("ModelSamplingAuraFlow", model=demo.model)[0]))
+    model = run("ModelSamplingAuraFlow", model=demo.model)[0]
+    positive, negative, latent = demo.edit()
+    out = run("KSampler", model=model, positive=positive, negative=negative, latent_image=latent, seed=1, steps=STEPS, cfg=demo_model.CFG, sampler_name="euler",
+              scheduler="simple", denoise=1.0)[0]
+    assert right("recolour", demo.picture(out))
 
 
 @pytest.mark.parametrize("node, error", [("FreeU", KeyError), ("FreeU_V2", KeyError), ("TomePatchModel", TypeError), ("SelfAttentionGuidance", AttributeError)])
