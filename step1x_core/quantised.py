@@ -231,8 +231,8 @@ def multiply_layer(
     return 1
 
 
-def check_stock(state_dict: dict[str, Tensor]) -> None:
-    """Raise Step1XError for scales that ComfyUI's own loader would ignore.
+def check_stock(state_dict: dict[str, Tensor], node: str) -> None:
+    """Raise Step1XError, which names the node to take instead, for scales that ComfyUI's own loader would ignore.
 
     It has chosen the model's type before the weights come here: it is too late to multiply them out.
     """
@@ -242,9 +242,21 @@ def check_stock(state_dict: dict[str, Tensor]) -> None:
         if layer_of(key) not in marked and weight is not None and is_narrow(weight):
             raise Step1XError(
                 f"This file holds {key}, a scale that ComfyUI's own loaders ignore, "
-                "since the file lacks ComfyUI's marker. Load it with "
-                "'Load Step1X-Edit Model', which multiplies it out."
+                f"since the file lacks ComfyUI's marker. Load it with '{node}', which multiplies it out."
             )
+
+
+def check_lora(name: str, lora: dict[str, Tensor]) -> None:
+    """Raise Step1XError for a LoRA whose matrices are integers, or float8 with scales: without those they are noise."""
+    narrow = [key for key, tensor in lora.items() if is_narrow(tensor)]
+    scale = next((key for key in lora if is_weight_scale(key) or key.endswith(MARKER)), None) if narrow else None
+    integers = [key for key, tensor in lora.items() if tensor.dtype in (torch.int8, torch.uint8) and tensor.ndim > 1]
+    whole = next(iter(integers), scale)
+    if whole is not None:
+        raise Step1XError(
+            f"{name} is a quantised LoRA ({whole} is in it, {dtype_name(lora[whole])}), which this node pack does not "
+            "read. Take it in bf16, fp16 or fp32."
+        )
 
 
 def check_leftovers(name: str, state_dict: dict[str, Tensor], marked: Collection[str]) -> None:

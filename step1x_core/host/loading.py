@@ -314,10 +314,13 @@ def load_text_encoder_patcher(path, layout=None, model_options={}, disable_dynam
 def load_vae(path) -> comfy.sd.VAE:
     """Load the VAE of a diffusers repository, a model folder or a file with the host's own VAE class.
 
-    Raises Step1XError for files that are damaged, incomplete or hold no VAE.
+    Raises Step1XError for files that are damaged, incomplete, hold no VAE or one in another tool's format.
     """
     checkpoint = find_checkpoint(path, "vae")
     state_dict, metadata = read_checkpoint(checkpoint)
+    check_foreign(checkpoint.path.name, state_dict, checkpoint.config)
+    marked = marked_layers(checkpoint.path.name, state_dict, metadata)
+    without_scales(checkpoint, state_dict, marked)
     if DIFFUSERS_VAE_KEY in state_dict:
         state_dict = comfy.diffusers_convert.convert_vae_state_dict(state_dict)
     with naming(checkpoint.path.name):
@@ -326,4 +329,8 @@ def load_vae(path) -> comfy.sd.VAE:
             raise Step1XError(f"{checkpoint.path.name} holds no VAE that ComfyUI knows. Choose the vae folder of a Step1X-Edit repository, or ae.safetensors.")
         # The host goes on with whatever was in memory in place of a missing tensor.
         check_weights(checkpoint.path.name, shapes(vae.first_stage_model.state_dict()), state_dict)
+    if marked:
+        raise Step1XError(f"{checkpoint.path.name} is a quantised VAE, which ComfyUI does not read: it would ignore the scales. Take the VAE in bf16 or fp32, such as "
+                          "ae.safetensors.")
+    check_leftovers(checkpoint.path.name, state_dict, set())
     return vae
