@@ -96,6 +96,16 @@ def quantisation_config(config: dict) -> dict:
 
 def check_foreign(name: str, state_dict: dict[str, Tensor], config: dict) -> None:
     """Raise Step1XError for a format of another tool, by the names of its tensors or by the folder's config.json."""
+    # It tells some tools apart whose tensors have the same names.
+    method = str(quantisation_config(config).get("quant_method") or "").lower()
+    # A folder may keep the entry when its weights are bf16 again.
+    if method in FOREIGN_METHODS and any(
+        is_narrow(tensor) or (not tensor.is_floating_point() and tensor.ndim > 1) for tensor in state_dict.values()
+    ):
+        raise Step1XError(
+            f"{name} is quantised by {FOREIGN_METHODS[method]} (so says its config.json), "
+            f"a format that this node pack does not read. {INSTEAD}"
+        )
     for tool, pattern in FOREIGN.items():
         # A layer with ComfyUI's marker may have parts of any name.
         key = next(
@@ -105,15 +115,6 @@ def check_foreign(name: str, state_dict: dict[str, Tensor], config: dict) -> Non
             raise Step1XError(
                 f"{name} is quantised by {tool} ({key} is in it), a format that this node pack does not read. {INSTEAD}"
             )
-    method = str(quantisation_config(config).get("quant_method") or "").lower()
-    # A folder may keep the entry when its weights are bf16 again.
-    if method in FOREIGN_METHODS and any(
-        is_narrow(tensor) or not tensor.is_floating_point() for tensor in state_dict.values()
-    ):
-        raise Step1XError(
-            f"{name} is quantised by {FOREIGN_METHODS[method]} (so says its config.json), "
-            f"a format that this node pack does not read. {INSTEAD}"
-        )
 
 
 def is_neutral(key: str, tensor: Tensor) -> bool:

@@ -142,8 +142,10 @@ def pipeline_layout(checkpoint: Checkpoint) -> str | None:
 
 
 def named_layout(names) -> str | None:
-    """The prompt layout that the first of these names to name a version stands for; None if none does."""
-    return next((layout for name in names for layout, pattern in NAMED_LAYOUTS.items() if pattern.search(name)), None)
+    """The prompt layout that the first of these names to name a version stands for; None if none does, or if it names several."""
+    found = ([layout for layout, pattern in NAMED_LAYOUTS.items() if pattern.search(name)] for name in names)
+    layouts = next(filter(None, found), [])
+    return layouts[0] if len(layouts) == 1 else None
 
 
 def choose_version(checkpoint: Checkpoint, state_dict) -> str:
@@ -166,7 +168,7 @@ def choose_version(checkpoint: Checkpoint, state_dict) -> str:
     layout = layout or named_layout(names)
     if layout is not None:
         return "v1.2-preview" if layout == "v1.2" else "v1.1"
-    raise Step1XError(f"{checkpoint.path.name} is Step1X-Edit v1.1 or v1.2-preview; their tensors are alike, and neither its name nor a model_index.json tells. "
+    raise Step1XError(f"{checkpoint.path.name} is Step1X-Edit v1.1 or v1.2-preview; their tensors are alike, and neither its name nor a model_index.json tells which. "
                       "Choose the version in 'Load Step1X-Edit Model' instead of auto.")
 
 
