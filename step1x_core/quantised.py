@@ -5,11 +5,12 @@ noise: those are multiplied out. Other formats are named and refused.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
 
+from .block_scales import block_sizes, multiplied, scale_grid
 from .config import CONFIG_KEY, Step1XError
 from .markers import FILE_MARKER, MARKER, layer_of, marked_layers
 
@@ -73,9 +74,6 @@ INSTEAD = (
     "Take the bf16 file, one in ComfyUI's scaled fp8, or make a smaller one of the bf16 file with scripts/convert.py."
 )
 
-# Elements that are in float32 at a time.
-CHUNK = 2**20
-
 
 def is_narrow(tensor: Tensor) -> bool:
     """Whether the type is one of 8 bits that a scale belongs to: a float8 or int8."""
@@ -98,6 +96,16 @@ def quantisation_config(config: dict) -> dict:
 
 def check_foreign(name: str, state_dict: dict[str, Tensor], config: dict) -> None:
     """Raise Step1XError for a format of another tool, by the names of its tensors or by the folder's config.json."""
+    # It tells some tools apart whose tensors have the same names.
+    method = str(quantisation_config(config).get("quant_method") or "").lower()
+    # A folder may keep the entry when its weights are bf16 again.
+    if method in FOREIGN_METHODS and any(
+        is_narrow(tensor) or (not tensor.is_floating_point() and tensor.ndim > 1) for tensor in state_dict.values()
+    ):
+        raise Step1XError(
+            f"{name} is quantised by {FOREIGN_METHODS[method]} (so says its config.json), "
+            f"a format that this node pack does not read. {INSTEAD}"
+        )
     for tool, pattern in FOREIGN.items():
         # A layer with ComfyUI's marker may have parts of any name.
         key = next(
@@ -107,85 +115,6 @@ def check_foreign(name: str, state_dict: dict[str, Tensor], config: dict) -> Non
             raise Step1XError(
                 f"{name} is quantised by {tool} ({key} is in it), a format that this node pack does not read. {INSTEAD}"
             )
-    method = str(quantisation_config(config).get("quant_method") or "").lower()
-    # A folder may keep the entry when its weights are bf16 again.
-    if method in FOREIGN_METHODS and any(
-        is_narrow(tensor) or not tensor.is_floating_point() for tensor in state_dict.values()
-    ):
-        raise Step1XError(
-            f"{name} is quantised by {FOREIGN_METHODS[method]} (so says its config.json), "
-            f"a format that this node pack does not read. {INSTEAD}"
-        )
-
-
-def block_sizes(config: dict) -> tuple[int, int] | None:
-    """Rows and columns of a block, as a config.json tells them; None where it does not."""
-    found = [config.get("weight_block_size")]
-    groups = config.get("config_groups")
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        found.append(weights.get("block_structure") if isinstance(weights, dict) else None)
-    sizes = next((size for size in found if isinstance(size, list)), None)
-    fits = sizes is not None and len(sizes) == 2 and all(isinstance(n, int) and n > 0 for n in sizes)
-    return tuple(sizes) if fits else None
-
-
-def block_size(length: int, count: int, told: int | None) -> int | None:
-    """Size of the blocks when `length` values have `count` scales; None where that cannot be.
-
-    Without being told it is a power of two, of which at most one fits, or else equal parts. The last may be smaller.
-    """
-    if count == 1:
-        return length
-    sizes = [told] if told else []
-    sizes += [2**power for power in range(20)]
-    sizes += [length // count] if count and length % count == 0 else []
-    return next((size for size in sizes if -(-length // size) == count), None)
-
-
-def scale_grid(weight: Tensor, scale: Tensor, told: tuple[int, int] | None) -> tuple[Tensor, int, int] | None:
-    """The scales as float32 [R, C], and the rows and columns of the weight, seen as [rows, the rest], that one is for.
-
-    None for a layout that is not known.
-
-    scale: of any shape with one value, [rows], [rows, 1, ...], or [R, C] for blocks of a matrix.
-    """
-    rows = weight.shape[0] if weight.ndim else 1
-    columns = weight.numel() // max(rows, 1)
-    grid = scale.float()
-    if scale.numel() == 1:
-        return grid.reshape(1, 1), rows, columns
-    if weight.ndim >= 2 and scale.shape[0] == rows and scale.numel() == rows:
-        return grid.reshape(rows, 1), 1, columns
-    # One row of scales, one to each column: of a square matrix it could as well be meant for the rows.
-    if weight.ndim != 2 or scale.ndim != 2 or tuple(scale.shape) == (1, columns):
-        return None
-    row, column = (
-        block_size(n, count, told[i] if told else None) for i, (n, count) in enumerate(zip(weight.shape, scale.shape))
-    )
-    return (grid, row, column) if row and column else None
-
-
-def row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of rows with about CHUNK elements each."""
-    step = max(1, CHUNK // max(columns, 1))
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
-
-
-def multiplied(weight: Tensor, grid: Tensor, row: int, column: int) -> Tensor:
-    """weight, seen as [rows, the rest], times its scales in float32, rounded to bfloat16 of the weight's shape.
-
-    grid: float32 [R, C], one scale to `row` rows and `column` columns.
-    """
-    flat = weight.reshape(weight.shape[0] if weight.ndim else 1, -1)
-    grid = grid.to(weight.device)
-    out = torch.empty(flat.shape, dtype=torch.bfloat16, device=weight.device)
-    for part in row_chunks(*flat.shape):
-        scales = grid[torch.arange(part.start, part.stop, device=weight.device) // row]
-        if grid.shape[1] > 1:
-            scales = scales.repeat_interleave(column, dim=1)[:, : flat.shape[1]]
-        out[part] = flat[part].float() * scales
-    return out.reshape(weight.shape)
 
 
 def is_neutral(key: str, tensor: Tensor) -> bool:
@@ -222,6 +151,7 @@ def multiply_out(
     Raises Step1XError for a scale in an unknown layout or with values that are not finite, and for another tensor
     beside a weight that looks like its scale.
     """
+    check_elsewhere(name, state_dict, marked)
     told = block_sizes(quantisation_config(config))
     beside = {}
     for key in state_dict:
@@ -239,6 +169,30 @@ def multiply_out(
     return done
 
 
+def is_suspect(kind: str, tensor: Tensor, weight: Tensor) -> bool:
+    """Whether what lies beside a weight of 8 bits looks like its scale: by the last part of its name, or by its size."""
+    sizes = {1, weight.shape[0], weight.numel() // max(weight.shape[0], 1)} if weight.ndim else {1}
+    return SUSPECT.search(kind) is not None or (tensor.is_floating_point() and tensor.numel() in sizes)
+
+
+def check_elsewhere(name: str, state_dict: dict[str, Tensor], marked: Collection[str]) -> None:
+    """Raise Step1XError for a tensor outside of the layers that looks like a scale and names an unmarked weight of 8 bits.
+
+    Such are `a.b_scale` and `scales.a.b` for the layer `a.b`.
+    """
+    narrow = [
+        key.removesuffix(".weight")
+        for key, tensor in state_dict.items()
+        if key.endswith(".weight") and layer_of(key) not in marked and is_narrow(tensor)
+    ]
+    for key, tensor in state_dict.items():
+        if key.endswith((".weight", ".bias")) or f"{layer_of(key)}.weight" in state_dict or not SUSPECT.search(key):
+            continue
+        layer = next((layer for layer in narrow if re.search(rf"(?<![^.]){re.escape(layer)}(?![a-zA-Z0-9])", key)), None)
+        if layer is not None and not is_neutral(key, tensor):
+            raise refuse_scale(name, key, tensor, f"{layer}.weight", state_dict[f"{layer}.weight"])
+
+
 def multiply_layer(
     name: str, state_dict: dict[str, Tensor], layer: str, keys: list[str], told: tuple[int, int] | None
 ) -> int:
@@ -250,7 +204,7 @@ def multiply_layer(
         kind = key[len(layer) + 1 :]
         if kind in INPUT_SCALES and (is_narrow(weight) or scales):
             del state_dict[key]
-        elif kind not in WEIGHT_SCALES and SUSPECT.search(kind) and is_narrow(weight):
+        elif kind not in WEIGHT_SCALES and is_narrow(weight) and is_suspect(kind, state_dict[key], weight):
             if not is_neutral(key, state_dict[key]):
                 raise refuse_scale(name, key, state_dict[key], weight_key, weight)
             del state_dict[key]
@@ -278,8 +232,8 @@ def multiply_layer(
     return 1
 
 
-def check_stock(state_dict: dict[str, Tensor]) -> None:
-    """Raise Step1XError for scales that ComfyUI's own loader would ignore.
+def check_stock(state_dict: dict[str, Tensor], node: str) -> None:
+    """Raise Step1XError, which names the node to take instead, for scales that ComfyUI's own loader would ignore.
 
     It has chosen the model's type before the weights come here: it is too late to multiply them out.
     """
@@ -289,9 +243,21 @@ def check_stock(state_dict: dict[str, Tensor]) -> None:
         if layer_of(key) not in marked and weight is not None and is_narrow(weight):
             raise Step1XError(
                 f"This file holds {key}, a scale that ComfyUI's own loaders ignore, "
-                "since the file lacks ComfyUI's marker. Load it with "
-                "'Load Step1X-Edit Model', which multiplies it out."
+                f"since the file lacks ComfyUI's marker. Load it with '{node}', which multiplies it out."
             )
+
+
+def check_lora(name: str, lora: dict[str, Tensor]) -> None:
+    """Raise Step1XError for a LoRA whose matrices are integers, or float8 with scales: without those they are noise."""
+    narrow = [key for key, tensor in lora.items() if is_narrow(tensor)]
+    scale = next((key for key in lora if is_weight_scale(key) or key.endswith(MARKER)), None) if narrow else None
+    integers = [key for key, tensor in lora.items() if tensor.dtype in (torch.int8, torch.uint8) and tensor.ndim > 1]
+    whole = next(iter(integers), scale)
+    if whole is not None:
+        raise Step1XError(
+            f"{name} is a quantised LoRA ({whole} is in it, {dtype_name(lora[whole])}), which this node pack does not "
+            "read. Take it in bf16, fp16 or fp32."
+        )
 
 
 def check_leftovers(name: str, state_dict: dict[str, Tensor], marked: Collection[str]) -> None:

@@ -109,6 +109,23 @@ def test_a_config_names_the_format_where_the_tensors_do_not(mllm_weights, tmp_pa
     check_equal(mllm_state(tmp_path, mllm_weights, config), host_names(mllm_weights))
 
 
+@pytest.mark.parametrize(
+    "method, parts, tool",
+    [("sdnq", ("scale", "svd_up", "svd_down"), "SDNQ"), ("auto-round", ("qweight", "qzeros", "scales"), "AutoRound")],
+)
+def test_a_config_tells_tools_apart_that_name_tensors_alike(mllm_weights, tmp_path, method, parts, tool):
+    layer = "model.layers.0.mlp.up_proj."
+    packed_weight = {layer + "weight": torch.ones(96, 64, dtype=torch.uint8)} | {layer + key: torch.ones(8) for key in parts}
+    with pytest.raises(Step1XError, match=f"quantised by {tool} "):
+        mllm_state(tmp_path, mllm_weights | packed_weight, {"quantization_config": {"quant_method": method}})
+
+
+def test_the_entry_of_a_config_is_no_reason_to_refuse_weights_that_are_whole(mllm_weights, tmp_path):
+    config = {"quantization_config": {"quant_method": "awq"}}
+    found = mllm_state(tmp_path, mllm_weights | {"notes": torch.ones(3, dtype=torch.uint8)}, config)
+    assert torch.equal(found["model.norm.weight"], mllm_weights["model.norm.weight"])
+
+
 def marked(weights, how, prefix=""):
     """The matrices as ComfyUI's scaled fp8, with its marker; the metadata beside."""
     stored, _ = unmarked(weights, matrices(weights), scale="scale_weight" if how == "scaled_fp8" else "weight_scale")

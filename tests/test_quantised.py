@@ -214,6 +214,8 @@ QKV = "double_blocks.0.img_attn.qkv."
         {"weight_scale": torch.tensor(2.0), "scale_weight": torch.tensor(2.0)},
         {"pre_quant_scale": torch.full((64,), 2.0)},
         {"w_amax": torch.tensor(3.0)},
+        {"factor": torch.full((192, 1), 2.0)},
+        {"w_s": torch.tensor(2.0)},
     ],
     ids=lambda extra: "-".join(f"{key}{list(tensor.shape)}" for key, tensor in extra.items()),
 )
@@ -228,6 +230,37 @@ def test_what_looks_like_a_scale_and_is_not_understood_is_refused(model_weights,
         Step1XError, match=rf"holds {QKV}\w+ .* beside {QKV}weight .*looks like its scale.*Take the bf16 file"
     ):
         model_state(tmp_path, stored)
+
+
+@pytest.mark.parametrize("key", [f"{QKV[:-1]}_scale", f"{QKV[:-1]}_weight_scale", f"scales.{QKV[:-1]}", f"{QKV}quant.scale"])
+@pytest.mark.parametrize("dtype", [FP8, torch.int8])
+def test_a_scale_outside_of_its_layer_is_refused(model_weights, tmp_path, key, dtype):
+    stored = model_weights | {QKV + "weight": model_weights[QKV + "weight"].to(dtype)}
+    with pytest.raises(Step1XError, match=rf"holds {key} .* beside {QKV}weight .*looks like its scale"):
+        model_state(tmp_path, stored | {key: torch.full((192, 1), 2.0)})
+
+
+def test_scales_of_nothing_narrow_are_only_logged(model_weights, tmp_path):
+    """Plain fp8 has no scales; a tensor of such a name that belongs to none of its layers is no reason to refuse it."""
+    plain = {key: tensor.to(FP8) if tensor.ndim == 2 else tensor for key, tensor in model_weights.items()}
+    found = model_state(tmp_path, plain | {"logit_scale": torch.tensor(4.6)})
+    assert set(found) - {CONFIG_KEY} == {*plain, "logit_scale"} and found[QKV + "weight"].dtype == FP8
+
+
+@pytest.mark.parametrize("key", ["double_blocks.0.img_mlp.2.", "single_blocks.0.linear2."])
+def test_scales_of_rows_that_lie_down_are_not_taken_for_groups_of_columns(model_weights, tmp_path, key):
+    """[1, rows] beside [rows, n * rows] would fit groups of n columns, and the product be noise."""
+    weight = model_weights[key + "weight"]
+    scale = torch.full((1, weight.shape[0]), 2.0)
+    with pytest.raises(Step1XError, match=rf"holds {key}weight_scale .*looks like its scale"):
+        model_state(tmp_path, model_weights | {key + "weight": weight.to(FP8), key + "weight_scale": scale})
+
+
+def test_one_row_of_blocks_of_a_told_size_is_read():
+    weight, scale = torch.ones(4, 32).to(FP8), torch.arange(1.0, 5.0)[None]
+    stored = {"a.weight": weight, "a.weight_scale": scale}
+    quantised.multiply_out("x", stored, (), {"quantization_config": {"weight_block_size": [8, 8]}})
+    assert torch.equal(stored["a.weight"], scale.repeat_interleave(8, 1).expand(4, -1).bfloat16())
 
 
 def test_a_scale_beside_a_weight_that_is_not_of_8_bits_is_refused_unless_it_is_1(model_weights, tmp_path):

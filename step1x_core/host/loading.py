@@ -142,8 +142,10 @@ def pipeline_layout(checkpoint: Checkpoint) -> str | None:
 
 
 def named_layout(names) -> str | None:
-    """The prompt layout that the first of these names to name a version stands for; None if none does."""
-    return next((layout for name in names for layout, pattern in NAMED_LAYOUTS.items() if pattern.search(name)), None)
+    """The prompt layout that the first of these names to name a version stands for; None if none does, or if it names several."""
+    found = ([layout for layout, pattern in NAMED_LAYOUTS.items() if pattern.search(name)] for name in names)
+    layouts = next(filter(None, found), [])
+    return layouts[0] if len(layouts) == 1 else None
 
 
 def choose_version(checkpoint: Checkpoint, state_dict) -> str:
@@ -166,7 +168,7 @@ def choose_version(checkpoint: Checkpoint, state_dict) -> str:
     layout = layout or named_layout(names)
     if layout is not None:
         return "v1.2-preview" if layout == "v1.2" else "v1.1"
-    raise Step1XError(f"{checkpoint.path.name} is Step1X-Edit v1.1 or v1.2-preview; their tensors are alike, and neither its name nor a model_index.json tells. "
+    raise Step1XError(f"{checkpoint.path.name} is Step1X-Edit v1.1 or v1.2-preview; their tensors are alike, and neither its name nor a model_index.json tells which. "
                       "Choose the version in 'Load Step1X-Edit Model' instead of auto.")
 
 
@@ -314,10 +316,13 @@ def load_text_encoder_patcher(path, layout=None, model_options={}, disable_dynam
 def load_vae(path) -> comfy.sd.VAE:
     """Load the VAE of a diffusers repository, a model folder or a file with the host's own VAE class.
 
-    Raises Step1XError for files that are damaged, incomplete or hold no VAE.
+    Raises Step1XError for files that are damaged, incomplete, hold no VAE or one in another tool's format.
     """
     checkpoint = find_checkpoint(path, "vae")
     state_dict, metadata = read_checkpoint(checkpoint)
+    check_foreign(checkpoint.path.name, state_dict, checkpoint.config)
+    marked = marked_layers(checkpoint.path.name, state_dict, metadata)
+    without_scales(checkpoint, state_dict, marked)
     if DIFFUSERS_VAE_KEY in state_dict:
         state_dict = comfy.diffusers_convert.convert_vae_state_dict(state_dict)
     with naming(checkpoint.path.name):
@@ -326,4 +331,8 @@ def load_vae(path) -> comfy.sd.VAE:
             raise Step1XError(f"{checkpoint.path.name} holds no VAE that ComfyUI knows. Choose the vae folder of a Step1X-Edit repository, or ae.safetensors.")
         # The host goes on with whatever was in memory in place of a missing tensor.
         check_weights(checkpoint.path.name, shapes(vae.first_stage_model.state_dict()), state_dict)
+    if marked:
+        raise Step1XError(f"{checkpoint.path.name} is a quantised VAE, which ComfyUI does not read: it would ignore the scales. Take the VAE in bf16 or fp32, such as "
+                          "ae.safetensors.")
+    check_leftovers(checkpoint.path.name, state_dict, set())
     return vae

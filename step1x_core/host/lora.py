@@ -16,6 +16,7 @@ from ..config import Step1XError
 from ..keys import EMBEDDERS
 from ..lora import diffsynth_names, official_alphas
 from ..lora_names import check_complete, find_layer, flat, layers_of, summary
+from ..quantised import check_lora
 from .loading import naming
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ def load_lora_file(path) -> dict[str, Tensor]:
     lora = comfy.utils.load_torch_file(str(path), safe_load=True)
     comfy.model_management.throw_exception_if_processing_interrupted()
     check_types(path.name, lora, lora)
+    check_lora(path.name, lora)
     log.info("Step1X-Edit LoRA from %s", path)
     return lora
 

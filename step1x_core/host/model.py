@@ -164,9 +164,14 @@ class Step1XEdit(comfy.supported_models.Flux):
         return Step1XEditModel(self, device=device)
 
     def process_unet_state_dict(self, state_dict):
-        check_stock(state_dict)
+        check_stock(state_dict, "Load Step1X-Edit Model")
         state_dict.pop(CONFIG_KEY, None)
         return super().process_unet_state_dict(state_dict)
+
+    def process_clip_state_dict(self, state_dict):
+        state_dict = super().process_clip_state_dict(state_dict)
+        check_stock(state_dict, "Load Step1X-Edit MLLM")
+        return state_dict
 
     def process_unet_state_dict_for_saving(self, state_dict):
         # What the file brought is passed on, a guessed version is not: tensors of v1.1 and of a v1.2-preview can be alike.
