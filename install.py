@@ -141,7 +141,7 @@ def command(*arguments: str) -> str:
 
 def advise_models(folder_paths) -> list[str]:
     """Which files the loaders would find where, and the one command that gets what is missing."""
-    from step1x_core.host.folders import choices
+    from step1x_core.host.checkpoints.folders import choices
 
     lines, missing = [], []
     for title, folder, subfolder, pattern, name in NEEDED:

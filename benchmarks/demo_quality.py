@@ -47,7 +47,7 @@ class Demo:
         import comfy.sd
         import comfy.utils
 
-        from step1x_core.host.loading import load_model, load_text_encoder
+        from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
 
         self.model = load_model(model)
         self.clip = load_text_encoder(models / "text_encoders" / demo_model.MLLM_FILE)
@@ -56,8 +56,8 @@ class Demo:
 
     def edit(self, pixels, instruction: str, seed: int):
         """uint8 [H, W, 3] and an instruction -> uint8 [H, W, 3]."""
-        from step1x_core.host.encoding import decode_edit, encode_edit
-        from step1x_core.host.sampling import flow_sigmas, sample
+        from step1x_core.host.prompts.encoding import decode_edit, encode_edit
+        from step1x_core.host.sampling.sampler import flow_sigmas, sample
         from step1x_core.images import from_uint8, truncate_uint8
 
         image = from_uint8(pixels)[None]
@@ -105,8 +105,8 @@ def main() -> int:
             model = converted
         demo = Demo(options.models, options.steps, options.cfg, model)
     if options.region:
-        from step1x_core.host.region import apply_region, region_denoiser
-        from step1x_core.region import RegionSettings
+        from step1x_core.host.speed.region import apply_region, region_denoiser
+        from step1x_core.speed.region import RegionSettings
 
         demo.model = apply_region(demo.model, RegionSettings())
     groups, errors, strips, shares = defaultdict(list), [], [], []

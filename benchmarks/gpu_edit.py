@@ -120,9 +120,9 @@ def edit(options, parts: dict, size: int, filled: float) -> dict[str, float]:
     """One edit: seconds by phase, and the peaks of memory in GiB of the device that needs most, without the `filled` ones."""
     import torch
 
-    from step1x_core.host.encoding import decode_edit, encode_edit
-    from step1x_core.host.generation import generate_text
-    from step1x_core.host.sampling import flow_sigmas, sample
+    from step1x_core.host.prompts.encoding import decode_edit, encode_edit
+    from step1x_core.host.reasoning.generation import generate_text
+    from step1x_core.host.sampling.sampler import flow_sigmas, sample
 
     times, devices = {}, range(torch.cuda.device_count())
     if devices:
@@ -162,10 +162,10 @@ def load_parts(options, paths: dict[str, Path], mode: str) -> dict:
     import comfy.sd
     import comfy.utils
 
-    from step1x_core.host.caching import apply_teacache
-    from step1x_core.host.fp8_attention import set_fp8_attention
-    from step1x_core.host.loading import load_model, load_text_encoder
-    from step1x_core.host.sampling import set_guidance_interval
+    from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
+    from step1x_core.host.sampling.sampler import set_guidance_interval
+    from step1x_core.host.speed.fp8_attention import set_fp8_attention
+    from step1x_core.host.speed.teacache import apply_teacache
 
     settings = MODES[mode]
     model = load_model(paths["transformer"], options.version, fp8=settings.get("fp8", False))
@@ -209,8 +209,8 @@ def use_dynamic_vram() -> None:
 @contextmanager
 def in_place_of_ours(blocks: bool, attention: bool) -> Iterator[None]:
     """The host's blocks, or the attention that it chooses, run within this."""
-    from step1x_core.host import blocks as blocks_module
-    from step1x_core.host import transformer
+    from step1x_core.host.network import blocks as blocks_module
+    from step1x_core.host.network import transformer
 
     with ExitStack() as stack:
         for module in (blocks_module, transformer) if blocks else ():

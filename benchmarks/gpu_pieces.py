@@ -49,7 +49,7 @@ def products(rows: int) -> None:
 def passes() -> None:
     import torch
 
-    from step1x_core import kernels
+    from step1x_core.network import kernels
 
     tokens = TEXT + IMAGE
     hidden = torch.randn(PROMPTS, tokens, 7 * WIDTH, device="cuda").bfloat16()
@@ -76,8 +76,8 @@ def attention() -> None:
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    from step1x_core.host.attention import cudnn_first
-    from step1x_core.host.fp8_attention import attend_fp8
+    from step1x_core.host.network.attention import cudnn_first
+    from step1x_core.host.speed.fp8_attention import attend_fp8
 
     def random(tokens):
         return torch.randn(PROMPTS, tokens, HEADS, WIDTH // HEADS, device="cuda").bfloat16()

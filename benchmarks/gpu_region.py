@@ -46,7 +46,7 @@ def measure(model, options, size: int, mask) -> dict[str, float]:
     """Seconds of sampling and the peak of the card's memory in GiB."""
     import torch
 
-    from step1x_core.host.sampling import flow_sigmas, sample
+    from step1x_core.host.sampling.sampler import flow_sigmas, sample
 
     width = model.model.diffusion_model.connector.S.c_embedder.linear_1.in_features
     positive, negative, latent = made_up_conditioning(options.version, size, width)
@@ -74,9 +74,9 @@ def main() -> int:
     import comfy.utils
     from comfyui_version import __version__ as host_version
 
-    from step1x_core.host.loading import load_model
-    from step1x_core.host.region import apply_region, region_denoiser
-    from step1x_core.region import RegionSettings
+    from step1x_core.host.checkpoints.loading import load_model
+    from step1x_core.host.speed.region import apply_region, region_denoiser
+    from step1x_core.speed.region import RegionSettings
 
     comfy.utils.set_progress_bar_enabled(False)
     device = comfy.model_management.get_torch_device()

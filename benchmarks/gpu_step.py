@@ -52,9 +52,9 @@ def median_time(call, repeats: int) -> float:
 
 def variants(transformer, kwargs: dict, fp8: bool):
     """Names of what is compared, and the calls."""
-    from step1x_core.host import blocks
-    from step1x_core.host.attention import cudnn_is_fastest
-    from step1x_core.host.fp8_attention import attend_fp8
+    from step1x_core.host.network import blocks
+    from step1x_core.host.network.attention import cudnn_is_fastest
+    from step1x_core.host.speed.fp8_attention import attend_fp8
 
     def call(options=None, plain=False, cudnn=True, **changes):
         with gpu_edit.in_place_of_ours(blocks=plain, attention=not cudnn):
@@ -111,7 +111,7 @@ def main() -> int:
     environment.use_host_in_process(cpu=not torch.cuda.is_available())
     import comfy.model_management
 
-    from step1x_core.host.loading import load_model
+    from step1x_core.host.checkpoints.loading import load_model
 
     device = comfy.model_management.get_torch_device()
     print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}, {options.size}x{options.size}, two prompts"

@@ -39,7 +39,7 @@ def made_up_dataset(folder: Path, version: str, size: int, width: int):
     """Two cached pairs of random numbers, as an EditDataset. width: channels of the language model's states."""
     import torch
 
-    from step1x_core.edit_pairs import Cache, CachedPair, EditDataset, EditPair, pack_conditioning
+    from step1x_core.training.dataset import Cache, CachedPair, EditDataset, EditPair, pack_conditioning
 
     cache = Cache(folder)
     conditioning, _, latent = made_up_conditioning(version, size, width)
@@ -54,7 +54,7 @@ def measure(model, options, settings, size: int, folder: Path) -> dict[str, floa
     """Seconds of a step and the peaks of the card's memory in GB of 10^9 bytes."""
     import torch
 
-    from step1x_core.host.training import train
+    from step1x_core.host.training.train import train
 
     width = model.model.diffusion_model.connector.S.c_embedder.linear_1.in_features
     dataset = made_up_dataset(folder / f"cache{size}", options.version, size, width)
@@ -86,8 +86,8 @@ def main() -> int:
     import comfy.model_management
     from comfyui_version import __version__ as host_version
 
-    from step1x_core.host.loading import load_model
-    from step1x_core.training import Settings
+    from step1x_core.host.checkpoints.loading import load_model
+    from step1x_core.training.objective import Settings
 
     device = comfy.model_management.get_torch_device()
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

@@ -96,11 +96,11 @@ def main() -> int:
     import demo_quality
     import torch
 
-    from step1x_core.edit_pairs import read_pairs
-    from step1x_core.host.lora import apply_lora, load_lora_file
-    from step1x_core.host.pairs import cache_pairs
-    from step1x_core.host.training import LORA_FILE, train
-    from step1x_core.training import COSINE, Settings
+    from step1x_core.host.checkpoints.lora import apply_lora, load_lora_file
+    from step1x_core.host.training.cache import cache_pairs
+    from step1x_core.host.training.train import LORA_FILE, train
+    from step1x_core.training.dataset import read_pairs
+    from step1x_core.training.objective import COSINE, Settings
     from training.scenes import pair_at
 
     comfy.utils.set_progress_bar_enabled(False)

@@ -37,8 +37,8 @@ def settings(options, model) -> dict:
     """Patched models by name."""
     from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 
-    from step1x_core.host.caching import apply_teacache
-    from step1x_core.host.sampling import set_guidance_interval
+    from step1x_core.host.sampling.sampler import set_guidance_interval
+    from step1x_core.host.speed.teacache import apply_teacache
 
     pairs = list(zip(options.both[::2], options.both[1::2]))
     return {
@@ -58,8 +58,8 @@ def main() -> int:
     environment.use_host_in_process(cpu=not torch.cuda.is_available())
     import comfy.utils
 
-    from step1x_core.host.fp8_attention import set_fp8_attention
-    from step1x_core.host.loading import load_model
+    from step1x_core.host.checkpoints.loading import load_model
+    from step1x_core.host.speed.fp8_attention import set_fp8_attention
     from training.scenes import judge, pair_at
 
     comfy.utils.set_progress_bar_enabled(False)

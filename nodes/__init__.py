@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..step1x_core.host.model import register
+from ..step1x_core.host.network.model import register
 from .attention import Step1XFp8Attention
 from .batch import Step1XBatch
 from .caching import Step1XTeaCache

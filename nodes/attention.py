@@ -1,7 +1,7 @@
 from comfy_api.latest import io
 
-from ..step1x_core.host.fp8_attention import set_fp8_attention
-from ..step1x_core.host.sampling import check_model
+from ..step1x_core.host.sampling.sampler import check_model
+from ..step1x_core.host.speed.fp8_attention import set_fp8_attention
 
 
 class Step1XFp8Attention(io.ComfyNode):

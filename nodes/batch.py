@@ -1,10 +1,10 @@
 from comfy_api.latest import io
 
-from ..step1x_core.batches import ALL, PAIRS, lay_out
-from ..step1x_core.config import Step1XError
-from ..step1x_core.host.batch import edit_batch
-from ..step1x_core.host.rounds import failures
-from ..step1x_core.host.sampling import SAMPLERS
+from ..step1x_core.editing.batches import ALL, PAIRS, lay_out
+from ..step1x_core.errors import Step1XError
+from ..step1x_core.host.editing.batch import edit_batch
+from ..step1x_core.host.reasoning.rounds import failures
+from ..step1x_core.host.sampling.sampler import SAMPLERS
 from .widgets import check_widgets
 
 # What may come as a list; of everything else there is one.

@@ -1,8 +1,8 @@
 from comfy_api.latest import io
 
-from ..step1x_core.host.caching import apply_teacache
-from ..step1x_core.host.sampling import check_model
-from ..step1x_core.teacache import DEFAULT_THRESHOLD
+from ..step1x_core.host.sampling.sampler import check_model
+from ..step1x_core.host.speed.teacache import apply_teacache
+from ..step1x_core.speed.teacache import DEFAULT_THRESHOLD
 from .widgets import check_widgets
 
 

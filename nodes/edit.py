@@ -1,6 +1,6 @@
 from comfy_api.latest import io
 
-from ..step1x_core.host.encoding import add_references, decode_edit, encode_edit
+from ..step1x_core.host.prompts.encoding import add_references, decode_edit, encode_edit
 from .widgets import check_widgets
 
 CATEGORY = "model/conditioning/step1x"

@@ -1,7 +1,7 @@
 from comfy_api.latest import io
 
-from ..step1x_core.gate import ACTIONS, OFF
-from ..step1x_core.host.gate import NONE, classifier_folders, gate, show_status
+from ..step1x_core.gate.policy import ACTIONS, OFF
+from ..step1x_core.host.gate.gate import NONE, classifier_folders, gate, show_status
 from .widgets import check_widgets
 
 

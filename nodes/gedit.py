@@ -3,10 +3,10 @@
 from comfy_api.latest import io
 
 from ..step1x_core.checks import check_kind
-from ..step1x_core.config import Step1XError
-from ..step1x_core.gedit import LANGUAGES, unedited
-from ..step1x_core.gedit_scores import ALL
-from ..step1x_core.host.gedit import Bench, bench_fingerprint, judge_bench, open_bench, report_images, save_edit, source_image
+from ..step1x_core.errors import Step1XError
+from ..step1x_core.gedit.dataset import LANGUAGES, unedited
+from ..step1x_core.gedit.scores import ALL
+from ..step1x_core.host.gedit.benchmark import Bench, bench_fingerprint, judge_bench, open_bench, report_images, save_edit, source_image
 from .widgets import check_widgets
 
 CATEGORY = "model/evaluation/step1x"

@@ -2,11 +2,11 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..step1x_core.config import VERSIONS
-from ..step1x_core.host.folders import choices, resolve
-from ..step1x_core.host.loading import load_model, load_text_encoder, load_vae
-from ..step1x_core.host.lora import apply_lora, load_lora_file
-from ..step1x_core.host.sampling import check_model
+from ..step1x_core.host.checkpoints.folders import choices, resolve
+from ..step1x_core.host.checkpoints.loading import load_model, load_text_encoder, load_vae
+from ..step1x_core.host.checkpoints.lora import apply_lora, load_lora_file
+from ..step1x_core.host.sampling.sampler import check_model
+from ..step1x_core.versions import VERSIONS
 from .widgets import check_widgets
 
 CATEGORY = "model/loaders/step1x"

@@ -1,6 +1,6 @@
 from comfy_api.latest import io
 
-from ..step1x_core.local_edit import cut_out, paste
+from ..step1x_core.editing.local_edit import cut_out, paste
 from .widgets import check_widgets
 
 CATEGORY = "image/step1x"

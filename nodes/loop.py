@@ -9,14 +9,14 @@ use guarded twins of the public nodes, which hand an error on as a value.
 from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder
 
-from ..step1x_core.batches import SEEDS
-from ..step1x_core.config import Step1XError
-from ..step1x_core.host.encoding import check_vae
-from ..step1x_core.host.folders import template_fingerprint
-from ..step1x_core.host.rounds import HOST_KEEPS_RESULTS, Failure, Rounds, attempt, failures
-from ..step1x_core.host.sampling import SAMPLERS, check_model
-from ..step1x_core.host.thinking import TEMPERATURE, check_instruction, check_thinking, judge, rules_version, single_picture
-from ..step1x_core.reflection import MAX_ROUNDS, RULES, Loop, Thought, report
+from ..step1x_core.editing.batches import SEEDS
+from ..step1x_core.errors import Step1XError
+from ..step1x_core.host.checkpoints.folders import template_fingerprint
+from ..step1x_core.host.prompts.encoding import check_vae
+from ..step1x_core.host.reasoning.rounds import HOST_KEEPS_RESULTS, Failure, Rounds, attempt, failures
+from ..step1x_core.host.reasoning.thinking import TEMPERATURE, check_instruction, check_thinking, judge, rules_version, single_picture
+from ..step1x_core.host.sampling.sampler import SAMPLERS, check_model
+from ..step1x_core.reasoning.reflection import MAX_ROUNDS, RULES, Loop, Thought, report
 from .edit import Step1XDecode, Step1XEditEncode
 from .sampling import Step1XSampler
 from .widgets import check_widgets

@@ -3,12 +3,12 @@
 from comfy_api.latest import io
 
 from ..step1x_core.checks import check_kind
-from ..step1x_core.config import Step1XError
-from ..step1x_core.host.pair_making import DIRECTIONS, FORWARD, algorithmic_pairs, journal_state, judge_pairs, propose_edits, record_pairs, save_pairs, show_pairs
-from ..step1x_core.pairs_makers import ORDER_KINDS
-from ..step1x_core.pairs_propose import PROPOSED, Proposal
-from ..step1x_core.pairs_record import KINDS
-from ..step1x_core.pairs_review import Thresholds, sift
+from ..step1x_core.errors import Step1XError
+from ..step1x_core.host.pairs.making import DIRECTIONS, FORWARD, algorithmic_pairs, journal_state, judge_pairs, propose_edits, record_pairs, save_pairs, show_pairs
+from ..step1x_core.pairs.makers import ORDER_KINDS
+from ..step1x_core.pairs.propose import PROPOSED, Proposal
+from ..step1x_core.pairs.record import KINDS
+from ..step1x_core.pairs.review import Thresholds, sift
 from .widgets import check_widgets
 
 CATEGORY = "model/training/step1x"

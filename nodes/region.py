@@ -1,8 +1,8 @@
 from comfy_api.latest import io
 
-from ..step1x_core.host.region import apply_region
-from ..step1x_core.host.sampling import check_model
-from ..step1x_core.region import RegionSettings
+from ..step1x_core.host.sampling.sampler import check_model
+from ..step1x_core.host.speed.region import apply_region
+from ..step1x_core.speed.region import RegionSettings
 from .widgets import check_widgets
 
 

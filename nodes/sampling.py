@@ -1,9 +1,7 @@
 from comfy_api.latest import io
 
 from ..step1x_core.checks import latent_samples
-from ..step1x_core.config import DEFAULT_STEPS, GUIDANCE_NORM_POWER
-from ..step1x_core.guidance import NormLimiter
-from ..step1x_core.host.sampling import (
+from ..step1x_core.host.sampling.sampler import (
     SAMPLERS,
     check_model,
     fit_latent,
@@ -15,6 +13,8 @@ from ..step1x_core.host.sampling import (
     version_defaults,
     with_norm_limiter,
 )
+from ..step1x_core.sampling.guidance import NormLimiter
+from ..step1x_core.versions import DEFAULT_STEPS, GUIDANCE_NORM_POWER
 from .widgets import check_widgets
 
 CATEGORY = "model/sampling/step1x"

@@ -1,8 +1,8 @@
 from comfy_api.latest import io
 
-from ..step1x_core.host.folders import template_fingerprint
-from ..step1x_core.host.thinking import TEMPERATURE, judge, rewrite
-from ..step1x_core.reflection import RULES, describe_reflection
+from ..step1x_core.host.checkpoints.folders import template_fingerprint
+from ..step1x_core.host.reasoning.thinking import TEMPERATURE, judge, rewrite
+from ..step1x_core.reasoning.reflection import RULES, describe_reflection
 from .widgets import check_widgets
 
 CATEGORY = "model/conditioning/step1x"

@@ -5,15 +5,15 @@ import numpy as np
 from comfy_api.latest import io
 
 from ..step1x_core.checks import check_kind
-from ..step1x_core.edit_pairs import EditDataset, dataset_fingerprint, read_pairs
-from ..step1x_core.host.encoding import check_vae
-from ..step1x_core.host.pairs import cache_pairs
-from ..step1x_core.host.sampling import check_model
-from ..step1x_core.host.training import edit_held_out, train
-from ..step1x_core.host.training_folders import dataset_path, run_folder
+from ..step1x_core.host.prompts.encoding import check_vae
+from ..step1x_core.host.sampling.sampler import check_model
+from ..step1x_core.host.training.cache import cache_pairs
+from ..step1x_core.host.training.folders import dataset_path, run_folder
+from ..step1x_core.host.training.train import edit_held_out, train
 from ..step1x_core.images import from_uint8
-from ..step1x_core.loss_curve import draw_progress
-from ..step1x_core.training import ALPHA, CONSTANT, LEARNING_RATE, RANK, SCHEDULES, Settings
+from ..step1x_core.training.dataset import EditDataset, dataset_fingerprint, read_pairs
+from ..step1x_core.training.loss_curve import draw_progress
+from ..step1x_core.training.objective import ALPHA, CONSTANT, LEARNING_RATE, RANK, SCHEDULES, Settings
 from .widgets import check_widgets
 
 CATEGORY = "model/training/step1x"

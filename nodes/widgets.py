@@ -4,7 +4,7 @@ import numbers
 
 from comfy_api.latest import io
 
-from ..step1x_core.config import Step1XError
+from ..step1x_core.errors import Step1XError
 
 
 def fits(entry: io.Input, value) -> bool:

@@ -42,9 +42,9 @@ def arguments() -> argparse.Namespace:
 
 def model_config(checkpoint, weights, version: str | None) -> dict:
     """What the model's shapes do not show, its version foremost. Raises Step1XError for an incomplete model and as `choose_version` does."""
-    from step1x_core.checkpoint import check_tensors
-    from step1x_core.config import CONFIG_KEY, config_tensor, detect_config, parse_config, stored_config
-    from step1x_core.host.loading import CONFIG_NAMES, choose_version, model_shapes, shapes
+    from step1x_core.checkpoints.detection import CONFIG_KEY, config_tensor, detect_config, parse_config, stored_config
+    from step1x_core.checkpoints.files import check_tensors
+    from step1x_core.host.checkpoints.loading import CONFIG_NAMES, choose_version, model_shapes, shapes
 
     values = stored_config(weights.stored) | parse_config(weights.metadata.get(CONFIG_KEY, "{}"))
     values |= {name: checkpoint.config[key] for key, name in CONFIG_NAMES.items() if key in checkpoint.config}
@@ -57,10 +57,10 @@ def model_config(checkpoint, weights, version: str | None) -> dict:
 
 def mllm_config(checkpoint, weights) -> dict:
     """What the language model's shapes do not show. Raises Step1XError for an incomplete one."""
-    from step1x_core.checkpoint import check_tensors
-    from step1x_core.config import CONFIG_KEY, parse_config
-    from step1x_core.host.loading import mllm_shapes, shapes
-    from step1x_core.mllm import detect_mllm_config, normalize_keys
+    from step1x_core.checkpoints.detection import CONFIG_KEY, parse_config
+    from step1x_core.checkpoints.files import check_tensors
+    from step1x_core.checkpoints.language_model import detect_mllm_config, normalize_keys
+    from step1x_core.host.checkpoints.loading import mllm_shapes, shapes
 
     values = checkpoint.config or parse_config(weights.metadata.get(CONFIG_KEY, "{}"))
     tensors = normalize_keys(weights.shapes)
@@ -73,9 +73,10 @@ def convert(source: Path, out: Path, form: str, version: str | None = None, **op
 
     Raises Step1XError for what cannot be read, converted or written.
     """
-    from step1x_core import conversion
-    from step1x_core.checkpoint import find_checkpoint
-    from step1x_core.config import CONFIG_KEY, Step1XError, config_tensor
+    from step1x_core.checkpoints import conversion
+    from step1x_core.checkpoints.detection import CONFIG_KEY, config_tensor
+    from step1x_core.checkpoints.files import find_checkpoint
+    from step1x_core.errors import Step1XError
 
     checkpoint = find_checkpoint(source, "transformer")
     weights = conversion.Weights(checkpoint.files)
@@ -103,8 +104,8 @@ def main() -> int:
     environment.use_host_in_process()
     from comfy.quant_ops import QUANT_ALGOS
 
-    from step1x_core.config import Step1XError
-    from step1x_core.conversion import FORMATS
+    from step1x_core.checkpoints.conversion import FORMATS
+    from step1x_core.errors import Step1XError
 
     if FORMATS[options.format] and FORMATS[options.format][0] not in QUANT_ALGOS:
         print(f"Note: this ComfyUI cannot load {options.format} files; a newer one can.", file=sys.stderr)

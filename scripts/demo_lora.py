@@ -28,7 +28,7 @@ def swap_words(model, clip, vae, picture) -> dict:
     """The LoRA as tensors in kohya's layout, each [rank 1]. picture [1, H, W, C] in 0..1, one that the demo model edits."""
     import torch
 
-    from step1x_core.host.encoding import encode_edit
+    from step1x_core.host.prompts.encoding import encode_edit
 
     def states(instruction):
         (cond, extra), = encode_edit(clip, vae, picture, instruction, "", demo_model.SIZE_LEVEL)[0]
@@ -62,7 +62,7 @@ def main() -> int:
     from PIL import Image
     from safetensors.torch import save_file
 
-    from step1x_core.host.loading import load_model, load_text_encoder, load_vae
+    from step1x_core.host.checkpoints.loading import load_model, load_text_encoder, load_vae
     from step1x_core.images import from_uint8
 
     folder = demo_model.FOLDER

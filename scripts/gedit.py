@@ -88,8 +88,8 @@ def arguments(argv=None) -> argparse.Namespace:
 
 
 def chosen_items(options) -> list:
-    from step1x_core.config import Step1XError
-    from step1x_core.gedit import read_dataset, select
+    from step1x_core.errors import Step1XError
+    from step1x_core.gedit.dataset import read_dataset, select
 
     items = select(read_dataset(options.data), options.languages, options.tasks, options.limit)
     if not items:
@@ -121,7 +121,7 @@ class Workflow:
         self.set_widgets(options)
 
     def single(self, task: str, chosen: str | None, fits, prefer: str = "") -> str:
-        from step1x_core.config import Step1XError
+        from step1x_core.errors import Step1XError
 
         found = [name for name, node in self.prompt.items() if (name == chosen if chosen else fits(node))]
         preferred = [name for name in found if self.prompt[name]["class_type"] == prefer] or found
@@ -145,7 +145,7 @@ class Workflow:
             del self.prompt[name]
 
     def set_widgets(self, options) -> None:
-        from step1x_core.config import Step1XError
+        from step1x_core.errors import Step1XError
 
         for node in self.prompt.values():
             for name in ("seed", "noise_seed"):
@@ -190,7 +190,7 @@ class Workflow:
 def load_workflow(path: Path, client, options) -> Workflow:
     from comfy_server import to_api
 
-    from step1x_core.config import Step1XError
+    from step1x_core.errors import Step1XError
 
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -218,8 +218,8 @@ def comfyui(options):
 
 def check_settings(options, workflow: Workflow) -> None:
     """Results of one method must come from one workflow. Raises Step1XError for other settings than those of the results that are there."""
-    from step1x_core.config import Step1XError
-    from step1x_core.gedit import write_file
+    from step1x_core.errors import Step1XError
+    from step1x_core.files import write_file
 
     path = options.results / options.method / "settings.json"
     settings = {"workflow": options.workflow.name, "changes": options.set, "seed": options.seed, "fingerprint": workflow.fingerprint()}
@@ -231,7 +231,7 @@ def check_settings(options, workflow: Workflow) -> None:
 
 def run_items(client, workflow: Workflow, items: list, folder: Path) -> list[bytes]:
     """The edited pictures of these items as PNG. Raises what the client raises; fewer pictures than items come out if some failed in a batch."""
-    from step1x_core.gedit import png
+    from step1x_core.files import png
 
     names = []
     for i, item in enumerate(items):
@@ -245,8 +245,9 @@ def run_items(client, workflow: Workflow, items: list, folder: Path) -> list[byt
 def edit(options) -> int:
     from comfy_server import ExecutionError
 
-    from step1x_core.config import Step1XError
-    from step1x_core.gedit import check_name, result_path, save_picture, unedited
+    from step1x_core.errors import Step1XError
+    from step1x_core.files import check_name, save_picture
+    from step1x_core.gedit.dataset import result_path, unedited
 
     check_name(options.method, "name of a method")
     items = chosen_items(options)
@@ -295,9 +296,9 @@ def local_verdicts(options, waiting):
     from demo import has_accelerator
 
     comfy.cli_args.args.cpu = not has_accelerator()
-    from step1x_core.host.gedit import judge_entries
-    from step1x_core.host.generation import check_can_generate
-    from step1x_core.host.loading import load_text_encoder
+    from step1x_core.host.checkpoints.loading import load_text_encoder
+    from step1x_core.host.gedit.benchmark import judge_entries
+    from step1x_core.host.reasoning.generation import check_can_generate
 
     say(f"loading {options.mllm.name}")
     clip = load_text_encoder(options.mllm)
@@ -308,8 +309,10 @@ def local_verdicts(options, waiting):
 
 def web_verdicts(options, waiting):
     """Entries with their verdicts or why there are none, in groups as they come, by a web interface."""
-    from step1x_core.gedit import open_picture
-    from step1x_core.judge import Endpoint, Unavailable, judge_edit
+    from endpoint import Endpoint, Unavailable
+
+    from step1x_core.files import open_picture
+    from step1x_core.reasoning.judge import judge_edit
 
     endpoint = Endpoint(options.endpoint, options.model, os.environ.get(options.key_variable, ""), options.timeout, options.tries, options.pause)
     parallel = max(1, options.parallel)
@@ -327,17 +330,18 @@ def web_verdicts(options, waiting):
 
 
 def judge_name(options) -> str:
-    from step1x_core.gedit import check_name
+    from step1x_core.files import check_name
 
     found = options.mllm.stem if options.mllm else options.model.replace("/", "_").replace(":", "_")
     return check_name(options.judge or found, "name of a judge; choose one with --judge")
 
 
 def judge(options) -> int:
-    from step1x_core.config import Step1XError
-    from step1x_core.gedit import check_name
-    from step1x_core.gedit_scores import UNJUDGED, UNPARSABLE, append_record, describe_states, digest, find_entries, records_path
-    from step1x_core.judge import Unavailable
+    from endpoint import Unavailable
+
+    from step1x_core.errors import Step1XError
+    from step1x_core.files import check_name
+    from step1x_core.gedit.scores import UNJUDGED, UNPARSABLE, append_record, describe_states, digest, find_entries, records_path
 
     if bool(options.mllm) == bool(options.endpoint) or options.endpoint and not options.model:
         raise Step1XError("Name one judge: --mllm with a file or folder, or --endpoint with --model.")
@@ -367,9 +371,9 @@ def judge(options) -> int:
 
 
 def report(options) -> int:
-    from step1x_core.gedit import check_name, png, write_file
-    from step1x_core.gedit_plots import bar_chart, radar_chart
-    from step1x_core.gedit_report import chart_series, write_report
+    from step1x_core.files import check_name, png, write_file
+    from step1x_core.gedit.plots import bar_chart, radar_chart
+    from step1x_core.gedit.report import chart_series, write_report
 
     check_name(options.judge, "name of a judge")
     items = chosen_items(options)
@@ -387,7 +391,7 @@ def report(options) -> int:
 
 
 def unpack(options) -> int:
-    from step1x_core.gedit import read_dataset, write_folder
+    from step1x_core.gedit.dataset import read_dataset, write_folder
 
     items = read_dataset(options.data)
     write_folder(items, options.folder)
@@ -396,8 +400,8 @@ def unpack(options) -> int:
 
 
 def write_miniature(options) -> int:
-    from step1x_core.gedit import write_folder
-    from step1x_core.gedit_miniature import miniature
+    from step1x_core.gedit.dataset import write_folder
+    from step1x_core.gedit.miniature import miniature
 
     write_folder(miniature(), options.folder)
     say(f"22 items in {options.folder}")
@@ -412,7 +416,7 @@ def main(argv=None) -> int:
     sys.path.append(str(environment.PACK))
     from comfy_server import ExecutionError, ServerStopped
 
-    from step1x_core.config import Step1XError
+    from step1x_core.errors import Step1XError
 
     try:
         return COMMANDS[options.command](options)

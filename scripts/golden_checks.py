@@ -23,22 +23,23 @@ from golden_shapes import half, pad_weight, patches_in_row, position_ids, row_of
 from safetensors.torch import save_file
 from tiny_models import TransformerSize, random_weights, transformer_shapes
 
-from step1x_core.config import CONFIG_KEY, Step1XError
-from step1x_core.connector import Connector, TimestepEmbedder, scale_time, time_features
-from step1x_core.guidance import NormLimiter, norm_divisor, patch_norm
-from step1x_core.host.blocks import TOKENS_READ
-from step1x_core.host.caching import TeaCache, apply_teacache
-from step1x_core.host.encoding import LATENT_CHANNELS, decode_edit
-from step1x_core.host.loading import load_model
-from step1x_core.host.lora import apply_lora, lora_keys
-from step1x_core.host.sampling import flow_sigmas, set_norm_limiter
-from step1x_core.host.text_encoder import Step1XTokenizer
-from step1x_core.host.transformer import Step1XTransformer
+from step1x_core.checkpoints.detection import CONFIG_KEY
+from step1x_core.checkpoints.keys import diffusers_to_original
+from step1x_core.errors import Step1XError
+from step1x_core.host.checkpoints.loading import load_model
+from step1x_core.host.checkpoints.lora import apply_lora, lora_keys
+from step1x_core.host.network.blocks import TOKENS_READ
+from step1x_core.host.network.transformer import Step1XTransformer
+from step1x_core.host.prompts.encoding import LATENT_CHANNELS, decode_edit
+from step1x_core.host.prompts.text_encoder import Step1XTokenizer
+from step1x_core.host.sampling.sampler import flow_sigmas, set_norm_limiter
+from step1x_core.host.speed.teacache import TeaCache, apply_teacache
 from step1x_core.images import BLACK_PICTURE, truncate_uint8, vision_sizes, working_size
-from step1x_core.keys import diffusers_to_original
-from step1x_core.mllm import attention_mask, layout_states, mrope_positions
-from step1x_core.prompt import prompt_ids
-from step1x_core.schedule import image_to_image_start, latent_tokens, shift_mu, sigma_schedule
+from step1x_core.network.connector import Connector, TimestepEmbedder, scale_time, time_features
+from step1x_core.prompts.mllm import attention_mask, layout_states, mrope_positions
+from step1x_core.prompts.v11 import prompt_ids
+from step1x_core.sampling.guidance import NormLimiter, norm_divisor, patch_norm
+from step1x_core.sampling.schedule import image_to_image_start, latent_tokens, shift_mu, sigma_schedule
 
 # The official code computes all tokens in the last block, too, and the files hold that.
 READ_ALL = {TOKENS_READ: None}

@@ -9,9 +9,9 @@ from comfy.ops import disable_weight_init
 from comfy.text_encoders.qwen_vl import process_qwen2vl_images
 from PIL import Image
 
-from step1x_core.host.qwen import picture_grid
-from step1x_core.host.text_encoder import TEXT_ENCODER_NAME, Step1XTokenizer
-from step1x_core.host.transformer import Step1XTransformer
+from step1x_core.host.network.transformer import Step1XTransformer
+from step1x_core.host.prompts.qwen import picture_grid
+from step1x_core.host.prompts.text_encoder import TEXT_ENCODER_NAME, Step1XTokenizer
 from step1x_core.images import (
     HELPER_LIMITS,
     PROCESSOR_LIMITS_V12,
@@ -30,11 +30,11 @@ from step1x_core.images import (
     vision_sizes,
     working_size,
 )
-from step1x_core.mllm import attention_mask, mrope_positions
-from step1x_core.positions import text_ids, vision_coordinates
-from step1x_core.prompt import IMAGE_PAD_ID
-from step1x_core.prompt_v12 import KEPT, SPECIAL_TOKENS, chat_text, prompt_prefix, split_chat, split_quotations
-from step1x_core.schedule import latent_tokens, shift_mu
+from step1x_core.network.positions import text_ids, vision_coordinates
+from step1x_core.prompts.mllm import attention_mask, mrope_positions
+from step1x_core.prompts.v11 import IMAGE_PAD_ID
+from step1x_core.prompts.v12 import KEPT, SPECIAL_TOKENS, chat_text, prompt_prefix, split_chat, split_quotations
+from step1x_core.sampling.schedule import latent_tokens, shift_mu
 
 POSITION_TOLERANCE = 1e-4
 

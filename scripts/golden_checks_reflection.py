@@ -8,10 +8,10 @@ import json
 import math
 from dataclasses import replace
 
-from step1x_core import replies
-from step1x_core.reflection import LAYOUTS, RULES, Call, Conversation, Loop, Reflection, judge, rate, reflect, think, unjudged
-from step1x_core.replies import BadReply
-from step1x_core.templates import LANGUAGES, load_templates
+from step1x_core.reasoning import replies
+from step1x_core.reasoning.reflection import LAYOUTS, RULES, Call, Conversation, Loop, Reflection, judge, rate, reflect, think, unjudged
+from step1x_core.reasoning.replies import BadReply
+from step1x_core.reasoning.templates import LANGUAGES, load_templates
 
 # The tables' names of the calls and of the versions' files.
 CALL_NAMES = {"edit_success_score": "edit_score"}

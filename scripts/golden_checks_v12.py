@@ -13,14 +13,15 @@ from golden_files import Errors, Golden
 from golden_shapes import pad_weight, patches_in_row, position_ids, row_of_patches, split_tokens, token_grid
 from safetensors.torch import save_file
 
-from step1x_core.config import CONFIG_KEY, TIME_FACTOR, VERSIONS, detect_config
-from step1x_core.connector import scale_time
-from step1x_core.guidance import NormLimiter, norm_divisor
-from step1x_core.host.loading import load_model, model_shapes
-from step1x_core.host.sampling import flow_sigmas, set_norm_limiter
-from step1x_core.host.transformer import official_time, position_bits
-from step1x_core.keys import diffusers_to_original
-from step1x_core.schedule import latent_tokens, shift_mu
+from step1x_core.checkpoints.detection import CONFIG_KEY, detect_config
+from step1x_core.checkpoints.keys import diffusers_to_original
+from step1x_core.host.checkpoints.loading import load_model, model_shapes
+from step1x_core.host.network.transformer import official_time, position_bits
+from step1x_core.host.sampling.sampler import flow_sigmas, set_norm_limiter
+from step1x_core.network.connector import scale_time
+from step1x_core.sampling.guidance import NormLimiter, norm_divisor
+from step1x_core.sampling.schedule import latent_tokens, shift_mu
+from step1x_core.versions import TIME_FACTOR, VERSIONS
 
 
 def golden_model(golden: Golden):

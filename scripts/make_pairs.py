@@ -34,13 +34,13 @@ def arguments(argv=None) -> argparse.Namespace:
 def main(argv=None) -> int:
     options = arguments(argv)
     sys.path.append(str(environment.PACK))
-    from step1x_core.config import Step1XError
-    from step1x_core.gedit import png, write_file
-    from step1x_core.pairs_batch import fill_dataset, find_pictures
-    from step1x_core.pairs_makers import MAKERS
-    from step1x_core.pairs_propose import parse_kinds
-    from step1x_core.pairs_review import contact_sheet, statistics, stored_card
-    from step1x_core.pairs_store import PairStore
+    from step1x_core.errors import Step1XError
+    from step1x_core.files import png, write_file
+    from step1x_core.pairs.bulk import fill_dataset, find_pictures
+    from step1x_core.pairs.makers import MAKERS
+    from step1x_core.pairs.propose import parse_kinds
+    from step1x_core.pairs.review import contact_sheet, statistics, stored_card
+    from step1x_core.pairs.store import PairStore
 
     def tell(number: int) -> None:
         print(f"\r{number}/{options.count} pairs ", end="", file=sys.stderr, flush=True)

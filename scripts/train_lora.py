@@ -50,13 +50,14 @@ def main() -> int:
     environment.use_host_in_process(options.cpu)
     import torch
 
-    from step1x_core.config import VERSIONS, Step1XError
-    from step1x_core.edit_pairs import read_pairs
-    from step1x_core.host.loading import load_model, load_text_encoder, load_vae
-    from step1x_core.host.pairs import cache_pairs
-    from step1x_core.host.training import LORA_FILE, edit_held_out, train
-    from step1x_core.loss_curve import draw_progress
-    from step1x_core.training import Settings
+    from step1x_core.errors import Step1XError
+    from step1x_core.host.checkpoints.loading import load_model, load_text_encoder, load_vae
+    from step1x_core.host.training.cache import cache_pairs
+    from step1x_core.host.training.train import LORA_FILE, edit_held_out, train
+    from step1x_core.training.dataset import read_pairs
+    from step1x_core.training.loss_curve import draw_progress
+    from step1x_core.training.objective import Settings
+    from step1x_core.versions import VERSIONS
 
     settings = Settings(options.steps, options.learning_rate, options.rank, options.alpha, options.batch, options.accumulation, options.seed, options.schedule,
                         options.warmup, options.ema)

@@ -1,5 +1,4 @@
-"""The Step1X-Edit model, without node classes and without UI.
+"""The Step1X-Edit model, without node classes and without UI: one room for each idea.
 
-Everything directly in this package is plain torch and imports without ComfyUI;
-`step1x_core.host` holds the contact with ComfyUI.
+Everything but `step1x_core.host` is plain torch and imports without ComfyUI. tests/test_house.py says which room may import which.
 """

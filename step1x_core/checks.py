@@ -5,7 +5,7 @@ import logging
 import torch
 from torch import Tensor
 
-from .config import Step1XError
+from .errors import Step1XError
 
 log = logging.getLogger(__name__)
 
@@ -67,3 +67,10 @@ def check_finite(values: Tensor, message: str) -> None:
     """Raise Step1XError with this message if there is NaN or an infinity among the values."""
     if not torch.isfinite(values).all():
         raise Step1XError(message)
+
+
+def check_latent_shape(samples, channels: int) -> None:
+    """Raise Step1XError unless these samples are [B, channels, h, w]."""
+    if samples.is_nested or samples.ndim != 4 or samples.shape[1] != channels:
+        raise Step1XError(f"A latent of shape {list(samples.shape)} belongs to another model; Step1X-Edit needs [batch, {channels}, height, width]. "
+                          "Connect the latent from 'Step1X-Edit Encode', or an empty one from 'EmptySD3LatentImage'.")

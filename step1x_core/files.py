@@ -1,11 +1,16 @@
 """Files that are there whole or not at all, names that every system can store, and paths that stay where they belong."""
 
+import io
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
 
-from .config import Step1XError
+from PIL import Image, ImageOps
+
+from .errors import Step1XError
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 # Characters that file names cannot have on some system.
 FORBIDDEN = frozenset('<>:"/\\|?*')
@@ -97,3 +102,35 @@ def write_file(path: Path, content: bytes) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
+
+
+def open_picture(content: bytes | Path, name: str) -> Image.Image:
+    """A picture from a file or its bytes, as RGB and the right way up. Raises Step1XError for anything that is no picture."""
+    try:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    # The decoders raise many things on damaged files: SyntaxError, struct.error, ...
+    except Exception as problem:
+        raise Step1XError(f"{name} cannot be read as a picture ({problem}). Get the file again.") from problem
+
+
+def is_picture(path: Path) -> bool:
+    """Whether there is a file that holds a whole picture."""
+    try:
+        with Image.open(path) as picture:
+            picture.verify()
+    except Exception:  # see open_picture
+        return False
+    return True
+
+
+def png(picture: Image.Image) -> bytes:
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    return content.getvalue()
+
+
+def save_picture(path: Path, content: bytes) -> None:
+    """Write a picture file. Raises Step1XError for content that is no picture."""
+    open_picture(content, f"The picture for {path}")
+    write_file(path, content)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .config import Step1XError
+from .errors import Step1XError
 
 # Working sizes are multiples of 16 pixels: VAE factor 8 times patch size 2.
 SIZE_MULTIPLE = 16

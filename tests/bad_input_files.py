@@ -7,7 +7,7 @@ import torch
 from bad_input_host import MEMORY_GROWTH, peak_memory
 from safetensors.torch import save_file
 
-from step1x_core.config import CONFIG_KEY
+from step1x_core.checkpoints.detection import CONFIG_KEY
 
 MODEL, LANGUAGE, VAE, LORA = "bad-v1p1.safetensors", "bad_mllm.safetensors", "bad_vae.safetensors", "bad_lora.safetensors"
 DAMAGED = r"is damaged, incomplete or no safetensors file .* Download it again"

@@ -17,7 +17,7 @@ from loop_host import load_pack, node_classes
 
 import nodes
 
-STEP1X_ERROR = "step1x_core.config.Step1XError"
+STEP1X_ERROR = "step1x_core.errors.Step1XError"
 # What the host's own check of a prompt calls an input that it refuses, before anything runs.
 TOO_SMALL, TOO_LARGE, NOT_IN_LIST, NOT_CONVERTED = "value_smaller_than_min", "value_bigger_than_max", "value_not_in_list", "invalid_input_type"
 MISMATCH, BAD_LINK, MISSING, NO_SUCH_NODE = "return_type_mismatch", "bad_linked_input", "required_input_missing", "exception_during_inner_validation"

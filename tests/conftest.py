@@ -89,7 +89,7 @@ def photo():
 
 @pytest.fixture(scope="session")
 def clip(models):
-    from step1x_core.host.loading import load_text_encoder
+    from step1x_core.host.checkpoints.loading import load_text_encoder
 
     return load_text_encoder(models / "text_encoders" / tiny_models.MLLM_FILE)
 
@@ -103,7 +103,7 @@ def vae(models):
 
 @pytest.fixture(scope="session")
 def model(models):
-    from step1x_core.host.loading import load_model
+    from step1x_core.host.checkpoints.loading import load_model
 
     return load_model(models / "diffusion_models" / tiny_models.V11_FILE)
 

@@ -14,9 +14,9 @@ import torch
 from comfy_server import Client, ComfyServer, find_nodes, install_pack, to_api
 from conftest import PACK
 
-from step1x_core.host.encoding import decode_edit, encode_edit
-from step1x_core.host.loading import load_model, load_text_encoder
-from step1x_core.host.sampling import flow_sigmas, sample
+from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
+from step1x_core.host.prompts.encoding import decode_edit, encode_edit
+from step1x_core.host.sampling.sampler import flow_sigmas, sample
 
 # Enough for this model, and a third of the time.
 STEPS = 6

@@ -4,7 +4,7 @@ import json
 
 from safetensors.torch import save_file
 
-from step1x_core.keys import swap_halves
+from step1x_core.checkpoints.keys import swap_halves
 
 
 def to_diffusers(weights):

@@ -55,7 +55,7 @@ def main(base: Path, report: Path) -> None:
     folder_paths.models_dir, folder_paths.input_directory, folder_paths.output_directory, folder_paths.temp_directory = (
         str(base / name) for name in ("models", "input", "output", "temp"))
     classes = node_classes(load_pack())
-    from step1x_core.host.gate import gate
+    from step1x_core.host.gate.gate import gate
 
     def run(node: str, **inputs) -> tuple:
         classes[node].hidden = SimpleNamespace(unique_id="1")  # which the host fills in

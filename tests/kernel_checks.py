@@ -13,9 +13,9 @@ import torch
 from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
 from torch.nn.functional import gelu, layer_norm, rms_norm, scaled_dot_product_attention
 
-from step1x_core import kernels
-from step1x_core.host import blocks
-from step1x_core.host.loading import load_model
+from step1x_core.host.checkpoints.loading import load_model
+from step1x_core.host.network import blocks
+from step1x_core.network import kernels
 
 BATCH, TOKENS, WIDTH, HEADS, HEAD = 2, 5, 96, 3, 32
 

@@ -12,8 +12,8 @@ from conftest import PACK
 
 import nodes
 import step1x_core
-from step1x_core.reflection import LAYOUTS
-from step1x_core.templates import LANGUAGES, load_templates
+from step1x_core.reasoning.reflection import LAYOUTS
+from step1x_core.reasoning.templates import LANGUAGES, load_templates
 
 NAME = "pack_in_process"
 
@@ -30,7 +30,7 @@ GOOD = {
 def load_pack():
     """The pack as a package whose core is the `step1x_core` that the tests import, so that both know the same classes."""
     for module in pkgutil.walk_packages(step1x_core.__path__, "step1x_core."):
-        if module.name != "step1x_core.triton_kernels":  # It needs Triton, which not every system has.
+        if module.name != "step1x_core.network.triton_kernels":  # It needs Triton, which not every system has.
             importlib.import_module(module.name)
     sys.modules.update({f"{NAME}.{name}": module for name, module in sys.modules.items() if name.split(".")[0] == "step1x_core"})
     spec = importlib.util.spec_from_file_location(NAME, PACK / "__init__.py", submodule_search_locations=[str(PACK)])

@@ -24,12 +24,12 @@ import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
-from step1x_core.guidance import NormLimiter
-from step1x_core.host.caching import apply_teacache
-from step1x_core.host.loading import load_model
-from step1x_core.host.region import apply_region
-from step1x_core.host.sampling import flow_sigmas, sample, set_guidance_interval, set_norm_limiter
-from step1x_core.region import RegionSettings
+from step1x_core.host.checkpoints.loading import load_model
+from step1x_core.host.sampling.sampler import flow_sigmas, sample, set_guidance_interval, set_norm_limiter
+from step1x_core.host.speed.region import apply_region
+from step1x_core.host.speed.teacache import apply_teacache
+from step1x_core.sampling.guidance import NormLimiter
+from step1x_core.speed.region import RegionSettings
 
 STEPS = 8
 PATCHES = {

@@ -16,7 +16,7 @@ from bad_input_host import NOT_IN_LIST, Given, Host, peak_memory, use_models
 from diffusers_layout import diffusers_repository, to_diffusers
 from safetensors.torch import load_file, save
 
-from step1x_core.config import CONFIG_KEY
+from step1x_core.checkpoints.detection import CONFIG_KEY
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from bad_input_host import NOT_CONVERTED, NOT_IN_LIST, TOO_LARGE, TOO_SMALL, Giv
 from comfy_api.latest import io
 
 import nodes
-from step1x_core.config import Step1XError
+from step1x_core.errors import Step1XError
 
 NAN, INF = float("nan"), float("inf")
 OUT_OF_RANGE = "The input '{}' brings .*, but it takes {}.*Correct it, or the node that it comes from"

@@ -9,7 +9,7 @@ from bad_input_host import Given, Host
 from comfy.nested_tensor import NestedTensor
 from PIL import Image
 
-from step1x_core.host.loading import load_text_encoder
+from step1x_core.host.checkpoints.loading import load_text_encoder
 
 NAN, INF = float("nan"), float("inf")
 PICTURE = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(1))

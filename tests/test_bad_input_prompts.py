@@ -9,8 +9,8 @@ import tiny_models
 import torch
 from bad_input_host import BAD_LINK, NO_SUCH_NODE, Given, Host, Many
 
-from step1x_core.host.loading import load_text_encoder
-from step1x_core.prompt_v12 import SPECIAL_TOKENS
+from step1x_core.host.checkpoints.loading import load_text_encoder
+from step1x_core.prompts.v12 import SPECIAL_TOKENS
 
 WORDS = "make it red " * 8400
 FINE = {

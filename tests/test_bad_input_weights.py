@@ -12,7 +12,7 @@ from bad_input_files import DAMAGED, INCOMPLETE, LANGUAGE, LORA, MODEL, NAN, NO_
 from bad_input_host import Given, Host, peak_memory, use_models
 from safetensors.torch import load_file, save
 
-from step1x_core.config import CONFIG_KEY
+from step1x_core.checkpoints.detection import CONFIG_KEY
 
 
 @pytest.fixture(scope="module")

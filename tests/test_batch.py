@@ -10,12 +10,12 @@ from comfy_server import ExecutionError, find_nodes
 from demo_host import STEPS, demo_client, demo_model, demo_prompt, edit, load_demo, to_image, to_pixels
 from PIL import Image
 
-from step1x_core.batches import ALL, PAIRS, SEEDS, lay_out
-from step1x_core.config import Step1XError
-from step1x_core.host import batch as host_batch
-from step1x_core.host.batch import edit_batch
-from step1x_core.host.encoding import ENCODING_STEPS, add_references, encode_edit
-from step1x_core.host.rounds import failures
+from step1x_core.editing.batches import ALL, PAIRS, SEEDS, lay_out
+from step1x_core.errors import Step1XError
+from step1x_core.host.editing import batch as host_batch
+from step1x_core.host.editing.batch import edit_batch
+from step1x_core.host.prompts.encoding import ENCODING_STEPS, add_references, encode_edit
+from step1x_core.host.reasoning.rounds import failures
 from training.edits import invert
 from training.scenes import judge, pair_at
 

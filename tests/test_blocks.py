@@ -13,9 +13,9 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy.ops import disable_weight_init
 from tiny_models import write_transformer
 
-from step1x_core.host import blocks
-from step1x_core.host.blocks import FusedDoubleStreamBlock, FusedSingleStreamBlock
-from step1x_core.host.loading import load_model
+from step1x_core.host.checkpoints.loading import load_model
+from step1x_core.host.network import blocks
+from step1x_core.host.network.blocks import FusedDoubleStreamBlock, FusedSingleStreamBlock
 
 WIDTH, HEADS, TEXT, IMAGE = 64, 2, 3, 6
 

@@ -11,10 +11,10 @@ from comfy_extras.nodes_torch_compile import TorchCompileModel
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
-from step1x_core.config import Step1XError
-from step1x_core.host.caching import apply_teacache
-from step1x_core.host.loading import load_model
-from step1x_core.host.sampling import flow_sigmas, sample
+from step1x_core.errors import Step1XError
+from step1x_core.host.checkpoints.loading import load_model
+from step1x_core.host.sampling.sampler import flow_sigmas, sample
+from step1x_core.host.speed.teacache import apply_teacache
 
 
 @pytest.fixture(autouse=True)

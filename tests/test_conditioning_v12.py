@@ -7,17 +7,17 @@ import torch
 from comfy.text_encoders.qwen_vl import process_qwen2vl_images
 from PIL import Image
 
-from step1x_core.config import Step1XError
-from step1x_core.host.encoding import LAYOUT_KEY, add_references, decode_edit, encode_edit
-from step1x_core.host.loading import load_text_encoder
-from step1x_core.host.qwen import picture_grid
-from step1x_core.host.sampling import flow_sigmas, sample
-from step1x_core.host.text_encoder import TEXT_ENCODER_NAME, Step1XTokenizer
+from step1x_core.errors import Step1XError
+from step1x_core.host.checkpoints.loading import load_text_encoder
+from step1x_core.host.prompts.encoding import LAYOUT_KEY, add_references, decode_edit, encode_edit
+from step1x_core.host.prompts.qwen import picture_grid
+from step1x_core.host.prompts.text_encoder import TEXT_ENCODER_NAME, Step1XTokenizer
+from step1x_core.host.sampling.sampler import flow_sigmas, sample
 from step1x_core.images import from_uint8, resize, to_output_size, to_thinker_size, to_uint8, to_vision_size_v12, to_working_size, to_working_size_v12
-from step1x_core.mllm import attention_mask
-from step1x_core.positions import text_ids, vision_coordinates
-from step1x_core.prompt import IMAGE_PAD_ID
-from step1x_core.prompt_v12 import SPECIAL_TOKENS, chat_text, prompt_ids_v12, prompt_prefix, split_chat, split_quotations
+from step1x_core.network.positions import text_ids, vision_coordinates
+from step1x_core.prompts.mllm import attention_mask
+from step1x_core.prompts.v11 import IMAGE_PAD_ID
+from step1x_core.prompts.v12 import SPECIAL_TOKENS, chat_text, prompt_ids_v12, prompt_prefix, split_chat, split_quotations
 
 EXTRAS = ("text_embeds", "text_ids", "text_mask")
 

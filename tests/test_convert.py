@@ -21,12 +21,13 @@ from diffusers_layout import diffusers_repository, to_diffusers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from step1x_core import conversion
-from step1x_core.config import CONFIG_KEY, CONNECTOR_KEY, Step1XError, stored_config
-from step1x_core.host.loading import load_model, load_text_encoder
-from step1x_core.host.lora import apply_lora
-from step1x_core.host.model import register
-from step1x_core.host.sampling import flow_sigmas, sample
+from step1x_core.checkpoints import conversion
+from step1x_core.checkpoints.detection import CONFIG_KEY, CONNECTOR_KEY, stored_config
+from step1x_core.errors import Step1XError
+from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
+from step1x_core.host.checkpoints.lora import apply_lora
+from step1x_core.host.network.model import register
+from step1x_core.host.sampling.sampler import flow_sigmas, sample
 
 # The largest relative error of an edit's latent against bf16, for random weights.
 FORMATS = {"fp8": 0.03, "int8": 0.04, "nvfp4": 0.1}

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from nodes import LoraLoaderModelOnly
-from step1x_core.host.lora import apply_lora, load_lora_file
+from step1x_core.host.checkpoints.lora import apply_lora, load_lora_file
 
 TRIANGLE = (slice(24, 40), slice(18, 34))
 

@@ -13,12 +13,12 @@ import tiny_models
 import torch
 from PIL import Image
 
-from step1x_core.config import Step1XError
-from step1x_core.edit_pairs import Cache, dataset_fingerprint, pack_conditioning, read_pairs, read_picture, write_tensors
-from step1x_core.host.encoding import encode_edit
-from step1x_core.host.loading import load_text_encoder
-from step1x_core.host.pairs import cache_pairs
-from step1x_core.host.training_folders import dataset_path
+from step1x_core.errors import Step1XError
+from step1x_core.host.checkpoints.loading import load_text_encoder
+from step1x_core.host.prompts.encoding import encode_edit
+from step1x_core.host.training.cache import cache_pairs
+from step1x_core.host.training.folders import dataset_path
+from step1x_core.training.dataset import Cache, dataset_fingerprint, pack_conditioning, read_pairs, read_picture, write_tensors
 
 LEVEL = 64
 

@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import nodes
-from step1x_core.host.caching import apply_teacache
-from step1x_core.host.loading import load_model, load_text_encoder, load_vae
-from step1x_core.host.lora import apply_lora, load_lora_file
+from step1x_core.host.checkpoints.loading import load_model, load_text_encoder, load_vae
+from step1x_core.host.checkpoints.lora import apply_lora, load_lora_file
+from step1x_core.host.speed.teacache import apply_teacache
 
 STEPS = 2
 # What a node does one after the other, and a cancel must not wait for more than one of: prompts and VAE, steps, tokens, and all that for each picture.

@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from test_edit_pairs import write_folder, write_json
 
-from step1x_core import edit_pairs, files
-from step1x_core.config import Step1XError
-from step1x_core.edit_pairs import CAPTION, REFERENCE, Cache, dataset_fingerprint, read_pairs, write_tensors
+from step1x_core import files
+from step1x_core.errors import Step1XError
 from step1x_core.files import check_name, safe_path, write_file
-from step1x_core.gedit import read_dataset
-from step1x_core.host.training_folders import run_folder
+from step1x_core.gedit.dataset import read_dataset
+from step1x_core.host.training.folders import run_folder
+from step1x_core.training import dataset as edit_pairs
+from step1x_core.training.dataset import CAPTION, REFERENCE, Cache, dataset_fingerprint, read_pairs, write_tensors
 
 OUTSIDE = ["/etc/hostname", "../secret.png", "source/../../secret.png", r"\\server\share\secret.png", "//server/share/secret.png", r"\\?\C:\secret.png",
            r"C:\secret.png", "C:/secret.png", "c:secret.png", r"..\secret.png", r"source\..\..\secret.png", "nul\0.png"]

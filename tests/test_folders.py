@@ -13,11 +13,11 @@ from diffusers_layout import diffusers_repository, to_diffusers
 from safetensors.torch import load_file
 from utils.extra_config import load_extra_path_config
 
-from step1x_core.checkpoint import is_model_folder
-from step1x_core.config import Step1XError
-from step1x_core.host import folders
-from step1x_core.host.folders import choices, model_folders, resolve
-from step1x_core.host.loading import load_model, load_text_encoder, load_vae
+from step1x_core.checkpoints.files import is_model_folder
+from step1x_core.errors import Step1XError
+from step1x_core.host.checkpoints import folders
+from step1x_core.host.checkpoints.folders import choices, model_folders, resolve
+from step1x_core.host.checkpoints.loading import load_model, load_text_encoder, load_vae
 
 KINDS = (("diffusion_models", "transformer"), ("text_encoders", "text_encoder"), ("vae", "vae"))
 

@@ -4,10 +4,10 @@ import importlib.util
 
 import pytest
 
-from step1x_core.config import Step1XError
-from step1x_core.host import fp8_attention
-from step1x_core.host.blocks import FP8_ATTENTION
-from step1x_core.host.fp8_attention import attend_fp8, set_fp8_attention
+from step1x_core.errors import Step1XError
+from step1x_core.host.network.blocks import FP8_ATTENTION
+from step1x_core.host.speed import fp8_attention
+from step1x_core.host.speed.fp8_attention import attend_fp8, set_fp8_attention
 
 
 def test_a_device_without_it_is_refused(model):

@@ -18,10 +18,10 @@ from comfy_server import Client, ComfyServer, ExecutionError, find_nodes, instal
 from conftest import PACK
 from PIL import Image
 
-from step1x_core.config import Step1XError
-from step1x_core.gate import ACTIONS, BLOCK, BLUR, LABEL, OFF, REPORT, Finding, find_labels, forbidden_words, read_answer, treat, unsafe_scores
-from step1x_core.host import gate as host_gate
-from step1x_core.host.gate import NONE, classifier_folders, gate
+from step1x_core.errors import Step1XError
+from step1x_core.gate.policy import ACTIONS, BLOCK, BLUR, LABEL, OFF, REPORT, Finding, find_labels, forbidden_words, read_answer, treat, unsafe_scores
+from step1x_core.host.gate import gate as host_gate
+from step1x_core.host.gate.gate import NONE, classifier_folders, gate
 
 MESSAGE = "This picture was withheld by the content gate."
 FLAGGED = Finding(0.9, "unsafe content 90%")

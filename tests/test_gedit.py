@@ -14,14 +14,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
+from endpoint import Endpoint, Unavailable
 from PIL import Image
 
-from step1x_core import gedit_plots
-from step1x_core.config import Step1XError
-from step1x_core.gedit import COLUMNS, LANGUAGES, METADATA, TASK_TYPES, Item, png, read_dataset, result_path, save_picture, select, unedited, write_folder
-from step1x_core.gedit_miniature import miniature
-from step1x_core.gedit_report import write_report
-from step1x_core.gedit_scores import (
+from step1x_core.errors import Step1XError
+from step1x_core.files import png, save_picture
+from step1x_core.gedit import plots as gedit_plots
+from step1x_core.gedit.dataset import COLUMNS, LANGUAGES, METADATA, Item, read_dataset, result_path, select, unedited, write_folder
+from step1x_core.gedit.miniature import miniature
+from step1x_core.gedit.report import write_report
+from step1x_core.gedit.scores import (
     ALL,
     FULL_SET,
     INTERSECTION,
@@ -39,7 +41,8 @@ from step1x_core.gedit_scores import (
     records_path,
     summarise,
 )
-from step1x_core.judge import TRIES, BadReply, Endpoint, Unavailable, Verdict, judge_edit, judge_size, read_scores
+from step1x_core.reasoning.judge import TRIES, BadReply, Verdict, judge_edit, judge_size, read_scores
+from step1x_core.tasks import TASK_TYPES
 
 SCORES = '{"score": [6, 9], "reasoning": "fine"}'
 
@@ -434,8 +437,8 @@ def test_a_request_that_is_refused_is_not_repeated_or_sent_elsewhere(refusal, st
 
 
 def test_the_text_encoder_judges_with_its_likeliest_answer_first(clip, monkeypatch):
-    from step1x_core.host import thinking
-    from step1x_core.host.gedit import LocalJudge
+    from step1x_core.host.gedit.benchmark import LocalJudge
+    from step1x_core.host.reasoning import thinking
 
     asked = []
 
@@ -454,7 +457,7 @@ def test_the_text_encoder_judges_with_its_likeliest_answer_first(clip, monkeypat
 def test_what_was_judged_before_a_cancel_is_on_record(tmp_path, monkeypatch):
     from comfy.model_management import InterruptProcessingException
 
-    from step1x_core.host import gedit as host
+    from step1x_core.host.gedit import benchmark as host
 
     items = select(miniature(), ["en"], ["subject-add", "text_change", "style_change"])
     bench = host.Bench(tuple(items), "m", tmp_path)

@@ -17,9 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_gedit import SCORES, chat_server, send, stall
 
-from step1x_core.gedit import read_dataset, result_path, select
-from step1x_core.gedit_miniature import miniature
-from step1x_core.gedit_scores import read_records, records_path
+from step1x_core.gedit.dataset import read_dataset, result_path, select
+from step1x_core.gedit.miniature import miniature
+from step1x_core.gedit.scores import read_records, records_path
 
 # By path: `import gedit` could be any module.
 spec = importlib.util.spec_from_file_location("gedit_command", PACK / "scripts" / "gedit.py")

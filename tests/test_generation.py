@@ -13,19 +13,20 @@ import transformers
 from comfy_extras.nodes_textgen import TextGenerate
 from safetensors.torch import load_file, save_file
 
-from step1x_core.chat import DEFAULT_SYSTEM, chat, split_at_pictures, untemplated
-from step1x_core.config import Step1XError
-from step1x_core.host.gate import gate
-from step1x_core.host.generation import Question, generate_text, generate_texts
-from step1x_core.host.loading import load_text_encoder
-from step1x_core.host.model import Step1XEdit
-from step1x_core.host.thinking import judge, rewrite
+from step1x_core.checkpoints.language_model import normalize_keys
+from step1x_core.errors import Step1XError
+from step1x_core.host.checkpoints.loading import load_text_encoder
+from step1x_core.host.gate.gate import gate
+from step1x_core.host.network.model import Step1XEdit
+from step1x_core.host.reasoning.generation import Question, generate_text, generate_texts
+from step1x_core.host.reasoning.thinking import judge, rewrite
 from step1x_core.images import to_thinker_size
-from step1x_core.mllm import normalize_keys, rope_positions
-from step1x_core.prompt import IMAGE_PAD_ID
-from step1x_core.prompt_v12 import SPECIAL_TOKENS
-from step1x_core.reflection import RULES
-from step1x_core.token_sampling import Sampling, TokenChooser, filter_scores, penalise
+from step1x_core.prompts.chat import DEFAULT_SYSTEM, chat, split_at_pictures, untemplated
+from step1x_core.prompts.mllm import rope_positions
+from step1x_core.prompts.v11 import IMAGE_PAD_ID
+from step1x_core.prompts.v12 import SPECIAL_TOKENS
+from step1x_core.reasoning.reflection import RULES
+from step1x_core.reasoning.token_sampling import Sampling, TokenChooser, filter_scores, penalise
 
 NAME = "qwen25_7b"
 TOKENS = 48
@@ -161,7 +162,7 @@ def test_every_cell_of_a_picture_counts_as_a_token_of_the_prompt(untied):
 
 
 def test_a_reply_longer_than_the_cache_goes_on(untied, references, monkeypatch):
-    monkeypatch.setattr("step1x_core.host.qwen.REPLY_TOKENS", 5)
+    monkeypatch.setattr("step1x_core.host.prompts.qwen.REPLY_TOKENS", 5)
     assert greedy(untied, CONTENTS["text"]) == reference_reply(references["untied"], sequence_of(untied, CONTENTS["text"]))
 
 
@@ -204,7 +205,7 @@ def test_each_of_several_replies_is_drawn_by_its_own_seed_and_temperature(untied
 
 def test_replies_at_a_time_longer_than_the_cache_go_on(untied, monkeypatch):
     expected = [greedy(untied, content) for content in CONTENTS.values()]
-    monkeypatch.setattr("step1x_core.host.qwen.REPLY_TOKENS", 5)
+    monkeypatch.setattr("step1x_core.host.prompts.qwen.REPLY_TOKENS", 5)
     assert greedy_together(untied, CONTENTS.values()) == expected
 
 

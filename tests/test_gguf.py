@@ -11,11 +11,13 @@ import tiny_models
 import torch
 from safetensors.torch import save_file
 
-from step1x_core.config import CONFIG_KEY, VERSIONS, Step1XError, config_tensor
-from step1x_core.host.loading import load_model
-from step1x_core.host.lora import apply_lora
-from step1x_core.host.model import Step1XEditModel, register
-from step1x_core.host.sampling import flow_sigmas, sample, with_norm_limiter
+from step1x_core.checkpoints.detection import CONFIG_KEY, config_tensor
+from step1x_core.errors import Step1XError
+from step1x_core.host.checkpoints.loading import load_model
+from step1x_core.host.checkpoints.lora import apply_lora
+from step1x_core.host.network.model import Step1XEditModel, register
+from step1x_core.host.sampling.sampler import flow_sigmas, sample, with_norm_limiter
+from step1x_core.versions import VERSIONS
 
 # Layers that the converter of ComfyUI-GGUF's llama.cpp patch keeps in half or full precision.
 KEPT = ("img_in.", "txt_in.", "time_in.", "vector_in.", "final_layer.")

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from test_goldens import GOLDENS
 
-from step1x_core.host.text_encoder import Step1XTokenizer
-from step1x_core.host.transformer import position_bits
-from step1x_core.prompt_v12 import KEPT
+from step1x_core.host.network.transformer import position_bits
+from step1x_core.host.prompts.text_encoder import Step1XTokenizer
+from step1x_core.prompts.v12 import KEPT
 
 NAMES_V1 = {"dit_forward_v1.0.safetensors": 0, "dit_forward_v1.1.safetensors": 1}
 NAMES_V12 = ("v12/transformer_final.safetensors", "v12/transformer_preview.safetensors")

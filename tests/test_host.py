@@ -18,8 +18,8 @@ from diffusers_layout import diffusers_repository, to_diffusers
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
-from step1x_core.config import Step1XError
-from step1x_core.host.folders import resolve
+from step1x_core.errors import Step1XError
+from step1x_core.host.checkpoints.folders import resolve
 
 WORKFLOWS = PACK / "workflows"
 PHOTO = PACK / "assets" / "coffee.jpg"

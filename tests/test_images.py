@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from step1x_core.checks import check_pictures
-from step1x_core.config import Step1XError
+from step1x_core.errors import Step1XError
 from step1x_core.images import from_uint8, to_output_size, to_uint8, to_vision_size, to_working_size, truncate_uint8, vision_sizes, working_size
 
 

@@ -11,16 +11,16 @@ import torch
 from comfy.text_encoders import llama
 from test_sampling import run
 
-from step1x_core.host.encoding import decode_edit, encode_edit
-from step1x_core.host.loading import load_text_encoder
-from step1x_core.host.model import Step1XEditModel
-from step1x_core.host.region import apply_region
-from step1x_core.host.sampling import set_guidance_interval
-from step1x_core.host.text_encoder import TEXT_ENCODER_NAME
-from step1x_core.host.training import predict
-from step1x_core.prompt import IMAGE_PAD_ID
-from step1x_core.region import RegionSettings
-from step1x_core.token_sampling import Sampling
+from step1x_core.host.checkpoints.loading import load_text_encoder
+from step1x_core.host.network.model import Step1XEditModel
+from step1x_core.host.prompts.encoding import decode_edit, encode_edit
+from step1x_core.host.prompts.text_encoder import TEXT_ENCODER_NAME
+from step1x_core.host.sampling.sampler import set_guidance_interval
+from step1x_core.host.speed.region import apply_region
+from step1x_core.host.training.train import predict
+from step1x_core.prompts.v11 import IMAGE_PAD_ID
+from step1x_core.reasoning.token_sampling import Sampling
+from step1x_core.speed.region import RegionSettings
 
 
 @pytest.fixture(autouse=True)

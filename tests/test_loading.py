@@ -16,15 +16,16 @@ import torch
 from diffusers_layout import diffusers_repository, to_diffusers
 from safetensors.torch import load_file, save_file
 
-from step1x_core.checkpoint import is_model_folder, shard_files
-from step1x_core.config import CONNECTOR_KEY, Step1XError, detect_config
-from step1x_core.conversion import MODEL_LAYERS
-from step1x_core.host import loading
-from step1x_core.host.folders import choices
-from step1x_core.host.loading import load_model, model_shapes
-from step1x_core.host.model import Step1XEdit, Step1XEditModel, register
-from step1x_core.host.sampling import flow_sigmas, sample
-from step1x_core.keys import diffusers_to_original
+from step1x_core.checkpoints.conversion import MODEL_LAYERS
+from step1x_core.checkpoints.detection import CONNECTOR_KEY, detect_config
+from step1x_core.checkpoints.files import is_model_folder, shard_files
+from step1x_core.checkpoints.keys import diffusers_to_original
+from step1x_core.errors import Step1XError
+from step1x_core.host.checkpoints import loading
+from step1x_core.host.checkpoints.folders import choices
+from step1x_core.host.checkpoints.loading import load_model, model_shapes
+from step1x_core.host.network.model import Step1XEdit, Step1XEditModel, register
+from step1x_core.host.sampling.sampler import flow_sigmas, sample
 
 FLOAT8 = torch.float8_e4m3fn
 

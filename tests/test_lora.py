@@ -9,10 +9,10 @@ import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
-from step1x_core.config import Step1XError
-from step1x_core.host.loading import load_model
-from step1x_core.host.lora import apply_lora, load_lora_file
-from step1x_core.lora import official_alphas
+from step1x_core.checkpoints.lora import official_alphas
+from step1x_core.errors import Step1XError
+from step1x_core.host.checkpoints.loading import load_model
+from step1x_core.host.checkpoints.lora import apply_lora, load_lora_file
 
 HIDDEN = tiny_models.TINY_TRANSFORMER.hidden
 

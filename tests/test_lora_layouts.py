@@ -7,10 +7,10 @@ import pytest
 import tiny_models
 import torch
 
-from step1x_core.config import Step1XError
-from step1x_core.host.loading import load_model
-from step1x_core.host.lora import apply_lora, model_layers
-from step1x_core.lora_names import PREFIXES, find_layer
+from step1x_core.checkpoints.lora_names import PREFIXES, find_layer
+from step1x_core.errors import Step1XError
+from step1x_core.host.checkpoints.loading import load_model
+from step1x_core.host.checkpoints.lora import apply_lora, model_layers
 
 HIDDEN = tiny_models.TINY_TRANSFORMER.hidden
 FUSED, QKV, MLP = "single_blocks.0.linear1", "double_blocks.0.img_attn.qkv", "double_blocks.0.img_mlp.0"

@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 from test_loading import predict
 from test_quantised import FP8, check_equal, host_names, matrices, mllm_state, model_state, unmarked
 
-from step1x_core import markers, quantised
-from step1x_core.config import CONFIG_KEY, Step1XError
-from step1x_core.conversion import Weights
-from step1x_core.host import loading
-from step1x_core.host.loading import load_model
-from step1x_core.host.model import register
+from step1x_core.checkpoints import markers, quantised
+from step1x_core.checkpoints.conversion import Weights
+from step1x_core.checkpoints.detection import CONFIG_KEY
+from step1x_core.errors import Step1XError
+from step1x_core.host.checkpoints import loading
+from step1x_core.host.checkpoints.loading import load_model
+from step1x_core.host.network.model import register
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ from comfy.quant_ops import QuantizedTensor
 from split_checks import PATCHES, STEPS, difference, loud_model, run, split
 from stock_nodes import NODES
 
-from step1x_core.host import turns
-from step1x_core.host.caching import apply_teacache
-from step1x_core.host.sampling import set_guidance_interval
-from step1x_core.host.turns import Turns
-from step1x_core.teacache import TeaCacheState
+from step1x_core.host.network import turns
+from step1x_core.host.network.turns import Turns
+from step1x_core.host.sampling.sampler import set_guidance_interval
+from step1x_core.host.speed.teacache import apply_teacache
+from step1x_core.speed.teacache import TeaCacheState
 
 if "MultiGPU_WorkUnits" not in NODES:
     pytest.skip("This ComfyUI has no MultiGPU CFG Split.", allow_module_level=True)

@@ -13,13 +13,13 @@ import torch
 from comfy.ldm.flux.model import Flux
 from comfy.patcher_extension import WrappersMP
 
-from step1x_core.config import Step1XError
-from step1x_core.host.caching import apply_teacache
-from step1x_core.host.encoding import encode_edit
-from step1x_core.host.foreign import foreign_parts
-from step1x_core.host.region import apply_region
-from step1x_core.host.sampling import flow_sigmas, sample, set_guidance_interval
-from step1x_core.region import RegionSettings
+from step1x_core.errors import Step1XError
+from step1x_core.host.network.foreign import foreign_parts
+from step1x_core.host.prompts.encoding import encode_edit
+from step1x_core.host.sampling.sampler import flow_sigmas, sample, set_guidance_interval
+from step1x_core.host.speed.region import apply_region
+from step1x_core.host.speed.teacache import apply_teacache
+from step1x_core.speed.region import RegionSettings
 
 STEPS = 4
 

@@ -15,13 +15,13 @@ from conftest import PACK
 from made_pairs import pairs_of, photograph
 from PIL import Image
 
-from step1x_core.config import Step1XError
-from step1x_core.edit_pairs import read_pairs, read_picture
+from step1x_core.errors import Step1XError
 from step1x_core.images import to_uint8
-from step1x_core.pairs_batch import fill_dataset, find_pictures
-from step1x_core.pairs_makers import MAKERS
-from step1x_core.pairs_record import make_pair
-from step1x_core.pairs_store import JOURNAL, PairStore, encode
+from step1x_core.pairs.bulk import fill_dataset, find_pictures
+from step1x_core.pairs.makers import MAKERS
+from step1x_core.pairs.record import make_pair
+from step1x_core.pairs.store import JOURNAL, PairStore, encode
+from step1x_core.training.dataset import read_pairs, read_picture
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_a_pair_is_stored_once_and_a_dataset_grows(picture, tmp_path):
 
 
 def test_shards(picture, tmp_path, monkeypatch):
-    monkeypatch.setattr("step1x_core.pairs_store.SHARD", 3)
+    monkeypatch.setattr("step1x_core.pairs.store.SHARD", 3)
     pairs = pairs_of(picture, 9)[:7]
     store_pairs(tmp_path, pairs[:4])
     store_pairs(tmp_path, pairs[4:])

@@ -11,17 +11,18 @@ import torch
 from made_pairs import pairs_of, photograph
 from PIL import Image
 
-from step1x_core import judge
-from step1x_core.config import Step1XError
-from step1x_core.host import gedit, pair_making
+from step1x_core.errors import Step1XError
+from step1x_core.host.gedit import benchmark as gedit
+from step1x_core.host.pairs import making as pair_making
 from step1x_core.images import from_uint8
-from step1x_core.judge import Verdict, to_judge_size
-from step1x_core.pairs_hash import Index, fingerprint
-from step1x_core.pairs_makers import CONTRAST, INKS, LUMA, MAKERS, carry_out, orders, readable, shrink
-from step1x_core.pairs_propose import PROPOSED, SEEN, TRIES, propose, read_ideas
-from step1x_core.pairs_record import KINDS, changed_pixels, digest, make_pair, words
-from step1x_core.pairs_review import Thresholds, card, contact_sheet, sift, spread, statistics
-from step1x_core.replies import BadReply
+from step1x_core.pairs.hashing import Index, fingerprint
+from step1x_core.pairs.makers import CONTRAST, INKS, LUMA, MAKERS, carry_out, orders, readable, shrink
+from step1x_core.pairs.propose import PROPOSED, SEEN, TRIES, propose, read_ideas
+from step1x_core.pairs.record import KINDS, changed_pixels, digest, make_pair, words
+from step1x_core.pairs.review import Thresholds, card, contact_sheet, sift, spread, statistics
+from step1x_core.reasoning import judge
+from step1x_core.reasoning.judge import Verdict, to_judge_size
+from step1x_core.reasoning.replies import BadReply
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from comfy_server import Client, ComfyServer, ExecutionError, find_nodes, instal
 from conftest import PACK
 from PIL import Image
 
-from step1x_core.edit_pairs import read_pairs
+from step1x_core.training.dataset import read_pairs
 
 SMALL = {"Step1XEditEncode": {"size_level": 64}, "Step1XSampler": {"steps": 1}, "LoadImage": {"image": "coffee.jpg"}}
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from step1x_core.config import Step1XError
-from step1x_core.host import pair_making
-from step1x_core.host.pair_making import algorithmic_pairs
-from step1x_core.pairs_makers import ORDER_KINDS, carry_out, orders, shrink
-from step1x_core.pairs_record import Pair, digest
-from step1x_core.pairs_spool import spooled
+from step1x_core.errors import Step1XError
+from step1x_core.host.pairs import making as pair_making
+from step1x_core.host.pairs.making import algorithmic_pairs
+from step1x_core.pairs.makers import ORDER_KINDS, carry_out, orders, shrink
+from step1x_core.pairs.record import Pair, digest
+from step1x_core.pairs.spool import spooled
 
 
 def pictures(count, side=96):

@@ -10,10 +10,11 @@ from diffusers_layout import to_diffusers
 from safetensors.torch import load_file, save_file
 from test_loading import predict
 
-from step1x_core import quantised
-from step1x_core.config import CONFIG_KEY, Step1XError
-from step1x_core.host import loading
-from step1x_core.host.loading import load_model, load_text_encoder
+from step1x_core.checkpoints import quantised
+from step1x_core.checkpoints.detection import CONFIG_KEY
+from step1x_core.errors import Step1XError
+from step1x_core.host.checkpoints import loading
+from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
 
 FP8 = torch.float8_e4m3fn
 PEAK = {FP8: 448, torch.float8_e5m2: 57344, torch.int8: 127}

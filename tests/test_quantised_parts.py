@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_quantised import FP8, matrices, unmarked
 
-from step1x_core.config import Step1XError
-from step1x_core.host.loading import load_vae
-from step1x_core.host.lora import load_lora_file
-from step1x_core.host.model import register
+from step1x_core.errors import Step1XError
+from step1x_core.host.checkpoints.loading import load_vae
+from step1x_core.host.checkpoints.lora import load_lora_file
+from step1x_core.host.network.model import register
 
 KERNEL = "taesd_encoder.0."
 LAYER = "diffusion_model.double_blocks.0.img_attn.qkv."

@@ -16,12 +16,12 @@ from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
 from comfy.ldm.flux.model import Flux
 from conftest import PACK
 
-from step1x_core.config import Step1XError
-from step1x_core.host import model as host_model
-from step1x_core.host.encoding import encode_edit
-from step1x_core.host.loading import load_model, load_text_encoder
-from step1x_core.host.sampling import flow_sigmas, sample
-from step1x_core.host.training import adapted
+from step1x_core.errors import Step1XError
+from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
+from step1x_core.host.network import model as host_model
+from step1x_core.host.prompts.encoding import encode_edit
+from step1x_core.host.sampling.sampler import flow_sigmas, sample
+from step1x_core.host.training.train import adapted
 
 IN_A_WORKER = """
 import sys

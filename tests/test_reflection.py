@@ -8,9 +8,9 @@ import golden_checks_reflection
 import golden_files
 import pytest
 
-from step1x_core.reflection import LAYOUTS, MAX_TRIES, RULES, Loop, Reflection, Step, reflect, report, think, unjudged
-from step1x_core.replies import BadReply
-from step1x_core.templates import LANGUAGES, load_templates
+from step1x_core.reasoning.reflection import LAYOUTS, MAX_TRIES, RULES, Loop, Reflection, Step, reflect, report, think, unjudged
+from step1x_core.reasoning.replies import BadReply
+from step1x_core.reasoning.templates import LANGUAGES, load_templates
 
 GOLDENS = Path(__file__).parent / "goldens" / "v12"
 FINAL, PREVIEW = RULES["v1.2"], RULES["v1.2-preview"]

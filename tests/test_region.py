@@ -11,14 +11,14 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 
-from step1x_core.config import Step1XError
-from step1x_core.host.caching import apply_teacache
-from step1x_core.host.encoding import decode_edit, encode_edit
-from step1x_core.host.loading import load_model, load_text_encoder
-from step1x_core.host.region import WRAPPER_KEY, apply_region, region_denoiser
-from step1x_core.host.sampling import flow_sigmas, sample, set_guidance_interval
+from step1x_core.errors import Step1XError
+from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
+from step1x_core.host.prompts.encoding import decode_edit, encode_edit
+from step1x_core.host.sampling.sampler import flow_sigmas, sample, set_guidance_interval
+from step1x_core.host.speed.region import WRAPPER_KEY, apply_region, region_denoiser
+from step1x_core.host.speed.teacache import apply_teacache
 from step1x_core.images import from_uint8, truncate_uint8
-from step1x_core.region import RegionRun, RegionSettings, edited_tokens, full_steps, token_rows
+from step1x_core.speed.region import RegionRun, RegionSettings, edited_tokens, full_steps, token_rows
 from training.scenes import judge, pair_at
 
 STEPS = 8

@@ -10,12 +10,13 @@ from comfy.ldm.flux import layers
 from comfy.ldm.modules import attention as host_attention
 from conftest import PACK
 
-from step1x_core.config import Step1XError
-from step1x_core.host import attention, relied_on
-from step1x_core.host.blocks import FusedDoubleStreamBlock
-from step1x_core.host.loading import load_model, load_text_encoder
+from step1x_core.errors import Step1XError
+from step1x_core.host import relied_on
+from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
+from step1x_core.host.network import attention
+from step1x_core.host.network.blocks import FusedDoubleStreamBlock
 from step1x_core.host.relied_on import ATTENTION, BLOCKS, PLAIN_PATH, RELIED_ON, TEXT_ENCODER, TRANSFORMER, Behaviour, Function
-from step1x_core.host.sampling import flow_sigmas, sample
+from step1x_core.host.sampling.sampler import flow_sigmas, sample
 
 
 @pytest.fixture(autouse=True)

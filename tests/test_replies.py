@@ -11,10 +11,10 @@ import golden_checks_reflection
 import golden_files
 import pytest
 
-from step1x_core import replies
-from step1x_core.reflection import RULES, Loop, Rules, reflect, report, think
-from step1x_core.replies import BadReply
-from step1x_core.templates import LANGUAGES, load_templates
+from step1x_core.reasoning import replies
+from step1x_core.reasoning.reflection import RULES, Loop, Rules, reflect, report, think
+from step1x_core.reasoning.replies import BadReply
+from step1x_core.reasoning.templates import LANGUAGES, load_templates
 
 GOLDENS = Path(__file__).parent / "goldens" / "v12"
 

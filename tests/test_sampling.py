@@ -8,16 +8,16 @@ import tiny_models
 import torch
 from safetensors.torch import save_file
 
-from step1x_core.config import Step1XError
-from step1x_core.guidance import NormLimiter, patch_norm
-from step1x_core.host import model as model_module
-from step1x_core.host.caching import apply_teacache
-from step1x_core.host.encoding import decode_edit, encode_edit
-from step1x_core.host.loading import load_model
-from step1x_core.host.model import on_device
-from step1x_core.host.sampling import HOOKS, check_model, fit_latent, flow_sigmas, sample, set_guidance_interval, set_norm_limiter, with_norm_limiter
-from step1x_core.schedule import sigma_schedule
-from step1x_core.teacache import TeaCacheState
+from step1x_core.errors import Step1XError
+from step1x_core.host.checkpoints.loading import load_model
+from step1x_core.host.network import model as model_module
+from step1x_core.host.network.model import on_device
+from step1x_core.host.prompts.encoding import decode_edit, encode_edit
+from step1x_core.host.sampling.sampler import HOOKS, check_model, fit_latent, flow_sigmas, sample, set_guidance_interval, set_norm_limiter, with_norm_limiter
+from step1x_core.host.speed.teacache import apply_teacache
+from step1x_core.sampling.guidance import NormLimiter, patch_norm
+from step1x_core.sampling.schedule import sigma_schedule
+from step1x_core.speed.teacache import TeaCacheState
 
 
 def quiet(*args):

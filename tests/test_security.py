@@ -72,7 +72,7 @@ def test_nothing_shipped_runs_or_unpickles_what_it_reads():
 def test_no_node_can_reach_the_network():
     found = {path: modules for path, source in sources(NODE_PACK).items() if (modules := imported(source) & NETWORK_MODULES)}
     # The endpoint that the person names to scripts/gedit.py; nodes judge with the local language model.
-    found.pop("step1x_core/judge.py", None)
+    found.pop("step1x_core/reasoning/judge.py", None)
     assert found == {} and not [path for path, source in sources(("nodes", "step1x_core/host")).items() if "Endpoint" in source]
 
 

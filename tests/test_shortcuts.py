@@ -7,13 +7,13 @@ import torch
 from comfy.ldm.flux.layers import SingleStreamBlock
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-from step1x_core.host import blocks
-from step1x_core.host import transformer as transformer_module
-from step1x_core.host.blocks import TOKENS_READ
-from step1x_core.host.caching import apply_teacache
-from step1x_core.host.encoding import encode_edit
-from step1x_core.host.model import Step1XEditModel
-from step1x_core.host.sampling import flow_sigmas, sample
+from step1x_core.host.network import blocks
+from step1x_core.host.network import transformer as transformer_module
+from step1x_core.host.network.blocks import TOKENS_READ
+from step1x_core.host.network.model import Step1XEditModel
+from step1x_core.host.prompts.encoding import encode_edit
+from step1x_core.host.sampling.sampler import flow_sigmas, sample
+from step1x_core.host.speed.teacache import apply_teacache
 
 # Tokens of the picture, 304x208 pixels, and its reference.
 IMAGE = 13 * 19

@@ -14,11 +14,11 @@ from comfy_execution.graph import DynamicPrompt
 from loop_host import load_pack, node_classes
 
 import nodes
-from step1x_core.host import rounds
-from step1x_core.host.gedit import RESULTS
-from step1x_core.host.pair_making import DATASETS
-from step1x_core.host.rounds import TRIES, Failure, attempt, failures
-from step1x_core.pairs_store import JOURNAL
+from step1x_core.host.gedit.benchmark import RESULTS
+from step1x_core.host.pairs.making import DATASETS
+from step1x_core.host.reasoning import rounds
+from step1x_core.host.reasoning.rounds import TRIES, Failure, attempt, failures
+from step1x_core.pairs.store import JOURNAL
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import sys
 import pytest
 from conftest import PACK
 
-from step1x_core import replies
-from step1x_core.config import Step1XError
-from step1x_core.reflection import LAYOUTS
-from step1x_core.templates import FIELDS, LANGUAGES, fill, load_templates
+from step1x_core.errors import Step1XError
+from step1x_core.reasoning import replies
+from step1x_core.reasoning.reflection import LAYOUTS
+from step1x_core.reasoning.templates import FIELDS, LANGUAGES, fill, load_templates
 
 FOLDER = PACK / "step1x_core" / "data" / "templates"
 

@@ -9,11 +9,12 @@ import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
-from step1x_core.config import Step1XError
-from step1x_core.host.loading import load_text_encoder, mllm_shapes
-from step1x_core.host.text_encoder import Step1XTokenizer
-from step1x_core.mllm import attention_mask, detect_mllm_config, layout_states, normalize_keys
-from step1x_core.prompt import IMAGE_PAD_ID, prompt_head_ids, split_quotations
+from step1x_core.checkpoints.language_model import detect_mllm_config, normalize_keys
+from step1x_core.errors import Step1XError
+from step1x_core.host.checkpoints.loading import load_text_encoder, mllm_shapes
+from step1x_core.host.prompts.text_encoder import Step1XTokenizer
+from step1x_core.prompts.mllm import attention_mask, layout_states
+from step1x_core.prompts.v11 import IMAGE_PAD_ID, prompt_head_ids, split_quotations
 
 NAME = "qwen25_7b"
 

@@ -11,11 +11,11 @@ import torch
 from loop_host import GOOD, InProcessHost, Script
 from safetensors.torch import load_file, save_file
 
-from step1x_core.config import Step1XError
-from step1x_core.host import thinking
-from step1x_core.host.loading import load_model, load_text_encoder
-from step1x_core.host.rounds import Failure, Rounds
-from step1x_core.reflection import Loop
+from step1x_core.errors import Step1XError
+from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
+from step1x_core.host.reasoning import thinking
+from step1x_core.host.reasoning.rounds import Failure, Rounds
+from step1x_core.reasoning.reflection import Loop
 
 REFINE = "<#Think>Not yet.<#Reflection> Make it darker."
 FAILED = "<#Think>No.<#Failed>"

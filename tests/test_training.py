@@ -16,13 +16,13 @@ from tiny_models import TransformerSize, mllm_shapes, random_weights, transforme
 from torch import nn
 
 import training.mllm
-from step1x_core.guidance import NormLimiter
-from step1x_core.host.encoding import decode_edit, encode_edit
-from step1x_core.host.loading import load_model, load_text_encoder
-from step1x_core.host.sampling import flow_sigmas, sample
+from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
+from step1x_core.host.prompts.encoding import decode_edit, encode_edit
+from step1x_core.host.sampling.sampler import flow_sigmas, sample
 from step1x_core.images import to_vision_size
-from step1x_core.prompt import prompt_ids
-from step1x_core.schedule import sigma_schedule
+from step1x_core.prompts.v11 import prompt_ids
+from step1x_core.sampling.guidance import NormLimiter
+from step1x_core.sampling.schedule import sigma_schedule
 from training.autoencoder import Autoencoder, channel_statistics, fold_normalization
 from training.data import BLOCK, PairStream, Pool, Tokenizer, find_tokenizer
 from training.mllm import DemoMLLM, vision_pictures

@@ -13,10 +13,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from step1x_core.config import detect_config
-from step1x_core.host.training import TRAINED_BYTES, adapted, linear_shapes, load_for_training, training_mode
-from step1x_core.host.transformer import Step1XTransformer
-from step1x_core.training import RANK, Settings, lora_layers, parameters
+from step1x_core.checkpoints.detection import detect_config
+from step1x_core.host.network.transformer import Step1XTransformer
+from step1x_core.host.training.train import TRAINED_BYTES, adapted, linear_shapes, load_for_training, training_mode
+from step1x_core.training.objective import RANK, Settings, lora_layers, parameters
 
 
 class Meter(TorchDispatchMode):

@@ -11,11 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_edit_pairs import cached, write_folder, write_picture
 
-from step1x_core.config import Step1XError
-from step1x_core.host import training
-from step1x_core.host.training import LORA_FILE, STATE_FILE, train
-from step1x_core.host.training_run import RUN_KEY
-from step1x_core.training import Settings
+from step1x_core.errors import Step1XError
+from step1x_core.host.training import train as training
+from step1x_core.host.training.run import RUN_KEY
+from step1x_core.host.training.train import LORA_FILE, STATE_FILE, train
+from step1x_core.training.objective import Settings
 
 SETTINGS = Settings(steps=2, learning_rate=1e-2, rank=4, alpha=8.0, seed=7)
 

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from step1x_core.host import turns
-from step1x_core.host.turns import THREAD_DEVICE, Turns, in_turn
+from step1x_core.host.network import turns
+from step1x_core.host.network.turns import THREAD_DEVICE, Turns, in_turn
 
 TIMEOUT = 30
 

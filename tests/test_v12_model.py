@@ -10,12 +10,13 @@ import torch
 from diffusers_layout import diffusers_repository, to_diffusers
 from safetensors.torch import load_file, save_file
 
-from step1x_core.config import CONFIG_KEY, Step1XError, detect_config
-from step1x_core.guidance import NormLimiter
-from step1x_core.host.encoding import decode_edit, encode_edit
-from step1x_core.host.loading import load_model, load_text_encoder, load_vae
-from step1x_core.host.sampling import HOOKS, flow_sigmas, sample, version_defaults
-from step1x_core.host.transformer import official_time, position_bits
+from step1x_core.checkpoints.detection import CONFIG_KEY, detect_config
+from step1x_core.errors import Step1XError
+from step1x_core.host.checkpoints.loading import load_model, load_text_encoder, load_vae
+from step1x_core.host.network.transformer import official_time, position_bits
+from step1x_core.host.prompts.encoding import decode_edit, encode_edit
+from step1x_core.host.sampling.sampler import HOOKS, flow_sigmas, sample, version_defaults
+from step1x_core.sampling.guidance import NormLimiter
 
 SIZE_LEVEL = 192
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from step1x_core.prompt import prompt_ids
+from step1x_core.prompts.v11 import prompt_ids
 
 from .autoencoder import DOWNSCALE
 from .scenes import pair_at

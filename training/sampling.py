@@ -5,9 +5,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from step1x_core.config import GUIDANCE_TRUNCATE
-from step1x_core.guidance import norm_divisor, patch_norm
-from step1x_core.schedule import latent_tokens, sigma_schedule
+from step1x_core.sampling.guidance import norm_divisor, patch_norm
+from step1x_core.sampling.schedule import latent_tokens, sigma_schedule
+from step1x_core.versions import GUIDANCE_TRUNCATE
 
 from .autoencoder import Autoencoder, round_trip
 from .data import TEXT_LENGTH, Tokenizer

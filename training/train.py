@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from step1x_core.config import CONFIG_KEY
-from step1x_core.schedule import latent_tokens, shift_mu
+from step1x_core.checkpoints.detection import CONFIG_KEY
+from step1x_core.sampling.schedule import latent_tokens, shift_mu
 from training import autoencoder, mllm, model, sampling
 from training.autoencoder import DOWNSCALE, Autoencoder
 from training.data import BLOCK, PICTURE, TEXT_LENGTH, PairStream, Pool, Tokenizer, find_tokenizer

@@ -9,6 +9,6 @@ from pathlib import Path
 # At the end: the pack's `nodes` is not ComfyUI's.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from step1x_core.host.model import register
+from step1x_core.host.network.model import register
 
 register()

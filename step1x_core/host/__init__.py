@@ -1,1 +1,1 @@
-"""All contact with ComfyUI's internals (`comfy.*`). Tested with ComfyUI 0.18.2 and 0.30.0."""
+"""All contact with ComfyUI's internals (`comfy.*`), in rooms of the same names as those of step1x_core."""

@@ -17,7 +17,7 @@ from comfy.ldm.flux import model as flux
 from comfy.ldm.modules import attention
 from comfy.text_encoders import llama
 
-from ..config import Step1XError
+from ..errors import Step1XError
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def override_is_asked() -> bool:
 @torch.inference_mode()
 def blocks_agree() -> bool:
     """Whether our blocks compute what the host's compute, on small random weights."""
-    from .blocks import FusedDoubleStreamBlock, FusedSingleStreamBlock
+    from .network.blocks import FusedDoubleStreamBlock, FusedSingleStreamBlock
 
     def torch_attention(function, *args, **kwargs):
         return attention.attention_pytorch(*args, **kwargs)  # the chosen one may not take these tensors

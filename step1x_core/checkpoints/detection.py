@@ -1,0 +1,164 @@
+"""The configuration read off a checkpoint: which model, which version, which sizes."""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from ..errors import Step1XError
+from ..versions import HEAD_DIM, VERSIONS
+
+# Name under which a configuration travels: safetensors metadata key of small checkpoints, and the
+# uint8 JSON tensor that carries it through the host's loader (the host's `comfy_quant` convention).
+CONFIG_KEY = "step1x_edit_config"
+
+CONNECTOR_KEY = "connector.S.input_embedder.weight"
+# Only v1.0 has it.
+SCALE_FACTOR_KEY = "connector.scale_factor"
+# Only v1.2 has it, the preview perhaps not (spec v12.md a.4).
+TEXT_MAPPING_KEY = "text_token_mapping.weight"
+
+
+@dataclass
+class Step1XConfig:
+    """Hyper-parameters of one checkpoint. `in_channels` and `out_channels` count latent channels (16 in every published model)."""
+
+    version: str
+    in_channels: int
+    out_channels: int
+    hidden_size: int
+    num_heads: int
+    depth: int
+    depth_single_blocks: int
+    mlp_ratio: float
+    axes_dim: list[int]
+    theta: int
+    context_in_dim: int
+    vec_in_dim: int
+    connector_in_channels: int
+    connector_hidden_size: int
+    connector_heads: int
+    connector_depth: int
+    scale_factor: bool
+    text_token_mapping: bool
+
+    def flux_params(self) -> dict:
+        """The keyword arguments that the host's Flux class takes."""
+        names = ("in_channels", "out_channels", "hidden_size", "num_heads", "depth", "depth_single_blocks",
+                 "mlp_ratio", "axes_dim", "theta", "context_in_dim", "vec_in_dim")
+        values = asdict(self)
+        return {**{name: values[name] for name in names}, "patch_size": 2, "qkv_bias": True, "guidance_embed": False, "txt_ids_dims": []}
+
+    def connector_params(self) -> dict:
+        return {"in_channels": self.connector_in_channels, "hidden_size": self.connector_hidden_size, "num_heads": self.connector_heads,
+                "depth": self.connector_depth, "vec_in_dim": self.vec_in_dim, "scale_factor": self.scale_factor}
+
+    def transformer_params(self) -> dict:
+        """The keyword arguments of this pack's transformer."""
+        return {"version": self.version, "connector": self.connector_params(), "text_token_mapping": self.text_token_mapping, **self.flux_params()}
+
+
+def default_axes_dim(head_dim: int) -> list[int]:
+    """The rope axes of the published models, (16, 56, 56) at head width 128, in proportion for another width."""
+    time = head_dim // 8
+    return [time, (head_dim - time) // 2, (head_dim - time) // 2]
+
+
+def config_tensor(values: dict) -> torch.Tensor:
+    """The entry under CONFIG_KEY in which a configuration travels with a state dict, uint8."""
+    return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
+
+
+def parse_config(text: str | bytes) -> dict:
+    """A configuration as it is stored. Raises Step1XError for anything but a JSON object."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise Step1XError(f"The file's entry {CONFIG_KEY}, from which the model's configuration is read, is damaged. Download the file again.")
+    return values
+
+
+def stored_config(state_dict, prefix: str = "") -> dict:
+    """What a state dict brings under CONFIG_KEY; {} without that entry. Raises Step1XError where it is damaged."""
+    key = prefix + CONFIG_KEY
+    # GGUF converters make float16 of it.
+    return parse_config(bytes(state_dict[key].flatten().to(torch.uint8).tolist())) if key in state_dict else {}
+
+
+def check_overrides(config: "Step1XConfig", head_dim: int, names: Iterable[str]) -> None:
+    """Raise Step1XError for a stored value that no network can be built with: the host would fail on it in the middle of a run."""
+    axes, heads, theta = config.axes_dim, config.connector_heads, config.theta
+    fits = {
+        "axes_dim": isinstance(axes, list) and len(axes) == 3 and all(isinstance(n, int) and n > 0 and n % 2 == 0 for n in axes) and sum(axes) == head_dim,
+        "connector_heads": isinstance(heads, int) and heads > 0 and config.connector_hidden_size % heads == 0,
+        "theta": isinstance(theta, (int, float)) and 0 < theta < math.inf,
+    }
+    for name in fits.keys() & names:
+        if not fits[name]:
+            raise Step1XError(f"The configuration stored with the weights has {name} = {getattr(config, name)!r}, which does not fit them. "
+                              "Download the file, or the config.json of its folder, again.")
+
+
+def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
+    """Read the configuration off a state dict in the original key layout (spec v1.md a.2).
+
+    Sizes come from shapes; what shapes do not show (rope axes, connector heads, a version override)
+    comes from the optional `step1x_edit_config` entry and else from the published models' rules.
+
+    The version is a guess where there is no override: weights of v1.1 and of a v1.2-preview without mapping have the same names.
+
+    Raises Step1XError for an unknown version name, for one that the weights contradict, and for a stored value that does not fit them.
+    """
+    def rows(key):
+        return state_dict[prefix + key].shape[0]
+
+    def columns(key):
+        weight = state_dict[prefix + key]
+        # 4-bit weights are stored two to a byte, as uint8. The tensors of GGUF loaders are uint8, too, but a class of their own that tells the unpacked shape.
+        return weight.shape[1] * (2 if weight.dtype == torch.uint8 and type(weight) is torch.Tensor else 1)
+
+    def count(block):
+        return len({k[len(prefix) + len(block):].split(".")[0] for k in state_dict if k.startswith(prefix + block)})
+
+    overrides = stored_config(state_dict, prefix)
+    norm = "double_blocks.0.img_attn.norm.key_norm."
+    head_dim = rows(norm + ("scale" if prefix + norm + "scale" in state_dict else "weight"))
+    hidden = rows("img_in.weight")
+    connector_hidden = rows(CONNECTOR_KEY)
+    scale_factor = prefix + SCALE_FACTOR_KEY in state_dict
+    mapping = prefix + TEXT_MAPPING_KEY in state_dict
+
+    config = Step1XConfig(
+        version="v1.0" if scale_factor else "v1.2" if mapping else "v1.1",
+        in_channels=columns("img_in.weight") // 4,
+        out_channels=rows("final_layer.linear.weight") // 4,
+        hidden_size=hidden,
+        num_heads=hidden // head_dim,
+        depth=count("double_blocks."),
+        depth_single_blocks=count("single_blocks."),
+        mlp_ratio=rows("double_blocks.0.img_mlp.0.weight") / hidden,
+        axes_dim=default_axes_dim(head_dim),
+        theta=10000,
+        context_in_dim=connector_hidden,
+        vec_in_dim=rows("connector.global_proj_out.weight"),
+        connector_in_channels=columns(CONNECTOR_KEY),
+        connector_hidden_size=connector_hidden,
+        connector_heads=max(1, connector_hidden // HEAD_DIM),
+        connector_depth=count("connector.S.individual_token_refiner.blocks."),
+        scale_factor=scale_factor,
+        text_token_mapping=mapping,
+    )
+    for name in ("version", "axes_dim", "theta", "connector_heads"):
+        if name in overrides:
+            setattr(config, name, overrides[name])
+    check_overrides(config, head_dim, overrides)
+    if not isinstance(config.version, str) or config.version not in VERSIONS:
+        raise Step1XError(f"Unknown Step1X-Edit version '{config.version}'. Choose one of: {', '.join(VERSIONS)}.")
+    for key, found, layout, owner in ((SCALE_FACTOR_KEY, scale_factor, "v1.1", "v1.0"), (TEXT_MAPPING_KEY, mapping, "v1.2", "v1.2")):
+        if found and VERSIONS[config.version].layout != layout:
+            raise Step1XError(f"This model cannot be {config.version}: it has {key}, which only {owner} has. Set the version to auto or to {owner}.")
+    return config

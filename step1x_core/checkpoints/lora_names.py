@@ -1,0 +1,166 @@
+"""How LoRA files name layers and tensors: one spelling for all of them (spec v1.md f)."""
+
+import re
+
+from torch import Tensor
+
+from ..errors import Step1XError
+
+# What trainers put in front of a layer's name, dots and underscores alike; they may be stacked in any order.
+PREFIXES = (
+    "base_model_model_",
+    "model_diffusion_model_",
+    "diffusion_model_",
+    "transformer_",
+    "lora_unet_",
+    "lora_transformer_",
+    "lora_dit_",
+    "lora_",
+    "lycoris_",
+    "oft_unet_",
+    "unet_",
+    "pipe_",
+    "dit_",
+    "net_",
+    "inner_model_",
+    "module_",
+    "model_",
+)
+# What wrappers leave in the middle of a name.
+INFIXES = (
+    "_orig_mod.",
+    "_checkpoint_wrapped_module.",
+    "_fsdp_wrapped_module.",
+    "processor.",
+    "_orig_mod_",
+    "processor_",
+)
+# The spellings of a tensor's kind at the end of its name. A name of PEFT's may hold that of the adapter.
+_ADAPTER = r"(?:\.(?!weight$|bias$)[^.]+)?"
+_KINDS = [
+    (re.compile(pattern + "$"), kind)
+    for pattern, kind in (
+        (rf"[._]lora[._](?:linear_layer\.)?up{_ADAPTER}\.weight", "lora_up.weight"),
+        (rf"[._]lora[._](?:linear_layer\.)?down{_ADAPTER}\.weight", "lora_down.weight"),
+        (rf"\.lora_B{_ADAPTER}(?:\.weight)?", "lora_up.weight"),
+        (rf"\.lora_A{_ADAPTER}(?:\.weight)?", "lora_down.weight"),
+        (rf"\.lora_(?:B|up){_ADAPTER}\.bias", "lora_bias"),
+        (rf"\.lora_magnitude_vector{_ADAPTER}(?:\.weight)?", "dora_scale"),
+        (r"\.w_norm", "diff"),
+        (r"\.b_norm", "diff_b"),
+    )
+]
+_OTHER_KINDS = re.compile(
+    r"\.(alpha|dora_scale|diff|diff_b|set_weight|lora_mid\.weight|reshape_weight|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|"
+    r"[ab][12]\.weight|oft_blocks|rescale)$"
+)
+# Complete sets of a layer's tensors, without those that every one of them may have besides.
+_FORMS = [
+    frozenset(form)
+    for form in (
+        {"lora_up.weight", "lora_down.weight"},
+        {"lora_up.weight", "lora_down.weight", "lora_mid.weight"},
+        {"lora_up.weight", "lora_down.weight", "reshape_weight"},
+        {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
+        {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"},
+        *(
+            one | two
+            for one in ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"})
+            for two in ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"}, {"lokr_w2_a", "lokr_w2_b", "lokr_t2"})
+        ),
+        {"a1.weight", "a2.weight", "b1.weight", "b2.weight"},
+        {"oft_blocks"},
+        {"oft_blocks", "rescale"},
+    )
+]
+_DIFFERENCES = [frozenset(form) for form in ({"diff"}, {"set_weight"}, set())]
+
+
+def flat(name: str) -> str:
+    """A layer's name without what wrappers put in it, with underscores for dots: kohya and LyCORIS write all names so."""
+    for infix in INFIXES:
+        name = name.replace(infix, "")
+    return name.replace(".", "_")
+
+
+def find_layer(name: str, layers: dict):
+    """What `layers`, by flat names, holds for a layer's name in a file, under any of the prefixes; None without one."""
+    name, seen = flat(name), set()
+    names = [name]
+    while names:
+        name = names.pop(0)
+        if name in layers:
+            return layers[name]
+        for prefix in PREFIXES:
+            if name.startswith(prefix) and (rest := name[len(prefix) :]) not in seen:
+                seen.add(rest)
+                names.append(rest)
+    return None
+
+
+def split_name(key: str) -> tuple[str, str] | None:
+    """A tensor's name as its layer and its kind in the host's spelling; None if its end is none of the known kinds."""
+    for pattern, kind in _KINDS:
+        if match := pattern.search(key):
+            return key[: match.start()], kind
+    match = _OTHER_KINDS.search(key)
+    return match and (key[: match.start()], match.group(1))
+
+
+def unknown_kind(key: str, layers: dict) -> bool:
+    """Whether a name whose end is no known kind begins with a layer of the model, of which it would be lost."""
+    while "." in key:
+        key = key.rpartition(".")[0]
+        if find_layer(key, layers) is not None:
+            return True
+    return False
+
+
+def layers_of(lora: dict[str, Tensor], layers: dict) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """The file's tensors by kind for each of its layers that is in `layers`, and the names of all other tensors.
+
+    layers: by flat names. Raises Step1XError for tensors of the model's layers that could only be left out: of an unknown kind, or given twice.
+    """
+    out, unknown, targets = {}, [], {}
+    for key, tensor in lora.items():
+        split = split_name(key)
+        target = find_layer(split[0], layers) if split else None
+        if target is None:
+            if split is None and unknown_kind(key, layers):
+                raise Step1XError(
+                    f"This LoRA could not be loaded: nothing is known about the kind of its tensor {key}, and without it the rest would be wrong. "
+                    "Export the LoRA in the layout of kohya, PEFT or LyCORIS, or choose another file."
+                )
+            unknown.append(key)
+            continue
+        layer, kind = split
+        tensors = out.setdefault(layer, {})
+        if kind in tensors or targets.setdefault(target, layer) != layer:
+            raise Step1XError(
+                f"This LoRA could not be loaded: it holds more than one change of the same layer ({key} and another under a similar name), as files with "
+                "several adapters do. Export one adapter, or choose another file."
+            )
+        tensors[kind] = tensor
+    return out, unknown
+
+
+def check_complete(layer: str, tensors: dict[str, Tensor]) -> None:
+    """Raise Step1XError where a layer's tensors are not one complete form of change: the host would apply a part of them, or none."""
+    kinds = frozenset(tensors)
+    adapter = kinds - {"alpha", "dora_scale", "lora_bias", "diff_b"}
+    complete = (
+        adapter in _FORMS
+        or adapter in _DIFFERENCES
+        and kinds & {"diff", "set_weight", "diff_b"}
+        and not kinds & {"dora_scale", "lora_bias"}
+    )
+    if not complete or {"diff_b", "lora_bias"} <= kinds or "lora_bias" in kinds and "lora_down.weight" not in kinds:
+        raise Step1XError(
+            f"This LoRA does not fit together: for {layer} it holds only {', '.join(sorted(kinds))}, which is no complete change of a layer. The file is "
+            "incomplete or in a layout that is not known here; choose another file."
+        )
+
+
+def summary(names: list[str], shown: int = 4) -> str:
+    """The first of these names, and how many more there are."""
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

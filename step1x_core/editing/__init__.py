@@ -1,0 +1,1 @@
+"""Batches of edits, and edits of a part of an image."""

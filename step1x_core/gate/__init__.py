@@ -1,0 +1,1 @@
+"""The content gate: policy and classifier."""

@@ -1,0 +1,179 @@
+"""The content gate: which pictures are unsafe, which instructions are refused, and what takes the place of such a picture.
+
+It fails closed: what cannot be judged raises an error or counts as unsafe, and never passes.
+"""
+
+import re
+import unicodedata
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..errors import Step1XError
+from ..images import from_uint8, to_uint8
+
+OFF, REPORT, LABEL, BLUR, BLOCK = "off", "report", "label", "blur", "block"
+ACTIONS = (OFF, REPORT, LABEL, BLUR, BLOCK)
+
+# What is left of a blurred picture: so many pixels on its longer side.
+BLURRED_SIDE = 5
+YES, NO = ("yes", "是"), ("no", "否", "不")
+QUESTION_SYSTEM = "You check instructions for an image editor before they are carried out. Your whole answer is one word: yes or no."
+
+
+def entries(text: str) -> list[str]:
+    """The entries of a list in a text, with commas or line breaks between them. One of nothing but invisible characters is none."""
+    return [entry.strip() for entry in re.split(r"[,\n\uff0c]", text) if plain(entry)]
+
+
+def find_labels(names: dict[int, str], wanted: list[str], classifier: str) -> list[int]:
+    """Indices of the labels with these names, capitals aside. Raises Step1XError for none, and for one that the classifier does not have."""
+    indices = {str(name).casefold(): index for index, name in names.items()}
+    offered = ", ".join(str(names[index]) for index in sorted(names))
+    if not wanted:
+        raise Step1XError("No label counts as unsafe, so the gate would let everything pass. "
+                          f"Name some of those of '{classifier}' in 'unsafe_labels': {offered}.")
+    for name in wanted:
+        if name.casefold() not in indices:
+            raise Step1XError(f"The classifier '{classifier}' has no label {name!r}. Correct 'unsafe_labels'; it has: {offered}.")
+    return [indices[name.casefold()] for name in wanted]
+
+
+def unsafe_scores(logits: Tensor, unsafe: list[int], independent: bool) -> Tensor:
+    """Scores of the classifier [B, L] -> how probably each picture is unsafe, [B] in 0..1.
+
+    independent: whether the labels do not exclude each other; then the most probable unsafe one counts, else the sum of them.
+
+    Raises Step1XError for scores that are no numbers.
+    """
+    if not torch.isfinite(logits).all():
+        raise Step1XError("The classifier of the content gate gives scores that are no numbers (NaN or infinity), so nothing can pass. "
+                          "Choose another classifier.")
+    logits = logits.float()
+    if independent:
+        return logits.sigmoid()[:, unsafe].amax(dim=1)
+    return logits.softmax(dim=1)[:, sorted(set(unsafe))].sum(dim=1)
+
+
+def plain(text: str) -> str:
+    """A text as it is compared: without capitals, letter variants, invisible characters, and runs of white space."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join("".join(char for char in text if unicodedata.category(char) != "Cf").split())
+
+
+def joins(char: str) -> bool:
+    """Whether a character is part of a word that spaces stand around. Chinese, Japanese and Thai are written without them."""
+    return char.isalnum() and unicodedata.category(char) != "Lo"
+
+
+def holds_word(text: str, word: str) -> bool:
+    """Whether a word occurs in a text, both plain, and not as a part of another word."""
+    start = text.find(word)
+    while start >= 0:
+        end = start + len(word)
+        before = start > 0 and joins(text[start - 1]) and joins(word[0])
+        after = end < len(text) and joins(text[end]) and joins(word[-1])
+        if not before and not after:
+            return True
+        start = text.find(word, start + 1)
+    return False
+
+
+def forbidden_words(prompt: str, words: list[str]) -> list[str]:
+    """The words and phrases of the list that an instruction holds."""
+    text = plain(prompt)
+    return [word for word in words if plain(word) and holds_word(text, plain(word))]
+
+
+def read_answer(reply: str) -> bool | None:
+    """Whether a reply says yes, None where it says neither yes nor no."""
+    text = plain(reply).lstrip("\"'*`“ ")
+    for words, answer in ((YES, True), (NO, False)):
+        if any(text.startswith(word) and not (joins(word[-1]) and joins(text[len(word):len(word) + 1] or " ")) for word in words):
+            return answer
+    return None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong with one picture. score: how probably it is unsafe, 0..1, None if no classifier looked at it. reason: "" where it may pass."""
+
+    score: float | None
+    reason: str
+
+    @property
+    def flagged(self) -> bool:
+        return bool(self.reason)
+
+
+def blur(picture: Image.Image) -> Image.Image:
+    """The picture beyond recognition, for good: nearly everything is thrown away."""
+    width, height = picture.size
+    longer = max(width, height)
+    small = picture.resize((max(1, round(width * BLURRED_SIDE / longer)), max(1, round(height * BLURRED_SIDE / longer))), Image.Resampling.BOX)
+    return small.resize(picture.size, Image.Resampling.BICUBIC)
+
+
+def wrap(canvas: ImageDraw.ImageDraw, text: str, font, width: int) -> str:
+    """The text with line breaks so that it is at most so wide, as far as its words allow."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and canvas.textlength(longer, font=font) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
+
+
+def label(picture: Image.Image, text: str) -> Image.Image:
+    """The picture with a text on a black strip over its lower edge."""
+    width, height = picture.size
+    out, strip = picture.copy(), min(height, max(14, height // 16))
+    canvas = ImageDraw.Draw(out)
+    canvas.rectangle((0, height - strip, width, height), fill="#000000")
+    canvas.text((4, height - strip / 2), text, fill="#ff5040", font=ImageFont.load_default(strip * 0.7), anchor="lm")
+    return out
+
+
+def notice(size: tuple[int, int], message: str) -> Image.Image:
+    """A grey picture of this size with a no-entry sign and the message. Pillow's font has only Latin letters; the sign does without."""
+    width, height = size
+    out = Image.new("RGB", size, "#383838")
+    canvas = ImageDraw.Draw(out)
+    radius = min(width, height) / 6
+    x, y = width / 2, height / 2 - radius / 2
+    canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill="#c03028")
+    canvas.rectangle((x - radius * 0.6, y - radius * 0.18, x + radius * 0.6, y + radius * 0.18), fill="#ffffff")
+    font = ImageFont.load_default(max(8, min(width, height) / 18))
+    canvas.multiline_text((x, y + radius * 1.3), wrap(canvas, message, font, int(width * 0.9)), fill="#ffffff", font=font, anchor="ma", align="center")
+    return out
+
+
+def treat(image: Tensor, finding: Finding, action: str, message: str) -> Tensor:
+    """Picture [H, W, C] in 0..1 -> what comes out for it, of the same shape and type; one that may pass is returned as it is."""
+    if not finding.flagged or action in (OFF, REPORT):
+        return image
+    picture = Image.fromarray(to_uint8(image))
+    out = {LABEL: lambda: label(picture, finding.reason), BLUR: lambda: blur(picture), BLOCK: lambda: notice(picture.size, message)}[action]()
+    pixels = from_uint8(np.asarray(out)).to(image)
+    channels = image.shape[-1]
+    if channels < 3:
+        return pixels.mean(dim=-1, keepdim=True).expand(image.shape)
+    return torch.cat([pixels, torch.ones_like(image[..., 3:])], dim=-1)
+
+
+def describe(findings: list[Finding], action: str, threshold: float, message: str) -> str:
+    """What the gate found, for the person who runs it."""
+    done = {REPORT: "passed on unchanged", LABEL: "passed on with a label", BLUR: "blurred", BLOCK: "withheld"}[action]
+    flagged = sum(finding.flagged for finding in findings)
+    lines = [f"Content gate: {flagged} of {len(findings)} pictures {done}." if flagged else f"Content gate: nothing found in {len(findings)} pictures."]
+    for number, finding in enumerate(findings, 1):
+        score = "" if finding.score is None else f", unsafe {finding.score:.0%} (threshold {threshold:.0%})"
+        lines.append(f"{number}. {finding.reason or 'passed'}{score}")
+    if flagged and action == BLOCK:
+        lines.append(message)
+    return "\n".join(lines)

@@ -1,0 +1,122 @@
+"""Model files and folders that the loaders offer, and the user's own instruction texts."""
+
+import hashlib
+import logging
+import os
+import re
+import time
+from pathlib import Path
+
+import folder_paths
+
+from ...checkpoints.files import is_model_folder, is_safetensors
+from ...errors import Step1XError
+
+log = logging.getLogger(__name__)
+
+FOLDER_DEPTH = 3
+# Folders of earlier packs in the models folder, and whose files they hold.
+EARLIER_FOLDERS = {"diffusion_models": "Step1x-Edit", "vae": "Step1x-Edit", "text_encoders": "MLLM"}
+# A folder that changed less than so long before it was read may change again without its time telling: file systems count in steps.
+SETTLED_NS = 2_000_000_000
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+
+
+# What was found below a folder, by it and the subfolder, with the times of all folders that were looked into.
+_scans: dict[tuple[Path, str], tuple[dict[Path, int], list[Path]]] = {}
+
+
+def folder_time(path: Path) -> int:
+    """When something was last added to a folder or taken out of it, in ns; -1 where there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return -1
+
+
+def model_folders(root: Path, subfolder: str) -> list[Path]:
+    """Hugging Face model folders and diffusers repositories with the model in `subfolder`, at most `FOLDER_DEPTH` levels below `root`; none lies within another.
+
+    The host asks for a node's choices several times in each run; the folders are read again only when one of them has changed.
+    """
+    kept = _scans.get((root, subfolder))
+    if kept is None or any(folder_time(path) != changed for path, changed in kept[0].items()):
+        times: dict[Path, int] = {}
+        started = time.time_ns()
+        found = scan(root, subfolder, times)
+        _scans.pop((root, subfolder), None)
+        if all(changed < started - SETTLED_NS for changed in times.values()):
+            _scans[root, subfolder] = times, found
+        return found
+    return list(kept[1])
+
+
+def scan(root: Path, subfolder: str, times: dict[Path, int], depth: int = FOLDER_DEPTH) -> list[Path]:
+    """What `model_folders` finds. times: gets the time of every folder that is looked into, taken before that."""
+    times[root] = folder_time(root)
+    found = []
+    for folder in sorted(path for path in root.glob("*") if path.is_dir()):
+        times |= {path: folder_time(path) for path in (folder, folder / subfolder)}
+        if is_model_folder(folder) or (folder / subfolder).is_dir() and is_model_folder(folder / subfolder):
+            found.append(folder)
+        elif depth > 1 and not (folder / "model_index.json").is_file():
+            found += scan(folder, subfolder, times, depth - 1)
+    return found
+
+
+def earlier_folders(folder_name: str) -> list[Path]:
+    """The folders in which earlier packs kept such files: in the models folder, and those that extra_model_paths.yaml adds under that name."""
+    name = EARLIER_FOLDERS[folder_name]
+    registered, _ = folder_paths.folder_names_and_paths.get(name, ([], set()))
+    return list(dict.fromkeys([Path(folder_paths.models_dir, name), *map(Path, registered)]))
+
+
+def choices(folder_name: str, subfolder: str) -> dict[str, str]:
+    """What a loader can offer, name -> path: safetensors files of one of the host's model folders and of earlier packs' folders, and Hugging Face folders.
+
+    A folder is listed as `name/`; shards are not listed one by one. Diffusers repositories, whose model
+    is in `subfolder`, are looked for in the host's `diffusers` folder, too. What lies in an earlier pack's
+    folder has that folder's name in front. Of equal names the first stands, in the host's order of folders.
+    """
+    earlier = earlier_folders(folder_name)
+    roots = [(Path(root), "") for root in (*folder_paths.get_folder_paths(folder_name), *folder_paths.get_folder_paths("diffusers"))]
+    found = {}
+    for root, prefix in [*roots, *((root, EARLIER_FOLDERS[folder_name] + "/") for root in earlier)]:
+        for folder in model_folders(root, subfolder):
+            found.setdefault(f"{prefix}{folder.relative_to(root).as_posix()}/", str(folder))
+    folders = {Path(path) for path in found.values()}
+
+    files = [(name, folder_paths.get_full_path(folder_name, name)) for name in folder_paths.get_filename_list(folder_name)]
+    for root in earlier:
+        names, _ = folder_paths.recursive_search(str(root))
+        files += [(os.path.join(EARLIER_FOLDERS[folder_name], name), str(root / name)) for name in sorted(names)]
+    for name, path in files:
+        if path is not None and is_safetensors(Path(name)) and not SHARD.search(name) and folders.isdisjoint(Path(path).parents):
+            found.setdefault(name, path)
+    return found
+
+
+def resolve(name: str, folder_name: str, subfolder: str) -> str:
+    """Path of a name from `choices`; any other name is refused, so a workflow cannot reach outside the model folders. The log tells the path."""
+    found = choices(folder_name, subfolder)
+    if not isinstance(name, str) or name not in found:
+        searched = (*folder_paths.get_folder_paths(folder_name), *folder_paths.get_folder_paths("diffusers"), *earlier_folders(folder_name))
+        raise Step1XError(f"'{name}' is not in the {folder_name} folder (any more); searched: {', '.join(map(str, searched))}. "
+                          "Refresh the node list and choose the model again.")
+    log.info("Step1X-Edit: '%s' is %s", name, found[name])
+    return found[name]
+
+
+def template_folder() -> Path | None:
+    """The folder with the user's own instruction texts (see templates.py), None where there is no such folder."""
+    folder = Path(folder_paths.get_user_directory(), "step1x_edit", "templates")
+    return folder if folder.is_dir() else None
+
+
+def template_fingerprint() -> str:
+    """Another text whenever a file in that folder changes: the host then asks again what was asked with the old one."""
+    folder = template_folder()
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*/*.txt")) if folder else []:
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()

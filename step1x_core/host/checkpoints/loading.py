@@ -1,0 +1,339 @@
+"""Checkpoints to the host's MODEL and CLIP objects."""
+
+import functools
+import logging
+import re
+from contextlib import contextmanager
+
+import comfy.diffusers_convert
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.utils
+import torch
+from comfy.supported_models_base import ClipTarget
+from comfy.text_encoders.hunyuan_video import llama_detect
+
+from ...checkpoints.conversion import MODEL_LAYERS, SCALES, converted
+from ...checkpoints.detection import CONFIG_KEY, CONNECTOR_KEY, SCALE_FACTOR_KEY, TEXT_MAPPING_KEY, config_tensor, detect_config, parse_config, stored_config
+from ...checkpoints.files import Checkpoint, check_file, check_tensors, check_types, find_checkpoint
+from ...checkpoints.keys import diffusers_to_original, is_diffusers_layout
+from ...checkpoints.language_model import TEXT_KEY, VISION_KEY, MLLMConfig, detect_mllm_config, normalize_keys
+from ...checkpoints.markers import FILE_MARKER, lift_marker, marked_layers, merge_metadata, shorten_metadata
+from ...checkpoints.prefixes import COMPILED, transformer_names
+from ...checkpoints.quantised import check_foreign, check_leftovers, multiply_out, unknown_tensors
+from ...errors import Step1XError
+from ..network.model import register
+from ..network.transformer import Step1XTransformer
+from ..prompts.qwen import Qwen25VL
+from ..prompts.text_encoder import Step1XTEModel, Step1XTokenizer
+from ..sampling.sampler import with_norm_limiter
+
+log = logging.getLogger(__name__)
+
+# The class names of diffusers repositories and the prompt layout of their versions (spec v12.md a.4).
+PIPELINE_LAYOUTS = {"Step1XEditPipeline": "v1.1", "Step1XEditPipelineV1P2": "v1.2"}
+# How names of files and folders write a version.
+# Without a v only "1.1" and "1p1", not as part of a longer number: "1-1" and "1_1" may be anything.
+NAMED_LAYOUTS = {layout: re.compile(rf"v1[.p_-]?{minor}(?!\d)|(?<![\d.])1[.p]{minor}(?!\d|[gm]?b\b){more}", re.IGNORECASE)
+                 for layout, minor, more in (("v1.2", 2, "|preview|reasonedit"), ("v1.1", 1, ""))}
+# What config.json of a diffusers transformer calls what shapes do not show.
+CONFIG_NAMES = {"axes_dims_rope": "axes_dim", "connector_heads_num": "connector_heads"}
+
+# By this the host knows the names that diffusers gives the layers of a VAE.
+DIFFUSERS_VAE_KEY = "decoder.up_blocks.0.resnets.0.norm1.weight"
+
+# Tensors by which FLUX is told from other models, in the original and in the diffusers layout.
+FLUX_KEYS = (("double_blocks.0.img_attn.qkv.weight",), ("x_embedder.weight", "single_transformer_blocks.0.proj_mlp.weight"))
+
+
+# How many float32 copies of a matrix there are while it is converted to scaled fp8, at most.
+FLOATS_AT_A_TIME = 4
+
+
+@contextmanager
+def naming(name: str):
+    """Turn what is raised while a file's content is read, or handed to the host, into an error that names the file and keeps the cause.
+
+    It says nothing of whose fault it is: the file may be damaged, or the host or this pack may not know what is in it.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, Step1XError) or comfy.model_management.is_oom(error):
+            raise
+        detail = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise Step1XError(f"{name} could not be loaded ({detail}). The file may be damaged or hold something else, or this ComfyUI or this pack does not know its "
+                          "format. Try another file; if one that is known to be good fails too, update both and report the error.") from error
+
+
+def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], dict]:
+    """All tensors of a checkpoint (memory mapped where the host does so) and the metadata of its files.
+
+    Raises Step1XError for a damaged file, and the host's InterruptProcessingException when the person cancels, after any file.
+    """
+    state_dict, metadata = {}, {}
+    for path in checkpoint.files:
+        check_file(path)
+        tensors, file_metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        state_dict.update(tensors)
+        metadata = merge_metadata(path.name, metadata, file_metadata or {})
+    return state_dict, metadata
+
+
+def strip_prefix(name: str, state_dict):
+    """The transformer's tensors without whatever stands in front of their names; marks of the whole file stay. Raises Step1XError as `transformer_names` does."""
+    renamed = transformer_names(name, state_dict) or transformer_names(name, state_dict, [key for keys in FLUX_KEYS for key in keys[:1]])
+    marks = {key: state_dict[key] for key in (FILE_MARKER, CONFIG_KEY) if key in state_dict}
+    return marks | {short: state_dict[key] for key, short in renamed.items()} if renamed else state_dict
+
+
+def check_weights(name: str, expected: dict[str, tuple[int, ...]], state_dict: dict[str, torch.Tensor]) -> None:
+    """Raise Step1XError for tensors that are missing, of the wrong shape, or no weights."""
+    check_tensors(name, expected, shapes(state_dict))
+    check_types(name, state_dict, [key for key in state_dict if key in expected])
+
+
+def without_scales(checkpoint: Checkpoint, state_dict, marked: set[str]) -> None:
+    """Multiply the scales out that ComfyUI would ignore, in place. Raises Step1XError for those that cannot be read."""
+    name, check = checkpoint.path.name, comfy.model_management.throw_exception_if_processing_interrupted
+    count = multiply_out(name, state_dict, marked, checkpoint.config, check)
+    if count:
+        log.info("%s: the scales of %d weights, without ComfyUI's marker, were multiplied out to bfloat16", name, count)
+
+
+def check_extra(name: str, expected: dict[str, tuple[int, ...]], state_dict, marked: set[str]) -> None:
+    """Raise Step1XError for integers without a scale and scales of nothing; what no layer takes is logged."""
+    check_leftovers(name, state_dict, marked)
+    unknown = unknown_tensors(state_dict, expected, marked)
+    if unknown:
+        first = ", ".join(unknown[:3]) + (", ..." if unknown[3:] else "")
+        log.warning("%s holds %d tensors that the model does not have, and which are left out: %s", name, len(unknown), first)
+
+
+def shapes(state_dict) -> dict[str, tuple[int, ...]]:
+    """Tensor shapes by name. The size of packed 4-bit weights, which the host unpacks itself, is given unpacked."""
+    out = {}
+    for key, tensor in state_dict.items():
+        packed = tensor.dtype == torch.uint8 and key.endswith(".weight")
+        out[key.replace("_norm.scale", "_norm.weight")] = (*tensor.shape[:-1], tensor.shape[-1] * 2) if packed else tuple(tensor.shape)
+    return out
+
+
+def model_shapes(config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the transformer's tensors, read off the model class itself on the meta device."""
+    # Built of plain torch layers: with dynamic VRAM the host's own have no weights before they are loaded.
+    model = Step1XTransformer(operations=torch.nn, device="meta", dtype=torch.bfloat16, **config.transformer_params())
+    return shapes(model.state_dict())
+
+
+def mllm_shapes(config: MLLMConfig) -> dict[str, tuple[int, ...]]:
+    return shapes(Qwen25VL(config.__dict__, torch.bfloat16, "meta", torch.nn).state_dict())
+
+
+def pipeline_layout(checkpoint: Checkpoint) -> str | None:
+    """The prompt layout that a diffusers repository's class name stands for; None without one. Raises Step1XError for another model's class."""
+    if checkpoint.pipeline is None:
+        return None
+    if not isinstance(checkpoint.pipeline, str) or checkpoint.pipeline not in PIPELINE_LAYOUTS:
+        raise Step1XError(f"{checkpoint.path} belongs to the pipeline {checkpoint.pipeline}, which this node pack does not run. "
+                          f"Supported: {', '.join(PIPELINE_LAYOUTS)}.")
+    return PIPELINE_LAYOUTS[checkpoint.pipeline]
+
+
+def named_layout(names) -> str | None:
+    """The prompt layout that the first of these names to name a version stands for; None if none does, or if it names several."""
+    found = ([layout for layout, pattern in NAMED_LAYOUTS.items() if pattern.search(name)] for name in names)
+    layouts = next(filter(None, found), [])
+    return layouts[0] if len(layouts) == 1 else None
+
+
+def choose_version(checkpoint: Checkpoint, state_dict) -> str:
+    """The version of a checkpoint: by its tensors where they tell, else by the repository's class, else by the file's name, else by its folder's.
+
+    Raises Step1XError where nothing tells v1.1 from a v1.2-preview without text-token mapping, and where class and tensors contradict.
+    """
+    layout = pipeline_layout(checkpoint)
+    names = checkpoint.path.parts[:-3:-1]
+    if SCALE_FACTOR_KEY in state_dict:
+        if layout is not None:
+            raise Step1XError(f"{checkpoint.path} contradicts itself: the pipeline {checkpoint.pipeline} is no v1.0, but {SCALE_FACTOR_KEY} is in v1.0 only. "
+                              "Set the version by hand, or download the folder again.")
+        return "v1.0"
+    if TEXT_MAPPING_KEY in state_dict:
+        if layout == "v1.1":
+            raise Step1XError(f"{checkpoint.path} contradicts itself: the pipeline {checkpoint.pipeline} is v1.1, but {TEXT_MAPPING_KEY} is in v1.2 only. "
+                              "Set the version by hand, or download the folder again.")
+        return "v1.2-preview" if any("preview" in name.lower() for name in names) else "v1.2"
+    layout = layout or named_layout(names)
+    if layout is not None:
+        return "v1.2-preview" if layout == "v1.2" else "v1.1"
+    raise Step1XError(f"{checkpoint.path.name} is Step1X-Edit v1.1 or v1.2-preview; their tensors are alike, and neither its name nor a model_index.json tells which. "
+                      "Choose the version in 'Load Step1X-Edit Model' instead of auto.")
+
+
+def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tuple[dict, dict]:
+    """Transformer weights in the original layout, ready for the host's loader, and the file metadata.
+
+    Raises Step1XError for files that are damaged, of another model, incomplete, in another tool's format, quantised in
+    the diffusers layout or of a version that cannot be told, and for contradicting marks of a version.
+    """
+    pipeline_layout(checkpoint)
+    state_dict, metadata = read_checkpoint(checkpoint)
+    name = checkpoint.path.name
+    check_foreign(name, state_dict, checkpoint.config)
+    lift_marker(state_dict)
+    state_dict = strip_prefix(name, state_dict)
+    metadata = shorten_metadata(name, metadata, state_dict, lambda names: {key.replace(COMPILED, ""): value for key, value in names.items()})
+    # The connector has the same names in both layouts: a foreign file is refused before the conversion copies it.
+    if CONNECTOR_KEY not in state_dict:
+        if any(all(key in state_dict for key in keys) for keys in FLUX_KEYS):
+            raise Step1XError(f"{name} is a FLUX model: it has no Step1X-Edit connector. Load it with 'Load Diffusion Model', or choose a Step1X-Edit file here.")
+        raise Step1XError(f"{name} is not a Step1X-Edit model: {CONNECTOR_KEY} is not in it. Choose a file such as step1x-edit-v1p1-official.safetensors.")
+    marked = marked_layers(name, state_dict, metadata)
+    without_scales(checkpoint, state_dict, marked)
+    if is_diffusers_layout(state_dict):
+        with naming(name):
+            state_dict = diffusers_to_original(state_dict)
+
+    overrides = stored_config(state_dict) | parse_config(metadata.get(CONFIG_KEY, "{}"))
+    overrides |= {name: checkpoint.config[key] for key, name in CONFIG_NAMES.items() if key in checkpoint.config}
+    if version is not None or "version" not in overrides:
+        overrides["version"] = version or choose_version(checkpoint, state_dict)
+    state_dict[CONFIG_KEY] = config_tensor(overrides)
+    with naming(name):
+        try:
+            config = detect_config(state_dict)
+        except KeyError as error:
+            raise Step1XError(f"{name} lacks the tensor {error.args[0]}. The file is incomplete; download it again.") from error
+        expected = model_shapes(config)
+    check_weights(name, expected, state_dict)
+    if is_diffusers_layout(state_dict):
+        # What the conversion left over: scales of matrices that it stacked.
+        raise Step1XError(f"{name} is a quantised file in the diffusers layout, which cannot be read. Choose a scaled file in the original layout, or the unquantised "
+                          "one with an fp8 weight_dtype.")
+    check_extra(name, expected, state_dict, marked)
+    log.info("Step1X-Edit %s from %s", config.version, checkpoint.path)
+    return state_dict, metadata
+
+
+def scaled_fp8(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The large matrices of a bf16 or plain fp8 transformer as e4m3 with scales, in the host's format; what has scales already is passed on as it is."""
+    if any(key.split(".")[-1] in SCALES for key in state_dict):
+        return state_dict
+    device = comfy.model_management.get_torch_device()
+    # One matrix at a time, with room for it in float32 and what is made of it; the host does not know of them.
+    largest = max((tensor.numel() for name, tensor in state_dict.items() if MODEL_LAYERS.fullmatch(name)), default=0)
+    comfy.model_management.free_memory(largest * FLOATS_AT_A_TIME * 4, device)
+    out = {}
+    for name, tensor in state_dict.items():
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if MODEL_LAYERS.fullmatch(name):
+            out |= {key: value.to(tensor.device) for key, value in converted(name, tensor.to(device), "fp8", False).items()}
+        else:
+            out[name] = tensor.to(torch.bfloat16) if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else tensor
+    return out
+
+
+def load_model(path, version: str | None = None, model_options={}, disable_dynamic=False, fp8: bool = False):
+    """Load a Step1X-Edit transformer as a ModelPatcher with norm-limited guidance switched on.
+
+    path: single file (original or diffusers layout, any dtype), model folder, or diffusers repository.
+    version: a name in VERSIONS, or None to detect it.
+    model_options, disable_dynamic: as for `comfy.sd.load_diffusion_model`.
+    fp8: make the large matrices e4m3 with scales while loading, to be multiplied on fp8 tensor cores where the card has them.
+
+    Raises Step1XError as `model_state_dict` does, for an unknown version, and for weights that the host cannot load.
+    """
+    register()
+    checkpoint = find_checkpoint(path, "transformer")
+    state_dict, metadata = model_state_dict(checkpoint, version)
+    if fp8:
+        state_dict = scaled_fp8(state_dict)
+    with naming(checkpoint.path.name):
+        patcher = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=model_options, metadata=metadata, disable_dynamic=disable_dynamic)
+    if patcher is None:
+        raise Step1XError(f"ComfyUI does not know {checkpoint.path.name} for a Step1X-Edit model. Restart ComfyUI; if that does not help, report it with "
+                          "ComfyUI's version and the name of the file.")
+    patcher.cached_patcher_init = (functools.partial(load_model, fp8=fp8), (path, version, model_options))
+    return with_norm_limiter(patcher)
+
+
+def mllm_state_dict(checkpoint: Checkpoint) -> tuple[dict, MLLMConfig]:
+    """Language-model weights with `model.*` and `visual.*` names, and their configuration.
+
+    Raises Step1XError for files that are damaged, of another model, or incomplete.
+    """
+    state_dict, metadata = read_checkpoint(checkpoint)
+    name = checkpoint.path.name
+    check_foreign(name, state_dict, checkpoint.config)
+    state_dict = normalize_keys(state_dict)
+    lift_marker(state_dict)
+    metadata = shorten_metadata(name, metadata, state_dict, normalize_keys)
+    state_dict, metadata = comfy.utils.convert_old_quants(state_dict, model_prefix="", metadata=metadata)
+    if TEXT_KEY not in state_dict:
+        raise Step1XError(f"{name} is not a Qwen2.5-VL model: {TEXT_KEY} is not in it. Choose a file such as qwen_2.5_vl_7b.safetensors.")
+    if VISION_KEY not in state_dict:
+        raise Step1XError(f"{name} has no vision tower ({VISION_KEY}); Step1X-Edit must see the picture. Choose the full Qwen2.5-VL-7B-Instruct.")
+    marked = marked_layers(name, state_dict, {})
+    without_scales(checkpoint, state_dict, marked)
+    with naming(name):
+        try:
+            config = detect_mllm_config(state_dict, checkpoint.config or parse_config(metadata.get(CONFIG_KEY, "{}")))
+        except KeyError as error:
+            raise Step1XError(f"{name} lacks the tensor {error.args[0]}. The file is incomplete or another model; choose the full Qwen2.5-VL-7B-Instruct.") from error
+        expected = mllm_shapes(config)
+    check_weights(name, expected, state_dict)
+    check_extra(name, expected, state_dict, marked)
+    log.info("Step1X-Edit text encoder from %s", checkpoint.path)
+    return state_dict, config
+
+
+def load_text_encoder(path, layout: str | None = None, model_options={}, disable_dynamic=False) -> comfy.sd.CLIP:
+    """Load Qwen2.5-VL as a CLIP object that tokenises and lays out prompts as Step1X-Edit was trained with.
+
+    path: the single file Qwen-Image users have (bf16 or scaled fp8), a Hugging Face folder, or a diffusers repository.
+    layout: "v1.1" (for v1.0, too), "v1.2", or None for that of the repository's version and else v1.1: other models' repositories hold the same Qwen2.5-VL.
+
+    Raises Step1XError as `mllm_state_dict` does, and for weights that the host cannot load.
+    """
+    checkpoint = find_checkpoint(path, "text_encoder")
+    layout = layout or PIPELINE_LAYOUTS.get(checkpoint.pipeline, "v1.1")
+    state_dict, config = mllm_state_dict(checkpoint)
+    tokenizer = functools.partial(Step1XTokenizer, layout=layout)
+    with naming(checkpoint.path.name):
+        target = ClipTarget(tokenizer, functools.partial(Step1XTEModel, config=config, **llama_detect(state_dict)))
+        parameters = comfy.utils.calculate_parameters(state_dict)
+        clip = comfy.sd.CLIP(target, parameters=parameters, state_dict=[state_dict], model_options=model_options, disable_dynamic=disable_dynamic)
+    clip.patcher.cached_patcher_init = (load_text_encoder_patcher, (path, layout, model_options))
+    return clip
+
+
+def load_text_encoder_patcher(path, layout=None, model_options={}, disable_dynamic=False) -> comfy.model_patcher.ModelPatcher:
+    return load_text_encoder(path, layout, model_options, disable_dynamic).patcher
+
+
+def load_vae(path) -> comfy.sd.VAE:
+    """Load the VAE of a diffusers repository, a model folder or a file with the host's own VAE class.
+
+    Raises Step1XError for files that are damaged, incomplete, hold no VAE or one in another tool's format.
+    """
+    checkpoint = find_checkpoint(path, "vae")
+    state_dict, metadata = read_checkpoint(checkpoint)
+    check_foreign(checkpoint.path.name, state_dict, checkpoint.config)
+    marked = marked_layers(checkpoint.path.name, state_dict, metadata)
+    without_scales(checkpoint, state_dict, marked)
+    if DIFFUSERS_VAE_KEY in state_dict:
+        state_dict = comfy.diffusers_convert.convert_vae_state_dict(state_dict)
+    with naming(checkpoint.path.name):
+        vae = comfy.sd.VAE(sd=state_dict, metadata=metadata)
+        if vae.first_stage_model is None:
+            raise Step1XError(f"{checkpoint.path.name} holds no VAE that ComfyUI knows. Choose the vae folder of a Step1X-Edit repository, or ae.safetensors.")
+        # The host goes on with whatever was in memory in place of a missing tensor.
+        check_weights(checkpoint.path.name, shapes(vae.first_stage_model.state_dict()), state_dict)
+    if marked:
+        raise Step1XError(f"{checkpoint.path.name} is a quantised VAE, which ComfyUI does not read: it would ignore the scales. Take the VAE in bf16 or fp32, such as "
+                          "ae.safetensors.")
+    check_leftovers(checkpoint.path.name, state_dict, set())
+    return vae

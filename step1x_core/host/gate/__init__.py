@@ -1,0 +1,1 @@
+"""Checking images and instructions."""

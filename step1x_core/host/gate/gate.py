@@ -1,0 +1,123 @@
+"""The content gate in the host: its models folder, and the text encoder as a reader of instructions."""
+
+import logging
+import os
+from pathlib import Path
+
+import folder_paths
+import torch
+from torch import Tensor
+
+from ...checks import check_finite, check_pictures
+from ...errors import Step1XError
+from ...gate.classifier import Classifier, classify, is_classifier, load_classifier
+from ...gate.policy import ACTIONS, OFF, QUESTION_SYSTEM, Finding, describe, entries, find_labels, forbidden_words, plain, read_answer, treat, unsafe_scores
+from ...images import to_uint8
+from ..reasoning.generation import check_can_generate, generate_text
+from ..reasoning.thinking import check_instruction
+
+log = logging.getLogger(__name__)
+
+FOLDER = "image_classification"
+NONE = "none"
+ANSWER_TOKENS = 8
+
+
+def classifier_folders() -> dict[str, Path]:
+    """The classifiers of the host's models folder `image_classification`, which is made known to it, by name; extra_model_paths.yaml may add others."""
+    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
+    found = {}
+    for root in map(Path, folder_paths.get_folder_paths(FOLDER)):
+        for config in sorted(root.glob("**/config.json")):
+            if is_classifier(config.parent) and config.parent != root:
+                found.setdefault(config.parent.relative_to(root).as_posix(), config.parent)
+    return found
+
+
+def open_classifier(name: str) -> Classifier:
+    """The classifier, read anew for each run: kept, its memory would be lost to the host, which cannot unload what it does not know.
+
+    Raises Step1XError for a name that is not offered and as `load_classifier` does.
+    """
+    folders = classifier_folders()
+    if name not in folders:
+        searched = ", ".join(folder_paths.get_folder_paths(FOLDER))
+        raise Step1XError(f"The classifier '{name}' is not in the {FOLDER} folder (any more); searched: {searched}. "
+                          "Refresh the node list and choose it again.")
+    return load_classifier(folders[name])
+
+
+def refusal(prompt: str, words: str, question: str, clip) -> str:
+    """Why an instruction is refused, "" if it is not. An answer that is neither yes nor no refuses it, too.
+
+    Raises Step1XError for words or a question with no instruction that they could be about.
+    """
+    if (entries(words) or plain(question)) and not plain(prompt):
+        # An input that is not connected is an empty one, too, and then nothing would ever be found.
+        raise Step1XError("The content gate is to check the instruction by 'words' or 'question', but 'prompt' is empty, so everything would pass. "
+                          "Connect to 'prompt' what goes to the encoder; or empty 'words' and 'question'.")
+    found = forbidden_words(prompt, entries(words))
+    if found:
+        return f"the instruction has {', '.join(found)}"
+    if plain(question):
+        check_instruction(prompt)
+        reply = generate_text(clip, QUESTION_SYSTEM, [f"{question.strip()}\n\nThe instruction:\n{prompt}"], ANSWER_TOKENS, 0, temperature=0.0)
+        answer = read_answer(reply)
+        if answer is None:
+            return f"the language model gave no clear answer about the instruction ({reply[:40]!r})"
+        if answer:
+            return "the language model objects to the instruction"
+    return ""
+
+
+def gate(images: Tensor, action: str, classifier: str, unsafe_labels: str, threshold: float, message: str,
+         prompt: str = "", words: str = "", question: str = "", clip=None) -> tuple[Tensor, int, str]:
+    """Pictures [B, H, W, C] in 0..1 -> what may go on, of the same shape; how many were found unsafe; a report.
+
+    An instruction that is refused concerns all pictures of the batch. words: a list as `entries` reads it.
+
+    Raises Step1XError for another action than those of `ACTIONS`, if there is nothing to check by, for words or a question without an
+    instruction, for a classifier or label that does not exist, and for a question without a text encoder that can answer.
+    """
+    prompt, words, question = prompt or "", words or "", question or ""
+    if action not in ACTIONS:
+        raise Step1XError(f"The content gate has no action {action!r}. Set 'action' to one of {', '.join(ACTIONS)}.")
+    check_pictures(images, "images")
+    if action == OFF:
+        return images, 0, "The content gate is off: nothing was checked."
+    # They would be black to the classifier, and something else to whatever saves them.
+    check_finite(images, "The input 'images' of the content gate holds values that are no numbers (NaN or infinity), so nothing can be said about them. "
+                         "Look at the node that made them; a VAE whose precision is too low needs ComfyUI started with --fp32-vae.")
+    if classifier == NONE and not entries(words) and not plain(question):
+        raise Step1XError("The content gate is on but has nothing to check by. Choose a classifier, or list words or a question for the instruction; "
+                          "or set 'action' to off.")
+    if plain(question):
+        if clip is None:
+            raise Step1XError("The content gate is to ask a question about the instruction, but no text encoder is connected. "
+                              "Connect 'clip' or empty 'question'.")
+        check_can_generate(clip)
+    refused = refusal(prompt, words, question, clip)
+    scores = [None] * len(images)
+    if classifier != NONE:
+        opened = open_classifier(classifier)
+        unsafe = find_labels(opened.labels, entries(unsafe_labels), classifier)
+        scores = unsafe_scores(classify(opened, [to_uint8(image) for image in images]), unsafe, opened.independent).tolist()
+    findings = []
+    for score in scores:
+        reasons = [refused] if refused else []
+        # So put that a threshold of NaN lets nothing pass.
+        if score is not None and not score < threshold:
+            reasons.append(f"unsafe content {score:.0%}")
+        findings.append(Finding(score, "; ".join(reasons)))
+    report = describe(findings, action, threshold, message)
+    log.warning("%s", report.splitlines()[0])
+    out = torch.stack([treat(image, finding, action, message) for image, finding in zip(images, findings)])
+    return out, sum(finding.flagged for finding in findings), report
+
+
+def show_status(text: str, node_id: str) -> None:
+    """Show a text on a node in the editor."""
+    # Only a running ComfyUI has a server.
+    from server import PromptServer
+
+    PromptServer.instance.send_progress_text(text, node_id)

@@ -1,0 +1,1 @@
+"""Running GEdit-Bench."""

@@ -1,0 +1,308 @@
+"""FLUX blocks with fewer passes over memory: the host's weights and arithmetic, results written in place, fused kernels where there are any (docs/performance.md)."""
+
+import functools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from comfy.ldm.flux.layers import DoubleStreamBlock, ModulationOut, QKNorm, SingleStreamBlock
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.model_management import cast_to_device
+from comfy.ops import cast_bias_weight, disable_weight_init, manual_cast, uncast_bias_weight
+from comfy.quant_ops import QuantizedTensor, ck, get_layout_class
+from torch import Tensor
+from torch.nn import functional
+
+from ...errors import Step1XError
+from .turns import in_turn
+
+log = logging.getLogger(__name__)
+
+FP8_LAYOUT = "TensorCoreFP8E4M3Layout"
+# Entry of transformer_options: (T, R), the last of the T text tokens stands for R further ones that are the same.
+REPEATED_TEXT = "step1x_repeated_text"
+# Entry of transformer_options: how many image tokens, from the first on, are read after the last block; None for all tokens.
+TOKENS_READ = "step1x_tokens_read"
+# Entry of transformer_options: an attention function of e4m3 q, k and v, laid out as `attend` takes them, with an e4m3 result on the scale of v.
+FP8_ATTENTION = "step1x_fp8_attention"
+
+
+def plain_needed(transformer_options: dict) -> bool:
+    """Whether the host's own forward is the one to run, without the shortcuts below: it computes gradients, shows q, k and v to patches and is what torch.compile
+    fuses itself."""
+    patches = transformer_options.get("patches", {})
+    return (not hasattr(ck, "rms_rope_") or torch.compiler.is_compiling() or torch.is_grad_enabled()
+            or "attn1_patch" in patches or "attn1_output_patch" in patches)
+
+
+@functools.cache
+def kernels_on(device: torch.device):
+    """The module of Triton kernels where they run on this device, else None: they take an NVIDIA card, Triton, and a C compiler to build them."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return None
+    try:
+        from ...network import kernels
+
+        x = torch.zeros((1, 1, 16), device=device)
+        kernels.add_gated(x, x.clone(), x)
+    except Exception as error:
+        log.warning("Triton builds no kernels here (%s); sampling goes on without them, a little slower.", error)
+        return None
+    return kernels
+
+
+@functools.cache
+def one_on(device: torch.device) -> Tensor:
+    """1 as float32 [], made once for each device."""
+    return torch.ones((), device=device)
+
+
+def fp8_input_scale(linear: torch.nn.Module, x: Tensor) -> Tensor | None:
+    """float32 [] by which the host would divide this layer's input to multiply it as e4m3 on tensor cores; None for all other layers."""
+    if (getattr(linear, "layout_type", None) != FP8_LAYOUT or linear._full_precision_mm or linear.weight_function or linear.bias_function
+            or getattr(linear, "comfy_force_cast_weights", False) or getattr(linear, "pre_quant_scale", None) is not None or "forward" in vars(linear)):
+        return None
+    scale = getattr(linear, "input_scale", None)
+    return one_on(x.device) if scale is None else cast_to_device(scale, x.device, torch.float32)
+
+
+def is_ready(layer: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the host's cast_bias_weight would give back a layer's weight and bias as they are; to know that is quicker than to ask it."""
+    return not layer.weight_function and not layer.bias_function and all(x is None or (x.device == device and x.dtype == dtype) for x in (layer.weight, layer.bias))
+
+
+def ready_weight_and_bias(layer: torch.nn.Module, device: torch.device, dtype: torch.dtype, **options) -> tuple:
+    """Weight and bias on the device in dtype, and what uncast_bias_weight wants to have back. options: further ones of the host's cast_bias_weight."""
+    if is_ready(layer, device, dtype):
+        return layer.weight, layer.bias, None
+    return cast_bias_weight(layer, device=device, dtype=dtype, bias_dtype=dtype, offloadable=True, **options)
+
+
+def multiplied_as_fp8(layer: torch.nn.Module, x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """layer of e4m3 x [N, C] times scale [] -> [N, out] of dtype.
+
+    The host asks for float32 sums, which Hopper's tensor cores have to leave for; their own 14 bits are well beyond the 4 bits of what is added up.
+    """
+    weight, bias, stream = ready_weight_and_bias(layer, x.device, dtype, compute_dtype=dtype, want_requant=True)
+    # A product of fp8 has no bias in float32.
+    if isinstance(weight, QuantizedTensor) and hasattr(functional, "scaled_mm") and dtype != torch.float32:
+        kind = functional.ScalingType.TensorWise
+        out = functional.scaled_mm(x, weight._qdata.t(), scale, kind, weight._params.scale, kind, bias=bias, output_dtype=dtype, use_fast_accum=True)
+    else:
+        params = get_layout_class(FP8_LAYOUT).Params(scale=scale, orig_dtype=dtype, orig_shape=tuple(x.shape))
+        out = functional.linear(QuantizedTensor(x, FP8_LAYOUT, params), weight, bias)
+    uncast_bias_weight(layer, weight, bias, stream)
+    return out
+
+
+def is_plain(layer: torch.nn.Module) -> bool:
+    """Whether a layer is one of the host's that multiplies with its weight as it is, so that parts of the weight can be multiplied one by one."""
+    return type(layer) in (disable_weight_init.Linear, manual_cast.Linear) and layer.bias is not None and "forward" not in vars(layer)
+
+
+@contextmanager
+def weight_and_bias(layer: torch.nn.Module, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """weight [N, C] and bias [N] of a plain layer, on the device and in the dtype of x, with its LoRAs."""
+    weight, bias, stream = ready_weight_and_bias(layer, x.device, x.dtype)
+    yield weight, bias
+    uncast_bias_weight(layer, weight, bias, stream)
+
+
+def gelu_of_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU (tanh) of a linear layer of x [B, S, C] -> [B, S, N], in one kernel where x is on a GPU."""
+    return torch._addmm_activation(bias, x.flatten(0, 1), weight.t(), use_gelu=True).unflatten(0, x.shape[:2])
+
+
+def modulated(layer: torch.nn.Module, x: Tensor, mod: ModulationOut) -> Tensor:
+    """layer of x [B, S, C] after a layer norm without weights, times 1 + mod.scale, plus mod.shift ([B, 1, C] each) -> [B, S, N]."""
+    kernels = kernels_on(x.device)
+    if kernels is None:
+        return layer(ck.adaln(x, mod.scale, mod.shift, 1e-6))
+    scale = fp8_input_scale(layer, x)
+    out = kernels.modulate(x, mod.shift, mod.scale, scale)
+    return layer(out) if scale is None else multiplied_as_fp8(layer, out.flatten(0, 1), scale, x.dtype).unflatten(0, x.shape[:2])
+
+
+class Part(NamedTuple):
+    """Part of a layer's input: x [B, S, C], whose rows may lie apart, times scale [], through GELU (tanh) if asked."""
+
+    x: Tensor
+    scale: Tensor | None = None
+    gelu: bool = False
+
+
+def projected(layer: torch.nn.Module, parts: list[Part], dtype: torch.dtype) -> Tensor:
+    """layer of the parts joined along their last axis -> [B, S, N] of dtype."""
+    x = parts[0].x
+    kernels = kernels_on(x.device)
+    if kernels is None:
+        return layer(torch.cat([functional.gelu(part.x, approximate="tanh") if part.gelu else part.x for part in parts], dim=-1))
+    scale = fp8_input_scale(layer, x)
+    if scale is not None and len(parts) == 1 and x.dtype == kernels.FP8:
+        # What the fp8 attention wrote goes in as it is, on its own scale: not rounded a second time.
+        return multiplied_as_fp8(layer, x.flatten(0, 1), parts[0].scale, dtype).unflatten(0, x.shape[:2])
+    joined = torch.empty((x.shape[0] * x.shape[1], sum(part.x.shape[-1] for part in parts)), device=x.device, dtype=dtype if scale is None else kernels.FP8)
+    start = 0
+    for part in parts:
+        kernels.copy_rows(part.x, joined[:, start:start + part.x.shape[-1]], part.scale, scale, part.gelu)
+        start += part.x.shape[-1]
+    return (layer(joined) if scale is None else multiplied_as_fp8(layer, joined, scale, dtype)).unflatten(0, x.shape[:2])
+
+
+def mlp_of_modulated(mlp: torch.nn.Sequential, x: Tensor, mod: ModulationOut) -> Tensor:
+    """Linear, GELU (tanh), linear of the modulated x [B, S, C] -> [B, S, C]."""
+    kernels = kernels_on(x.device)
+    if kernels is None or not is_plain(mlp[0]):
+        return projected(mlp[2], [Part(modulated(mlp[0], x, mod), gelu=True)], x.dtype)
+    normed = kernels.modulate(x, mod.shift, mod.scale)
+    with weight_and_bias(mlp[0], normed) as (weight, bias):
+        hidden = gelu_of_linear(normed, weight, bias)
+    del normed
+    return mlp[2](hidden)
+
+
+def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> None:
+    """x + update * gate, written into x."""
+    kernels = kernels_on(x.device)
+    if kernels is not None and x.is_contiguous():
+        kernels.add_gated(x, update, gate)
+    else:
+        x.addcmul_(update, gate)
+
+
+def with_repeats(x: Tensor, dim: int, text: int, repeats: int) -> Tensor:
+    """x with entry text - 1 of an axis `repeats` more times behind itself."""
+    return torch.cat((x.narrow(dim, 0, text), *[x.narrow(dim, text - 1, 1)] * repeats, x.narrow(dim, text, x.shape[dim] - text)), dim)
+
+
+def queries_keys_values(streams: list[tuple[Tensor, QKNorm]], heads: int, pe: Tensor, transformer_options: dict) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Projections [B, S_i, 3 * H * D] with their norms -> q [B, S, H, D], k, v [B, S + R, H, D], normed and with rotary positions; they may lie in the projections.
+
+    pe float32 [B or 1, 1, S, D / 2, 2, 2]. Key and value of the last text token stand in their place once more for each of the R tokens that are the same.
+    For the attention in e4m3 they are e4m3, the values divided by the power of two [] that is returned last and puts the largest into its range; it is None otherwise.
+    """
+    text, repeats = transformer_options.get(REPEATED_TEXT, (0, 0))
+    kernels = kernels_on(pe.device)
+    dtype = streams[0][0].dtype if FP8_ATTENTION not in transformer_options else kernels.FP8
+    v_scale = None
+    in_place = kernels is None or (len(streams) == 1 and not repeats and dtype == streams[0][0].dtype)
+    if in_place:
+        qkv = torch.cat([projection for projection, _ in streams], dim=1) if len(streams) > 1 else streams[0][0]
+        q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)
+    else:
+        batch, _, width = streams[0][0].shape
+        q = torch.empty((batch, pe.shape[2], heads, width // heads // 3), dtype=dtype, device=pe.device)
+        k, v = (q.new_empty((batch, pe.shape[2] + repeats, *q.shape[2:])) for _ in range(2))
+        if FP8_ATTENTION in transformer_options:
+            v_scale = kernels.fp8_scale([projection[..., 2 * width // 3:] for projection, _ in streams])
+    start = 0
+    for number, (projection, norm) in enumerate(streams):
+        end = start + projection.shape[1]
+        q_weight, _, q_stream = ready_weight_and_bias(norm.query_norm, projection.device, projection.dtype)
+        k_weight, _, k_stream = ready_weight_and_bias(norm.key_norm, projection.device, projection.dtype)
+        if kernels is None:
+            ck.rms_rope_(q[:, start:end], k[:, start:end], pe[:, :, start:end].transpose(1, 2), q_weight.detach(), k_weight.detach(), 1e-6)
+        else:
+            # The first stream begins with the text, and the repeats stand right behind that.
+            own, before = ((0, 0), repeats) if number else ((text, repeats), 0)
+            places = slice(start + before, end + repeats)
+            kernels.norm_and_rotate(projection.unflatten(-1, (3, heads, -1)), q_weight, k_weight, pe[:, :, start:end], q[:, start:end], k[:, places],
+                                    None if in_place else v[:, places], v_scale, *own)
+        uncast_bias_weight(norm.query_norm, q_weight, None, q_stream)
+        uncast_bias_weight(norm.key_norm, k_weight, None, k_stream)
+        start = end
+    if kernels is None and repeats:
+        k, v = (with_repeats(x, 1, text, repeats) for x in (k, v))
+    return q, k, v, v_scale
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, transformer_options: dict, mask: Tensor | None) -> Tensor:
+    """Attention of q [B, S, H, D], k and v [B, S + R, H, D] -> [B, S, H * D]. mask: the host's for S keys."""
+    if FP8_ATTENTION in transformer_options:
+        if mask is not None:
+            raise Step1XError("'Step1X-Edit fp8 Attention' cannot work together with a node that gives the attention a mask. Remove one of the two.")
+        return transformer_options[FP8_ATTENTION](q, k, v)
+    text, repeats = transformer_options.get(REPEATED_TEXT, (0, 0))
+    if mask is not None and mask.shape[-1] > 1 and repeats:
+        mask = with_repeats(mask, -1, text, repeats)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return optimized_attention(q, k, v, q.shape[1], skip_reshape=True, mask=mask, transformer_options=transformer_options)
+
+
+class FusedDoubleStreamBlock(DoubleStreamBlock):
+    """Same parameters and result as the host's block."""
+
+    @in_turn
+    def forward(self, img, txt, vec, pe, attn_mask=None, modulation_dims_img=None, modulation_dims_txt=None, transformer_options={}):
+        """img [B, S_img, C], txt [B, S_txt, C], vec [B, C], pe float32 [B, 1, S_txt + S_img, D / 2, 2, 2] -> img, txt, changed in place."""
+        if plain_needed(transformer_options) or modulation_dims_img is not None or modulation_dims_txt is not None:
+            return super().forward(img, txt, vec, pe, attn_mask, modulation_dims_img, modulation_dims_txt, transformer_options)
+        img_mod1, img_mod2 = self.img_mod(vec)
+        txt_mod1, txt_mod2 = self.txt_mod(vec)
+        tokens = txt.shape[1]
+
+        streams = [(modulated(self.txt_attn.qkv, txt, txt_mod1), self.txt_attn.norm), (modulated(self.img_attn.qkv, img, img_mod1), self.img_attn.norm)]
+        *qkv, scale = queries_keys_values(streams, self.num_heads, pe, transformer_options)
+        del streams
+        attn = attend(*qkv, transformer_options, attn_mask)
+        del qkv
+
+        add_gated(img, projected(self.img_attn.proj, [Part(attn[:, tokens:], scale)], img.dtype), img_mod1.gate)
+        add_gated(txt, projected(self.txt_attn.proj, [Part(attn[:, :tokens], scale)], txt.dtype), txt_mod1.gate)
+        del attn
+        add_gated(img, mlp_of_modulated(self.img_mlp, img, img_mod2), img_mod2.gate)
+        add_gated(txt, mlp_of_modulated(self.txt_mlp, txt, txt_mod2), txt_mod2.gate)
+        if txt.dtype == torch.float16:
+            torch.nan_to_num_(txt, nan=0.0, posinf=65504, neginf=-65504)
+        return img, txt
+
+
+class FusedSingleStreamBlock(SingleStreamBlock):
+    """Same parameters and result as the host's block."""
+
+    @in_turn
+    def forward(self, x, vec, pe, attn_mask=None, modulation_dims=None, transformer_options={}):
+        """x [B, S, C], vec [B, C], pe float32 [B, 1, S, D / 2, 2, 2] -> x, changed in place; of the last block only the tokens that are read."""
+        if plain_needed(transformer_options) or modulation_dims is not None:
+            return super().forward(x, vec, pe, attn_mask, modulation_dims, transformer_options)
+        mod, _ = self.modulation(vec)
+        rows = self.rows_read(transformer_options)
+        width = 3 * self.hidden_size
+        kernels = kernels_on(x.device)
+        split = kernels is not None and is_plain(self.linear1) and is_plain(self.linear2)
+        if split:
+            normed = kernels.modulate(x, mod.shift, mod.scale)
+            with weight_and_bias(self.linear1, normed) as (weight, bias):
+                qkv = functional.linear(normed, weight[:width], bias[:width])
+                mlp = gelu_of_linear(normed[:, rows], weight[width:], bias[width:])
+            del normed
+        else:
+            qkv, mlp = modulated(self.linear1, x, mod).split([width, self.mlp_hidden_dim], dim=-1)
+        q, k, v, scale = queries_keys_values([(qkv, self.norm)], self.num_heads, pe, transformer_options)
+        del qkv
+        attn = attend(q[:, rows], k, v, transformer_options, attn_mask if attn_mask is None or attn_mask.shape[-2] == 1 else attn_mask[..., rows, :])
+        del q, k, v
+        if split:
+            if scale is not None:
+                rounded, attn = attn, torch.empty_like(attn, dtype=x.dtype)
+                kernels.copy_rows(rounded, attn.flatten(0, 1), scale)
+            with weight_and_bias(self.linear2, attn) as (weight, bias):
+                update = torch.addmm(bias, attn.flatten(0, 1), weight[:, :self.hidden_size].t()).addmm_(mlp.flatten(0, 1), weight[:, self.hidden_size:].t())
+            update = update.unflatten(0, attn.shape[:2])
+        else:
+            update = projected(self.linear2, [Part(attn, scale), Part(mlp[:, rows], gelu=True)], x.dtype)
+        add_gated(x[:, rows], update, mod.gate)
+        if x.dtype == torch.float16:
+            torch.nan_to_num_(x, nan=0.0, posinf=65504, neginf=-65504)
+        return x
+
+    @staticmethod
+    def rows_read(transformer_options: dict) -> slice:
+        """The tokens that something reads after this block."""
+        tokens = transformer_options.get(TOKENS_READ)
+        if tokens is None or transformer_options["block_index"] + 1 < transformer_options["total_blocks"]:
+            return slice(None)
+        text = transformer_options["img_slice"][0]
+        return slice(text, text + tokens)

@@ -1,0 +1,1 @@
+"""Making edit pairs with ComfyUI's models."""

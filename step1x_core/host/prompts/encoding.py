@@ -1,0 +1,158 @@
+"""Picture and instruction to conditioning, latents to picture, with the host's CLIP and VAE objects."""
+
+import comfy.model_management
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...checks import BAD_LATENT, check_conditioning, check_finite, check_latent_shape, check_pictures, latent_samples
+from ...errors import Step1XError
+from ...images import to_output_size, to_working_size, to_working_size_v12
+from .text_encoder import Step1XTokenizer
+
+LATENT_CHANNELS = 16
+# Pixels of the picture to one of its latent, on each side.
+LATENT_FACTOR = 8
+# Units of progress for one picture: two prompts and the VAE.
+ENCODING_STEPS = 3
+
+BAD_VAE = "values that are no numbers (NaN or infinity): its file is damaged, or its precision too low. Download the VAE again, or start ComfyUI with --fp32-vae."
+
+# Entry of the latent dict that tells the decoder the prompt layout; the host's samplers pass it on.
+LAYOUT_KEY = "step1x_layout"
+
+
+def check_vae(vae) -> None:
+    """Raise Step1XError unless the VAE makes latents like FLUX's; those of Wan and Qwen-Image have 16 channels, too, and a time axis."""
+    if not hasattr(vae, "latent_channels"):
+        raise Step1XError(f"There is no VAE in what is connected as one ({type(vae).__name__}); a checkpoint may come without. Load the FLUX VAE (ae.safetensors).")
+    if vae.latent_dim != 2:
+        raise Step1XError(f"This VAE makes latents with {vae.latent_dim} axes beside the channels, Step1X-Edit needs 2 (height and width). "
+                          "Load the FLUX VAE (ae.safetensors), not that of Qwen-Image or a video model.")
+    if vae.latent_channels != LATENT_CHANNELS:
+        raise Step1XError(f"This VAE makes latents of {vae.latent_channels} channels, Step1X-Edit needs {LATENT_CHANNELS}. Load the FLUX VAE (ae.safetensors).")
+
+
+def check_text_encoder(clip) -> None:
+    """Raise Step1XError unless the text encoder is ours."""
+    if not isinstance(getattr(clip, "tokenizer", None), Step1XTokenizer):
+        raise Step1XError("This text encoder lays out prompts for another model. Use the one from 'Load Step1X-Edit MLLM'.")
+
+
+def check_latent(samples: Tensor, pictures: Tensor) -> None:
+    """Raise Step1XError unless this latent can stand for what the VAE would make of these pictures at working size [B, h, w, 3]."""
+    batch, height, width = pictures.shape[:3]
+    expected = [batch, LATENT_CHANNELS, height // LATENT_FACTOR, width // LATENT_FACTOR]
+    if list(samples.shape) != expected:
+        raise Step1XError(f"The latent has the shape {list(samples.shape)}, but this picture is edited at {expected}. Connect the sampler's latent of the turn before, "
+                          "and the picture that 'Step1X-Edit Decode' makes of it with its source connected; keep the size level.")
+    check_finite(samples, BAD_LATENT)
+
+
+def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, size_level: int, latent: dict | None = None,
+                progress=None, known: dict | None = None) -> tuple[list, list, dict]:
+    """Pictures [B, H, W, C] in 0..1 and an instruction -> positive and negative conditioning, and the pictures' latent.
+
+    Every picture is brought to its working size; the language model sees it with both prompts, for v1.2
+    resized anew from the original, and its latent (posterior mean) is the reference in both. The latent
+    returned is the same one: at full denoise its content has no influence, below that sampling starts from it.
+
+    latent: what an earlier turn sampled; it is used in place of the pictures' own, which spares them a round trip through the VAE.
+    progress: object whose `update(1)` is called `ENCODING_STEPS` times for a single picture; by default the host's progress bar.
+
+    known: what other instructions for the same picture share is taken from here, or put here: negative conditioning and latent. All else must be the same.
+
+    Raises Step1XError for what is no picture, a foreign text encoder or VAE, a latent of another size, sizes that degenerate, and damaged weights.
+    """
+    check_text_encoder(clip)
+    check_vae(vae)
+    check_pictures(image, "image")
+    layout = clip.tokenizer.layout
+    resize = to_working_size_v12 if layout == "v1.2" else to_working_size
+    pictures = torch.stack([resize(picture, size_level) for picture in image])
+    shown = image if layout == "v1.2" else pictures
+    if latent is not None:
+        check_latent(latent_samples(latent), pictures)
+
+    if progress is None:
+        progress = comfy.utils.ProgressBar(2 * len(pictures) + 1)
+    known = {} if known is None else known
+    conditionings = []
+    for text in (prompt, negative_prompt):
+        if len(conditionings) == 1 and "negative" in known:
+            conditionings.append(known["negative"])
+            progress.update(len(pictures))
+            continue
+        parts = []
+        for picture in shown:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            part = clip.encode_from_tokens_scheduled(clip.tokenize(text, images=[picture[None]], size_level=size_level))
+            check_finite(part[0][0], "The text encoder gave values that are no numbers (NaN or infinity): its file is damaged. Download the file of 'Load Step1X-Edit MLLM' again.")
+            parts.append(part)
+            progress.update(1)
+        conditionings.append(merge_batch(parts))
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    samples = known["samples"] if "samples" in known else encode_pictures(vae, pictures) if latent is None else latent["samples"]
+    known |= {"negative": conditionings[1], "samples": samples}
+    progress.update(1)
+    positive, negative = ([[cond, {**extra, "reference_latents": [samples]}] for cond, extra in c] for c in conditionings)
+    return positive, negative, {"samples": samples, LAYOUT_KEY: layout}
+
+
+def encode_pictures(vae, pictures: Tensor) -> Tensor:
+    """Pictures [B, H, W, 3] in 0..1 -> latents. Raises Step1XError where they are no numbers."""
+    samples = vae.encode(pictures.clone())  # not a person's own picture, should the host work in place
+    check_finite(samples, f"The VAE made {BAD_VAE}")
+    return samples
+
+
+def add_references(conditionings: list[list], vae, images: list[Tensor], size_level: int) -> list[list]:
+    """Conditionings with the latents of further pictures [B, H, W, C] behind the references that they have. Only the transformer sees them (experimental).
+
+    They are resized as the edited picture is, by the rule of the version whose conditionings these are.
+
+    Raises Step1XError for a foreign VAE, what is no conditioning or no picture, and sizes that degenerate.
+    """
+    check_vae(vae)
+    for name, conditioning in zip(("positive", "negative"), conditionings):
+        check_conditioning(conditioning, name)
+    for image in images:
+        check_pictures(image, "images")
+    # Its entry of the conditioning tells the layout: each version reads all its references resized in one way.
+    is_v12 = any("text_ids" in extra for conditioning in conditionings for _, extra in conditioning)
+    resize = to_working_size_v12 if is_v12 else to_working_size
+    latents = [encode_pictures(vae, torch.stack([resize(picture, size_level) for picture in image])) for image in images]
+    return [[[cond, {**extra, "reference_latents": [*extra.get("reference_latents", []), *latents]}] for cond, extra in conditioning]
+            for conditioning in conditionings]
+
+
+def merge_batch(parts: list[list]) -> list:
+    """Conditionings of single pictures of one size, [1, L, C] and tensors of one row beside them -> one of B rows."""
+    if len(parts) == 1:
+        return parts[0]
+    merged = []
+    for entries in zip(*parts):
+        extra = {name: torch.cat([e[1][name] for e in entries]) if torch.is_tensor(value) else value for name, value in entries[0][1].items()}
+        merged.append([torch.cat([e[0] for e in entries]), extra])
+    return merged
+
+
+def decode_edit(vae, latent: dict, source: Tensor | None = None) -> Tensor:
+    """Latent dict -> pictures [B, H, W, 3] in 0..1, resized to the source picture's size where one is given.
+
+    The resize works on 8-bit values as the official code does; a result that has the size already keeps its full precision.
+
+    Raises Step1XError for a foreign VAE, a latent of another model, a source that is no picture, and damaged weights.
+    """
+    check_vae(vae)
+    if source is not None:
+        check_pictures(source, "source")
+    samples = latent_samples(latent)
+    check_latent_shape(samples, LATENT_CHANNELS)
+    check_finite(samples, BAD_LATENT)
+    pictures = vae.decode(samples.clone())
+    check_finite(pictures, f"The VAE decoded to {BAD_VAE}")
+    if source is None or source.shape[1:3] == pictures.shape[1:3]:
+        return pictures
+    size = (source.shape[2], source.shape[1])
+    return torch.stack([to_output_size(picture, size, truncate=latent.get(LAYOUT_KEY) != "v1.2") for picture in pictures])

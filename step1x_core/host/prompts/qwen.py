@@ -1,0 +1,209 @@
+"""The host's Qwen2.5-VL with sizes taken from the checkpoint: hidden states (spec v1.md c.4, c.5) and text generation (spec v12.md f.1, f.7)."""
+
+import itertools
+import math
+
+import comfy.model_management
+import comfy.ops
+import comfy.utils
+import torch
+from comfy.ldm.modules.attention import optimized_attention_for_device
+from comfy.text_encoders import llama, qwen_vl
+from torch import Tensor
+
+from ...checkpoints.language_model import MLLMConfig
+from ...images import VISION_CELL
+from ...prompts.mllm import attention_mask, mrope_positions, rope_positions
+from ...prompts.v11 import IMAGE_PAD_ID
+from ...reasoning.token_sampling import Sampling, TokenChooser
+from ..relied_on import TEXT_ENCODER, check_intact
+
+# End of text and end of turn.
+STOP_IDS = (151643, 151645)
+# Length of the reply for which memory is set aside; the cache of a longer one grows token by token.
+REPLY_TOKENS = 1024
+
+
+def picture_grid(image: Tensor) -> tuple[int, int]:
+    """Rows and columns of the tokens of a picture [h, w, 3] with sides in multiples of 28."""
+    return image.shape[0] // VISION_CELL, image.shape[1] // VISION_CELL
+
+
+class VisionTransformer(qwen_vl.Qwen2VLVisionTransformer):
+    def __init__(self, config: MLLMConfig, device=None, dtype=None, ops=None):
+        super().__init__(
+            hidden_size=config.vision_hidden_size, output_hidden_size=config.hidden_size, intermediate_size=config.vision_intermediate_size,
+            num_heads=config.vision_heads, num_layers=config.vision_depth, window_size=config.vision_window_size, device=device, dtype=dtype, ops=ops,
+        )
+        self.fullatt_block_indexes = config.vision_full_attention
+
+    def forward(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+        """Patches [N, 1176] of one picture, grid [1, 3] -> features [N / 4, C] in row-major order of the merged grid.
+
+        The host's own forward of 0.18 leaves the features in window order; Hugging Face's and later hosts restore it.
+        """
+        attention = optimized_attention_for_device(pixel_values.device, mask=False, small_input=True)
+        x = self.patch_embed(pixel_values)
+        tokens, merge = x.shape[0], self.spatial_merge_size**2
+
+        window_index, window_ends = self.get_window_index(image_grid_thw)
+        windows = torch.unique_consecutive(torch.tensor(window_ends, device=x.device))
+        whole = torch.tensor([0, tokens], device=x.device)
+
+        def to_windows(values):
+            return values.reshape(tokens // merge, merge, -1)[window_index].reshape(tokens, -1)
+
+        angles = to_windows(self.get_position_embeddings(image_grid_thw, x.device))
+        angles = torch.cat((angles, angles), dim=-1)
+        rope = (angles.cos(), angles.sin())
+        x = to_windows(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, whole if i in self.fullatt_block_indexes else windows, optimized_attention=attention)
+        return self.merger(x)[torch.argsort(window_index)]
+
+
+class Qwen25VL(llama.BaseLlama, torch.nn.Module):
+    """The host's Qwen2.5-VL with sizes taken from the checkpoint and the official attention mask and positions."""
+
+    def __init__(self, config_dict, dtype, device, operations):
+        super().__init__()
+        check_intact(TEXT_ENCODER)
+        config = MLLMConfig(**config_dict)
+        text = llama.Qwen25_7BVLI_Config(
+            vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads, rms_norm_eps=config.rms_norm_eps, rope_theta=config.rope_theta, lm_head=config.lm_head,
+        )
+        text.head_dim = config.head_dim
+        text.rope_dims = config.mrope_section
+        self.num_layers = text.num_hidden_layers
+        self.model = llama.Llama2_(text, device=device, dtype=dtype, ops=operations)
+        self.visual = VisionTransformer(config, device=device, dtype=dtype, ops=operations)
+        self.dtype = dtype
+        self.can_generate = config.lm_head or config.tie_word_embeddings
+
+    def encode_image(self, image: Tensor, device) -> tuple[Tensor, tuple[int, int]]:
+        """uint8 [h, w, 3] with sides in multiples of 28 -> features [rows * columns, C] in float32 and (rows, columns)."""
+        patches, grid = qwen_vl.process_qwen2vl_images(image[None].float() / 255)
+        features = self.visual(patches.to(device), grid)
+        return features.float(), picture_grid(image)
+
+    def encode(self, sequence: list, device, hide_zeros: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """A sequence (see `embed`) with one picture -> hidden states after the final norm and input embeddings, both [1, L, C] in float32, and rope positions [3, L].
+
+        hide_zeros: whether tokens with id 0 are masked, as in v1.0 and v1.1. Their positions are those of padding in every version.
+        """
+        embeds, _, ids = self.embed(sequence, device, torch.float32)
+        start = next(i for i, token in enumerate(sequence) if isinstance(token, dict))
+        mask = attention_mask(ids)
+        positions = mrope_positions(mask, start, picture_grid(sequence[start]["data"]))
+        # Copies go to the host: from 0.33 on its blocks write their result into what they are given.
+        states = self.model(None, attention_mask=mask[None] if hide_zeros else None, embeds=embeds.clone(), dtype=torch.float32,
+                            position_ids=positions.clone())[0]
+        return states.float(), embeds, positions
+
+    def embed(self, sequence: list, device, dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids and pictures (dicts with uint8 [h, w, 3] under "data") -> embeddings [1, L, C], rope positions [3, L], ids [L]."""
+        parts, runs, ids = [], [], []
+        for is_picture, group in itertools.groupby(sequence, lambda token: isinstance(token, dict)):
+            if is_picture:
+                for token in group:
+                    features, grid = self.encode_image(token["data"], device)
+                    parts.append(features.to(dtype))
+                    runs.append(grid)
+                    ids += [IMAGE_PAD_ID] * len(features)
+            else:
+                text = list(group)
+                parts.append(self.model.embed_tokens(torch.tensor(text, device=device), out_dtype=dtype))
+                runs.append(len(text))
+                ids += text
+        return torch.cat(parts)[None], rope_positions(runs).to(device), torch.tensor(ids, device=device)
+
+    def scores(self, states: Tensor) -> Tensor:
+        """Hidden states of tokens [N, C] -> scores [N, V] of the next ones."""
+        if self.model.config.lm_head:
+            return self.model.lm_head(states)
+        table = self.model.embed_tokens
+        weight, _, stream = comfy.ops.cast_bias_weight(table, states, offloadable=True)
+        scores = torch.nn.functional.linear(states, weight)
+        comfy.ops.uncast_bias_weight(table, weight, None, stream)
+        return scores
+
+    def empty_cache(self, rows: int, length: int, device, dtype) -> list[tuple[Tensor, Tensor, int]]:
+        """Room for the keys and values of so many tokens, as the host's attention fills it: per layer keys, values, and the number of tokens so far."""
+        config = self.model.config
+        shape = (rows, config.num_key_value_heads, length, config.head_dim)
+        # Zeros, because what a mask hides still is multiplied, by 0, and a NaN would stay one.
+        return [(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype), 0) for _ in range(config.num_hidden_layers)]
+
+    def working_memory(self, sequences: list[list]) -> int:
+        """Bytes that a run over sequences needs beside the weights: widest activations, keys and values, room for replies, all in float32."""
+        config = self.model.config
+        longest = max(sum(math.prod(picture_grid(token["data"])) if isinstance(token, dict) else 1 for token in sequence) for sequence in sequences)
+        activations = longest * (3 * config.intermediate_size + 8 * config.hidden_size)
+        cache = len(sequences) * (longest + REPLY_TOKENS) * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        return 4 * (activations + cache)
+
+    def prefill(self, prompts: list[tuple[Tensor, Tensor, Tensor]], cache: list[tuple[Tensor, Tensor, int]]) -> Tensor:
+        """Fill each row of the cache from its start with one prompt (see `embed`) -> hidden states of the last tokens [N, C]."""
+        states = []
+        for row, (embeds, positions, _) in enumerate(prompts):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            own = [(keys[row:row + 1], values[row:row + 1], 0) for keys, values, _ in cache]
+            # Copies, as in `encode`, of the last states too: the host may use their memory again for the next prompt.
+            states.append(self.model(None, embeds=embeds.clone(), past_key_values=own, position_ids=positions.clone())[0][:, -1].clone())
+        return torch.cat(states)
+
+    def decode(self, tokens: list[int], positions: Tensor, hidden: Tensor | None, cache: list[tuple[Tensor, Tensor, int]], dtype) -> tuple[Tensor, list]:
+        """Read one more token in each row -> hidden states [N, C] and the cache.
+
+        positions: of the tokens, [N, 1]. hidden: bool [N, L], the places before the replies that hold no token of their row; None where there are none.
+        """
+        embeds = self.model.embed_tokens(torch.tensor(tokens, device=positions.device)[:, None], out_dtype=dtype)
+        mask = None
+        if hidden is not None:
+            mask = torch.nn.functional.pad(~hidden, (0, cache[0][2] + 1 - hidden.shape[1]), value=True)
+        config = self.model.config
+        sections = config.rope_dims
+        # A token of text has one position on all three axes; with the sections the host would take the rows for the axes.
+        config.rope_dims = None
+        try:
+            states, _, cache = self.model(None, attention_mask=mask, embeds=embeds, past_key_values=cache, position_ids=positions)
+        finally:
+            config.rope_dims = sections
+        return states[:, -1], cache
+
+    def generate(self, sequences: list[list], device, max_tokens: int, samplings: list[Sampling]) -> list[list[int]]:
+        """Continue sequences (see `embed`), all at a time -> ids of each reply, its stop token included if it came to one.
+
+        Reading the weights takes most of the time that a token takes, so that one for each of several replies costs little more. A reply
+        is what it would be alone, up to rounding. Nothing of a sequence is masked, and positions go on after the largest one so far.
+        Raises the host's InterruptProcessingException when the person cancels, between two tokens.
+        """
+        replies = [[] for _ in sequences]
+        if max_tokens < 1:
+            return replies
+        dtype = torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float32
+        prompts = [self.embed(sequence, device, dtype) for sequence in sequences]
+        lengths = torch.tensor([len(ids) for *_, ids in prompts], device=device)[:, None]
+        longest = int(lengths.max())
+        cache = self.empty_cache(len(prompts), longest + min(max_tokens, REPLY_TOKENS), device, dtype)
+        choosers = [TokenChooser(ids, self.model.vocab_size, sampling) for (*_, ids), sampling in zip(prompts, samplings)]
+        progress = comfy.utils.ProgressBar(max_tokens)
+
+        states = self.prefill(prompts, cache)
+        # All replies begin behind the longest prompt.
+        cache = [(keys, values, longest) for keys, values, _ in cache]
+        hidden = torch.arange(longest, device=device) >= lengths if int(lengths.min()) < longest else None
+        positions = torch.stack([positions.amax() for _, positions, _ in prompts])[:, None]
+        for count in range(1, max_tokens + 1):
+            for reply, choose, scores in zip(replies, choosers, self.scores(states)):
+                # A finished reply keeps its row: taking it out would copy the whole cache.
+                if not (reply and reply[-1] in STOP_IDS):
+                    reply.append(choose(scores))
+            progress.update(1)
+            if count == max_tokens or all(reply[-1] in STOP_IDS for reply in replies):
+                break
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            states, cache = self.decode([reply[-1] for reply in replies], positions + count, hidden, cache, dtype)
+        return replies

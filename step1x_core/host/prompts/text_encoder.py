@@ -1,0 +1,174 @@
+"""The Step1X-Edit text encoder on the host's Qwen2.5-VL (spec v1.md c, v12.md b)."""
+
+import functools
+import logging
+import math
+from dataclasses import asdict
+
+import torch
+from comfy import sd1_clip
+from comfy.text_encoders.qwen_image import Qwen25_7BVLITokenizer
+
+from ...checkpoints.language_model import MLLMConfig
+from ...errors import Step1XError
+from ...images import BLACK_PICTURE, to_thinker_size, to_vision_size, to_vision_size_v12
+from ...network.positions import text_ids
+from ...prompts.chat import chat, untemplated
+from ...prompts.mllm import layout_states
+from ...prompts.v11 import IMAGE_PAD_ID, PICTURE_LABEL_IDS, PROMPT_DROP_TOKENS, PROMPT_MAX_TOKENS, TURN_END, prompt_ids
+from ...prompts.v12 import KEPT, SPECIAL_TOKENS, prompt_ids_v12
+from ...reasoning.token_sampling import Sampling
+from .qwen import STOP_IDS, Qwen25VL, picture_grid
+
+log = logging.getLogger(__name__)
+
+TEXT_ENCODER_NAME = "qwen25_7b"
+
+
+@functools.lru_cache(maxsize=64)
+def say_cut(prompt: str, tokens: int, picture_tokens: int = 0) -> None:
+    """Log, once for each prompt, how many tokens of its end are cut, and of the picture behind it. Numbers below 1 say that nothing is."""
+    if tokens > 0:
+        log.warning("The prompt is too long: its last %d tokens are cut and have no effect. Shorten it. It begins: %s", tokens, prompt[:60])
+    elif picture_tokens > 0:
+        log.warning("The prompt is so long that the language model's view of the image loses %d tokens. Shorten it. It begins: %s", picture_tokens, prompt[:60])
+
+
+class Step1XTextModel(sd1_clip.SDClipModel):
+    def __init__(self, config: MLLMConfig, device="cpu", dtype=None, model_options={}):
+        super().__init__(device=device, layer="last", textmodel_json_config=asdict(config), dtype=dtype, special_tokens={"pad": 151643},
+                         layer_norm_hidden_state=False, model_class=Qwen25VL, model_options=model_options)
+
+    def forward(self, tokens):
+        """tokens: one list of ids with one picture among them, as Step1XTokenizer makes it -> states [1, L, C] and no pooled output.
+
+        For the layout of v1.2 only the kept states, and a dict with what else the transformer needs of them:
+        "text_ids" [1, L, 3], "text_embeds" [1, L, C], "text_mask" [1, L].
+        """
+        device = self.execution_device
+        if device is None:
+            device = self.transformer.get_input_embeddings().weight.device
+        sequence = tokens[0]
+        at = next(i for i, token in enumerate(sequence) if isinstance(token, dict))
+        picture = sequence[at]
+        if "text_mask" not in picture:
+            return self.transformer.encode(sequence, device, hide_zeros=True)[0], None
+        states, embeds, positions = self.transformer.encode(sequence, device, hide_zeros=False)
+        grid = picture_grid(picture["data"])
+        mask = [*picture["text_mask"][:at], *[0] * (grid[0] * grid[1]), *picture["text_mask"][at + 1:]]
+        # The official code hands both over in bfloat16, whatever the models run in.
+        states, embeds = (tensor[:, KEPT].bfloat16().float() for tensor in (states, embeds))
+        return states, None, {"text_ids": text_ids(positions, at, grid, picture["working_size"])[None], "text_embeds": embeds, "text_mask": torch.tensor([mask])[:, KEPT]}
+
+    def check_can_generate(self) -> None:
+        """Raise Step1XError for weights without a language-model head."""
+        if not self.transformer.can_generate:
+            raise Step1XError("This text encoder cannot write text: its file has no language-model head (lm_head.weight). "
+                              "Load the full Qwen2.5-VL-7B-Instruct, or for v1.2 the text_encoder folder of the Step1X-Edit v1.2 repository.")
+
+    def generate(self, tokens, do_sample, max_length, temperature, top_k, top_p, min_p, repetition_penalty, seed, presence_penalty=0.0):
+        """The host's token structure of one prompt -> ids of the reply. The settings are those of Hugging Face's `generate`.
+
+        Without sampling, or with a temperature of 0, the most probable token is taken every time. Of several prompts, which are answered
+        at a time, `temperature` and `seed` are lists with one for each, and so is what comes back.
+        Raises Step1XError for weights without a language-model head, and for a repetition penalty of 0.
+        """
+        self.check_can_generate()
+        together = isinstance(seed, list)
+        rows = zip(temperature, seed) if together else [(temperature, seed)]
+        samplings = [Sampling(temperature=heat if do_sample else 0, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+                              presence_penalty=presence_penalty, seed=number or 0) for heat, number in rows]
+        sequences = [[token[0] for token in sequence] for sequence in tokens[TEXT_ENCODER_NAME]]
+        replies = self.transformer.generate(sequences[:len(samplings)], self.execution_device, max_length, samplings)
+        return replies if together else replies[0]
+
+
+class Step1XTEModel(sd1_clip.SD1ClipModel):
+    """Conditioning of one prompt: [1, 640, C] with its attention mask [1, 640], or for v1.2 [1, L, C] with what `Step1XTextModel.forward` gives."""
+
+    def __init__(self, config: MLLMConfig, device="cpu", dtype=None, model_options={}, dtype_llama=None, llama_quantization_metadata=None):
+        if llama_quantization_metadata is not None:
+            model_options = {**model_options, "quantization_metadata": llama_quantization_metadata}
+
+        super().__init__(device=device, dtype=dtype_llama or dtype, name=TEXT_ENCODER_NAME, clip_model=Step1XTextModel, model_options=model_options, config=config)
+
+    def encode_token_weights(self, token_weight_pairs):
+        states, pooled, *extra = super().encode_token_weights(token_weight_pairs)
+        if extra:
+            return states, pooled, {name: tensor.to(states.device) for name, tensor in extra[0].items()}
+        cond, mask = layout_states(states)
+        return cond, pooled, {"attention_mask": mask}
+
+    def memory_estimation_function(self, tokens, device=None) -> int:
+        """Bytes that a run over these tokens needs beside the weights; the host asks before it loads them."""
+        model = getattr(self, self.clip).transformer
+        sequences = [[token[0] for token in sequence] for sequence in tokens.get(TEXT_ENCODER_NAME, [])]
+        return model.working_memory(sequences) if sequences else 0
+
+
+class Step1XTokenizer(sd1_clip.SD1Tokenizer):
+    """layout: how prompts are laid out, "v1.1" for v1.0 and v1.1, "v1.2" for its preview and final."""
+
+    def __init__(self, embedding_directory=None, tokenizer_data={}, layout="v1.1"):
+        super().__init__(embedding_directory=embedding_directory, tokenizer_data=tokenizer_data, name=TEXT_ENCODER_NAME, tokenizer=Qwen25_7BVLITokenizer)
+        self.layout = layout
+        # The host's tokenizer has four tags of later models, which Qwen2.5-VL reads as plain text.
+        inner = getattr(self, self.clip)
+        known = {id: token for id, token in inner.tokenizer.added_tokens_decoder.items() if str(token) in SPECIAL_TOKENS}
+        inner.tokenizer = type(inner.tokenizer).from_pretrained(inner.tokenizer.name_or_path, added_tokens_decoder=known)
+
+    def token_ids(self, text: str) -> list[int]:
+        return getattr(self, self.clip).tokenizer(text)["input_ids"]
+
+    def tokenize_chat(self, texts: list[str], pictures: list) -> dict:
+        """Texts around pictures [H, W, C] (see chat.py) -> the host's token structure for generation."""
+        sequence = self.token_ids(texts[0])
+        for picture, text in zip(pictures, texts[1:]):
+            sequence += [{"type": "image", "data": to_thinker_size(picture)}, *self.token_ids(text)]
+        return {TEXT_ENCODER_NAME: [[(token, 1.0) for token in sequence or [STOP_IDS[0]]]]}
+
+    def tokenize_request(self, text, skip_template, image=None, video=None, audio=None) -> dict:
+        """What the host's 'Generate Text' node asks for: a text, and the pictures of a batch [B, H, W, C] in front of it.
+
+        Raises Step1XError for video and sound.
+        """
+        if video is not None or audio is not None:
+            raise Step1XError("Step1X-Edit's text encoder reads pictures, not video or sound. Connect the frames to the image input.")
+        pictures = [] if image is None else list(image)
+        return self.tokenize_chat(*(untemplated(text, pictures) if skip_template else chat(None, [*pictures, text])))
+
+    def decode(self, token_ids, skip_special_tokens=True):
+        # The model has more ids than its tokenizer; some tokenizers fail on those.
+        known = len(getattr(self, self.clip).tokenizer)
+        return super().decode([token for token in token_ids if token < known], skip_special_tokens=skip_special_tokens)
+
+    def tokenize_with_weights(self, text, return_word_ids=False, images=[], size_level=1024, **kwargs):
+        """Prompt and at most one picture [B, H, W, C] (its first entry) -> the host's token structure.
+
+        The picture is the one at its working size for v1.0 and v1.1. For v1.2 it is the original, which is edited at size_level.
+
+        Without a picture the model is shown a black one, as the official text-to-image does. Prompt
+        weights such as (word:1.2) do not exist here: the text is taken literally. The host's 'Generate Text'
+        node, which alone passes `skip_template`, gets its text laid out as a chat instead.
+        """
+        if "skip_template" in kwargs:
+            return self.tokenize_request(text, kwargs["skip_template"], kwargs.get("image"), kwargs.get("video"), kwargs.get("audio"))
+        if len(images) > 1:
+            raise Step1XError(f"Step1X-Edit reads one picture with the instruction, not {len(images)}. Connect a single picture.")
+        picture = images[0][0] if len(images) > 0 else torch.zeros(BLACK_PICTURE, BLACK_PICTURE, 3)
+        if self.layout == "v1.2":
+            sequence, mask = prompt_ids_v12(text, self.token_ids)
+            pixels, working_size = to_vision_size_v12(picture, size_level)
+            at = sequence.index(IMAGE_PAD_ID)
+            say_cut(text, at - len(PICTURE_LABEL_IDS) - KEPT.stop, at + math.prod(picture_grid(pixels)) - KEPT.stop)
+            # No token reaches the transformer from there on, nor does it act on those before.
+            del sequence[KEPT.stop:at], mask[KEPT.stop:at]
+            sequence[min(at, KEPT.stop)] = {"type": "image", "data": pixels, "working_size": working_size, "text_mask": mask}
+        else:
+            before, after = prompt_ids(text, self.token_ids)
+            pixels = to_vision_size(picture)
+            room = PROMPT_DROP_TOKENS + PROMPT_MAX_TOKENS - len(before) - math.prod(picture_grid(pixels))
+            say_cut(text, len(after) - len(self.token_ids(TURN_END)) - room)
+            # No more reach the transformer; the work grows with the square of the length.
+            sequence = [*before, {"type": "image", "data": pixels}, *after[:PROMPT_MAX_TOKENS]]
+        return {TEXT_ENCODER_NAME: [[(token, 1.0, 0) if return_word_ids else (token, 1.0) for token in sequence]]}

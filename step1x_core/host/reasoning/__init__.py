@@ -1,0 +1,1 @@
+"""Text generation, thinking, and the rounds of the reflection loop."""

@@ -1,0 +1,53 @@
+"""Questions to the language model: texts and pictures in, a text out (spec v12.md f.1)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...prompts.chat import chat
+from ..prompts.encoding import check_text_encoder
+from ..prompts.text_encoder import TEXT_ENCODER_NAME
+
+
+@dataclass(frozen=True)
+class Question:
+    """One of several questions. The fields are those of `generate_text`."""
+
+    system: str | None
+    content: list[str | Tensor]
+    seed: int
+    temperature: float
+
+
+def check_can_generate(clip) -> None:
+    """Raise Step1XError for a foreign text encoder and for one without a language-model head."""
+    check_text_encoder(clip)
+    encoder = clip.cond_stage_model
+    getattr(encoder, encoder.clip).check_can_generate()
+
+
+def generate_text(clip, system: str | None, content: list[str | Tensor], max_tokens: int, seed: int,
+                  temperature=0.7, top_p=0.9, top_k=50, repetition_penalty=1.05) -> str:
+    """Answer of the language model to one user turn, without special tokens and surrounding white space.
+
+    system: text of the system turn, None for the model's own.
+    content: texts and pictures [H, W, C] in 0..1, in the order in which the model is to read them.
+    max_tokens: the answer is cut off there. temperature: 0 takes the most probable token every time.
+    The same seed and input give the same answer; torch's global random state is neither read nor changed.
+
+    Raises Step1XError for a foreign text encoder, one without a language-model head, and pictures too long to read.
+    """
+    check_text_encoder(clip)
+    tokens = clip.tokenizer.tokenize_chat(*chat(system, content))
+    reply = clip.generate(tokens, do_sample=temperature > 0, max_length=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                          repetition_penalty=repetition_penalty, seed=seed)
+    return clip.decode(reply).strip()
+
+
+def generate_texts(clip, questions: list[Question], max_tokens: int, top_p=0.9, top_k=50, repetition_penalty=1.05) -> list[str]:
+    """The answers to questions that are asked at a time, each as `generate_text` gives it, up to rounding. Raises what that raises."""
+    check_text_encoder(clip)
+    sequences = [clip.tokenizer.tokenize_chat(*chat(question.system, question.content))[TEXT_ENCODER_NAME][0] for question in questions]
+    replies = clip.generate({TEXT_ENCODER_NAME: sequences}, max_length=max_tokens, temperature=[question.temperature for question in questions], top_k=top_k,
+                            top_p=top_p, repetition_penalty=repetition_penalty, seed=[question.seed for question in questions])
+    return [clip.decode(reply).strip() for reply in replies]

@@ -1,0 +1,100 @@
+"""Thinking and reflection with the host's text encoder: one picture, one seed (spec v12.md f)."""
+
+import hashlib
+
+from torch import Tensor
+
+from ...checks import check_pictures
+from ...errors import Step1XError
+from ...prompts.v11 import clean_prompt
+from ...reasoning.reflection import RULES, Reflection, Rules, indent, reflect, think
+from ...reasoning.templates import LANGUAGES, load_templates
+from ..checkpoints.folders import template_folder
+from .generation import Question, check_can_generate, generate_text
+
+# The official setting (spec v12.md f.1).
+TEMPERATURE = 0.7
+# Characters of an instruction to think about. The language model's work grows with the square of them; none that a person writes is as long.
+MAX_INSTRUCTION = 8000
+
+
+class Asker:
+    """The language model as reflection.py wants it: `ask(system, content, max_tokens) -> reply`.
+
+    Each call has a seed of its own, made of `task`, `seed` and the number of calls before it: a retry asks the same and must not be
+    answered the same. exchanges: all texts so far as (system, user, reply), the user's pictures left out.
+    """
+
+    def __init__(self, clip, task: str, seed: int, temperature: float = TEMPERATURE):
+        self.clip, self.task, self.seed, self.temperature = clip, task, seed, temperature
+        self.exchanges: list[tuple[str, str, str]] = []
+
+    def question(self, system: str, content: list) -> Question:
+        """The next call as it is made, with its seed."""
+        digest = hashlib.sha256(f"{self.task} {self.seed} {len(self.exchanges)}".encode()).digest()
+        return Question(system, content, int.from_bytes(digest[:8], "big"), self.temperature)
+
+    def note(self, question: Question, reply: str) -> None:
+        """Put a call on record; the next one gets another seed."""
+        self.exchanges.append((question.system, "\n".join(part for part in question.content if isinstance(part, str)), reply))
+
+    def __call__(self, system: str, content: list, max_tokens: int) -> str:
+        question = self.question(system, content)
+        reply = generate_text(self.clip, system, question.content, max_tokens, question.seed, question.temperature)
+        self.note(question, reply)
+        return reply
+
+
+def single_picture(image: Tensor, name: str) -> Tensor:
+    """The one picture [H, W, C] of a batch of one. name: the input, for the error. Raises Step1XError for any other batch."""
+    check_pictures(image, name)
+    if image.shape[0] != 1:
+        raise Step1XError(f"The input '{name}' brings {image.shape[0]} pictures; thinking and reflection take exactly one at a time. "
+                          "Choose one with the stock 'ImageFromBatch'.")
+    return image[0]
+
+
+def check_instruction(prompt: str) -> None:
+    """Raise Step1XError for a prompt that is too long to think about."""
+    if len(prompt) > MAX_INSTRUCTION:
+        raise Step1XError(f"The input 'prompt' has {len(prompt)} characters; thinking and reflection take {MAX_INSTRUCTION} at most. Shorten the instruction.")
+
+
+def rules_version(model) -> str:
+    """The version whose rules apply to what a model makes: its own where it has some, else those of v1.2."""
+    version = model.model.diffusion_model.version
+    return version if version in RULES else "v1.2"
+
+
+def check_thinking(clip) -> None:
+    """Raise Step1XError for a text encoder that cannot answer, and for faulty instruction texts of the user's."""
+    check_can_generate(clip)
+    for language in LANGUAGES:
+        load_templates(language, template_folder())
+
+
+def rewrite(clip, image: Tensor, prompt: str, seed: int, temperature: float) -> tuple[str, str]:
+    """Picture [1, H, W, C] in 0..1 and instruction -> the rewritten instruction, and a report of what was asked and answered.
+
+    Raises Step1XError as `check_thinking`, `check_instruction` and `single_picture` do.
+    """
+    check_thinking(clip)
+    check_instruction(prompt)
+    ask = Asker(clip, "think", seed, temperature)
+    thought = think(ask, single_picture(image, "image"), prompt, overrides=template_folder())
+    (system, user, reply), = ask.exchanges
+    lines = [f"Instruction: {thought.prompt}", f"Rewritten: {thought.instruction}"]
+    for title, text in (("Asked, system", system), ("Asked, after the picture", user), ("Answered", reply)):
+        lines.append(f"\n{title}:\n{indent(text)}")
+    return thought.instruction, clean_prompt("\n".join(lines))
+
+
+def judge(clip, source: Tensor, edited: Tensor, prompt: str, seed: int, rules: Rules) -> Reflection:
+    """The judgement on an edited picture; both pictures [1, H, W, C] in 0..1, of any size.
+
+    Raises Step1XError as `check_thinking`, `check_instruction` and `single_picture` do; a reply that breaks its contract is never an error.
+    """
+    check_thinking(clip)
+    check_instruction(prompt)
+    pictures = single_picture(source, "source"), single_picture(edited, "edited")
+    return reflect(Asker(clip, "reflect", seed), *pictures, prompt, rules, template_folder())

@@ -1,0 +1,222 @@
+"""Sampling through the host's own sampler machinery."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...checks import BAD_LATENT, check_conditioning, check_finite, check_latent_shape, latent_samples
+from ...errors import Step1XError
+from ...sampling.guidance import NormLimiter
+from ...sampling.schedule import image_to_image_start, latent_tokens, sigma_schedule
+from ...versions import VERSIONS, Version
+from ..network.foreign import foreign_parts, refuse_shared, stand_alone
+from ..network.model import Step1XEditModel
+
+HOOKS = "sampler_pre_cfg_function"
+CFG1_KEY = "step1x_cfg1"
+COND_BATCH = "sampler_calc_cond_batch_function"
+INTERVAL_NODE = "Step1X-Edit Guidance Interval"
+SAMPLERS = comfy.samplers.SAMPLER_NAMES
+
+
+def check_model(model) -> None:
+    """Raise Step1XError unless this is a Step1X-Edit model."""
+    network = getattr(model, "model", model)
+    if not isinstance(network, Step1XEditModel):
+        raise Step1XError(f"This is not a Step1X-Edit model but {type(network).__name__}. Connect the model from 'Load Step1X-Edit Model'.")
+
+
+@dataclass(frozen=True)
+class Cfg1Saving:
+    """Around the guided prediction: at CFG 1 the unconditional pass is left out of the steps that the limiter leaves alone.
+
+    Those steps are the host's own at CFG 1, to the last bit. Where another hook is in place, which may look at that pass, all is as the
+    model's options say. truncate: the limiter's.
+    """
+
+    truncate: float
+
+    def __call__(self, executor, x, timestep, model_options={}, seed=None) -> Tensor:
+        cfg = getattr(executor.class_obj, "cfg", None)
+        alone = [type(hook) for hook in model_options.get(HOOKS, [])] == [NormLimiter] and not has_cfg_functions(model_options)
+        if alone and isinstance(cfg, (int, float)) and math.isclose(cfg, 1.0):
+            # Compared in float32, as the limiter does.
+            if not (timestep > torch.full((), self.truncate, dtype=torch.float32, device=timestep.device)).any():
+                model_options = model_options | {"disable_cfg1_optimization": False}
+        return executor(x, timestep, model_options, seed)
+
+
+def has_cfg_functions(model_options: dict) -> bool:
+    return "sampler_post_cfg_function" in model_options or "sampler_cfg_function" in model_options
+
+
+def set_norm_limiter(model, limiter: NormLimiter):
+    """A clone of the model with this norm limiter among its pre-CFG hooks, in place of any earlier one.
+
+    The unconditional pass is kept at CFG 1 in the steps in which the limiter is active: in v1.0 and v1.1 it still shapes the early ones.
+    """
+    model = model.clone()
+    options = model.model_options
+    options[HOOKS] = [hook for hook in options.get(HOOKS, []) if not isinstance(hook, NormLimiter)]
+    if not (options[HOOKS] or has_cfg_functions(options)):
+        # Left by an earlier limiter: no other hook asked for it.
+        options.pop("disable_cfg1_optimization", None)
+    shapes_cfg1 = limiter.truncate < 1 and model_version(model).uncond_at_cfg1
+    model.set_model_sampler_pre_cfg_function(limiter, disable_cfg1_optimization=shapes_cfg1)
+    model.remove_wrappers_with_key(WrappersMP.PREDICT_NOISE, CFG1_KEY)
+    if shapes_cfg1:
+        model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, CFG1_KEY, Cfg1Saving(limiter.truncate))
+    return model
+
+
+def with_norm_limiter(model):
+    """The model itself where it has a norm limiter, else a clone with its version's (a model from a stock loader has none)."""
+    if any(isinstance(hook, NormLimiter) for hook in model.model_options.get(HOOKS, [])):
+        return model
+    return set_norm_limiter(model, NormLimiter(model_version(model).guidance_truncate))
+
+
+@dataclass(frozen=True)
+class GuidanceInterval:
+    """In place of the host's `calc_cond_batch`: outside the interval only the conditional pass runs, and stands for both, which is guidance of 1.
+
+    start, end: parts of the schedule, 0 <= start <= end <= 1, counted in steps. other: what took this place before, or None.
+    """
+
+    start: float
+    end: float
+    other: Callable | None
+
+    def __call__(self, args: dict) -> list[Tensor]:
+        """args: the host's arguments. Returns the denoised latents [B, C, H, W] of the conditional and the unconditional pass."""
+        sigmas = args["model_options"]["transformer_options"]["sample_sigmas"]
+        done = int((sigmas > args["sigma"].max()).sum()) / (len(sigmas) - 1)
+        guided = self.start <= done < self.end or len(args["conds"]) < 2
+        args = args | {"model_options": self.guarded(args["model"].diffusion_model, args["model_options"])}
+        if not guided:
+            args = args | {"conds": [args["conds"][0], *(None for _ in args["conds"][1:])]}
+        out = self.other(args) if self.other else comfy.samplers.calc_cond_batch(args["model"], args["conds"], args["input"], args["sigma"], args["model_options"])
+        # Each its own tensor: the host may work in place on one of them.
+        return out if guided else [out[0], *(out[0].clone() for _ in out[1:])]
+
+    def guarded(self, transformer, model_options: dict) -> dict:
+        """Options with which a call is refused that runs another pack's cache: it keeps what two prompts gave and adds it to one.
+
+        Functions that are in the transformer for good, as raylight's, keep nothing. A compiled model is traced once, and left alone.
+        """
+        if "torch_compile_kwargs" in model_options:
+            return model_options
+        lasting, wrapper = foreign_parts(transformer), model_options.get("model_function_wrapper")
+        model_options = stand_alone(model_options, INTERVAL_NODE, lasting)
+        if wrapper is not None:
+            def watched(apply_model, params):
+                def apply(*args, **kwargs):
+                    refuse_shared(INTERVAL_NODE, foreign_parts(transformer) - lasting)
+                    return apply_model(*args, **kwargs)
+                return wrapper(apply, params)
+            model_options["model_function_wrapper"] = watched
+        return model_options
+
+
+def set_guidance_interval(model, start: float, end: float):
+    """A clone of the model that is guided in this part of the steps only, in place of an earlier interval. Raises Step1XError if start lies behind end."""
+    if start > end:
+        raise Step1XError(f"The guidance would start at {start:g} of the steps and end at {end:g}, before it started. Set start to at most end.")
+    model = model.clone()
+    other = model.model_options.get(COND_BATCH)
+    model.set_model_sampler_calc_cond_batch_function(GuidanceInterval(start, end, other.other if isinstance(other, GuidanceInterval) else other))
+    return model
+
+
+def model_version(model) -> Version:
+    return VERSIONS[model.model.diffusion_model.version]
+
+
+def version_defaults(model, steps: int, cfg: float) -> tuple[int, float]:
+    """Steps and CFG with the defaults of the model's version where they are 0."""
+    version = model_version(model)
+    return steps or version.steps, cfg or version.cfg
+
+
+def flow_sigmas(steps: int, latent: Tensor, denoise: float = 1.0) -> Tensor:
+    """The official schedule for a latent [B, C, h, w]: [remaining steps + 1] noise levels in float32."""
+    sigmas = sigma_schedule(steps, latent_tokens(*latent.shape[-2:]))
+    return sigmas[image_to_image_start(steps, denoise):]
+
+
+def fit_latent(model, latent: dict) -> dict:
+    """A copy of the latent dict whose samples are [B, C, h, w] for this model: an empty one of another layout is adapted as the host's samplers do.
+
+    Raises Step1XError for any other latent of another model, an empty one, and one with values that are no numbers.
+    """
+    samples = latent_samples(latent)
+    out = latent.copy()
+    # The host's other factor is for latents with a time axis, which are refused below.
+    out["samples"] = samples = comfy.sample.fix_empty_latent_channels(model, samples, out.pop("downscale_ratio_spacial", None))
+    check_latent_shape(samples, model.model.latent_channels)
+    check_finite(samples, BAD_LATENT)
+    return out
+
+
+def check_references(model, positive: list, negative: list, cfg: float) -> None:
+    """Raise Step1XError where a prompt has the picture as its reference and another has none: their difference, which guidance follows, is then no edit.
+
+    At CFG 1 the negative prompt is not looked at, unless the model's options ask for it.
+    """
+    if cfg == 1 and not model.model_options.get("disable_cfg1_optimization"):
+        return
+    width = model.model.diffusion_model.connector.S.c_embedder.linear_1.in_features
+    if any(entry[0].shape[-1] != width for entry in (*positive, *negative)):
+        return  # another model's, of which `extra_conds` says so
+    lacking = [name for name, prompts in (("positive", positive), ("negative", negative)) if not all(entry[1].get("reference_latents") for entry in prompts)]
+    if lacking and any(entry[1].get("reference_latents") for entry in (*positive, *negative)):
+        raise Step1XError(f"The input '{lacking[0]}' has a prompt without the reference picture that another prompt of this edit has, which gives a dark or wrong picture. "
+                          "Connect both prompts of 'Step1X-Edit Encode', or put 'ReferenceLatent' behind each; for text to image, use neither. A node that writes its own "
+                          "prompt, as a detailer's wildcard does, leaves the reference out.")
+
+
+def copied(value):
+    """Tensors of a conditioning as copies, lists and dicts of them as new ones; anything else as it is."""
+    if torch.is_tensor(value):
+        return value.clone()
+    if isinstance(value, dict):
+        return {name: copied(part) for name, part in value.items()}
+    return type(value)(map(copied, value)) if type(value) in (list, tuple) else value
+
+
+def sample(model, positive, negative, latent: dict, sigmas: Tensor, cfg: float, seed: int, sampler_name: str = "euler", callback=None) -> dict:
+    """Denoise a latent dict with the host's sampler; returns a new latent dict.
+
+    Noise is drawn on the CPU from `seed`. With fewer than two noise levels nothing is run and the latent comes back as it is.
+    callback: the host's step callback `(step, denoised, x, total_steps)`; by default progress bar and live preview.
+
+    Raises Step1XError for a latent or a conditioning of another model, and if the result is no picture.
+    """
+    check_conditioning(positive, "positive")
+    check_conditioning(negative, "negative")
+    check_references(model, positive, negative, cfg)
+    out = fit_latent(model, latent)
+    samples, mask = out["samples"], latent.get("noise_mask")
+    if mask is not None and (0 in mask.shape or not torch.isfinite(mask).all()):
+        raise Step1XError(f"The noise mask of the latent, of shape {list(mask.shape)}, is empty or holds values that are no numbers. Look at the mask of 'Set Latent Noise Mask'.")
+    if sigmas.shape[0] < 2:
+        return out
+    if callback is None:
+        callback = latent_preview.prepare_callback(model, sigmas.shape[0] - 1)
+    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    # Copies of what other nodes hold as well, which a host may write into.
+    out["samples"] = comfy.sample.sample_custom(
+        model, noise, cfg, comfy.samplers.sampler_object(sampler_name), sigmas.clone(), copied(positive), copied(negative), samples.clone(),
+        noise_mask=None if mask is None else mask.clone(), callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed,
+    )
+    check_finite(out["samples"], "Sampling ended in values that are no numbers (NaN or infinity), which would be a black picture. Most likely the file of the model or "
+                                 "of a LoRA is damaged, or the CFG, a LoRA's strength or float16 is too much: try without them, or download the file again.")
+    return out

@@ -1,0 +1,1 @@
+"""Model patches that let a step compute less."""

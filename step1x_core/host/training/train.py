@@ -1,0 +1,278 @@
+"""Training a LoRA in the host: gradients through frozen weights of any kind, the steps, what is kept of them, and pictures on the way.
+
+The stock trainer fails on conditionings with reference latents and knows neither the objective nor the layers of this model. So the steps are ours, while loading,
+offloading, casting, conditioning and sampling are the host's.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import comfy.model_management
+import comfy.ops
+import comfy.samplers
+import numpy as np
+import torch
+from comfy.cli_args import args as comfy_args
+from comfy.ldm.modules.attention import attention_pytorch
+from comfy.quant_ops import QuantizedTensor
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ...errors import Step1XError
+from ...images import to_uint8
+from ...training.dataset import CachedPair, EditDataset
+from ...training.objective import LoraLayer, Origin, Settings, add_noise, draw, flow_loss, pair_at
+from ..network.attention import torch_attention_chosen
+from ..sampling.sampler import check_model, flow_sigmas, sample, version_defaults, with_norm_limiter
+from .run import LORA_FILE, STATE_FILE, Run  # noqa: F401 (the names of what a training leaves)
+
+# Bytes for each weight of a LoRA: itself, its gradient and two moments in float32.
+TRAINED_BYTES = 16
+# The working memory of one block and its gradients, in units of what sampling takes: counted 1.5 at 1024x1024 and 1.8 at 512x512, without the weights of one layer.
+BACKWARD_FACTOR = 2.5
+
+
+class FrozenLinear(torch.autograd.Function):
+    """A linear layer of the host whose weight is not trained. Nothing is kept for the backward pass: the weight is cast, moved or unpacked anew."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: torch.nn.Module, forward: Callable) -> Tensor:
+        ctx.layer = layer
+        return forward(x.detach())
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        weight, bias, stream = comfy.ops.cast_bias_weight(ctx.layer, gradient, offloadable=True)
+        out = gradient @ weight
+        comfy.ops.uncast_bias_weight(ctx.layer, weight, bias, stream)
+        return out, None, None
+
+
+def linear_forward(layer: torch.nn.Module, forward: Callable, lora: LoraLayer | None, x: Tensor) -> Tensor:
+    out = FrozenLinear.apply(x, layer, forward)
+    return out if lora is None else out + lora(x)
+
+
+def norm_forward(norm: torch.nn.RMSNorm, x: Tensor) -> Tensor:
+    weight, bias, stream = comfy.ops.cast_bias_weight(norm, x, offloadable=True)
+    # The host's weights are inference tensors, which autograd cannot keep.
+    out = torch.nn.functional.rms_norm(x, norm.normalized_shape, weight.clone(), norm.eps)
+    comfy.ops.uncast_bias_weight(norm, weight, bias, stream)
+    return out
+
+
+def copying_forward(forward: Callable, x: Tensor) -> Tensor:
+    """For layer norms: the blocks add to their input in place, of which autograd needs the earlier values."""
+    return forward(x.clone())
+
+
+def checkpointed_forward(forward: Callable, *args, **kwargs):
+    """A block that is run again for its gradients. It gets copies of its tokens, to which it adds in place; they themselves wait in main memory."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    streams = {name: kwargs.pop(name) for name in ("img", "txt") if name in kwargs}
+    names, unnamed = tuple(streams), len(args)
+
+    # It must not hold on to the tokens: only what is handed over by position is moved.
+    def run(*tokens):
+        copies = [part.clone() for part in tokens]
+        return forward(*copies[:unnamed], **dict(zip(names, copies[unnamed:])), **kwargs)
+
+    tokens = (*args, *streams.values())
+    with torch.autograd.graph.save_on_cpu(pin_memory=tokens[0].is_cuda and not comfy_args.disable_pinned_memory):
+        return checkpoint(run, *tokens, use_reentrant=False, preserve_rng_state=False)
+
+
+@contextmanager
+def adapted(transformer: torch.nn.Module, layers: dict[str, LoraLayer], checkpointing: bool = True) -> Iterator[None]:
+    """While this is open, the layers add their change to the transformer, with and without gradients, and gradients pass through all of its blocks.
+
+    The model has to be loaded. Its weights are not touched; every model that shares them is changed for the time being.
+    """
+    blocks = [*transformer.double_blocks, *transformer.single_blocks]
+    loras = {transformer.get_submodule(name): lora for name, lora in layers.items()}
+    changed = {}
+    for module in (module for part in (*blocks, transformer.final_layer) for module in part.modules()):
+        if hasattr(module, "in_features"):
+            changed[module] = partial(linear_forward, module, module.forward, loras.get(module))
+        elif isinstance(module, torch.nn.RMSNorm):
+            changed[module] = partial(norm_forward, module)
+        elif isinstance(module, torch.nn.LayerNorm):
+            changed[module] = partial(copying_forward, module.forward)
+    if checkpointing:
+        changed |= {block: partial(checkpointed_forward, block.forward) for block in blocks}
+    # The host's own bypass puts a forward into the instance, too.
+    earlier = {module: module.__dict__["forward"] for module in changed if "forward" in module.__dict__}
+    try:
+        for module, forward in changed.items():
+            module.forward = forward
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+        for module, forward in earlier.items():
+            module.forward = forward
+
+
+def linear_shapes(transformer: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of the transformer's linear layers by name."""
+    return {name: (module.in_features, module.out_features) for name, module in transformer.named_modules() if hasattr(module, "in_features")}
+
+
+def prepare_model(model):
+    """A clone to train on. Where the host would compute in float16, whose range is too small for gradients, it computes in float32.
+
+    Raises Step1XError for weights that the host cannot unpack by itself.
+    """
+    model = model.clone()
+    for module in model.model.diffusion_model.modules():
+        if hasattr(module, "in_features") and type(module.weight) is not torch.nn.Parameter and not isinstance(module.weight, QuantizedTensor):
+            raise Step1XError("A LoRA cannot be trained on GGUF weights, which only their own loader can unpack. "
+                              "Load a safetensors file with 'Load Step1X-Edit Model', in fp8 to save memory.")
+    model.model.diffusion_model.requires_grad_(False)
+    if model.model.get_dtype_inference() == torch.float16:
+        model.set_model_compute_dtype(torch.float32)
+    return model
+
+
+def load_for_training(model, dataset: EditDataset, settings: Settings, trained: int, checkpointing: bool) -> None:
+    """Load as much of the model as fits beside what the training needs; the host brings the rest in layer by layer. trained: number of weights of the LoRA."""
+    # Target and reference side by side, in latent pixels.
+    height, width = max((item.size for item in dataset.pairs), key=math.prod)
+    working = BACKWARD_FACTOR * model.memory_required([settings.batch, model.model.latent_channels, height, 2 * width])
+    if not checkpointing:
+        transformer = model.model.diffusion_model
+        working *= len(transformer.double_blocks) + len(transformer.single_blocks)
+    comfy.model_management.load_models_gpu([model], memory_required=TRAINED_BYTES * trained + working)
+    # Buffers of an earlier sampling are inference tensors, which cannot be written to outside of it.
+    comfy.model_management.reset_cast_buffers()
+
+
+def differentiable_attention(attention: Callable, *args, **kwargs) -> Tensor:
+    """The host's override hook: torch's own attention in place of kernels without gradients (Sage) and of slow ones with them."""
+    return attention_pytorch(*args, **kwargs)
+
+
+def predict(model, x: Tensor, s: Tensor, conditioning: tuple[Tensor, dict]) -> Tensor:
+    """The model's velocity, float32 [B, C, h, w]. x: noisy latents as the network sees them, float32; s [B] in 0..1; conditioning of B rows."""
+    cond, extra = conditioning
+    entry = {"cross_attn": cond, "model_conds": {}, **extra}
+    conds = comfy.samplers.encode_model_conds(model.model.extra_conds, [entry], x, x.device, "training")[0]["model_conds"]
+    conds = {name: value.process_cond(batch_size=len(x), device=x.device, area=None).cond for name, value in conds.items()}
+    options = {} if torch_attention_chosen() else {"optimized_attention_override": differentiable_attention}
+    # Copies, because both are needed afterwards.
+    return (x - model.model.apply_model(x.clone(), s.clone(), transformer_options=options, **conds)) / s[:, None, None, None]
+
+
+def join(conditionings: list[tuple[Tensor, dict]]) -> tuple[Tensor, dict]:
+    """Conditionings of one row and of equal shapes -> one of many rows."""
+    conds, extras = zip(*conditionings)
+    joined = {name: torch.cat([extra[name] for extra in extras]) for name, value in extras[0].items() if torch.is_tensor(value)}
+    references = [torch.cat(latents) for latents in zip(*(extra["reference_latents"] for extra in extras))]
+    return torch.cat(conds), joined | {"reference_latents": references}
+
+
+def batch_losses(model, dataset: EditDataset, items: list[CachedPair], positions: list[int], seed: int) -> Iterator[Tensor]:
+    """The losses of these pairs, [n] each time, in groups of equal shapes. positions: in the training, which noise depends on."""
+    device = model.load_device
+    groups = {}
+    for item, position in zip(items, positions):
+        target, _ = dataset.latents(item)
+        conditioning = dataset.conditioning(item)
+        x0 = model.model.process_latent_in(target)
+        s, noise = draw(seed, position, x0.shape)
+        shapes = (x0.shape, conditioning[0].shape, *(latent.shape for latent in conditioning[1]["reference_latents"]))
+        groups.setdefault(shapes, []).append((x0, noise, s, conditioning))
+    for group in groups.values():
+        parts = list(zip(*group))
+        x0, noise, s = (torch.cat(part).to(device) for part in parts[:3])
+        yield flow_loss(predict(model, add_noise(x0, noise, s), s, join(parts[3])), x0, noise)
+
+
+def train_step(model, dataset: EditDataset, run: Run) -> None:
+    """One update. Raises Step1XError when the loss is no number any more, and the host's exception on cancel; the run is then as it was before."""
+    settings, total = run.settings, 0.0
+    try:
+        for part in range(settings.accumulation):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            first = run.step * settings.pairs_per_step + part * settings.batch
+            positions = range(first, first + settings.batch)
+            items = [dataset.pairs[pair_at(settings.seed, position, len(dataset.pairs))] for position in positions]
+            for losses in batch_losses(model, dataset, items, positions, settings.seed):
+                loss = losses.sum() / settings.pairs_per_step
+                loss.backward()
+                total += loss.item()
+        if not torch.isfinite(torch.tensor(total)):
+            raise Step1XError(f"In step {run.step + 1} the loss is no number any more. "
+                              "Lower the learning rate and begin anew, or go on from the last state with a lower one.")
+    except BaseException:
+        run.optimiser.zero_grad(set_to_none=True)
+        raise
+    run.update(total)
+
+
+def train(model, dataset: EditDataset, settings: Settings, folder: Path, resume: bool = True, checkpointing: bool = True, save_every: int = 0,
+          validate_every: int = 0, validate: Callable | None = None, report: Callable | None = None) -> Run:
+    """Train up to settings.steps. State and LoRA go to the folder every `save_every` steps (0: never), at the end, and when the run is cancelled or fails,
+    but not before its first step: until then an earlier training stays as it is. Then, where the run does not go on from it, it is moved to FOLDER.1.
+
+    model: a Step1X-Edit model, of any weight dtype; it is not changed. validate: called as (model, step) every `validate_every` steps (0: never) and at the
+    end, in inference mode and with the LoRA in place. report: called with the run after each step.
+
+    Raises Step1XError for a model of another kind, with weights that cannot be trained on or of another layout than the dataset's, and as `Run.resume` and
+    `train_step` do, and the host's exception on cancel.
+    """
+    check_model(model)
+    model = prepare_model(model)
+    transformer = model.model.diffusion_model
+    origin = Origin(dataset.fingerprint(), transformer.version)
+    with torch.inference_mode(False):
+        run = Run(settings, linear_shapes(transformer), model.load_device, origin)
+        if resume:
+            run.resume(folder)
+    load_for_training(model, dataset, settings, run.trained, checkpointing)
+    with adapted(transformer, run.layers, checkpointing):
+        try:
+            while run.step < settings.steps:
+                with torch.inference_mode(False), torch.enable_grad(), training_mode():
+                    train_step(model, dataset, run)
+                # Not before there is something to take the place of an earlier training, and before anybody else writes there.
+                run.claim(folder)
+                if save_every and run.step % save_every == 0:
+                    run.save(folder)
+                if report is not None:
+                    report(run)
+                if validate is not None and validate_every and (run.step % validate_every == 0 or run.step == settings.steps):
+                    with torch.inference_mode():
+                        validate(model, run.step)
+                    load_for_training(model, dataset, settings, run.trained, checkpointing)
+        finally:
+            run.save(folder)
+    return run
+
+
+@contextmanager
+def training_mode() -> Iterator[None]:
+    """The host's kernels without gradients are not used meanwhile."""
+    comfy.model_management.in_training = True
+    try:
+        yield
+    finally:
+        comfy.model_management.in_training = False
+
+
+def edit_held_out(model, vae, dataset: EditDataset, steps: int, cfg: float, seed: int) -> list[np.ndarray]:
+    """The validation pairs edited: source, result and target side by side, uint8 [H, 3 W, 3] each. steps, cfg: 0 takes the version's default."""
+    model = with_norm_limiter(model)
+    steps, cfg = version_defaults(model, steps, cfg)
+    rows = []
+    for item in dataset.validation:
+        target, source = dataset.latents(item)
+        positive, negative = ([list(dataset.conditioning(item, negative))] for negative in (False, True))
+        latent = {"samples": source}
+        edited = sample(model, positive, negative, latent, flow_sigmas(steps, source), cfg, seed, callback=lambda *args: None)["samples"]
+        rows.append(to_uint8(torch.cat([vae.decode(part.clone())[0] for part in (source, edited, target)], dim=1)))
+    return rows

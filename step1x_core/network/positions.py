@@ -1,0 +1,38 @@
+"""Position ids of the text tokens of v1.2 (spec v12.md c)."""
+
+import torch
+from torch import Tensor
+
+from ..images import SIZE_MULTIPLE, VISION_CELL
+from ..prompts.v12 import KEPT
+
+
+def vision_coordinates(cells: int, side: int) -> Tensor:
+    """Where `cells` vision tokens lie along one axis of the latent token grid of a picture `side` pixels long, float64 [cells].
+
+    The centre of a vision token is carried from the language model's picture to the working picture and
+    to latent tokens, whose centre the official code puts at pixel 11 instead of 7.5.
+    """
+    centres = VISION_CELL * torch.arange(cells, dtype=torch.float64) + (VISION_CELL - 1) / 2
+    pixels = centres * (side - 1) / (VISION_CELL * cells - 1)
+    return (pixels - 11) / SIZE_MULTIPLE
+
+
+def text_ids(positions: Tensor, image_start: int, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Language-model positions of a whole sequence -> (time, row, column) of the kept tokens, float32 [L, 3].
+
+    positions: [3, L], see `mllm.mrope_positions`. image_start: index of the first picture token.
+    grid: picture tokens (rows, columns). size: working size (width, height) of the picture.
+
+    Time counts backwards from -1, the largest among the kept tokens. Rows and columns are fractional on
+    picture tokens and 0 elsewhere.
+    """
+    rows, columns = grid
+    image = slice(image_start, image_start + rows * columns)
+    ids = torch.zeros(positions.shape[1], 3)
+    ids[image, 1] = vision_coordinates(rows, size[1]).repeat_interleave(columns).float()
+    ids[image, 2] = vision_coordinates(columns, size[0]).repeat(rows).float()
+    time = positions[0, KEPT].cpu()
+    ids = ids[KEPT]
+    ids[:, 0] = time - (time.max() + 1)
+    return ids

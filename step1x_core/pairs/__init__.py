@@ -1,0 +1,1 @@
+"""Making datasets of edit pairs."""

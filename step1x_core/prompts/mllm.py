@@ -1,0 +1,67 @@
+"""What goes into the language model and what is kept of what comes out: positions, mask and output layout (docs/architecture.md)."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .v11 import PROMPT_DROP_TOKENS, PROMPT_MAX_TOKENS
+
+
+def attention_mask(ids: Tensor) -> Tensor:
+    """The official mask is `id > 0`; id 0 is a lone exclamation mark, which the whole model therefore does not see."""
+    return (ids > 0).long()
+
+
+def mrope_positions(mask: Tensor, image_start: int, grid: tuple[int, int]) -> Tensor:
+    """Rope positions [3, L] (time, row, column) of a sequence with one picture.
+
+    mask: [L] of 0/1; masked tokens take position 1 on every axis and do not advance the count.
+    image_start: index of the first picture token. grid: picture tokens (rows, columns).
+    """
+    rows, columns = grid
+    image_end = image_start + rows * columns
+    positions = torch.ones((3, mask.shape[0]), dtype=torch.long, device=mask.device)
+
+    def text(span, start):
+        positions[:, span] = torch.where(mask[span].bool(), mask[span].cumsum(0) - 1 + start, 1)
+
+    first = int(mask[:image_start].sum())
+    text(slice(0, image_start), 0)
+    cells = torch.arange(rows * columns, device=mask.device)
+    positions[0, image_start:image_end] = first
+    positions[1, image_start:image_end] = first + cells // columns
+    positions[2, image_start:image_end] = first + cells % columns
+    text(slice(image_end, mask.shape[0]), first + max(rows, columns))
+    return positions
+
+
+def rope_positions(runs: Iterable[int | tuple[int, int]]) -> Tensor:
+    """Rope positions [3, L] (time, row, column) of a sequence without masked tokens, as it is used for generation.
+
+    runs: the sequence as text (a number of tokens) and pictures (rows and columns of tokens), in order.
+    """
+    parts, start = [], 0
+    for run in runs:
+        if isinstance(run, int):
+            parts.append((start + torch.arange(run)).expand(3, -1))
+            start += run
+        else:
+            rows, columns = run
+            cells = torch.arange(rows * columns)
+            parts.append(start + torch.stack((torch.zeros_like(cells), cells // columns, cells % columns)))
+            start += max(rows, columns)
+    return torch.cat(parts, dim=1)
+
+
+def layout_states(states: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states [1, L, C] of a whole sequence -> conditioning [1, 640, C], zero padded on the right, and its mask [1, 640].
+
+    The fixed head is dropped but for its last token, and a long prompt loses its tail. The mask is 1 on
+    every kept token, lone exclamation marks included.
+    """
+    kept = states[:, PROMPT_DROP_TOKENS:PROMPT_DROP_TOKENS + PROMPT_MAX_TOKENS]
+    length = kept.shape[1]
+    mask = torch.zeros((kept.shape[0], PROMPT_MAX_TOKENS), dtype=torch.long, device=kept.device)
+    mask[:, :length] = 1
+    return torch.nn.functional.pad(kept, (0, 0, 0, PROMPT_MAX_TOKENS - length)), mask

@@ -1,0 +1,100 @@
+"""Prompt layout of v1.0 and v1.1: template, quotation splitting, token ids (spec v1.md c.2, c.3).
+
+The tokenizer is passed in as a function `text -> list of ids` that recognises special tokens and adds none.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+# Text conditioning of v1.0 and v1.1 (official inference code, spec v1.md c.5).
+PROMPT_DROP_TOKENS = 217
+PROMPT_MAX_TOKENS = 640
+
+IMAGE_PAD = "<|image_pad|>"
+IMAGE_PAD_ID = 151655
+VISION_END_ID = 151653
+
+# "Picture 1: <|vision_start|>", between the head and the picture.
+PICTURE_LABEL_IDS = [24669, 220, 16, 25, 220, 151652]
+TURN_END = "<|im_end|>\n<|im_start|>assistant\n"
+
+# What tokenizers of Qwen and of other families read as one token with a meaning: "<|im_end|>" and the like, and the tags of tools and thoughts.
+_SPECIAL = re.compile(r"<(\|[^\s<>|]+\||/?(?:tool_call|tool_response|think))>")
+
+QUOTE = '"'
+LEFT_QUOTE, RIGHT_QUOTE = "\u201c", "\u201d"
+LEFT_QUOTE_ID, RIGHT_QUOTE_ID = 2073, 854
+
+# The apostrophe and both curly double quotes count as quotation marks; curly single quotes do not.
+_TO_QUOTE = str.maketrans({"'": QUOTE, LEFT_QUOTE: QUOTE, RIGHT_QUOTE: QUOTE})
+
+
+@cache
+def prompt_head_ids() -> tuple[int, ...]:
+    """System turn and instruction prefix (218 ids). The network depends on this text to the letter."""
+    table = Path(__file__).parent.parent / "data" / "prompt_head.json"
+    return tuple(json.loads(table.read_text(encoding="utf-8"))["head"])
+
+
+def clean_prompt(prompt: str) -> str:
+    """Make any string safe to tokenise: lone surrogates become U+FFFD, a literal image token becomes plain text.
+
+    The official code fails on both; a second image token would have no picture behind it. Other special tokens stay special in an
+    instruction to edit by, for v1.0 and v1.1 (`prompt_ids`) and for v1.2 (`prompt_ids_v12`): the official layout reads them so, and goldens
+    hold their ids (tests/goldens/tokenization.json, tests/goldens/v12/tokens.json). Nothing is asked there, so there is no answer to forge.
+    What is put to the language model as a question goes through `plain_text`.
+    """
+    prompt = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return prompt.replace(IMAGE_PAD, "<| image_pad |>")
+
+
+def plain_text(text: str) -> str:
+    """A text whose every token is plain: a special token in it becomes plain text, "<|im_end|>" as "<| im_end |>" and "<think>" as "< think >".
+
+    With them a text could end its turn in a chat and answer in the model's place.
+    """
+    return _SPECIAL.sub(lambda match: "<| " + match[1][1:-1] + " |>" if match[1][0] == "|" else f"< {match[1]} >", clean_prompt(text))
+
+
+def split_quotations(text: str) -> list[str]:
+    """Split a text at its quotation marks; inside a quotation each character becomes a piece of its own in curly quotes.
+
+    The opening mark ends the plain piece before it, the closing mark begins the one after it. An
+    unpaired mark, an apostrophe too, leaves the rest of the text quoted.
+    """
+    pieces = []
+    running = ""
+    inside = False
+    for char in text.translate(_TO_QUOTE):
+        if char == QUOTE:
+            if inside:
+                running = char
+            else:
+                pieces.append(running + char)
+                running = ""
+            inside = not inside
+        elif inside:
+            pieces.append(LEFT_QUOTE + char + RIGHT_QUOTE)
+        else:
+            running += char
+    pieces.append(running)
+    return pieces
+
+
+def piece_ids(piece: str, tokenize: Callable[[str], list[int]]) -> list[int]:
+    """Ids of one piece; the curly quotes around a quoted character are dropped where they stayed tokens of their own."""
+    ids = list(tokenize(piece))
+    if len(ids) > 1 and ids[0] == LEFT_QUOTE_ID and ids[-1] == RIGHT_QUOTE_ID:
+        return ids[1:-1]
+    return ids
+
+
+def prompt_ids(prompt: str, tokenize: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
+    """Token ids before and after the picture. The picture's own tokens (id 151655) stand between the two lists."""
+    after = [VISION_END_ID]
+    for piece in split_quotations(clean_prompt(prompt) + TURN_END):
+        after += piece_ids(piece, tokenize)
+    return [*prompt_head_ids(), *PICTURE_LABEL_IDS], after

@@ -1,0 +1,1 @@
+"""Text that the language model writes: choosing tokens, templates, replies, reflection, judging."""

@@ -1,0 +1,79 @@
+"""The judge of GEdit-Bench: two questions about each edit (VIEScore), to a language model behind `ask` (spec train_eval.md 3).
+
+`ask(system, content, max_tokens) -> reply`; `content` holds texts and pictures, uint8 [H, W, 3], in their order. Each edit is judged by an
+`ask` of its own, which answers a question that it has been asked before anew.
+"""
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from .reflection import Ask, Asked, Conversation, Rules, answered
+from .replies import MAX_SCORE, BadReply, json_block
+from .templates import load_templates
+
+# Pixels of the pictures that are judged.
+JUDGE_AREA = 512 * 512
+QUESTIONS = ("edit_score", "quality_score")
+# The official code asks up to 10,000 times.
+TRIES = 5
+ANSWER_TOKENS = 768
+RULES = Rules(dict.fromkeys(QUESTIONS, ANSWER_TOKENS), scored=True, tries=TRIES)
+# The judge's first answer is its most probable one; only one that cannot be read is asked for anew, by chance.
+RETRY_TEMPERATURE = 0.7
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """semantics: edit success and restraint; quality: naturalness and freedom from artifacts; 0..10 each, None without a usable answer.
+
+    problem: why there is none, "" where there are all scores. replies: the last one to each question.
+    """
+
+    semantics: tuple[float, float] | None
+    quality: tuple[float, float] | None
+    problem: str = ""
+    replies: tuple[str, ...] = ()
+
+
+def judge_size(width: int, height: int) -> tuple[int, int]:
+    """Width and height at which a picture is judged: about 512 * 512 pixels in its aspect ratio."""
+    ratio = width / height
+    exact = math.sqrt(JUDGE_AREA * ratio)
+    return max(1, int(exact)), max(1, int(exact / ratio))
+
+
+def to_judge_size(picture: Image.Image) -> np.ndarray:
+    """Picture -> uint8 [h, w, 3]. The facts do not name the filter; this is Lanczos."""
+    return np.asarray(picture.convert("RGB").resize(judge_size(*picture.size), Image.Resampling.LANCZOS))
+
+
+def read_scores(reply: str) -> tuple[float, float]:
+    """The two scores of a reply: a JSON object with "score", in whatever text. Raises BadReply for anything but two numbers 0..10."""
+    scores = json_block(reply).get("score")
+    if not isinstance(scores, list) or len(scores) != 2 or not all(type(score) in (int, float) and 0 <= score <= MAX_SCORE for score in scores):
+        raise BadReply(f'"score" is not two numbers from 0 to {MAX_SCORE:g}')
+    return float(scores[0]), float(scores[1])
+
+
+def judging(source: Image.Image, edited: Image.Image, instruction: str) -> Generator[Asked, str, Verdict]:
+    """The steps (see `answered`) of judging one edit -> its scores, whatever the replies are."""
+    pictures = {"source": to_judge_size(source), "edited": to_judge_size(edited)}
+    conversation = Conversation(None, RULES, load_templates("english"), pictures)
+    scores, problems = [], []
+    for name, values in zip(QUESTIONS, ({"instruction": instruction}, {})):
+        try:
+            scores.append((yield from conversation.tries(name, read_scores, **values)))
+        except BadReply as problem:
+            scores.append(None)
+            problems.append(str(problem))
+    replies = tuple(call.replies[-1] if call.replies else "" for call in conversation.calls)
+    return Verdict(*scores, " ".join(problems), replies)
+
+
+def judge_edit(ask: Ask, source: Image.Image, edited: Image.Image, instruction: str) -> Verdict:
+    """The scores of one edit. Whatever the replies are, this returns a verdict; what `ask` raises passes through, other than BadReply."""
+    return answered(ask, judging(source, edited, instruction))

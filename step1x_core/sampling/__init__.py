@@ -1,0 +1,1 @@
+"""Schedule and guidance, as the official code has them."""

@@ -1,0 +1,11 @@
+"""What contact sheets and charts look like."""
+
+from PIL import Image, ImageOps
+
+PAPER, INK, GRID = "#ffffff", "#202020", "#d0d0d0"
+THUMBNAIL = 200
+MARGIN = 12
+
+
+def thumbnail(picture: Image.Image) -> Image.Image:
+    return ImageOps.pad(picture.convert("RGB"), (THUMBNAIL, THUMBNAIL), color=GRID)

@@ -1,0 +1,1 @@
+"""LoRA training: objective, dataset and its cache, loss curve."""
