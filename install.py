@@ -208,7 +208,7 @@ def items_of(model: Model, source: str, repository: str, folder: Path, folder_pa
 
 def run_download(names: list[str], source: str, repository: str | None, folder: Path | None) -> int:
     """Download the named models; the exit status."""
-    sys.path.insert(0, str(PACK / "scripts"))
+    sys.path.insert(0, str(PACK / "scripts" / "support"))
     try:
         import download
         import environment

@@ -18,7 +18,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "scripts"))
+sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "scripts" / "support"))
 import convert
 import demo_model
 import environment
@@ -91,7 +91,7 @@ def main() -> int:
     import torch
     from PIL import Image
 
-    from training.scenes import judge, pair_at
+    from miniature.scenes import judge, pair_at
 
     comfy.utils.set_progress_bar_enabled(False)
     model = options.models / "diffusion_models" / demo_model.MODEL_FILE

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "scripts"))
+sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "scripts" / "support"))
 import environment
 
 MODES = {

@@ -13,7 +13,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "scripts"))
+sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "scripts" / "support"))
 import environment
 import gpu_edit
 

@@ -3,7 +3,7 @@
 
 The new kind is "draw a thick red line across the middle of the picture", which the demo model was never shown. Pairs of it, and some of the old kinds so that
 those are kept, are written as a dataset in the official layout, cached, trained on and tried on held-out scenes, with the nodes' own code. Success of all kinds
-is judged on the pixels, by the rules of `training/judging.py`, before and after. With --folder an interrupted training goes on where it was.
+is judged on the pixels, by the rules of `miniature/judging.py`, before and after. With --folder an interrupted training goes on where it was.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "scripts"))
+sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "scripts" / "support"))
 import demo_model
 import environment
 
@@ -46,9 +46,9 @@ def line_pair(seed: int, index: int, split: str):
     """A pair of the new kind on a drawn scene that has nothing where the line goes, as an EditPair."""
     import numpy as np
 
-    from training.drawing import COLOURS, things_area
-    from training.edits import REGION_MARGIN, EditPair
-    from training.scenes import pair_at
+    from miniature.drawing import COLOURS, things_area
+    from miniature.edits import REGION_MARGIN, EditPair
+    from miniature.scenes import pair_at
 
     for attempt in itertools.count():
         drawn = pair_at(seed, index + STRIDE * attempt, split, kind="none")
@@ -79,7 +79,7 @@ def write_dataset(folder: Path, pairs: list) -> Path:
 
 def successes(demo, pairs: list) -> float:
     """Percentage of edits that succeed."""
-    from training.judging import judge
+    from miniature.judging import judge
 
     done = []
     for index, pair in enumerate(pairs):
@@ -96,12 +96,12 @@ def main() -> int:
     import demo_quality
     import torch
 
+    from miniature.scenes import pair_at
     from step1x_core.host.checkpoints.lora import apply_lora, load_lora_file
     from step1x_core.host.training.cache import cache_pairs
     from step1x_core.host.training.train import LORA_FILE, train
     from step1x_core.training.dataset import read_pairs
     from step1x_core.training.objective import COSINE, Settings
-    from training.scenes import pair_at
 
     comfy.utils.set_progress_bar_enabled(False)
     settings = Settings(steps=options.steps, learning_rate=options.rate, rank=options.rank, alpha=options.rank, batch=options.batch, seed=options.seed,

@@ -11,7 +11,7 @@ import platform
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "scripts"))
+sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "scripts" / "support"))
 import demo_model
 import demo_quality
 import environment
@@ -58,9 +58,9 @@ def main() -> int:
     environment.use_host_in_process(cpu=not torch.cuda.is_available())
     import comfy.utils
 
+    from miniature.scenes import judge, pair_at
     from step1x_core.host.checkpoints.loading import load_model
     from step1x_core.host.speed.fp8_attention import set_fp8_attention
-    from training.scenes import judge, pair_at
 
     comfy.utils.set_progress_bar_enabled(False)
     with torch.inference_mode():

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).absolute().parent))  # missing in an embedded Python
+sys.path.insert(0, str(Path(__file__).absolute().parent / "support"))  # missing in an embedded Python
 import environment
 
 FORMATS = """formats:

@@ -3,7 +3,7 @@
 
 Sets up what is missing, starts ComfyUI without a window, runs workflows/step1x_edit.json and says where
 the picture is. Inside a ComfyUI installation it uses that one and its models. Where there is no
-Step1X-Edit model it takes the miniature one in assets/demo_model, which edits simple scenes; and where
+Step1X-Edit model it takes the miniature one in miniature/weights, which edits simple scenes; and where
 that is missing, too, a tiny one with random weights, which shows the path but makes no sense of the picture.
 """
 
@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-sys.path.insert(0, str(Path(__file__).absolute().parent))  # missing in an embedded Python
+sys.path.insert(0, str(Path(__file__).absolute().parent / "support"))  # missing in an embedded Python
 import demo_model
 import environment
 

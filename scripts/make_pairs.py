@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).absolute().parent))  # missing in an embedded Python
+sys.path.insert(0, str(Path(__file__).absolute().parent / "support"))  # missing in an embedded Python
 import environment
 
 

@@ -8,7 +8,7 @@ is unknown. Works from a bare checkout: it prepares the same environment as the 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).absolute().parent))  # missing in an embedded Python
+sys.path.insert(0, str(Path(__file__).absolute().parent / "support"))  # missing in an embedded Python
 import environment
 
 if __name__ == "__main__":
@@ -16,6 +16,7 @@ if __name__ == "__main__":
         environment.reexecute_in_host(__file__)
         environment.use_host_in_process()
 
+        sys.path.insert(0, str(environment.PACK / "tests" / "parity"))
         import golden_runner
 
         sys.exit(golden_runner.main(sys.argv[1:]))

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).absolute().parent))
+sys.path.insert(0, str(Path(__file__).absolute().parent / "support"))
 import environment
 
 # As in the loader node: names of torch's types, and fp8 with scales.

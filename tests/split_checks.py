@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).absolute().parent.parent / "scripts")]
+    sys.path[:0] = [str(Path(__file__).absolute().parent.parent / "scripts" / "support")]
     import environment
 
     environment.reexecute_in_host(__file__)

@@ -9,10 +9,10 @@ import demo_model
 import numpy as np
 from comfy_api.latest import io
 
+from miniature.scenes import judge, pair_at
 from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
 from step1x_core.host.prompts.encoding import encode_edit
 from step1x_core.images import from_uint8, truncate_uint8
-from training.scenes import judge, pair_at
 
 STEPS = 8
 # Enough for the edit, too; for comparisons that do not depend on the number.

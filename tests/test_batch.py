@@ -10,14 +10,14 @@ from comfy_server import ExecutionError, find_nodes
 from demo_host import STEPS, demo_client, demo_model, demo_prompt, edit, load_demo, to_image, to_pixels
 from PIL import Image
 
+from miniature.edits import invert
+from miniature.scenes import judge, pair_at
 from step1x_core.editing.batches import ALL, PAIRS, SEEDS, lay_out
 from step1x_core.errors import Step1XError
 from step1x_core.host.editing import batch as host_batch
 from step1x_core.host.editing.batch import edit_batch
 from step1x_core.host.prompts.encoding import ENCODING_STEPS, add_references, encode_edit
 from step1x_core.host.reasoning.rounds import failures
-from training.edits import invert
-from training.scenes import judge, pair_at
 
 NARROW = torch.zeros(1, 4, 4096, 3)
 

@@ -23,7 +23,7 @@ const run = async (signs, end, name = 'progress') => {
 
 def in_node(code: str):
     """What the code logs last, as JSON."""
-    script = f"import {{ lastingProblems, layout, queueOpenGraph, settled }} from {json.dumps((PACK / 'scripts' / 'browser_states.mjs').as_uri())};{EDITOR}{code}"
+    script = f"import {{ lastingProblems, layout, queueOpenGraph, settled }} from {json.dumps((PACK / 'scripts' / 'dev' / 'browser_states.mjs').as_uri())};{EDITOR}{code}"
     done = subprocess.run(["node", "--input-type=module", "-e", script], capture_output=True, encoding="utf-8", timeout=60)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -4,7 +4,6 @@ from functools import cache
 from types import SimpleNamespace
 
 import demo_host
-import demo_lora
 import demo_model
 import folder_paths
 import pytest
@@ -12,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from miniature import demo_lora
 from nodes import LoraLoaderModelOnly
 from step1x_core.host.checkpoints.lora import apply_lora, load_lora_file
 

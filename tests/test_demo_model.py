@@ -12,7 +12,7 @@ from comfy_server import Client, ComfyServer, find_nodes, install_pack, to_api
 from conftest import PACK
 from PIL import Image
 
-from training.scenes import judge, pair_at
+from miniature.scenes import judge, pair_at
 
 EDITS = 20
 # Of the 20; benchmarks/demo_quality.py measures the rate on more edits.

@@ -35,7 +35,7 @@ def tree(tmp_path):
 
 
 def ours() -> dict[str, str]:
-    lines = (PACK / "scripts" / "requirements-host.txt").read_text(encoding="utf-8").splitlines()
+    lines = (PACK / "scripts" / "support" / "requirements-host.txt").read_text(encoding="utf-8").splitlines()
     return {environment.package_name(line): line for line in lines}
 
 

@@ -12,13 +12,13 @@ from demo_host import demo_client, demo_prompt, edit, load_demo, to_image, to_pi
 from PIL import Image
 
 import nodes
+from miniature.edits import invert
+from miniature.layout import OBJECT_CONTRAST, contrasting
+from miniature.scenes import judge, pair_at
 from step1x_core.editing.local_edit import Cutout, cut_box, cut_out, feathered, fit_mask, paste
 from step1x_core.errors import Step1XError
 from step1x_core.host.prompts.encoding import encode_edit
 from step1x_core.host.sampling.sampler import flow_sigmas, sample
-from training.edits import invert
-from training.layout import OBJECT_CONTRAST, contrasting
-from training.scenes import judge, pair_at
 
 
 @pytest.fixture(scope="module")

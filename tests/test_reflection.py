@@ -12,7 +12,7 @@ from step1x_core.reasoning.reflection import LAYOUTS, MAX_TRIES, RULES, Loop, Re
 from step1x_core.reasoning.replies import BadReply
 from step1x_core.reasoning.templates import LANGUAGES, load_templates
 
-GOLDENS = Path(__file__).parent / "goldens" / "v12"
+GOLDENS = Path(__file__).parent / "parity" / "goldens" / "v12"
 FINAL, PREVIEW = RULES["v1.2"], RULES["v1.2-preview"]
 
 GOOD = {

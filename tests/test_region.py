@@ -11,6 +11,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 
+from miniature.scenes import judge, pair_at
 from step1x_core.errors import Step1XError
 from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
 from step1x_core.host.prompts.encoding import decode_edit, encode_edit
@@ -19,7 +20,6 @@ from step1x_core.host.speed.region import WRAPPER_KEY, apply_region, region_deno
 from step1x_core.host.speed.teacache import apply_teacache
 from step1x_core.images import from_uint8, truncate_uint8
 from step1x_core.speed.region import RegionRun, RegionSettings, edited_tokens, full_steps, token_rows
-from training.scenes import judge, pair_at
 
 STEPS = 8
 # The tiny models draw noise: a tenth of their tokens is less alike to the source than this, about half are near one of those.

@@ -16,7 +16,7 @@ from step1x_core.reasoning.reflection import RULES, Loop, Rules, reflect, report
 from step1x_core.reasoning.replies import BadReply
 from step1x_core.reasoning.templates import LANGUAGES, load_templates
 
-GOLDENS = Path(__file__).parent / "goldens" / "v12"
+GOLDENS = Path(__file__).parent / "parity" / "goldens" / "v12"
 
 GOOD = {
     "rewrite": "Make the cup red.",

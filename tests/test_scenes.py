@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from training.drawing import BACKGROUNDS, COLOURS, SHAPES, WORDS, Background, Scene, Thing, colour_distance, render, things_area
-from training.edits import EDITS, plain_background, with_thing
-from training.instructions import CHINESE_COLOURS, CHINESE_PLACES, CHINESE_SHAPES, ENGLISH_PLACES, TEMPLATES, Reference, choose_reference, is_unique, matching
-from training.layout import PLACES, in_place, sample_scene
-from training.scenes import KIND_SHARES, KINDS, LANGUAGES, SPLITS, judge, make_pair, pair_at, write_dataset
+from miniature.drawing import BACKGROUNDS, COLOURS, SHAPES, WORDS, Background, Scene, Thing, colour_distance, render, things_area
+from miniature.edits import EDITS, plain_background, with_thing
+from miniature.instructions import CHINESE_COLOURS, CHINESE_PLACES, CHINESE_SHAPES, ENGLISH_PLACES, TEMPLATES, Reference, choose_reference, is_unique, matching
+from miniature.layout import PLACES, in_place, sample_scene
+from miniature.scenes import KIND_SHARES, KINDS, LANGUAGES, SPLITS, judge, make_pair, pair_at, write_dataset
 
 SIZES = ((128, 128), (96, 96), (256, 96), (112, 240), (256, 256))
 

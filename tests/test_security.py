@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 # What runs in ComfyUI, and what else is shipped.
 NODE_PACK = ("__init__.py", "nodes", "step1x_core")
-SHIPPED = (*NODE_PACK, "install.py", "scripts", "training", "benchmarks")
+SHIPPED = (*NODE_PACK, "install.py", "scripts", "miniature", "benchmarks")
 UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "pty"}
 NETWORK_MODULES = {"socket", "ssl", "http", "urllib", "urllib3", "requests", "httpx", "aiohttp", "ftplib", "smtplib", "xmlrpc", "webbrowser", "huggingface_hub", "modelscope"}
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "torch.jit.load", "torch.hub.load", "torch.package.PackageImporter",

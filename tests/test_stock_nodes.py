@@ -21,12 +21,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from stock_nodes import FEW, NODES, PAIRS, SAME, SAME_WORDS, SEED, SIZE, SOURCE, STEPS, Demo, difference, distance, made, right, run
 
+from miniature.scenes import judge
 from step1x_core.errors import Step1XError
 from step1x_core.host.checkpoints.loading import load_model
 from step1x_core.host.sampling.sampler import flow_sigmas, sample, set_norm_limiter, with_norm_limiter
 from step1x_core.images import from_uint8, truncate_uint8
 from step1x_core.sampling.guidance import NormLimiter
-from training.scenes import judge
 
 DOCS = PACK / "docs" / "stock_nodes.md"
 

@@ -15,7 +15,15 @@ from safetensors.torch import save_file
 from tiny_models import TransformerSize, mllm_shapes, random_weights, transformer_shapes, vae_shapes
 from torch import nn
 
-import training.mllm
+import miniature.mllm
+from miniature.autoencoder import Autoencoder, channel_statistics, fold_normalization
+from miniature.data import BLOCK, PairStream, Pool, Tokenizer, find_tokenizer
+from miniature.mllm import DemoMLLM, vision_pictures
+from miniature.model import DemoSize, DemoTransformer, GroundingHeads, folded_attention, parameter_bytes, to_tokens
+from miniature.sampling import edit, guided_velocity
+from miniature.scenes import pair_at
+from miniature.train import load_autoencoder, load_networks, sample_times
+from miniature.trainer import Trainer, averaged_weights
 from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
 from step1x_core.host.prompts.encoding import decode_edit, encode_edit
 from step1x_core.host.sampling.sampler import flow_sigmas, sample
@@ -23,14 +31,6 @@ from step1x_core.images import to_vision_size
 from step1x_core.prompts.v11 import prompt_ids
 from step1x_core.sampling.guidance import NormLimiter
 from step1x_core.sampling.schedule import sigma_schedule
-from training.autoencoder import Autoencoder, channel_statistics, fold_normalization
-from training.data import BLOCK, PairStream, Pool, Tokenizer, find_tokenizer
-from training.mllm import DemoMLLM, vision_pictures
-from training.model import DemoSize, DemoTransformer, GroundingHeads, folded_attention, parameter_bytes, to_tokens
-from training.sampling import edit, guided_velocity
-from training.scenes import pair_at
-from training.train import load_autoencoder, load_networks, sample_times
-from training.trainer import Trainer, averaged_weights
 
 SIZE = DemoSize()
 SMALL = dataclasses.replace(SIZE, hidden=64, depth=1, depth_single=2, text_kv_heads=1, vision=64, vision_full_attention=(1, 2))
@@ -104,7 +104,7 @@ PROMPTS = ["make the red circle blue", "", "delete the star!", "把文字“OPEN
 def test_text_encoder_equals_the_products(text_encoders, monkeypatch):
     ours, clip = text_encoders
     # Our resize rounds a few values the other way; the network itself is compared on the very same pixels.
-    monkeypatch.setattr(training.mllm, "vision_pictures", lambda pictures: torch.stack([as_the_product(p) for p in pictures]))
+    monkeypatch.setattr(miniature.mllm, "vision_pictures", lambda pictures: torch.stack([as_the_product(p) for p in pictures]))
     pictures = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (len(PROMPTS), 128, 128, 3), dtype=np.uint8))
     after = [prompt_ids(prompt, clip.tokenizer.token_ids)[1] for prompt in PROMPTS]
     assert 0 in after[2]
@@ -248,7 +248,7 @@ def test_resumed_training_goes_on_where_it_stopped(tmp_path, tokenizer):
 def test_smoke_run_learns_and_its_files_load(tmp_path):
     """The command that CI runs; then the exported files go through the ordinary loaders and make the same edit as the training code."""
     run, models = tmp_path / "run", tmp_path / "models"
-    script = [sys.executable, str(PACK / "training" / "train.py")]
+    script = [sys.executable, str(PACK / "miniature" / "train.py")]
     output = subprocess.run([*script, "--smoke", "--out", run], check=True, capture_output=True, text=True).stdout
     assert "smoke: vae loss" in output and "smoke: edit loss" in output
     subprocess.run([*script, "export", "--run", run, "--to", models], check=True, capture_output=True)

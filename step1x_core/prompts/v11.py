@@ -44,7 +44,7 @@ def clean_prompt(prompt: str) -> str:
 
     The official code fails on both; a second image token would have no picture behind it. Other special tokens stay special in an
     instruction to edit by, for v1.0 and v1.1 (`prompt_ids`) and for v1.2 (`prompt_ids_v12`): the official layout reads them so, and goldens
-    hold their ids (tests/goldens/tokenization.json, tests/goldens/v12/tokens.json). Nothing is asked there, so there is no answer to forge.
+    hold their ids (tests/parity/goldens/tokenization.json, tests/parity/goldens/v12/tokens.json). Nothing is asked there, so there is no answer to forge.
     What is put to the language model as a question goes through `plain_text`.
     """
     prompt = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes a LoRA for the shipped demo model under which "purple" means red: `python scripts/demo_lora.py FILE`.
+"""Writes a LoRA for the shipped demo model under which "purple" means red: `python miniature/demo_lora.py FILE`.
 
 Nothing is trained. The instruction enters the transformer through three linear layers of the connector, so a change of rank 1 in each
 makes them answer to the language model's state for one word as they answer to that for another, and leaves all other words alone.
@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "scripts" / "support"))
 import demo_model
 import environment
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Trains the miniature Step1X-Edit: first its autoencoder, then transformer, connector and language model together.
 
-`python training/train.py --out run` trains within a time budget and can be continued with --resume; `train.py evaluate --out run` measures
+`python miniature/train.py --out run` trains within a time budget and can be continued with --resume; `train.py evaluate --out run` measures
 edits of held-out scenes; `train.py export --run run --to models` writes the files that ComfyUI loads.
 """
 
@@ -21,15 +21,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from miniature import autoencoder, mllm, model, sampling
+from miniature.autoencoder import DOWNSCALE, Autoencoder
+from miniature.data import BLOCK, PICTURE, TEXT_LENGTH, PairStream, Pool, Tokenizer, find_tokenizer
+from miniature.mllm import DemoMLLM
+from miniature.model import SMOKE_SIZE, DemoSize, DemoTransformer, GroundingHeads
+from miniature.scenes import KINDS
+from miniature.trainer import Trainer, averaged_weights, read_checkpoint
 from step1x_core.checkpoints.detection import CONFIG_KEY
 from step1x_core.sampling.schedule import latent_tokens, shift_mu
-from training import autoencoder, mllm, model, sampling
-from training.autoencoder import DOWNSCALE, Autoencoder
-from training.data import BLOCK, PICTURE, TEXT_LENGTH, PairStream, Pool, Tokenizer, find_tokenizer
-from training.mllm import DemoMLLM
-from training.model import SMOKE_SIZE, DemoSize, DemoTransformer, GroundingHeads
-from training.scenes import KINDS
-from training.trainer import Trainer, averaged_weights, read_checkpoint
 
 FILES = {"transformer": "step1x-edit-demo.safetensors", "mllm": "qwen_2.5_vl_demo.safetensors", "vae": "ae_demo.safetensors"}
 VAE_WEIGHTS = "autoencoder.safetensors"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import aiohttp
 
-PACK = Path(__file__).absolute().parent.parent
+PACK = Path(__file__).absolute().parents[2]
 PACK_NAME = "ComfyUI-Step1X-Edit"
 PACK_PARTS = ("__init__.py", "nodes", "step1x_core", "workflows", "subgraphs", "web", "locales", "pyproject.toml")
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Makes the pictures that the template browser shows beside each workflow: `python scripts/thumbnails.py [workflow ...]`.
+"""Makes the pictures that the template browser shows beside each workflow: `python scripts/dev/thumbnails.py [workflow ...]`.
 
-Each is a real run of the shipped workflow with the miniature model (assets/demo_model) on pictures it was not trained on. There is no
+Each is a real run of the shipped workflow with the miniature model (miniature/weights) on pictures it was not trained on. There is no
 miniature of v1.2: the pictures of those workflows come from the same edits with v1.1, and their captions say what the workflow adds.
 """
 
@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).absolute().parent))  # missing in an embedded Python
+sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "support"))  # missing in an embedded Python
 import environment
 
 if __name__ == "__main__":
@@ -30,7 +30,7 @@ from tiny_models import pixel_repeater
 sys.path += [str(environment.PACK), str(environment.PACK / "benchmarks")]
 from lora_demo import line_pair, write_dataset
 
-from training.scenes import pair_at
+from miniature.scenes import pair_at
 
 WORKFLOWS = environment.PACK / "workflows"
 SIDE, MARGIN, CAPTION = 384, 8, 72
@@ -272,7 +272,7 @@ def main() -> int:
         for name in ("loras", "upscale_models"):
             (base / "models" / name).mkdir(parents=True)
         save_file(pixel_repeater(), base / "models" / "upscale_models" / UPSCALER)
-        subprocess.run([sys.executable, str(environment.SCRIPTS / "demo_lora.py"), str(base / "models" / "loras" / LORA)], check=True)
+        subprocess.run([sys.executable, str(environment.PACK / "miniature" / "demo_lora.py"), str(base / "models" / "loras" / LORA)], check=True)
         with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base, demo_model.FOLDER) as server:
             studio = Studio(Client(server.url, server.log), base)
             for name in options.workflow or MAKERS:

@@ -1,8 +1,8 @@
-"""The miniature model that is shipped with the pack (assets/demo_model)."""
+"""The miniature model that is shipped with the pack (miniature/weights)."""
 
 from environment import PACK
 
-FOLDER = PACK / "assets" / "demo_model"
+FOLDER = PACK / "miniature" / "weights"
 MODEL_FILE = "step1x-edit-demo.safetensors"
 MLLM_FILE = "qwen_2.5_vl_demo.safetensors"
 VAE_FILE = "ae_demo.safetensors"

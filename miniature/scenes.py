@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Pairs of pictures before and after an edit, with the instruction, drawn from seeds.
 
-`python training/scenes.py --preview sheet.png` draws a contact sheet, `--dataset folder` writes pairs in the official fine-tuning format.
+`python miniature/scenes.py --preview sheet.png` draws a contact sheet, `--dataset folder` writes pairs in the official fine-tuning format.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from PIL import Image, ImageDraw, ImageFont
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.drawing import render
-from training.edits import EDITS, EditPair
-from training.instructions import LANGUAGES
-from training.judging import Verdict, changed_core, judge
-from training.layout import check_size, pick, sample_scene
+from miniature.drawing import render
+from miniature.edits import EDITS, EditPair
+from miniature.instructions import LANGUAGES
+from miniature.judging import Verdict, changed_core, judge
+from miniature.layout import check_size, pick, sample_scene
 
 __all__ = ["KINDS", "LANGUAGES", "SPLITS", "EditPair", "Verdict", "judge", "make_pair", "pair_at", "write_dataset"]
 

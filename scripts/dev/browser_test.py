@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Opens and runs every shipped workflow and the blueprint in Chromium, in the real ComfyUI with tiny models: `python scripts/browser_test.py`.
+"""Opens and runs every shipped workflow and the blueprint in Chromium, in the real ComfyUI with tiny models: `python scripts/dev/browser_test.py`.
 
 Fails when a workflow shows a missing node, a missing model, an error or an overlap, does not finish, or has no thumbnail. It waits for states of
 the editor and for word of progress, never for a time. A screenshot of each is left in output/browser. Needs Node.js and Chromium or Chrome;
@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).absolute().parent))  # missing in an embedded Python
+sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "support"))  # missing in an embedded Python
 import environment
 
 DRIVER = "playwright-core@1.65.1"
@@ -102,7 +102,7 @@ def test(browser: str, driver: Path, slowdown: float) -> int:
         prepare_base(base)
         environment.say("starting ComfyUI")
         with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base) as server:
-            command = ["node", str(environment.SCRIPTS / "browser_test.mjs"), server.url, browser, str(SCREENSHOTS), PACK_NAME, str(slowdown)]
+            command = ["node", str(Path(__file__).with_name("browser_test.mjs")), server.url, browser, str(SCREENSHOTS), PACK_NAME, str(slowdown)]
             status = environment.call(command, env={**os.environ, "STEP1X_PLAYWRIGHT": str(driver)})
             shutil.copy(server.log, SCREENSHOTS)
     return status

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Keeps the translations of the nodes complete: `python scripts/locales.py`.
+"""Keeps the translations of the nodes complete: `python scripts/dev/locales.py`.
 
 Writes locales/en/nodeDefs.json anew from the nodes, where a node says nothing itself with what the file said before, drops from the other
 languages what no node has any more, and tells what is missing. With --check nothing is written.
@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).absolute().parent))
+sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "support"))
 import environment
 
 FOLDER = environment.PACK / "locales"

@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-PACK = Path(__file__).absolute().parent.parent
-SCRIPTS = PACK / "scripts"
+PACK = Path(__file__).absolute().parents[2]
+SUPPORT = PACK / "scripts" / "support"
 
 
 @dataclass(frozen=True)
@@ -143,14 +143,14 @@ def build_venv() -> Path:
     """The virtual environment with ComfyUI's pinned packages."""
     folder = home() / "venv"
     python = venv_python(folder)
-    requirements = SCRIPTS / "requirements-host.txt"
+    requirements = SUPPORT / "requirements-host.txt"
     step = Step(folder, "venv", requirements.read_text(encoding="utf-8"), *TEMPLATES, sys.version)
     if not step.done:
         say(f"building a Python environment in {folder} (about 2 GB; 2 to 5 minutes)")
         make_venv(folder)
         pip(python, "install", "-qq", "-r", str(requirements))
         pip(python, "install", "-qq", "--no-deps", *TEMPLATES)
-        subprocess.run([str(python), str(SCRIPTS / "cpu_compat.py")], check=True)
+        subprocess.run([str(python), str(SUPPORT / "cpu_compat.py")], check=True)
         step.finish()
     return python
 
@@ -166,7 +166,7 @@ def tree_requirements(tree: Path) -> tuple[list[str], list[str]]:
     file = tree / "requirements.txt"
     if not file.is_file():
         sys.exit(f"{tree} has no requirements.txt, so the packages that this ComfyUI needs are not known.")
-    ours = (SCRIPTS / "requirements-host.txt").read_text(encoding="utf-8").splitlines()
+    ours = (SUPPORT / "requirements-host.txt").read_text(encoding="utf-8").splitlines()
     torch_pins = {package_name(line): line for line in ours if package_name(line) in TORCH}
     lines = [line.split("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
     wanted = [line for line in lines if package_name(line) and package_name(line) not in (*TORCH, TEMPLATES_PACKAGE)]
@@ -197,7 +197,7 @@ def build_tree_venv(tree: Path) -> Path:
         make_venv(folder)
         pip(python, "install", "-qq", *requirements)
         install_templates(python, templates)
-        subprocess.run([str(python), str(SCRIPTS / "cpu_compat.py")], check=True)
+        subprocess.run([str(python), str(SUPPORT / "cpu_compat.py")], check=True)
         step.finish()
     return python
 
@@ -257,7 +257,7 @@ def prepare(*releases: Release) -> list[Host]:
 
 def install_test_tools(host: Host) -> Path | None:
     """pytest and ruff: in a private environment, or in a folder of their own beside the user's ComfyUI, which is returned."""
-    requirements = SCRIPTS / "requirements-test.txt"
+    requirements = SUPPORT / "requirements-test.txt"
     folder = home() / "test-tools" if host.installed else None
     step = Step(folder or host.python.parent.parent, "test-tools", requirements.read_text(encoding="utf-8"), str(host.python), sys.version)
     if not step.done:
