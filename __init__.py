@@ -6,7 +6,7 @@ WEB_DIRECTORY = "./web"
 
 # Outside ComfyUI (tests, tools) `step1x_core` stays importable on its own.
 if importlib.util.find_spec("comfy_api") is not None:
-    from .nodes import Step1XExtension
+    from .nodes import Step1XEditExtension
 
-    async def comfy_entrypoint() -> Step1XExtension:
-        return Step1XExtension()
+    async def comfy_entrypoint() -> Step1XEditExtension:
+        return Step1XEditExtension()

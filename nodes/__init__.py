@@ -3,53 +3,53 @@
 from comfy_api.latest import ComfyExtension, io
 
 from ..step1x_core.host.network.model import register
-from .attention import Step1XFp8Attention
-from .batch import Step1XBatch
-from .caching import Step1XTeaCache
-from .edit import Step1XDecode, Step1XEditEncode, Step1XReferences
-from .gate import Step1XGate
+from .attention import Step1XEditFp8Attention
+from .batch import Step1XEditBatch
+from .caching import Step1XEditTeaCache
+from .edit import Step1XEditDecode, Step1XEditEncode, Step1XEditReferences
+from .gate import Step1XEditContentGate
 from .gedit import GEDIT_NODES
-from .loaders import Step1XLoraLoader, Step1XMLLMLoader, Step1XModelLoader, Step1XVAELoader
-from .local import Step1XCrop, Step1XStitch
+from .loaders import Step1XEditLoadLora, Step1XEditLoadMLLM, Step1XEditLoadModel, Step1XEditLoadVAE
+from .local import Step1XEditCrop, Step1XEditStitch
 from .loop import LOOP_NODES
 from .pairs import PAIR_NODES
-from .region import Step1XRegion
+from .region import Step1XEditRegion
 from .replacements import register_replacements
-from .sampling import Step1XGuidance, Step1XGuidanceInterval, Step1XSampler, Step1XScheduler
-from .thinking import Step1XReflect, Step1XThink
-from .training import Step1XEditDataset, Step1XTrainLora
+from .sampling import Step1XEditGuidance, Step1XEditGuidanceInterval, Step1XEditSampler, Step1XEditScheduler
+from .thinking import Step1XEditReflect, Step1XEditThink
+from .training import Step1XEditDataset, Step1XEditTrainLora
 
 
-class Step1XExtension(ComfyExtension):
+class Step1XEditExtension(ComfyExtension):
     async def on_load(self) -> None:
         register()
         await register_replacements()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
-            Step1XModelLoader,
-            Step1XMLLMLoader,
-            Step1XVAELoader,
-            Step1XLoraLoader,
+            Step1XEditLoadModel,
+            Step1XEditLoadMLLM,
+            Step1XEditLoadVAE,
+            Step1XEditLoadLora,
             Step1XEditEncode,
-            Step1XSampler,
-            Step1XDecode,
-            Step1XScheduler,
-            Step1XGuidance,
-            Step1XGuidanceInterval,
-            Step1XTeaCache,
-            Step1XFp8Attention,
-            Step1XRegion,
-            Step1XThink,
-            Step1XReflect,
+            Step1XEditSampler,
+            Step1XEditDecode,
+            Step1XEditScheduler,
+            Step1XEditGuidance,
+            Step1XEditGuidanceInterval,
+            Step1XEditTeaCache,
+            Step1XEditFp8Attention,
+            Step1XEditRegion,
+            Step1XEditThink,
+            Step1XEditReflect,
             *LOOP_NODES,
-            Step1XCrop,
-            Step1XStitch,
-            Step1XReferences,
-            Step1XBatch,
+            Step1XEditCrop,
+            Step1XEditStitch,
+            Step1XEditReferences,
+            Step1XEditBatch,
             Step1XEditDataset,
-            Step1XTrainLora,
-            Step1XGate,
+            Step1XEditTrainLora,
+            Step1XEditContentGate,
             *GEDIT_NODES,
             *PAIR_NODES,
         ]

@@ -4,13 +4,13 @@ from ..step1x_core.host.sampling.sampler import check_model
 from ..step1x_core.host.speed.fp8_attention import set_fp8_attention
 
 
-class Step1XFp8Attention(io.ComfyNode):
+class Step1XEditFp8Attention(io.ComfyNode):
     """Attention in fp8 through NVIDIA's cuDNN, which no stock node offers."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XFp8Attention",
+            node_id="Step1XEditFp8Attention",
             display_name="Step1X-Edit fp8 Attention",
             category="model/patch/step1x",
             description="Rounds the attention's inputs to fp8, which data-centre GPUs multiply faster: with fp8 weights this saves about another tenth of the time at 1024, "

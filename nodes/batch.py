@@ -11,13 +11,13 @@ from .widgets import check_widgets
 LISTS = ("images", "prompts", "seed")
 
 
-class Step1XBatch(io.ComfyNode):
+class Step1XEditBatch(io.ComfyNode):
     """Many edits in one node. The other nodes take lists, too, but there one bad picture ends everything, and the models take turns in memory."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XBatch",
+            node_id="Step1XEditBatch",
             display_name="Step1X-Edit Batch",
             category="model/sampling/step1x",
             description="Edits many pictures of any sizes, or one picture in many ways. An edit that fails is reported and the others come out.",

@@ -6,13 +6,13 @@ from ..step1x_core.speed.teacache import DEFAULT_THRESHOLD
 from .widgets import check_widgets
 
 
-class Step1XTeaCache(io.ComfyNode):
+class Step1XEditTeaCache(io.ComfyNode):
     """TeaCache exactly as the official code has it. The stock 'EasyCache' works as well and decides differently."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XTeaCache",
+            node_id="Step1XEditTeaCache",
             display_name="Step1X-Edit TeaCache",
             category="model/patch/step1x",
             description="Skips the transformer's blocks in steps whose input hardly changed: faster, with a small change of the picture.",

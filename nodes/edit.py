@@ -46,13 +46,13 @@ class Step1XEditEncode(io.ComfyNode):
         return io.NodeOutput(*encode_edit(clip, vae, image, prompt, negative_prompt, size_level, latent))
 
 
-class Step1XReferences(io.ComfyNode):
+class Step1XEditReferences(io.ComfyNode):
     """Further reference pictures. The stock 'ReferenceLatent' adds one to one conditioning; it needs two for each picture, and scaling and encoding before them."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XReferences",
+            node_id="Step1XEditReferences",
             display_name="Step1X-Edit References",
             category=CATEGORY,
             description="Experimental: shows the model further pictures beside the one that is edited. It was trained with a single picture.",
@@ -78,13 +78,13 @@ class Step1XReferences(io.ComfyNode):
         return io.NodeOutput(*add_references([positive, negative], vae, list(images.values()), size_level))
 
 
-class Step1XDecode(io.ComfyNode):
+class Step1XEditDecode(io.ComfyNode):
     """The stock 'VAE Decode' followed by the official return to the source picture's size."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XDecode",
+            node_id="Step1XEditDecode",
             display_name="Step1X-Edit Decode",
             category=CATEGORY,
             description="Decodes the result and brings it to the size of the source picture.",

@@ -5,13 +5,13 @@ from ..step1x_core.host.gate.gate import NONE, classifier_folders, gate, show_st
 from .widgets import check_widgets
 
 
-class Step1XGate(io.ComfyNode):
+class Step1XEditContentGate(io.ComfyNode):
     """Keeps unsafe pictures from being saved. There is no stock node for it."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XGate",
+            node_id="Step1XEditContentGate",
             display_name="Step1X-Edit Content Gate",
             category="model/postprocessing/step1x",
             description="Between decode and save: checks pictures with a classifier of yours and the instruction by words or a question. All on this machine.",

@@ -23,11 +23,11 @@ def check_bench(bench) -> None:
     check_kind(bench, Bench, "bench", "'Step1X-Edit GEdit-Bench'")
 
 
-class Step1XGEditBench(io.ComfyNode):
+class Step1XEditGEditBench(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XGEditBench",
+            node_id="Step1XEditGEditBench",
             display_name="Step1X-Edit GEdit-Bench",
             category=CATEGORY,
             description="Opens the benchmark for edits by instruction, and says whose results are measured.",
@@ -54,11 +54,11 @@ class Step1XGEditBench(io.ComfyNode):
         return io.NodeOutput(open_bench(dataset, method, language, task_types, limit))
 
 
-class Step1XGEditItems(io.ComfyNode):
+class Step1XEditGEditItems(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XGEditItems",
+            node_id="Step1XEditGEditItems",
             display_name="Step1X-Edit GEdit-Bench Items",
             category=CATEGORY,
             description="Hands out the next items that have no result yet, as lists of pictures and instructions. Queue it again and again for all.",
@@ -89,11 +89,11 @@ class Step1XGEditItems(io.ComfyNode):
         return io.NodeOutput(pictures, prompts, [(bench, item) for item in chosen], len(waiting))
 
 
-class Step1XGEditSave(io.ComfyNode):
+class Step1XEditGEditSave(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XGEditSave",
+            node_id="Step1XEditGEditSave",
             display_name="Step1X-Edit GEdit-Bench Save",
             category=CATEGORY,
             description="Stores edited pictures where the official code of the benchmark looks for them.",
@@ -123,11 +123,11 @@ class Step1XGEditSave(io.ComfyNode):
         return io.NodeOutput(bench, "\n".join(f"{item.name}: {path.relative_to(bench.results).as_posix()}" for (_, item), path in zip(items, paths)))
 
 
-class Step1XGEditJudge(io.ComfyNode):
+class Step1XEditGEditJudge(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XGEditJudge",
+            node_id="Step1XEditGEditJudge",
             display_name="Step1X-Edit GEdit-Bench Judge",
             category=CATEGORY,
             description="Has the language model score every stored edit that it has not scored yet. May be cancelled at any time; the next run goes on.",
@@ -154,11 +154,11 @@ class Step1XGEditJudge(io.ComfyNode):
         return io.NodeOutput(bench, judge_bench(bench, clip, judge, seed, again))
 
 
-class Step1XGEditReport(io.ComfyNode):
+class Step1XEditGEditReport(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XGEditReport",
+            node_id="Step1XEditGEditReport",
             display_name="Step1X-Edit GEdit-Bench Report",
             category=CATEGORY,
             description="Writes the official tables, the means and the plots of what has been judged, and shows them.",
@@ -184,4 +184,4 @@ class Step1XGEditReport(io.ComfyNode):
         return io.NodeOutput(report.text, *pictures)
 
 
-GEDIT_NODES = [Step1XGEditBench, Step1XGEditItems, Step1XGEditSave, Step1XGEditJudge, Step1XGEditReport]
+GEDIT_NODES = [Step1XEditGEditBench, Step1XEditGEditItems, Step1XEditGEditSave, Step1XEditGEditJudge, Step1XEditGEditReport]

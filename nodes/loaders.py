@@ -21,14 +21,14 @@ WEIGHT_DTYPES = {
 }
 
 
-class Step1XModelLoader(io.ComfyNode):
+class Step1XEditLoadModel(io.ComfyNode):
     """Loads a Step1X-Edit model. Unlike the stock 'Load Diffusion Model' it also opens diffusers folders, lets you set the
     version, checks that the file is complete, and switches on the official guidance."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XModelLoader",
+            node_id="Step1XEditLoadModel",
             display_name="Load Step1X-Edit Model",
             category=CATEGORY,
             description="Loads a Step1X-Edit model: a single file (original, fp8 or scaled fp8) or a diffusers folder.",
@@ -53,13 +53,13 @@ class Step1XModelLoader(io.ComfyNode):
         return io.NodeOutput(load_model(path, None if version == "auto" else version, **WEIGHT_DTYPES[weight_dtype]))
 
 
-class Step1XMLLMLoader(io.ComfyNode):
+class Step1XEditLoadMLLM(io.ComfyNode):
     """Loads Qwen2.5-VL-7B as Step1X-Edit's text encoder. The stock 'Load CLIP' knows the file but not this model's prompt layout."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XMLLMLoader",
+            node_id="Step1XEditLoadMLLM",
             display_name="Load Step1X-Edit MLLM",
             category=CATEGORY,
             description="Loads Qwen2.5-VL-7B-Instruct, which reads the instruction and looks at the picture. The file that Qwen-Image uses fits, bf16 or scaled fp8.",
@@ -84,13 +84,13 @@ class Step1XMLLMLoader(io.ComfyNode):
         return io.NodeOutput(load_text_encoder(path, None if version == "auto" else version, options))
 
 
-class Step1XVAELoader(io.ComfyNode):
+class Step1XEditLoadVAE(io.ComfyNode):
     """Loads the VAE of a Step1X-Edit repository. For a single file such as ae.safetensors the stock 'Load VAE' does the same."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XVAELoader",
+            node_id="Step1XEditLoadVAE",
             display_name="Load Step1X-Edit VAE",
             category=CATEGORY,
             description="Loads the FLUX VAE from the vae folder of a diffusers repository, or from a single file.",
@@ -107,14 +107,14 @@ class Step1XVAELoader(io.ComfyNode):
         return io.NodeOutput(load_vae(resolve(vae, "vae", "vae")))
 
 
-class Step1XLoraLoader(io.ComfyNode):
+class Step1XEditLoadLora(io.ComfyNode):
     """The stock 'Load LoRA (Model)' works, too. This one knows more names of layers, follows the official merging rule for an alpha of 0, and
     refuses a file in which nothing fits the model, where the stock node goes on without it."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XLoraLoader",
+            node_id="Step1XEditLoadLora",
             display_name="Load Step1X-Edit LoRA",
             category=CATEGORY,
             description="Applies a LoRA to a Step1X-Edit model. Several can be chained.",

@@ -7,13 +7,13 @@ CATEGORY = "image/step1x"
 STITCH = io.Custom("STEP1X_STITCH")
 
 
-class Step1XCrop(io.ComfyNode):
+class Step1XEditCrop(io.ComfyNode):
     """Cuts out what is to be edited. The stock 'Crop Image' takes numbers, not a mask, and nothing puts its result back."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XCrop",
+            node_id="Step1XEditCrop",
             display_name="Step1X-Edit Crop",
             category=CATEGORY,
             description="Cuts the masked part out of a picture, with its surroundings, so that a small part is edited at the model's full resolution. "
@@ -41,13 +41,13 @@ class Step1XCrop(io.ComfyNode):
         return io.NodeOutput(cutout.part(image), cutout.part(cutout.mask), cutout)
 
 
-class Step1XStitch(io.ComfyNode):
+class Step1XEditStitch(io.ComfyNode):
     """Pastes an edited crop back. The stock 'ImageCompositeMasked' does so without a soft edge, at a place given by numbers."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XStitch",
+            node_id="Step1XEditStitch",
             display_name="Step1X-Edit Stitch",
             category=CATEGORY,
             description="Puts an edited crop back into its picture. Every pixel outside the mask stays exactly as it was.",

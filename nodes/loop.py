@@ -1,6 +1,6 @@
 """The reflection loop: one node that is expanded to a graph of the pack's own nodes.
 
-All rounds are laid out at once and a round is run only when 'Step1XLoopResult' asks for it, through lazy inputs. Expanding one round
+All rounds are laid out at once and a round is run only when 'Step1XEditLoopResult' asks for it, through lazy inputs. Expanding one round
 out of the other would nest them, and the host's default cache forgets nested nodes between two runs: a cancelled loop would start from
 the beginning. From the first picture on an error must not end the prompt, as the host would throw the picture away. So the later rounds
 use guarded twins of the public nodes, which hand an error on as a value.
@@ -17,8 +17,8 @@ from ..step1x_core.host.reasoning.rounds import HOST_KEEPS_RESULTS, Failure, Rou
 from ..step1x_core.host.reasoning.thinking import TEMPERATURE, check_instruction, check_thinking, judge, rules_version, single_picture
 from ..step1x_core.host.sampling.sampler import SAMPLERS, check_model
 from ..step1x_core.reasoning.reflection import MAX_ROUNDS, RULES, Loop, Thought, report
-from .edit import Step1XDecode, Step1XEditEncode
-from .sampling import Step1XSampler
+from .edit import Step1XEditDecode, Step1XEditEncode
+from .sampling import Step1XEditSampler
 from .widgets import check_widgets
 
 CATEGORY = "model/sampling/step1x"
@@ -59,25 +59,25 @@ def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     return Guarded
 
 
-GUARDED_NODES = [guarded(node) for node in (Step1XEditEncode, Step1XSampler, Step1XDecode)]
+GUARDED_NODES = [guarded(node) for node in (Step1XEditEncode, Step1XEditSampler, Step1XEditDecode)]
 
 
 def add_edit(graph: GraphBuilder, name: str, inputs: dict, image, prompt, seed: int, suffix: str = ""):
     """Add the nodes of one edit to the graph -> the link to the picture, at the size of the source."""
     encode = graph.node(f"Step1XEditEncode{suffix}", f"{name}_encode", image=image, prompt=prompt,
                         **{key: inputs[key] for key in ("clip", "vae", "negative_prompt", "size_level")})
-    sampler = graph.node(f"Step1XSampler{suffix}", f"{name}_sampler", positive=encode.out(0), negative=encode.out(1), latent=encode.out(2), seed=seed, denoise=1.0,
+    sampler = graph.node(f"Step1XEditSampler{suffix}", f"{name}_sampler", positive=encode.out(0), negative=encode.out(1), latent=encode.out(2), seed=seed, denoise=1.0,
                          **{key: inputs[key] for key in ("model", "steps", "cfg", "sampler_name")})
-    return graph.node(f"Step1XDecode{suffix}", f"{name}_decode", samples=sampler.out(0), vae=inputs["vae"], source=inputs["image"]).out(0)
+    return graph.node(f"Step1XEditDecode{suffix}", f"{name}_decode", samples=sampler.out(0), vae=inputs["vae"], source=inputs["image"]).out(0)
 
 
-class Step1XReflectionLoop(io.ComfyNode):
+class Step1XEditReflectionLoop(io.ComfyNode):
     """The official editing with thinking and reflection in one node. Built of the pack's own nodes, so each shows its progress, is cached and can be cancelled."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XReflectionLoop",
+            node_id="Step1XEditReflectionLoop",
             display_name="Step1X-Edit Reflection Loop",
             category=CATEGORY,
             description="Edits, has the language model judge the result, and edits again until it is satisfied. Returns the best picture and all the others.",
@@ -138,30 +138,30 @@ class Step1XReflectionLoop(io.ComfyNode):
         graph = GraphBuilder()
         image, prompt, thought, text = inputs["image"], inputs["prompt"], {}, report(Loop(values["prompt"]))
         if think:
-            rewritten = graph.node("Step1XThink", "think", clip=inputs["clip"], image=image, prompt=prompt, seed=seed, temperature=TEMPERATURE)
+            rewritten = graph.node("Step1XEditThink", "think", clip=inputs["clip"], image=image, prompt=prompt, seed=seed, temperature=TEMPERATURE)
             thought, prompt, text = {"instruction": prompt}, rewritten.out(0), rewritten.out(1)
         picture = add_edit(graph, "round_1", inputs, image, prompt, seed)
         if not reflect:
             return io.NodeOutput(picture, picture, text, prompt, expand=graph.finalize())
 
-        state = graph.node("Step1XLoopStart", "start", prompt=prompt, version=rules_version(values["model"]), **thought).out(0)
+        state = graph.node("Step1XEditLoopStart", "start", prompt=prompt, version=rules_version(values["model"]), **thought).out(0)
         states = {}
         for number in range(1, values["rounds"] + 1):
             name, round_seed = f"round_{number}", (seed + number - 1) % SEEDS
             if number > 1:
-                step = graph.node("Step1XLoopStep", f"{name}_step", state=state, source=image, latest=picture)
+                step = graph.node("Step1XEditLoopStep", f"{name}_step", state=state, source=image, latest=picture)
                 picture = add_edit(graph, name, inputs, step.out(0), step.out(1), round_seed, GUARDED)
-            state = graph.node("Step1XLoopJudge", f"{name}_judge", state=state, clip=inputs["clip"], source=image, edited=picture, seed=round_seed).out(0)
+            state = graph.node("Step1XEditLoopJudge", f"{name}_judge", state=state, clip=inputs["clip"], source=image, edited=picture, seed=round_seed).out(0)
             states[name] = state
-        result = graph.node("Step1XLoopResult", "result", **states)
+        result = graph.node("Step1XEditLoopResult", "result", **states)
         return io.NodeOutput(*(result.out(i) for i in range(4)), expand=graph.finalize())
 
 
-class Step1XLoopStart(io.ComfyNode):
+class Step1XEditLoopStart(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XLoopStart", category=CATEGORY, is_dev_only=True, description="Part of 'Step1X-Edit Reflection Loop': the state before the first round.",
+            node_id="Step1XEditLoopStart", category=CATEGORY, is_dev_only=True, description="Part of 'Step1X-Edit Reflection Loop': the state before the first round.",
             inputs=[io.String.Input("prompt"), io.Combo.Input("version", options=list(RULES)), io.String.Input("instruction", optional=True)],
             outputs=[STATE.Output()],
         )
@@ -173,11 +173,11 @@ class Step1XLoopStart(io.ComfyNode):
         return io.NodeOutput(Rounds(Loop(prompt, RULES[version], ROUNDS_LIMIT), thought))
 
 
-class Step1XLoopStep(io.ComfyNode):
+class Step1XEditLoopStep(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XLoopStep", category=CATEGORY, is_dev_only=True, description="Part of 'Step1X-Edit Reflection Loop': what the next round edits, and how.",
+            node_id="Step1XEditLoopStep", category=CATEGORY, is_dev_only=True, description="Part of 'Step1X-Edit Reflection Loop': what the next round edits, and how.",
             inputs=[STATE.Input("state"), io.Image.Input("source"), io.Image.Input("latest")],
             outputs=[io.Image.Output(), io.String.Output()],
         )
@@ -191,11 +191,11 @@ class Step1XLoopStep(io.ComfyNode):
         return io.NodeOutput(source if step.base == "source" else latest, step.prompt)
 
 
-class Step1XLoopJudge(io.ComfyNode):
+class Step1XEditLoopJudge(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XLoopJudge", category=CATEGORY, is_dev_only=True, hidden=[io.Hidden.unique_id],
+            node_id="Step1XEditLoopJudge", category=CATEGORY, is_dev_only=True, hidden=[io.Hidden.unique_id],
             description="Part of 'Step1X-Edit Reflection Loop': 'Step1X-Edit Reflect' for a round's picture; an error is put on record.",
             inputs=[STATE.Input("state"), io.Clip.Input("clip"), io.Image.Input("source"), io.Image.Input("edited"), io.Int.Input("seed")],
             outputs=[STATE.Output()],
@@ -216,13 +216,19 @@ class Step1XLoopJudge(io.ComfyNode):
         return io.NodeOutput(state.after(edited, judgement))
 
 
-class Step1XLoopResult(io.ComfyNode):
+class Step1XEditLoopResult(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XLoopResult", category=CATEGORY, is_dev_only=True, description="Part of 'Step1X-Edit Reflection Loop': asks for round after round and gives the result.",
+            node_id="Step1XEditLoopResult",
+            category=CATEGORY,
+            is_dev_only=True,
+            description="Part of 'Step1X-Edit Reflection Loop': asks for round after round and gives the result.",
             # Without kept results each round asked for later would run all rounds before it again.
-            inputs=[STATE.Input(f"round_{number}", optional=True, lazy=HOST_KEEPS_RESULTS and number > 1) for number in range(1, ROUNDS_LIMIT + 1)],
+            inputs=[
+                STATE.Input(f"round_{number}", optional=True, lazy=HOST_KEEPS_RESULTS and number > 1)
+                for number in range(1, ROUNDS_LIMIT + 1)
+            ],
             outputs=[io.Image.Output(), io.Image.Output(), io.String.Output(), io.String.Output()],
         )
 
@@ -241,4 +247,4 @@ class Step1XLoopResult(io.ComfyNode):
         return io.NodeOutput(state.best(), state.candidates(), state.report(), state.loop.prompt)
 
 
-LOOP_NODES = [Step1XReflectionLoop, *GUARDED_NODES, Step1XLoopStart, Step1XLoopStep, Step1XLoopJudge, Step1XLoopResult]
+LOOP_NODES = [Step1XEditReflectionLoop, *GUARDED_NODES, Step1XEditLoopStart, Step1XEditLoopStep, Step1XEditLoopJudge, Step1XEditLoopResult]

@@ -25,11 +25,11 @@ def kinds_input(known: tuple[str, ...]) -> io.String.Input:
     return io.String.Input("kinds", default="", tooltip=f"Only these kinds, with commas between them: {', '.join(known)}. Empty takes all.")
 
 
-class Step1XPairPropose(io.ComfyNode):
+class Step1XEditPairPropose(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XPairPropose",
+            node_id="Step1XEditPairPropose",
             display_name="Step1X-Edit Propose Edits",
             category=CATEGORY,
             description="Has the language model list what is in a picture, and makes instructions of it in English and Chinese, as lists for the nodes that make the edits.",
@@ -59,11 +59,11 @@ class Step1XPairPropose(io.ComfyNode):
         return io.NodeOutput(proposals, [image] * len(proposals), *texts, report)
 
 
-class Step1XPairCompute(io.ComfyNode):
+class Step1XEditPairCompute(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XPairCompute",
+            node_id="Step1XEditPairCompute",
             display_name="Step1X-Edit Computed Pairs",
             category=CATEGORY,
             description="Makes pairs that need no model: weather, light, restoration, style, colour and text, with instructions in English and Chinese.",
@@ -111,11 +111,11 @@ def join(pairs: list[tuple] | None) -> tuple:
     return tuple(pair for group in pairs or () for pair in group)
 
 
-class Step1XPairRecord(io.ComfyNode):
+class Step1XEditPairRecord(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XPairRecord",
+            node_id="Step1XEditPairRecord",
             display_name="Step1X-Edit Record Pairs",
             category=CATEGORY,
             description="Takes in what any other nodes made of a picture (segmentation, inpainting, filters, an edit model) as pairs with instruction, kind and origin.",
@@ -154,11 +154,11 @@ class Step1XPairRecord(io.ComfyNode):
         return io.NodeOutput(before + made, report)
 
 
-class Step1XPairJudge(io.ComfyNode):
+class Step1XEditPairJudge(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XPairJudge",
+            node_id="Step1XEditPairJudge",
             display_name="Step1X-Edit Judge Pairs",
             category=CATEGORY,
             description="Has the language model score every pair: is the instruction followed and the rest kept, and is the target natural and clean?",
@@ -181,11 +181,11 @@ class Step1XPairJudge(io.ComfyNode):
         return io.NodeOutput(*judge_pairs(clip, pairs, seed))
 
 
-class Step1XPairFilter(io.ComfyNode):
+class Step1XEditPairFilter(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XPairFilter",
+            node_id="Step1XEditPairFilter",
             display_name="Step1X-Edit Filter Pairs",
             category=CATEGORY,
             description="Keeps the pairs that reach the scores and change neither too little nor too much of the picture.",
@@ -217,11 +217,11 @@ class Step1XPairFilter(io.ComfyNode):
         return io.NodeOutput(*sift(pairs, Thresholds(min_semantics, min_quality, min_change, max_change, unjudged)))
 
 
-class Step1XPairSheet(io.ComfyNode):
+class Step1XEditPairSheet(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XPairSheet",
+            node_id="Step1XEditPairSheet",
             display_name="Step1X-Edit Pairs Contact Sheet",
             category=CATEGORY,
             description="Shows pairs on one picture, source and target side by side, and counts them by kind.",
@@ -243,11 +243,11 @@ class Step1XPairSheet(io.ComfyNode):
         return io.NodeOutput(*show_pairs(pairs, limit))
 
 
-class Step1XPairSave(io.ComfyNode):
+class Step1XEditPairSave(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XPairSave",
+            node_id="Step1XEditPairSave",
             display_name="Step1X-Edit Save Pairs",
             category=CATEGORY,
             description="Adds pairs to a dataset in output/edit_pairs, in the JSON layout of the official training code. Pairs that look the same are stored once.",
@@ -274,4 +274,4 @@ class Step1XPairSave(io.ComfyNode):
         return io.NodeOutput(*save_pairs(pairs, name))
 
 
-PAIR_NODES = [Step1XPairPropose, Step1XPairCompute, Step1XPairRecord, Step1XPairJudge, Step1XPairFilter, Step1XPairSheet, Step1XPairSave]
+PAIR_NODES = [Step1XEditPairPropose, Step1XEditPairCompute, Step1XEditPairRecord, Step1XEditPairJudge, Step1XEditPairFilter, Step1XEditPairSheet, Step1XEditPairSave]

@@ -6,14 +6,14 @@ from ..step1x_core.speed.region import RegionSettings
 from .widgets import check_widgets
 
 
-class Step1XRegion(io.ComfyNode):
+class Step1XEditRegion(io.ComfyNode):
     """Region-aware denoising: most steps compute only the part of the picture that the edit changes."""
 
     @classmethod
     def define_schema(cls):
         default = RegionSettings()
         return io.Schema(
-            node_id="Step1XRegion",
+            node_id="Step1XEditRegion",
             display_name="Step1X-Edit Region Denoising",
             category="model/patch/step1x",
             description="Finds out in the first steps which part of the picture the instruction changes, and computes only that part in most of the others. "

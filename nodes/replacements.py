@@ -6,7 +6,9 @@ a VAE beside the model, which the person connects; a replacement cannot add node
 
 from comfy_api.latest import ComfyAPI, io
 
-LOADER, EDIT = "Step1XModelLoader", "Step1XReflectionLoop"
+from .earlier import own_replacements
+
+LOADER, EDIT = "Step1XEditLoadModel", "Step1XEditReflectionLoop"
 # The editor saves widgets by position, and one more behind each seed.
 SEED = ["seed", "control_after_generate"]
 
@@ -48,5 +50,5 @@ def replacements() -> list[io.NodeReplace]:
 
 
 async def register_replacements() -> None:
-    for replacement in replacements():
+    for replacement in (*replacements(), *own_replacements()):
         await ComfyAPI().node_replacement.register(replacement)

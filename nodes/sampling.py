@@ -20,13 +20,13 @@ from .widgets import check_widgets
 CATEGORY = "model/sampling/step1x"
 
 
-class Step1XSampler(io.ComfyNode):
+class Step1XEditSampler(io.ComfyNode):
     """The official sampling in one node: resolution-dependent schedule, norm-limited guidance, Euler steps."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XSampler",
+            node_id="Step1XEditSampler",
             display_name="Step1X-Edit Sampler",
             category=CATEGORY,
             description="Edits with the schedule and guidance of the official code. KSampler works as well; its schedulers do not know the picture's size.",
@@ -57,13 +57,13 @@ class Step1XSampler(io.ComfyNode):
         return io.NodeOutput(sample(with_norm_limiter(model), positive, negative, latent, sigmas, cfg, seed, sampler_name))
 
 
-class Step1XScheduler(io.ComfyNode):
+class Step1XEditScheduler(io.ComfyNode):
     """The official schedule for 'SamplerCustomAdvanced'. The stock schedulers do not depend on the picture's size."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XScheduler",
+            node_id="Step1XEditScheduler",
             display_name="Step1X-Edit Scheduler",
             category=CATEGORY,
             description="Noise levels of the official code for a latent's size, for the custom samplers.",
@@ -82,13 +82,13 @@ class Step1XScheduler(io.ComfyNode):
         return io.NodeOutput(flow_sigmas(steps, latent_samples(latent), denoise))
 
 
-class Step1XGuidance(io.ComfyNode):
+class Step1XEditGuidance(io.ComfyNode):
     """Norm-limited guidance as a pre-CFG hook; it combines with the other guidance nodes."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XGuidance",
+            node_id="Step1XEditGuidance",
             display_name="Step1X-Edit Guidance",
             category=CATEGORY,
             description="Sets the norm limiter of Step1X-Edit's guidance. 'Load Step1X-Edit Model' switches the official one on; "
@@ -113,13 +113,13 @@ class Step1XGuidance(io.ComfyNode):
         return io.NodeOutput(set_norm_limiter(model, NormLimiter(limit, power)))
 
 
-class Step1XGuidanceInterval(io.ComfyNode):
+class Step1XEditGuidanceInterval(io.ComfyNode):
     """Guidance in a part of the steps. Outside it a step runs the conditional pass alone, in half the time."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XGuidanceInterval",
+            node_id="Step1XEditGuidanceInterval",
             display_name="Step1X-Edit Guidance Interval",
             category=CATEGORY,
             description="Guides a part of the steps only. The others leave the negative prompt out, as at CFG 1, and take half the time.",

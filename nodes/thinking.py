@@ -8,13 +8,13 @@ from .widgets import check_widgets
 CATEGORY = "model/conditioning/step1x"
 
 
-class Step1XThink(io.ComfyNode):
+class Step1XEditThink(io.ComfyNode):
     """The official rewriting of an instruction. The stock 'Generate Text' works with this text encoder, too, but takes its texts from you."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XThink",
+            node_id="Step1XEditThink",
             display_name="Step1X-Edit Think",
             category=CATEGORY,
             description="Has the language model look at the picture and rewrite the instruction as a clear edit. The prompt goes to 'Step1X-Edit Encode'.",
@@ -44,13 +44,13 @@ class Step1XThink(io.ComfyNode):
         return io.NodeOutput(*rewrite(clip, image, prompt, seed, temperature))
 
 
-class Step1XReflect(io.ComfyNode):
+class Step1XEditReflect(io.ComfyNode):
     """The official judgement on an edit, for graphs of your own. 'Step1X-Edit Reflection Loop' does the rounds by itself."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XReflect",
+            node_id="Step1XEditReflect",
             display_name="Step1X-Edit Reflect",
             category=CATEGORY,
             description="Has the language model compare source and edited picture: did the edit succeed, should it be refined, or done again?",

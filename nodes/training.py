@@ -67,13 +67,13 @@ class Step1XEditDataset(io.ComfyNode):
                                      f"{computed} latents and conditionings were encoded, the rest was in the cache.")
 
 
-class Step1XTrainLora(io.ComfyNode):
+class Step1XEditTrainLora(io.ComfyNode):
     """The stock 'Train LoRA' fails on a conditioning with reference latents, and knows neither this model's objective nor its layers."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XTrainLora",
+            node_id="Step1XEditTrainLora",
             display_name="Step1X-Edit Train LoRA",
             category=CATEGORY,
             description="Trains a LoRA on pairs of pictures. It can be cancelled and goes on where it was. The result is also a file in output/step1x_training.",

@@ -55,7 +55,7 @@ def arguments(argv=None) -> argparse.Namespace:
     edit.add_argument("--method", required=True, help="name of what is measured; the results' folder is called so")
     edit.add_argument("--workflow", type=Path, default=WORKFLOW, help="a workflow, as the editor saves or exports it (default: the pack's step1x_edit.json)")
     edit.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE",
-                      help="change a widget; NODE is a node's type or number, e.g. Step1XSampler.steps=20")
+                      help="change a widget; NODE is a node's type or number, e.g. Step1XEditSampler.steps=20")
     edit.add_argument("--seed", type=int, default=42, help="the seed of every edit")
     edit.add_argument("--batch", type=int, default=1, help="items in one run, for a workflow with Step1X-Edit Batch")
     edit.add_argument("--image-node", help="number of the node that loads the picture, where there are several")
@@ -109,7 +109,7 @@ class Workflow:
         self.keep_what_leads_to(output)
         # A preview: it leaves nothing in the output folder of the person's ComfyUI, and its pixels are the same.
         prompt[output] = {"class_type": "PreviewImage", "inputs": {"images": prompt[output]["inputs"]["images"]}, "_meta": {"title": OUTPUT}}
-        self.batch_node = next((name for name in prompt if prompt[name]["class_type"] == "Step1XBatch"), None)
+        self.batch_node = next((name for name in prompt if prompt[name]["class_type"] == "Step1XEditBatch"), None)
         if self.batch_node:
             # It gets a list of our own.
             prompt[self.batch_node]["inputs"] |= {"images": "", "combine": "pairs"}
@@ -156,7 +156,7 @@ class Workflow:
             node_name, dot, name = target.rpartition(".")
             nodes = [node for number, node in self.prompt.items() if node_name in (number, node["class_type"])]
             if not equals or not dot or not nodes or any(name not in node["inputs"] for node in nodes):
-                raise Step1XError(f"--set {change}: the workflow has no such node or input. Write it like Step1XSampler.steps=20.")
+                raise Step1XError(f"--set {change}: the workflow has no such node or input. Write it like Step1XEditSampler.steps=20.")
             try:
                 value = json.loads(text)
             except ValueError:

@@ -123,10 +123,10 @@ class Host:
         """One step of 'Step1X-Edit Sampler' on the good edit, with anything replaced."""
         inputs = {"model": self.model, **dict(zip(("positive", "negative", "latent"), self.encoded))}
         widgets = {"seed": 1, "steps": 1, "cfg": 6.0, "sampler_name": "euler", "denoise": 1.0}
-        return self.run("Step1XSampler", **{name: Given(value) for name, value in inputs.items()} | widgets | changes)
+        return self.run("Step1XEditSampler", **{name: Given(value) for name, value in inputs.items()} | widgets | changes)
 
     def decode(self, latent: dict, **changes) -> Outcome:
-        return self.run("Step1XDecode", **{"samples": Given(latent), "vae": Given(self.vae), "source": Given(self.picture)} | changes)
+        return self.run("Step1XEditDecode", **{"samples": Given(latent), "vae": Given(self.vae), "source": Given(self.picture)} | changes)
 
     def sampled_and_decoded(self, positive, negative, latent) -> torch.Tensor:
         (sampled,) = self.sample(positive=Given(positive), negative=Given(negative), latent=Given(latent)).made()

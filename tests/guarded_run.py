@@ -65,26 +65,26 @@ def main(base: Path, report: Path) -> None:
     starting = take()
     image = torch.rand(1, 72, 96, 3, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        vae, = run("Step1XVAELoader", vae=tiny_models.VAE_FILE)
+        vae, = run("Step1XEditLoadVAE", vae=tiny_models.VAE_FILE)
         for file, version, layout in ((tiny_models.V11_FILE, "auto", "v1.1"), ("shards-v1p1/", "auto", "v1.1"), (tiny_models.V12_FILE, "v1.2", "v1.2")):
-            model, = run("Step1XModelLoader", model=file, version=version, weight_dtype="default")
+            model, = run("Step1XEditLoadModel", model=file, version=version, weight_dtype="default")
             if version == "auto":
-                model, = run("Step1XLoraLoader", model=model, lora_name=tiny_models.LORA_FILE, strength=1.0)
-            clip, = run("Step1XMLLMLoader", mllm=tiny_models.MLLM_FILE, device="default", version=layout)
-            prompt, _ = run("Step1XThink", clip=clip, image=image, prompt="make it red", seed=1, temperature=0.7)
+                model, = run("Step1XEditLoadLora", model=model, lora_name=tiny_models.LORA_FILE, strength=1.0)
+            clip, = run("Step1XEditLoadMLLM", mllm=tiny_models.MLLM_FILE, device="default", version=layout)
+            prompt, _ = run("Step1XEditThink", clip=clip, image=image, prompt="make it red", seed=1, temperature=0.7)
             positive, negative, latent = run("Step1XEditEncode", clip=clip, vae=vae, image=image, prompt=prompt, negative_prompt="", size_level=64)
-            latent, = run("Step1XSampler", model=model, positive=positive, negative=negative, latent=latent, seed=1, steps=1, cfg=4.0, sampler_name="euler", denoise=1.0)
-            picture, = run("Step1XDecode", samples=latent, vae=vae, source=image)
+            latent, = run("Step1XEditSampler", model=model, positive=positive, negative=negative, latent=latent, seed=1, steps=1, cfg=4.0, sampler_name="euler", denoise=1.0)
+            picture, = run("Step1XEditDecode", samples=latent, vae=vae, source=image)
             assert picture.shape == image.shape and picture.isfinite().all()
         # Of the nodes that only compute.
-        run("Step1XTeaCache", model=model, threshold=0.2)
-        run("Step1XRegion", model=model, similarity=0.9, warmup=0.2, refreshes=1, reuse=0.0)
-        patched, = run("Step1XGuidanceInterval", model=model, start=0.0, end=0.5)
-        crop, _, stitch = run("Step1XCrop", image=image, mask=(image[..., 0] > 0.5).float(), context=0.5, min_size=16)
-        run("Step1XStitch", image=crop, stitch=stitch, feather=2)
+        run("Step1XEditTeaCache", model=model, threshold=0.2)
+        run("Step1XEditRegion", model=model, similarity=0.9, warmup=0.2, refreshes=1, reuse=0.0)
+        patched, = run("Step1XEditGuidanceInterval", model=model, start=0.0, end=0.5)
+        crop, _, stitch = run("Step1XEditCrop", image=image, mask=(image[..., 0] > 0.5).float(), context=0.5, min_size=16)
+        run("Step1XEditStitch", image=crop, stitch=stitch, feather=2)
         one = {"model": patched, "clip": clip, "vae": vae, "prompts": "red", "images": image, "combine": "pairs", "negative_prompt": "", "size_level": 64, "seed": 1, "steps": 1,
                "cfg": 2.0, "sampler_name": "euler"}
-        run("Step1XBatch", **{name: [value] for name, value in one.items()})
+        run("Step1XEditBatch", **{name: [value] for name, value in one.items()})
         _, found, _ = gate(image, "block", "classifier", "LABEL_0, LABEL_1", 0.0, "", prompt="red", question="Is it bad?", clip=clip)
         assert found == 1
     editing = take()
@@ -92,19 +92,19 @@ def main(base: Path, report: Path) -> None:
     # And of those that keep what they made.
     with torch.inference_mode():
         dataset, _ = run("Step1XEditDataset", clip=clip, vae=vae, dataset="pairs", size_level=64, validation=0)
-        run("Step1XTrainLora", model=model, dataset=dataset, name="lora", steps=1, learning_rate=0.01, rank=2, alpha=1.0, batch_size=1, accumulation=1, seed=1, resume=True,
+        run("Step1XEditTrainLora", model=model, dataset=dataset, name="lora", steps=1, learning_rate=0.01, rank=2, alpha=1.0, batch_size=1, accumulation=1, seed=1, resume=True,
             save_every=1, validate_every=0, schedule="constant", warmup=0, ema=0.0, gradient_checkpointing=True)
-        pairs, _ = run("Step1XPairCompute", images=[image], kinds=[""], count=[4], seed=[1], max_side=[0])
-        pairs, _ = run("Step1XPairRecord", source=[image], target=[1 - image], kind=["color_alter"], english=["invert it"], chinese=[""], direction=["forward"], maker=["x"],
+        pairs, _ = run("Step1XEditPairCompute", images=[image], kinds=[""], count=[4], seed=[1], max_side=[0])
+        pairs, _ = run("Step1XEditPairRecord", source=[image], target=[1 - image], kind=["color_alter"], english=["invert it"], chinese=[""], direction=["forward"], maker=["x"],
                        pairs=[pairs])
-        run("Step1XPairJudge", clip=clip, pairs=pairs[:1], seed=1)
-        run("Step1XPairSheet", pairs=pairs, limit=4)
-        run("Step1XPairSave", pairs=pairs, name="pairs")
-        bench, = run("Step1XGEditBench", dataset="", method="x", language="en", task_types="", limit=1)
-        pictures, _, items, _ = run("Step1XGEditItems", bench=bench, count=1)
-        run("Step1XGEditSave", images=pictures, items=items)
-        run("Step1XGEditJudge", bench=bench, clip=clip, judge="x", seed=1, again=False)
-        run("Step1XGEditReport", bench=bench, judge="x")
+        run("Step1XEditPairJudge", clip=clip, pairs=pairs[:1], seed=1)
+        run("Step1XEditPairSheet", pairs=pairs, limit=4)
+        run("Step1XEditPairSave", pairs=pairs, name="pairs")
+        bench, = run("Step1XEditGEditBench", dataset="", method="x", language="en", task_types="", limit=1)
+        pictures, _, items, _ = run("Step1XEditGEditItems", bench=bench, count=1)
+        run("Step1XEditGEditSave", images=pictures, items=items)
+        run("Step1XEditGEditJudge", bench=bench, clip=clip, judge="x", seed=1, again=False)
+        run("Step1XEditGEditReport", bench=bench, judge="x")
     report.write_text(json.dumps({"starting": starting, "editing": editing, "keeping": take()}), encoding="utf-8")
 
 

@@ -135,7 +135,7 @@ class InProcessHost:
         prompt = {name: {"class_type": "TestSource", "inputs": {"name": name}} for name in ("model", "clip", "vae", "image")}
         loop = {"prompt": "red cup pls", "negative_prompt": "", "size_level": 64, "seed": 5, "steps": 1, "cfg": 2.0, "rounds": 3, "think": True, "reflect": True,
                 "sampler_name": "euler"}
-        prompt["loop"] = {"class_type": "Step1XReflectionLoop", "inputs": {**{name: [name, 0] for name in prompt}, **loop, **changes}}
+        prompt["loop"] = {"class_type": "Step1XEditReflectionLoop", "inputs": {**{name: [name, 0] for name in prompt}, **loop, **changes}}
         prompt["sink"] = {"class_type": "TestSink", "inputs": {name: ["loop", i] for i, name in enumerate(("image", "candidates", "report", "prompt"))}}
         self.executor.execute(prompt, "id", {"client_id": "test"}, ["sink"])
         return Result(self.messages, self.values)

@@ -337,10 +337,10 @@ NAMES = {"parent": "../../x.safetensors", "absolute": "/etc/passwd", "backslashe
          "parent_folder": "../", "parent_of_a_file": f"{tiny_models.V11_FILE}/../../x.safetensors", "absolute_folder": "/", "line_break": "a\nb", "lone_surrogate": "\ud800",
          "5000_letters": "a" * 5000, "folder_of_the_file": tiny_models.V11_FILE + "/"}
 LOADERS = {
-    "model": ("Step1XModelLoader", {"version": "auto", "weight_dtype": "default"}),
-    "mllm": ("Step1XMLLMLoader", {"device": "cpu", "version": "auto"}),
-    "vae": ("Step1XVAELoader", {}),
-    "lora_name": ("Step1XLoraLoader", {"strength": 1.0}),
+    "model": ("Step1XEditLoadModel", {"version": "auto", "weight_dtype": "default"}),
+    "mllm": ("Step1XEditLoadMLLM", {"device": "cpu", "version": "auto"}),
+    "vae": ("Step1XEditLoadVAE", {}),
+    "lora_name": ("Step1XEditLoadLora", {"strength": 1.0}),
 }
 
 

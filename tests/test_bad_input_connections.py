@@ -19,43 +19,43 @@ TYPES = {"model": "MODEL", "clip": "CLIP", "vae": "VAE", "image": "IMAGE", "imag
 EDIT = {"negative_prompt": "", "size_level": 64, "seed": 1, "steps": 1, "cfg": 2.0, "sampler_name": "euler"}
 NODES = {
     "Step1XEditEncode": (("clip", "vae", "image"), {"prompt": "red", "negative_prompt": "", "size_level": 64}),
-    "Step1XReferences": (("positive", "negative", "vae", "images.image0"), {"size_level": 64}),
-    "Step1XSampler": (("model", "positive", "negative", "latent"), {"seed": 1, "steps": 1, "cfg": 2.0, "sampler_name": "euler", "denoise": 1.0}),
-    "Step1XDecode": (("samples", "vae"), {}),
-    "Step1XScheduler": (("latent",), {"steps": 4, "denoise": 1.0}),
-    "Step1XGuidance": (("model",), {"truncate": -1.0, "power": 0.4}),
-    "Step1XGuidanceInterval": (("model",), {"start": 0.0, "end": 0.7}),
-    "Step1XTeaCache": (("model",), {"threshold": 0.2}),
-    "Step1XFp8Attention": (("model",), {}),
-    "Step1XRegion": (("model",), {"similarity": 0.88, "warmup": 0.2, "refreshes": 1, "reuse": 0.02}),
-    "Step1XThink": (("clip", "image"), {"prompt": "red", "seed": 1, "temperature": 0.7}),
-    "Step1XReflect": (("clip", "source", "edited"), {"prompt": "red", "seed": 1, "version": "v1.2"}),
-    "Step1XCrop": (("image", "mask"), {"context": 0.5, "min_size": 16}),
-    "Step1XStitch": (("image", "stitch"), {"feather": 2}),
-    "Step1XBatch": (("model", "clip", "vae", "images"), {"prompts": "red", "combine": "pairs", **EDIT}),
-    "Step1XReflectionLoop": (("model", "clip", "vae", "image"), {"prompt": "red", "rounds": 1, "think": False, "reflect": False, **EDIT}),
-    "Step1XLoraLoader": (("model",), {"lora_name": Given("x"), "strength": 1.0}),
-    "Step1XGate": (("images", "clip"), {"action": "block", "classifier": "none", "unsafe_labels": "", "threshold": 0.5, "message": "", "prompt": "red", "words": "",
+    "Step1XEditReferences": (("positive", "negative", "vae", "images.image0"), {"size_level": 64}),
+    "Step1XEditSampler": (("model", "positive", "negative", "latent"), {"seed": 1, "steps": 1, "cfg": 2.0, "sampler_name": "euler", "denoise": 1.0}),
+    "Step1XEditDecode": (("samples", "vae"), {}),
+    "Step1XEditScheduler": (("latent",), {"steps": 4, "denoise": 1.0}),
+    "Step1XEditGuidance": (("model",), {"truncate": -1.0, "power": 0.4}),
+    "Step1XEditGuidanceInterval": (("model",), {"start": 0.0, "end": 0.7}),
+    "Step1XEditTeaCache": (("model",), {"threshold": 0.2}),
+    "Step1XEditFp8Attention": (("model",), {}),
+    "Step1XEditRegion": (("model",), {"similarity": 0.88, "warmup": 0.2, "refreshes": 1, "reuse": 0.02}),
+    "Step1XEditThink": (("clip", "image"), {"prompt": "red", "seed": 1, "temperature": 0.7}),
+    "Step1XEditReflect": (("clip", "source", "edited"), {"prompt": "red", "seed": 1, "version": "v1.2"}),
+    "Step1XEditCrop": (("image", "mask"), {"context": 0.5, "min_size": 16}),
+    "Step1XEditStitch": (("image", "stitch"), {"feather": 2}),
+    "Step1XEditBatch": (("model", "clip", "vae", "images"), {"prompts": "red", "combine": "pairs", **EDIT}),
+    "Step1XEditReflectionLoop": (("model", "clip", "vae", "image"), {"prompt": "red", "rounds": 1, "think": False, "reflect": False, **EDIT}),
+    "Step1XEditLoadLora": (("model",), {"lora_name": Given("x"), "strength": 1.0}),
+    "Step1XEditContentGate": (("images", "clip"), {"action": "block", "classifier": "none", "unsafe_labels": "", "threshold": 0.5, "message": "", "prompt": "red", "words": "",
                                         "question": "Is it bad?"}),
     "Step1XEditDataset": (("clip", "vae"), {"dataset": "pairs", "size_level": 64, "validation": 0}),
-    "Step1XTrainLora": (("model", "dataset"), {"name": "x", "steps": 1, "learning_rate": 0.1, "rank": 1, "alpha": 1.0, "batch_size": 1, "accumulation": 1, "seed": 1,
+    "Step1XEditTrainLora": (("model", "dataset"), {"name": "x", "steps": 1, "learning_rate": 0.1, "rank": 1, "alpha": 1.0, "batch_size": 1, "accumulation": 1, "seed": 1,
                                                "resume": True, "save_every": 0, "validate_every": 0, "schedule": "constant", "warmup": 0, "ema": 0.0,
                                                "gradient_checkpointing": True}),
-    "Step1XPairPropose": (("clip", "image"), {"kinds": "", "count": 1, "seed": 1}),
-    "Step1XPairCompute": (("images", "pairs"), {"kinds": "", "count": 1, "seed": 1, "max_side": 64}),
-    "Step1XPairRecord": (("source", "target", "proposals", "pairs"), {"kind": "color_alter", "english": "x", "chinese": "", "direction": "forward", "maker": "x"}),
-    "Step1XPairJudge": (("clip", "pairs"), {"seed": 1}),
-    "Step1XPairFilter": (("pairs",), {"min_semantics": 0.0, "min_quality": 0.0, "min_change": 0.0, "max_change": 1.0, "unjudged": True}),
-    "Step1XPairSheet": (("pairs",), {"limit": 4}),
-    "Step1XPairSave": (("pairs",), {"name": "x"}),
-    "Step1XGEditItems": (("bench",), {"count": 1}),
-    "Step1XGEditSave": (("images", "items"), {}),
-    "Step1XGEditJudge": (("clip", "bench"), {"judge": "x", "seed": 1, "again": False}),
-    "Step1XGEditReport": (("bench",), {"judge": "x"}),
+    "Step1XEditPairPropose": (("clip", "image"), {"kinds": "", "count": 1, "seed": 1}),
+    "Step1XEditPairCompute": (("images", "pairs"), {"kinds": "", "count": 1, "seed": 1, "max_side": 64}),
+    "Step1XEditPairRecord": (("source", "target", "proposals", "pairs"), {"kind": "color_alter", "english": "x", "chinese": "", "direction": "forward", "maker": "x"}),
+    "Step1XEditPairJudge": (("clip", "pairs"), {"seed": 1}),
+    "Step1XEditPairFilter": (("pairs",), {"min_semantics": 0.0, "min_quality": 0.0, "min_change": 0.0, "max_change": 1.0, "unjudged": True}),
+    "Step1XEditPairSheet": (("pairs",), {"limit": 4}),
+    "Step1XEditPairSave": (("pairs",), {"name": "x"}),
+    "Step1XEditGEditItems": (("bench",), {"count": 1}),
+    "Step1XEditGEditSave": (("images", "items"), {}),
+    "Step1XEditGEditJudge": (("clip", "bench"), {"judge": "x", "seed": 1, "again": False}),
+    "Step1XEditGEditReport": (("bench",), {"judge": "x"}),
 }
-OPTIONAL = {("Step1XGate", "clip"), ("Step1XPairCompute", "pairs"), ("Step1XPairRecord", "proposals"), ("Step1XPairRecord", "pairs")}
+OPTIONAL = {("Step1XEditContentGate", "clip"), ("Step1XEditPairCompute", "pairs"), ("Step1XEditPairRecord", "proposals"), ("Step1XEditPairRecord", "pairs")}
 # Optional ones; what else can be wrong with them is tried elsewhere.
-LEFT_OUT = {("Step1XDecode", "source"), ("Step1XEditEncode", "latent"), ("Step1XTrainLora", "vae")}
+LEFT_OUT = {("Step1XEditDecode", "source"), ("Step1XEditEncode", "latent"), ("Step1XEditTrainLora", "vae")}
 INPUTS = [(node, name) for node, (names, _) in NODES.items() for name in names]
 
 NO_MODEL = "This is not a Step1X-Edit model but .* Connect the model from 'Load Step1X-Edit Model'"
@@ -97,8 +97,8 @@ def things(host, root):
     positive, _, latent = host.encoded
     mask = torch.zeros(1, 64, 64)
     mask[:, 20:30, 20:30] = 1
-    stitch = host.run("Step1XCrop", image=Given(host.picture), mask=Given(mask), context=0.5, min_size=16).made()[2]
-    bench, = host.run("Step1XGEditBench", dataset="", method="x", language="en", task_types="", limit=1).made()
+    stitch = host.run("Step1XEditCrop", image=Given(host.picture), mask=Given(mask), context=0.5, min_size=16).made()[2]
+    bench, = host.run("Step1XEditGEditBench", dataset="", method="x", language="en", task_types="", limit=1).made()
     return {"MODEL": host.model, "CLIP": host.clip, "VAE": host.vae, "IMAGE": host.picture, "MASK": mask, "CONDITIONING": positive, "LATENT": latent, "STEP1X_STITCH": stitch,
             "STEP1X_EDIT_DATASET": EditDataset(Cache(root / "cache"), []), "STEP1X_PAIRS": (), "STEP1X_PROPOSAL": None, "STEP1X_BENCH": bench,
             "STEP1X_BENCH_ITEM": (bench, bench.items[0])}
@@ -130,12 +130,12 @@ def test_outputs_of_another_type_are_refused_by_the_host(host, things, node, nam
 def test_what_comes_through_a_node_without_types(host, things, node, name, wrong):
     """Switches and reroutes of other packs fit everywhere, and a checkpoint without a text encoder or VAE gives None."""
     value = {"nothing": None, "other": things["STEP1X_STITCH" if TYPES[name] != "STEP1X_STITCH" else "VAE"], "text": "x"}[wrong]
-    not_connected = (node, name, wrong) == ("Step1XGate", "clip", "nothing")
+    not_connected = (node, name, wrong) == ("Step1XEditContentGate", "clip", "nothing")
     host.refuses(run(host, things, node, **{name: Given(value)}), "no text encoder is connected. Connect 'clip'" if not_connected else REFUSALS[TYPES[name]])
 
 
 @pytest.mark.parametrize("link, expected", [(["nowhere", 0], NO_SUCH_NODE), (["a"], BAD_LINK), (["a", 0, 0], BAD_LINK), ([], BAD_LINK)])
-@pytest.mark.parametrize("node, name", [("Step1XEditEncode", "clip"), ("Step1XSampler", "latent"), ("Step1XBatch", "images")])
+@pytest.mark.parametrize("node, name", [("Step1XEditEncode", "clip"), ("Step1XEditSampler", "latent"), ("Step1XEditBatch", "images")])
 def test_links_that_lead_nowhere(host, things, node, name, link, expected):
     host.refuses(run(host, things, node, **{name: link}), expected)
 
@@ -163,11 +163,11 @@ def test_versions_of_model_and_conditioning(host, v12, of_model, of_positive, of
     host.refuses(outcome, OTHER_LAYOUT)
 
 
-@pytest.mark.parametrize("node", ["Step1XBatch", "Step1XReflectionLoop"])
+@pytest.mark.parametrize("node", ["Step1XEditBatch", "Step1XEditReflectionLoop"])
 @pytest.mark.parametrize("part", ["model", "clip"])
 def test_versions_inside_one_node(host, things, v12, node, part):
     outcome = run(host, things, node, **{part: Given(v12[0] if part == "model" else v12[1], TYPES[part])})
-    if node == "Step1XBatch":
+    if node == "Step1XEditBatch":
         # It tells of each edit in a line of its own.
         assert outcome.error[0].endswith("Step1XError") and "None of the edits could be made" in outcome.error[1] and "Set the version of" in outcome.error[1]
         host.still_edits()
@@ -188,7 +188,18 @@ def foreign_vaes():
 
 
 @pytest.mark.parametrize("kind", ["sd", "none"])
-@pytest.mark.parametrize("node", ["Step1XEditEncode", "Step1XReferences", "Step1XDecode", "Step1XBatch", "Step1XReflectionLoop", "Step1XEditDataset", "Step1XTrainLora"])
+@pytest.mark.parametrize(
+    "node",
+    [
+        "Step1XEditEncode",
+        "Step1XEditReferences",
+        "Step1XEditDecode",
+        "Step1XEditBatch",
+        "Step1XEditReflectionLoop",
+        "Step1XEditDataset",
+        "Step1XEditTrainLora",
+    ],
+)
 def test_vaes_of_other_models(host, things, foreign_vaes, node, kind):
     host.refuses(run(host, things, node, vae=Given(foreign_vaes[kind], "VAE")), "This VAE makes latents of 4 channels, Step1X-Edit needs 16. Load the FLUX VAE")
 
@@ -201,8 +212,20 @@ def foreign_model():
     return comfy.sd.load_diffusion_model_state_dict(tiny_models.random_weights(shapes, 0))
 
 
-@pytest.mark.parametrize("node", ["Step1XSampler", "Step1XGuidance", "Step1XGuidanceInterval", "Step1XTeaCache", "Step1XRegion", "Step1XBatch", "Step1XReflectionLoop",
-                                  "Step1XLoraLoader", "Step1XTrainLora"])
+@pytest.mark.parametrize(
+    "node",
+    [
+        "Step1XEditSampler",
+        "Step1XEditGuidance",
+        "Step1XEditGuidanceInterval",
+        "Step1XEditTeaCache",
+        "Step1XEditRegion",
+        "Step1XEditBatch",
+        "Step1XEditReflectionLoop",
+        "Step1XEditLoadLora",
+        "Step1XEditTrainLora",
+    ],
+)
 def test_models_of_other_families(host, things, foreign_model, node):
     host.refuses(run(host, things, node, model=Given(foreign_model, "MODEL")), NO_MODEL)
 
@@ -213,8 +236,20 @@ class SDTextEncoder:
     tokenizer = object()
 
 
-@pytest.mark.parametrize("node", ["Step1XEditEncode", "Step1XThink", "Step1XReflect", "Step1XBatch", "Step1XGate", "Step1XEditDataset", "Step1XPairPropose", "Step1XPairJudge",
-                                  "Step1XGEditJudge"])
+@pytest.mark.parametrize(
+    "node",
+    [
+        "Step1XEditEncode",
+        "Step1XEditThink",
+        "Step1XEditReflect",
+        "Step1XEditBatch",
+        "Step1XEditContentGate",
+        "Step1XEditDataset",
+        "Step1XEditPairPropose",
+        "Step1XEditPairJudge",
+        "Step1XEditGEditJudge",
+    ],
+)
 def test_text_encoders_of_other_models(host, things, node):
     host.refuses(run(host, things, node, clip=Given(SDTextEncoder(), "CLIP")), NO_ENCODER)
 

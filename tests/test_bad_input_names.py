@@ -12,14 +12,14 @@ NAMES = {"parent": "..", "parents": "../../../x", "through_a_folder": "a/../../.
 NO_NAME = "cannot be (the|a) name of"
 NO_DATASET = "There is no dataset '.*' in |names no dataset|is not in ComfyUI's input folder|There is no GEdit-Bench in .* Put the dataset|holds no pairs"
 NODES = {
-    "training": ("Step1XTrainLora", "name", NO_NAME, {"steps": 1, "learning_rate": 0.1, "rank": 1, "alpha": 1.0, "batch_size": 1, "accumulation": 1, "seed": 1, "resume": True,
+    "training": ("Step1XEditTrainLora", "name", NO_NAME, {"steps": 1, "learning_rate": 0.1, "rank": 1, "alpha": 1.0, "batch_size": 1, "accumulation": 1, "seed": 1, "resume": True,
                                                       "save_every": 0, "validate_every": 0, "schedule": "constant", "warmup": 0, "ema": 0.0, "gradient_checkpointing": True}),
-    "pairs": ("Step1XPairSave", "name", NO_NAME, {}),
+    "pairs": ("Step1XEditPairSave", "name", NO_NAME, {}),
     "dataset": ("Step1XEditDataset", "dataset", NO_DATASET, {"size_level": 64, "validation": 0}),
-    "bench": ("Step1XGEditBench", "dataset", NO_DATASET, {"method": "x", "language": "en", "task_types": "", "limit": 0}),
-    "method": ("Step1XGEditBench", "method", NO_NAME, {"dataset": "", "language": "en", "task_types": "", "limit": 0}),
-    "judge": ("Step1XGEditReport", "judge", NO_NAME, {}),
-    "judge_of_judge": ("Step1XGEditJudge", "judge", NO_NAME, {"seed": 1, "again": False}),
+    "bench": ("Step1XEditGEditBench", "dataset", NO_DATASET, {"method": "x", "language": "en", "task_types": "", "limit": 0}),
+    "method": ("Step1XEditGEditBench", "method", NO_NAME, {"dataset": "", "language": "en", "task_types": "", "limit": 0}),
+    "judge": ("Step1XEditGEditReport", "judge", NO_NAME, {}),
+    "judge_of_judge": ("Step1XEditGEditJudge", "judge", NO_NAME, {"seed": 1, "again": False}),
 }
 # A benchmark without a dataset has pictures of its own.
 FINE = {("bench", "nothing"), ("bench", "spaces")}
@@ -37,7 +37,7 @@ def host(model, clip, vae, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def links(host, tmp_path_factory):
-    bench, = host.run("Step1XGEditBench", dataset="", method="x", language="en", task_types="", limit=1).made()
+    bench, = host.run("Step1XEditGEditBench", dataset="", method="x", language="en", task_types="", limit=1).made()
     return {"training": {"model": host.model, "dataset": EditDataset(Cache(tmp_path_factory.mktemp("cache")), [])}, "pairs": {"pairs": ()},
             "dataset": {"clip": host.clip, "vae": host.vae}, "judge": {"bench": bench}, "judge_of_judge": {"bench": bench, "clip": host.clip}}
 

@@ -12,65 +12,119 @@ NAN, INF = float("nan"), float("inf")
 OUT_OF_RANGE = "The input '{}' brings .*, but it takes {}.*Correct it, or the node that it comes from"
 WIDGETS = {
     "Step1XEditEncode": {"prompt": "red", "negative_prompt": "", "size_level": 64},
-    "Step1XReferences": {"size_level": 64},
-    "Step1XSampler": {"seed": 1, "steps": 1, "cfg": 2.0, "sampler_name": "euler", "denoise": 1.0},
-    "Step1XScheduler": {"steps": 4, "denoise": 1.0},
-    "Step1XGuidance": {"truncate": -1.0, "power": 0.4},
-    "Step1XGuidanceInterval": {"start": 0.0, "end": 0.7},
-    "Step1XTeaCache": {"threshold": 0.2},
-    "Step1XRegion": {"similarity": 0.88, "warmup": 0.2, "refreshes": 1, "reuse": 0.02},
-    "Step1XThink": {"prompt": "red", "seed": 1, "temperature": 0.7},
-    "Step1XReflect": {"prompt": "red", "seed": 1, "version": "v1.2"},
-    "Step1XCrop": {"context": 0.5, "min_size": 16},
-    "Step1XStitch": {"feather": 2},
-    "Step1XBatch": {"prompts": "red", "combine": "pairs", "negative_prompt": "", "size_level": 64, "seed": 1, "steps": 1, "cfg": 2.0, "sampler_name": "euler"},
-    "Step1XReflectionLoop": {"prompt": "red", "negative_prompt": "", "size_level": 64, "seed": 1, "steps": 1, "cfg": 2.0, "rounds": 1, "think": False, "reflect": False,
+    "Step1XEditReferences": {"size_level": 64},
+    "Step1XEditSampler": {"seed": 1, "steps": 1, "cfg": 2.0, "sampler_name": "euler", "denoise": 1.0},
+    "Step1XEditScheduler": {"steps": 4, "denoise": 1.0},
+    "Step1XEditGuidance": {"truncate": -1.0, "power": 0.4},
+    "Step1XEditGuidanceInterval": {"start": 0.0, "end": 0.7},
+    "Step1XEditTeaCache": {"threshold": 0.2},
+    "Step1XEditRegion": {"similarity": 0.88, "warmup": 0.2, "refreshes": 1, "reuse": 0.02},
+    "Step1XEditThink": {"prompt": "red", "seed": 1, "temperature": 0.7},
+    "Step1XEditReflect": {"prompt": "red", "seed": 1, "version": "v1.2"},
+    "Step1XEditCrop": {"context": 0.5, "min_size": 16},
+    "Step1XEditStitch": {"feather": 2},
+    "Step1XEditBatch": {"prompts": "red", "combine": "pairs", "negative_prompt": "", "size_level": 64, "seed": 1, "steps": 1, "cfg": 2.0, "sampler_name": "euler"},
+    "Step1XEditReflectionLoop": {"prompt": "red", "negative_prompt": "", "size_level": 64, "seed": 1, "steps": 1, "cfg": 2.0, "rounds": 1, "think": False, "reflect": False,
                              "sampler_name": "euler"},
-    "Step1XLoraLoader": {"lora_name": "x", "strength": 1.0},
-    "Step1XModelLoader": {"model": "x", "version": "auto", "weight_dtype": "default"},
-    "Step1XMLLMLoader": {"mllm": "x", "device": "cpu", "version": "auto"},
-    "Step1XGate": {"action": "block", "classifier": "none", "unsafe_labels": "", "threshold": 0.5, "message": "", "prompt": "red", "words": "blood", "question": ""},
+    "Step1XEditLoadLora": {"lora_name": "x", "strength": 1.0},
+    "Step1XEditLoadModel": {"model": "x", "version": "auto", "weight_dtype": "default"},
+    "Step1XEditLoadMLLM": {"mllm": "x", "device": "cpu", "version": "auto"},
+    "Step1XEditContentGate": {"action": "block", "classifier": "none", "unsafe_labels": "", "threshold": 0.5, "message": "", "prompt": "red", "words": "blood", "question": ""},
     "Step1XEditDataset": {"dataset": "x", "size_level": 64, "validation": 0},
-    "Step1XTrainLora": {"name": "x", "steps": 1, "learning_rate": 0.1, "rank": 1, "alpha": 1.0, "batch_size": 1, "accumulation": 1, "seed": 1, "resume": True, "save_every": 0,
+    "Step1XEditTrainLora": {"name": "x", "steps": 1, "learning_rate": 0.1, "rank": 1, "alpha": 1.0, "batch_size": 1, "accumulation": 1, "seed": 1, "resume": True, "save_every": 0,
                         "validate_every": 0, "schedule": "constant", "warmup": 0, "ema": 0.0, "gradient_checkpointing": True},
-    "Step1XPairPropose": {"kinds": "", "count": 1, "seed": 1},
-    "Step1XPairCompute": {"kinds": "", "count": 1, "seed": 1, "max_side": 64},
-    "Step1XPairRecord": {"kind": "color_alter", "english": "x", "chinese": "", "direction": "forward", "maker": "x"},
-    "Step1XPairJudge": {"seed": 1},
-    "Step1XPairFilter": {"min_semantics": 0.0, "min_quality": 0.0, "min_change": 0.0, "max_change": 1.0, "unjudged": True},
-    "Step1XPairSheet": {"limit": 4},
-    "Step1XPairSave": {"name": "x"},
-    "Step1XGEditBench": {"dataset": "", "method": "x", "language": "en", "task_types": "", "limit": 0},
-    "Step1XGEditItems": {"count": 1},
-    "Step1XGEditJudge": {"judge": "x", "seed": 1, "again": False},
+    "Step1XEditPairPropose": {"kinds": "", "count": 1, "seed": 1},
+    "Step1XEditPairCompute": {"kinds": "", "count": 1, "seed": 1, "max_side": 64},
+    "Step1XEditPairRecord": {"kind": "color_alter", "english": "x", "chinese": "", "direction": "forward", "maker": "x"},
+    "Step1XEditPairJudge": {"seed": 1},
+    "Step1XEditPairFilter": {"min_semantics": 0.0, "min_quality": 0.0, "min_change": 0.0, "max_change": 1.0, "unjudged": True},
+    "Step1XEditPairSheet": {"limit": 4},
+    "Step1XEditPairSave": {"name": "x"},
+    "Step1XEditGEditBench": {"dataset": "", "method": "x", "language": "en", "task_types": "", "limit": 0},
+    "Step1XEditGEditItems": {"count": 1},
+    "Step1XEditGEditJudge": {"judge": "x", "seed": 1, "again": False},
 }
 # (least, most) of every number; a test holds them against the schemas.
 SEED, SIZE, STEPS, CFG = (0, 2**64 - 1), (64, 2048), (0, 200), (0.0, 100.0)
 RANGES = {
-    ("Step1XEditEncode", "size_level"): SIZE, ("Step1XReferences", "size_level"): SIZE,
-    ("Step1XSampler", "seed"): SEED, ("Step1XSampler", "steps"): STEPS, ("Step1XSampler", "cfg"): CFG, ("Step1XSampler", "denoise"): (0.0, 1.0),
-    ("Step1XScheduler", "steps"): (1, 200), ("Step1XScheduler", "denoise"): (0.0, 1.0),
-    ("Step1XGuidance", "truncate"): (-1.0, 1.0), ("Step1XGuidance", "power"): (0.0, 1.0), ("Step1XTeaCache", "threshold"): (0.0, 2.0),
-    ("Step1XRegion", "similarity"): (-1.0, 1.0), ("Step1XRegion", "warmup"): (0.0, 1.0), ("Step1XRegion", "refreshes"): (0, 20), ("Step1XRegion", "reuse"): (0.0, 1.0),
-    ("Step1XThink", "seed"): SEED, ("Step1XThink", "temperature"): (0.0, 2.0), ("Step1XReflect", "seed"): SEED,
-    ("Step1XCrop", "context"): (0.0, 10.0), ("Step1XCrop", "min_size"): (16, 8192), ("Step1XStitch", "feather"): (0, 512),
-    ("Step1XBatch", "size_level"): SIZE, ("Step1XBatch", "seed"): SEED, ("Step1XBatch", "steps"): STEPS, ("Step1XBatch", "cfg"): CFG,
-    ("Step1XReflectionLoop", "size_level"): SIZE, ("Step1XReflectionLoop", "seed"): SEED, ("Step1XReflectionLoop", "steps"): STEPS, ("Step1XReflectionLoop", "cfg"): CFG,
-    ("Step1XReflectionLoop", "rounds"): (1, 10), ("Step1XLoraLoader", "strength"): (-10.0, 10.0),
-    ("Step1XGuidanceInterval", "start"): (0.0, 1.0), ("Step1XGuidanceInterval", "end"): (0.0, 1.0), ("Step1XGate", "threshold"): (0.0, 1.0),
-    ("Step1XEditDataset", "size_level"): SIZE, ("Step1XEditDataset", "validation"): (0, 64),
-    ("Step1XTrainLora", "steps"): (1, 1000000), ("Step1XTrainLora", "learning_rate"): (0.0, 1.0), ("Step1XTrainLora", "rank"): (1, 512),
-    ("Step1XTrainLora", "alpha"): (0.001, 512.0), ("Step1XTrainLora", "batch_size"): (1, 256), ("Step1XTrainLora", "accumulation"): (1, 1024),
-    ("Step1XTrainLora", "seed"): SEED, ("Step1XTrainLora", "save_every"): (0, 100000), ("Step1XTrainLora", "validate_every"): (0, 100000),
-    ("Step1XTrainLora", "warmup"): (0, 100000), ("Step1XTrainLora", "ema"): (0.0, 0.99999),
-    ("Step1XPairPropose", "count"): (1, 64), ("Step1XPairPropose", "seed"): SEED, ("Step1XPairCompute", "count"): (1, 256), ("Step1XPairCompute", "seed"): SEED,
-    ("Step1XPairCompute", "max_side"): (0, 8192), ("Step1XPairJudge", "seed"): SEED, ("Step1XPairFilter", "min_semantics"): (0.0, 10.0),
-    ("Step1XPairFilter", "min_quality"): (0.0, 10.0), ("Step1XPairFilter", "min_change"): (0.0, 1.0), ("Step1XPairFilter", "max_change"): (0.0, 1.0),
-    ("Step1XPairSheet", "limit"): (1, 200), ("Step1XGEditBench", "limit"): (0, 100000), ("Step1XGEditItems", "count"): (1, 1000), ("Step1XGEditJudge", "seed"): SEED,
+    ("Step1XEditEncode", "size_level"): SIZE,
+    ("Step1XEditReferences", "size_level"): SIZE,
+    ("Step1XEditSampler", "seed"): SEED,
+    ("Step1XEditSampler", "steps"): STEPS,
+    ("Step1XEditSampler", "cfg"): CFG,
+    ("Step1XEditSampler", "denoise"): (0.0, 1.0),
+    ("Step1XEditScheduler", "steps"): (1, 200),
+    ("Step1XEditScheduler", "denoise"): (0.0, 1.0),
+    ("Step1XEditGuidance", "truncate"): (-1.0, 1.0),
+    ("Step1XEditGuidance", "power"): (0.0, 1.0),
+    ("Step1XEditTeaCache", "threshold"): (0.0, 2.0),
+    ("Step1XEditRegion", "similarity"): (-1.0, 1.0),
+    ("Step1XEditRegion", "warmup"): (0.0, 1.0),
+    ("Step1XEditRegion", "refreshes"): (0, 20),
+    ("Step1XEditRegion", "reuse"): (0.0, 1.0),
+    ("Step1XEditThink", "seed"): SEED,
+    ("Step1XEditThink", "temperature"): (0.0, 2.0),
+    ("Step1XEditReflect", "seed"): SEED,
+    ("Step1XEditCrop", "context"): (0.0, 10.0),
+    ("Step1XEditCrop", "min_size"): (16, 8192),
+    ("Step1XEditStitch", "feather"): (0, 512),
+    ("Step1XEditBatch", "size_level"): SIZE,
+    ("Step1XEditBatch", "seed"): SEED,
+    ("Step1XEditBatch", "steps"): STEPS,
+    ("Step1XEditBatch", "cfg"): CFG,
+    ("Step1XEditReflectionLoop", "size_level"): SIZE,
+    ("Step1XEditReflectionLoop", "seed"): SEED,
+    ("Step1XEditReflectionLoop", "steps"): STEPS,
+    ("Step1XEditReflectionLoop", "cfg"): CFG,
+    ("Step1XEditReflectionLoop", "rounds"): (1, 10),
+    ("Step1XEditLoadLora", "strength"): (-10.0, 10.0),
+    ("Step1XEditGuidanceInterval", "start"): (0.0, 1.0),
+    ("Step1XEditGuidanceInterval", "end"): (0.0, 1.0),
+    ("Step1XEditContentGate", "threshold"): (0.0, 1.0),
+    ("Step1XEditDataset", "size_level"): SIZE,
+    ("Step1XEditDataset", "validation"): (0, 64),
+    ("Step1XEditTrainLora", "steps"): (1, 1000000),
+    ("Step1XEditTrainLora", "learning_rate"): (0.0, 1.0),
+    ("Step1XEditTrainLora", "rank"): (1, 512),
+    ("Step1XEditTrainLora", "alpha"): (0.001, 512.0),
+    ("Step1XEditTrainLora", "batch_size"): (1, 256),
+    ("Step1XEditTrainLora", "accumulation"): (1, 1024),
+    ("Step1XEditTrainLora", "seed"): SEED,
+    ("Step1XEditTrainLora", "save_every"): (0, 100000),
+    ("Step1XEditTrainLora", "validate_every"): (0, 100000),
+    ("Step1XEditTrainLora", "warmup"): (0, 100000),
+    ("Step1XEditTrainLora", "ema"): (0.0, 0.99999),
+    ("Step1XEditPairPropose", "count"): (1, 64),
+    ("Step1XEditPairPropose", "seed"): SEED,
+    ("Step1XEditPairCompute", "count"): (1, 256),
+    ("Step1XEditPairCompute", "seed"): SEED,
+    ("Step1XEditPairCompute", "max_side"): (0, 8192),
+    ("Step1XEditPairJudge", "seed"): SEED,
+    ("Step1XEditPairFilter", "min_semantics"): (0.0, 10.0),
+    ("Step1XEditPairFilter", "min_quality"): (0.0, 10.0),
+    ("Step1XEditPairFilter", "min_change"): (0.0, 1.0),
+    ("Step1XEditPairFilter", "max_change"): (0.0, 1.0),
+    ("Step1XEditPairSheet", "limit"): (1, 200),
+    ("Step1XEditGEditBench", "limit"): (0, 100000),
+    ("Step1XEditGEditItems", "count"): (1, 1000),
+    ("Step1XEditGEditJudge", "seed"): SEED,
 }
-CHOICES = [("Step1XSampler", "sampler_name"), ("Step1XReflect", "version"), ("Step1XBatch", "combine"), ("Step1XBatch", "sampler_name"), ("Step1XReflectionLoop", "sampler_name"),
-           ("Step1XModelLoader", "version"), ("Step1XModelLoader", "weight_dtype"), ("Step1XMLLMLoader", "device"), ("Step1XMLLMLoader", "version"), ("Step1XGate", "action"),
-           ("Step1XTrainLora", "schedule"), ("Step1XPairRecord", "kind"), ("Step1XPairRecord", "direction"), ("Step1XGEditBench", "language")]
+CHOICES = [
+    ("Step1XEditSampler", "sampler_name"),
+    ("Step1XEditReflect", "version"),
+    ("Step1XEditBatch", "combine"),
+    ("Step1XEditBatch", "sampler_name"),
+    ("Step1XEditReflectionLoop", "sampler_name"),
+    ("Step1XEditLoadModel", "version"),
+    ("Step1XEditLoadModel", "weight_dtype"),
+    ("Step1XEditLoadMLLM", "device"),
+    ("Step1XEditLoadMLLM", "version"),
+    ("Step1XEditContentGate", "action"),
+    ("Step1XEditTrainLora", "schedule"),
+    ("Step1XEditPairRecord", "kind"),
+    ("Step1XEditPairRecord", "direction"),
+    ("Step1XEditGEditBench", "language"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -84,20 +138,42 @@ def links(host):
     mask = torch.zeros(1, 64, 64)
     mask[:, 20:30, 20:30] = 1
     positive, negative, latent = host.encoded
-    stitch = host.run("Step1XCrop", image=Given(host.picture), mask=Given(mask), context=0.5, min_size=16).made()[2]
+    stitch = host.run("Step1XEditCrop", image=Given(host.picture), mask=Given(mask), context=0.5, min_size=16).made()[2]
     return {"model": host.model, "clip": host.clip, "vae": host.vae, "image": host.picture, "images": host.picture, "images.image0": host.picture, "source": host.picture,
             "edited": host.picture, "target": host.picture, "pairs": (), "dataset": None, "bench": None,
             "positive": positive, "negative": negative, "latent": latent, "mask": mask, "stitch": stitch}
 
 
 def names_of(node):
-    found = {"Step1XEditEncode": "clip vae image", "Step1XReferences": "positive negative vae images.image0", "Step1XSampler": "model positive negative latent",
-             "Step1XScheduler": "latent", "Step1XGuidance": "model", "Step1XTeaCache": "model", "Step1XThink": "clip image", "Step1XReflect": "clip source edited",
-             "Step1XCrop": "image mask", "Step1XStitch": "image stitch", "Step1XBatch": "model clip vae images", "Step1XReflectionLoop": "model clip vae image",
-             "Step1XLoraLoader": "model", "Step1XRegion": "model", "Step1XGuidanceInterval": "model", "Step1XGate": "images", "Step1XEditDataset": "clip vae",
-             "Step1XTrainLora": "model dataset", "Step1XPairPropose": "clip image", "Step1XPairCompute": "images", "Step1XPairRecord": "source target",
-             "Step1XPairJudge": "clip pairs", "Step1XPairFilter": "pairs", "Step1XPairSheet": "pairs", "Step1XPairSave": "pairs",
-             "Step1XGEditItems": "bench", "Step1XGEditJudge": "clip bench"}
+    found = {
+        "Step1XEditEncode": "clip vae image",
+        "Step1XEditReferences": "positive negative vae images.image0",
+        "Step1XEditSampler": "model positive negative latent",
+        "Step1XEditScheduler": "latent",
+        "Step1XEditGuidance": "model",
+        "Step1XEditTeaCache": "model",
+        "Step1XEditThink": "clip image",
+        "Step1XEditReflect": "clip source edited",
+        "Step1XEditCrop": "image mask",
+        "Step1XEditStitch": "image stitch",
+        "Step1XEditBatch": "model clip vae images",
+        "Step1XEditReflectionLoop": "model clip vae image",
+        "Step1XEditLoadLora": "model",
+        "Step1XEditRegion": "model",
+        "Step1XEditGuidanceInterval": "model",
+        "Step1XEditContentGate": "images",
+        "Step1XEditDataset": "clip vae",
+        "Step1XEditTrainLora": "model dataset",
+        "Step1XEditPairPropose": "clip image",
+        "Step1XEditPairCompute": "images",
+        "Step1XEditPairRecord": "source target",
+        "Step1XEditPairJudge": "clip pairs",
+        "Step1XEditPairFilter": "pairs",
+        "Step1XEditPairSheet": "pairs",
+        "Step1XEditPairSave": "pairs",
+        "Step1XEditGEditItems": "bench",
+        "Step1XEditGEditJudge": "clip bench",
+    }
     return found.get(node, "").split()
 
 
@@ -127,7 +203,7 @@ BEYOND = [pytest.param(*place, value, kind, id=f"{place[0].removeprefix('Step1X'
 def test_numbers_beyond_their_range(host, links, node, name, value, kind):
     whole = isinstance(RANGES[node, name][0], int)
     sentence = OUT_OF_RANGE.format(name, "a whole number from" if whole else "a number from")
-    if node != "Step1XLoraLoader":
+    if node != "Step1XEditLoadLora":
         # Without a LoRA file the host stops at its name.
         typed = run(host, links, node, **{name: value})
         if kind is None:
@@ -147,13 +223,29 @@ def test_fractions_where_whole_numbers_are_due(host, links, node, name):
 
 # Full-size pictures and 200 steps are left out here: nothing is wrong with them but the time they take.
 LIMITS = {
-    ("Step1XEditEncode", "size_level"): (64,), ("Step1XReferences", "size_level"): (64,),
-    ("Step1XSampler", "seed"): SEED, ("Step1XSampler", "cfg"): (0.0, 1.0, 100.0), ("Step1XSampler", "denoise"): (0.0, 0.01, 1.0),
-    ("Step1XScheduler", "steps"): (1, 200), ("Step1XScheduler", "denoise"): (0.0, 1.0), ("Step1XGuidance", "truncate"): (-1.0, 1.0), ("Step1XGuidance", "power"): (0.0, 1.0),
-    ("Step1XGuidanceInterval", "start"): (0.0, 0.7), ("Step1XGuidanceInterval", "end"): (0.0, 1.0),
-    ("Step1XTeaCache", "threshold"): (0.0, 2.0), ("Step1XCrop", "context"): (0.0, 10.0), ("Step1XCrop", "min_size"): (16, 8192), ("Step1XStitch", "feather"): (0, 512),
-    ("Step1XRegion", "similarity"): (-1.0, 1.0), ("Step1XRegion", "warmup"): (0.0, 1.0), ("Step1XRegion", "refreshes"): (0, 20), ("Step1XRegion", "reuse"): (0.0, 1.0),
-    ("Step1XBatch", "seed"): SEED, ("Step1XReflectionLoop", "seed"): SEED, ("Step1XReflectionLoop", "cfg"): CFG, ("Step1XReflectionLoop", "rounds"): (1, 10),
+    ("Step1XEditEncode", "size_level"): (64,),
+    ("Step1XEditReferences", "size_level"): (64,),
+    ("Step1XEditSampler", "seed"): SEED,
+    ("Step1XEditSampler", "cfg"): (0.0, 1.0, 100.0),
+    ("Step1XEditSampler", "denoise"): (0.0, 0.01, 1.0),
+    ("Step1XEditScheduler", "steps"): (1, 200),
+    ("Step1XEditScheduler", "denoise"): (0.0, 1.0),
+    ("Step1XEditGuidance", "truncate"): (-1.0, 1.0),
+    ("Step1XEditGuidance", "power"): (0.0, 1.0),
+    ("Step1XEditGuidanceInterval", "start"): (0.0, 0.7),
+    ("Step1XEditGuidanceInterval", "end"): (0.0, 1.0),
+    ("Step1XEditTeaCache", "threshold"): (0.0, 2.0),
+    ("Step1XEditCrop", "context"): (0.0, 10.0),
+    ("Step1XEditCrop", "min_size"): (16, 8192),
+    ("Step1XEditStitch", "feather"): (0, 512),
+    ("Step1XEditRegion", "similarity"): (-1.0, 1.0),
+    ("Step1XEditRegion", "warmup"): (0.0, 1.0),
+    ("Step1XEditRegion", "refreshes"): (0, 20),
+    ("Step1XEditRegion", "reuse"): (0.0, 1.0),
+    ("Step1XEditBatch", "seed"): SEED,
+    ("Step1XEditReflectionLoop", "seed"): SEED,
+    ("Step1XEditReflectionLoop", "cfg"): CFG,
+    ("Step1XEditReflectionLoop", "rounds"): (1, 10),
 }
 
 
@@ -165,9 +257,18 @@ def test_limits_are_part_of_the_range(host, links, node, name, value):
         assert all(torch.isfinite(output).all() for output in [*outputs, *latents] if torch.is_tensor(output))
 
 
-@pytest.mark.parametrize("node, values", [("Step1XGuidance", {"power": 1.0, "truncate": 0.0}), ("Step1XGuidance", {"power": 0.0}), ("Step1XTeaCache", {"threshold": 2.0}),
-                                          ("Step1XRegion", {"warmup": 0.0, "refreshes": 20, "reuse": 1.0}), ("Step1XRegion", {"similarity": 1.0, "warmup": 1.0}),
-                                          ("Step1XGuidanceInterval", {"start": 1.0, "end": 1.0}), ("Step1XGuidanceInterval", {"start": 0.0, "end": 0.0})])
+@pytest.mark.parametrize(
+    "node, values",
+    [
+        ("Step1XEditGuidance", {"power": 1.0, "truncate": 0.0}),
+        ("Step1XEditGuidance", {"power": 0.0}),
+        ("Step1XEditTeaCache", {"threshold": 2.0}),
+        ("Step1XEditRegion", {"warmup": 0.0, "refreshes": 20, "reuse": 1.0}),
+        ("Step1XEditRegion", {"similarity": 1.0, "warmup": 1.0}),
+        ("Step1XEditGuidanceInterval", {"start": 1.0, "end": 1.0}),
+        ("Step1XEditGuidanceInterval", {"start": 0.0, "end": 0.0}),
+    ],
+)
 def test_models_patched_at_the_limits_draw_pictures(host, links, node, values):
     (patched,) = run(host, links, node, **values).made()
     assert torch.isfinite(host.sample(model=Given(patched), cfg=100.0, steps=3).made()[0]["samples"]).all()
@@ -175,7 +276,7 @@ def test_models_patched_at_the_limits_draw_pictures(host, links, node, values):
 
 
 def test_an_interval_that_ends_before_it_starts(host, links):
-    host.refuses(run(host, links, "Step1XGuidanceInterval", start=1.0), "The guidance would start at 1 of the steps and end at 0.7, .* Set start to at most end")
+    host.refuses(run(host, links, "Step1XEditGuidanceInterval", start=1.0), "The guidance would start at 1 of the steps and end at 0.7, .* Set start to at most end")
 
 
 @pytest.mark.parametrize("node, name", CHOICES)
@@ -191,7 +292,7 @@ def test_choices_that_there_are_not(host, links, node, name, value):
 @pytest.mark.parametrize("value, expected", [(Many([1, 2, 3]), "There are 3 seeds for 1 edits. Connect one seed"), (Many([1, -1]), OUT_OF_RANGE.format("seed", "a whole number")),
                                              (Many([]), "There are 0 seeds for 1 edits. Connect one seed")], ids=["three", "one_of_two", "none"])
 def test_lists_of_seeds(host, links, value, expected):
-    host.refuses(run(host, links, "Step1XBatch", seed=Given(value, "INT")), expected)
+    host.refuses(run(host, links, "Step1XEditBatch", seed=Given(value, "INT")), expected)
 
 
 WRITING = {"do_sample": True, "max_length": 2, "temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.0, "repetition_penalty": 1.05, "seed": 1}

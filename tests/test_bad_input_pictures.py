@@ -146,23 +146,23 @@ def test_every_node_with_a_picture_refuses(host, node, name):
         outcome = host.decode(host.encoded[2], source=picture) if name != "nothing" else host.decode(host.encoded[2], source=Given(PICTURE[:0]))
     elif node == "references":
         positive, negative, _ = host.encoded
-        outcome = host.run("Step1XReferences", positive=Given(positive), negative=Given(negative), vae=parts["vae"], size_level=64, **{"images.image0": picture})
+        outcome = host.run("Step1XEditReferences", positive=Given(positive), negative=Given(negative), vae=parts["vae"], size_level=64, **{"images.image0": picture})
     elif node == "crop":
-        outcome = host.run("Step1XCrop", image=picture, mask=Given(MASK), context=0.5, min_size=16)
+        outcome = host.run("Step1XEditCrop", image=picture, mask=Given(MASK), context=0.5, min_size=16)
     elif node == "stitch":
-        stitch = host.run("Step1XCrop", image=Given(PICTURE), mask=Given(MASK), context=0.5, min_size=16).made()[2]
-        outcome = host.run("Step1XStitch", image=picture, stitch=Given(stitch), feather=2)
+        stitch = host.run("Step1XEditCrop", image=Given(PICTURE), mask=Given(MASK), context=0.5, min_size=16).made()[2]
+        outcome = host.run("Step1XEditStitch", image=picture, stitch=Given(stitch), feather=2)
     elif node == "think":
-        outcome = host.run("Step1XThink", clip=parts["clip"], image=picture, prompt="red", seed=1, temperature=0.7)
+        outcome = host.run("Step1XEditThink", clip=parts["clip"], image=picture, prompt="red", seed=1, temperature=0.7)
     elif node == "batch":
-        outcome = host.run("Step1XBatch", **parts, images=picture, prompts="red", combine="pairs", **edit)
+        outcome = host.run("Step1XEditBatch", **parts, images=picture, prompts="red", combine="pairs", **edit)
     else:
-        outcome = host.run("Step1XReflectionLoop", **parts, image=picture, prompt="red", rounds=1, think=False, reflect=False, **edit)
+        outcome = host.run("Step1XEditReflectionLoop", **parts, image=picture, prompt="red", rounds=1, think=False, reflect=False, **edit)
     host.refuses(outcome, NOTHING if node == "decode" and name == "nothing" else expected)
 
 
 def test_two_pictures_to_think_about(host):
-    outcome = host.run("Step1XThink", clip=Given(host.clip), image=Given(PICTURE.repeat(2, 1, 1, 1)), prompt="red", seed=1, temperature=0.7)
+    outcome = host.run("Step1XEditThink", clip=Given(host.clip), image=Given(PICTURE.repeat(2, 1, 1, 1)), prompt="red", seed=1, temperature=0.7)
     host.refuses(outcome, "brings 2 pictures; .* Choose one with the stock 'ImageFromBatch'")
 
 
@@ -188,7 +188,7 @@ BAD_MASKS = {
 
 @pytest.mark.parametrize("mask, expected", BAD_MASKS.values(), ids=BAD_MASKS)
 def test_crop_refuses_masks(host, mask, expected):
-    host.refuses(host.run("Step1XCrop", image=Given(PICTURE), mask=Given(mask), context=0.5, min_size=16), expected)
+    host.refuses(host.run("Step1XEditCrop", image=Given(PICTURE), mask=Given(mask), context=0.5, min_size=16), expected)
 
 
 FINE_MASKS = {"without_batch_axis": MASK[0], "with_channel_axis": MASK[:, None], "bool": MASK > 0, "integers": MASK.long(), "float16": MASK.half(), "above_one": MASK * 255,
@@ -197,22 +197,22 @@ FINE_MASKS = {"without_batch_axis": MASK[0], "with_channel_axis": MASK[:, None],
 
 @pytest.mark.parametrize("mask", FINE_MASKS.values(), ids=FINE_MASKS)
 def test_crop_takes_every_kind_of_mask(host, mask):
-    crops = [host.run("Step1XCrop", image=Given(PICTURE), mask=Given(given), context=0.5, min_size=16).made() for given in (mask, MASK)]
+    crops = [host.run("Step1XEditCrop", image=Given(PICTURE), mask=Given(given), context=0.5, min_size=16).made() for given in (mask, MASK)]
     assert torch.equal(crops[0][0], crops[1][0]) and torch.equal(crops[0][1], crops[1][1])
 
 
 @pytest.mark.parametrize("result", [PICTURE[:, :1, :1], PICTURE[..., :1], PICTURE * NAN, torch.rand(1, 1, 20000, 3), PICTURE.repeat(5, 1, 1, 1)],
                          ids=["one_pixel", "grey", "nan", "20000_wide", "five"])
 def test_stitch_keeps_the_rest_whatever_comes_back(host, result):
-    stitch = host.run("Step1XCrop", image=Given(PICTURE), mask=Given(MASK), context=0.5, min_size=16).made()[2]
-    (whole,) = host.run("Step1XStitch", image=Given(result), stitch=Given(stitch), feather=2).made()
+    stitch = host.run("Step1XEditCrop", image=Given(PICTURE), mask=Given(MASK), context=0.5, min_size=16).made()[2]
+    (whole,) = host.run("Step1XEditStitch", image=Given(result), stitch=Given(stitch), feather=2).made()
     outside = MASK[0] == 0
     assert torch.isfinite(whole).all() and all(torch.equal(picture[outside], PICTURE[0][outside]) for picture in whole)
 
 
 def test_stitch_refuses_another_number_of_pictures(host):
-    stitch = host.run("Step1XCrop", image=Given(PICTURE.repeat(2, 1, 1, 1)), mask=Given(MASK), context=0.5, min_size=16).made()[2]
-    outcome = host.run("Step1XStitch", image=Given(PICTURE), stitch=Given(stitch), feather=2)
+    stitch = host.run("Step1XEditCrop", image=Given(PICTURE.repeat(2, 1, 1, 1)), mask=Given(MASK), context=0.5, min_size=16).made()[2]
+    outcome = host.run("Step1XEditStitch", image=Given(PICTURE), stitch=Given(stitch), feather=2)
     host.refuses(outcome, "1 edited pictures came back for 2 that were cropped. Connect the result")
 
 
@@ -250,7 +250,7 @@ def test_latents_are_refused(host, latent, expected, node):
 @pytest.mark.parametrize("name", ["empty_batch", "no_rows", "integers", "row", "number", "text", "no_samples", "nothing", "tensor"])
 def test_scheduler_refuses_latents(host, name):
     latent, expected = BAD_LATENTS[name]
-    host.refuses(host.run("Step1XScheduler", latent=Given(latent), steps=4, denoise=1.0), expected)
+    host.refuses(host.run("Step1XEditScheduler", latent=Given(latent), steps=4, denoise=1.0), expected)
 
 
 BEFORE = {"sd": ({"samples": torch.rand(1, 4, 8, 8)}, "The latent has the shape"), "two": ({"samples": LATENT.repeat(2, 1, 1, 1)}, "The latent has the shape"),

@@ -97,21 +97,91 @@ def test_a_long_instruction_is_read_as_far_as_it_was_before_it_was_cut(clip_v12,
 NO_TEXT = "brings .* but it takes text. Correct it, or the node that it comes from"
 NODES = {
     "encode": ("Step1XEditEncode", "prompt", {"negative_prompt": "", "size_level": 64}, ("clip", "vae", "image")),
-    "encode_negative": ("Step1XEditEncode", "negative_prompt", {"prompt": "", "size_level": 64}, ("clip", "vae", "image")),
-    "think": ("Step1XThink", "prompt", {"seed": 1, "temperature": 0.7}, ("clip", "image")),
-    "reflect": ("Step1XReflect", "prompt", {"seed": 1, "version": "v1.2"}, ("clip", "source", "edited")),
-    "gate": ("Step1XGate", "prompt", {"action": "block", "classifier": "none", "unsafe_labels": "", "threshold": 0.5, "message": "", "words": "blood", "question": ""},
-             ("images",)),
-    "gate_words": ("Step1XGate", "words", {"action": "block", "classifier": "none", "unsafe_labels": "", "threshold": 0.5, "message": "", "prompt": "red", "question": ""},
-                   ("images",)),
-    "record": ("Step1XPairRecord", "english", {"kind": "color_alter", "chinese": "", "direction": "forward", "maker": "x"}, ("source", "target")),
-    "record_maker": ("Step1XPairRecord", "maker", {"kind": "color_alter", "english": "red", "chinese": "", "direction": "forward"}, ("source", "target")),
-    "kinds": ("Step1XPairCompute", "kinds", {"count": 1, "seed": 1, "max_side": 64}, ("images",)),
-    "task_types": ("Step1XGEditBench", "task_types", {"dataset": "", "method": "x", "language": "en", "limit": 1}, ()),
-    "batch": ("Step1XBatch", "prompts", {"combine": "pairs", "negative_prompt": "", "size_level": 64, "seed": 1, "steps": 1, "cfg": 2.0, "sampler_name": "euler"},
-              ("model", "clip", "vae", "images")),
-    "loop": ("Step1XReflectionLoop", "prompt", {"negative_prompt": "", "size_level": 64, "seed": 1, "steps": 1, "cfg": 2.0, "rounds": 1, "think": False, "reflect": False,
-                                                "sampler_name": "euler"}, ("model", "clip", "vae", "image")),
+    "encode_negative": (
+        "Step1XEditEncode",
+        "negative_prompt",
+        {"prompt": "", "size_level": 64},
+        ("clip", "vae", "image"),
+    ),
+    "think": ("Step1XEditThink", "prompt", {"seed": 1, "temperature": 0.7}, ("clip", "image")),
+    "reflect": ("Step1XEditReflect", "prompt", {"seed": 1, "version": "v1.2"}, ("clip", "source", "edited")),
+    "gate": (
+        "Step1XEditContentGate",
+        "prompt",
+        {
+            "action": "block",
+            "classifier": "none",
+            "unsafe_labels": "",
+            "threshold": 0.5,
+            "message": "",
+            "words": "blood",
+            "question": "",
+        },
+        ("images",),
+    ),
+    "gate_words": (
+        "Step1XEditContentGate",
+        "words",
+        {
+            "action": "block",
+            "classifier": "none",
+            "unsafe_labels": "",
+            "threshold": 0.5,
+            "message": "",
+            "prompt": "red",
+            "question": "",
+        },
+        ("images",),
+    ),
+    "record": (
+        "Step1XEditPairRecord",
+        "english",
+        {"kind": "color_alter", "chinese": "", "direction": "forward", "maker": "x"},
+        ("source", "target"),
+    ),
+    "record_maker": (
+        "Step1XEditPairRecord",
+        "maker",
+        {"kind": "color_alter", "english": "red", "chinese": "", "direction": "forward"},
+        ("source", "target"),
+    ),
+    "kinds": ("Step1XEditPairCompute", "kinds", {"count": 1, "seed": 1, "max_side": 64}, ("images",)),
+    "task_types": (
+        "Step1XEditGEditBench",
+        "task_types",
+        {"dataset": "", "method": "x", "language": "en", "limit": 1},
+        (),
+    ),
+    "batch": (
+        "Step1XEditBatch",
+        "prompts",
+        {
+            "combine": "pairs",
+            "negative_prompt": "",
+            "size_level": 64,
+            "seed": 1,
+            "steps": 1,
+            "cfg": 2.0,
+            "sampler_name": "euler",
+        },
+        ("model", "clip", "vae", "images"),
+    ),
+    "loop": (
+        "Step1XEditReflectionLoop",
+        "prompt",
+        {
+            "negative_prompt": "",
+            "size_level": 64,
+            "seed": 1,
+            "steps": 1,
+            "cfg": 2.0,
+            "rounds": 1,
+            "think": False,
+            "reflect": False,
+            "sampler_name": "euler",
+        },
+        ("model", "clip", "vae", "image"),
+    ),
 }
 
 
@@ -157,8 +227,8 @@ def test_texts_come_out_as_the_server_can_send_them(host, name, prompt):
 def test_texts_of_pairs_are_stored_and_drawn(host, tmp_path, monkeypatch, name, prompt):
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     pairs, _ = run(host, name, prompt).made()
-    sheet, _ = host.run("Step1XPairSheet", pairs=Given(pairs), limit=4).made()
-    folder, _ = host.run("Step1XPairSave", writes=tmp_path, pairs=Given(pairs), name="texts").made()
+    sheet, _ = host.run("Step1XEditPairSheet", pairs=Given(pairs), limit=4).made()
+    folder, _ = host.run("Step1XEditPairSave", writes=tmp_path, pairs=Given(pairs), name="texts").made()
     assert torch.isfinite(sheet).all() and json.loads((Path(folder) / "en-00000.json").read_text(encoding="utf-8"))
 
 

@@ -1,6 +1,8 @@
 """What the editor asks the server for: replacements for the nodes of earlier Step1X-Edit packs, translations, node pages."""
 
+import importlib.util
 import io
+import sys
 
 import demo_host
 import demo_model
@@ -11,6 +13,12 @@ from conftest import PACK
 from PIL import Image
 
 import locales
+
+spec = importlib.util.spec_from_file_location("earlier_nodes", PACK / "nodes" / "earlier.py")
+earlier_nodes = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = earlier_nodes  # a dataclass looks its module up
+spec.loader.exec_module(earlier_nodes)
+EARLIER = earlier_nodes.EARLIER
 
 PROMPT = demo_model.SAMPLE_PROMPT
 # As the packs' workflows hold them: the widgets in order, behind a seed what happens to it after a run.
@@ -66,7 +74,8 @@ def replaced(offer, object_info, widgets_values, links) -> dict:
 
 
 def test_every_node_of_the_earlier_packs_is_offered_one_of_ours(offers, object_info):
-    assert {old for old, (first, *_) in offers.items() if first["new_node_id"].startswith("Step1X")} == {*OLD_EDITS, *OLD_LOADERS}
+    ours = {old for old, (first, *_) in offers.items() if first["new_node_id"].startswith("Step1X")}
+    assert ours == {*OLD_EDITS, *OLD_LOADERS, *EARLIER}
     for old in {*OLD_EDITS, *OLD_LOADERS}:
         (offer,) = offers[old]
         assert old not in object_info and offer["new_node_id"] in object_info
@@ -77,6 +86,17 @@ def test_every_node_of_the_earlier_packs_is_offered_one_of_ours(offers, object_i
                 assert entry["set_value"] in known[entry["new_id"]][0]
 
 
+@pytest.mark.parametrize("old", EARLIER)
+def test_a_node_of_our_own_earlier_version_gives_its_inputs_to_the_one_in_its_place(offers, object_info, old):
+    (offer,) = offers[old]
+    known = object_info[offer["new_node_id"]]["input"]
+    names = {*known.get("required", {}), *known.get("optional", {})}
+    assert old not in object_info
+    for entry in offer["input_mapping"]:
+        # Inputs that grow and those behind a choice are addressed below the name of the whole.
+        assert entry["new_id"].split(".")[0] in names
+
+
 @pytest.mark.parametrize("old", OLD_EDITS)
 def test_widgets_reach_the_inputs_that_they_belong_to(offers, object_info, old):
     image, values = OLD_EDITS[old]
@@ -84,11 +104,11 @@ def test_widgets_reach_the_inputs_that_they_belong_to(offers, object_info, old):
     expected = {"prompt": PROMPT, "negative_prompt": "", "seed": 7, "steps": 6, "cfg": 1.5, "size_level": 128, "image": ["1", 0], "think": False, "reflect": False}
     assert {name: inputs[name] for name in expected} == expected
     # What is left is to be connected by the person.
-    assert set(required(object_info, "Step1XReflectionLoop")) - set(inputs) == {"model", "clip", "vae"}
+    assert set(required(object_info, "Step1XEditReflectionLoop")) - set(inputs) == {"model", "clip", "vae"}
 
 
 def parts() -> dict:
-    return {"1": {"class_type": "LoadImage", "inputs": {"image": "scene.png"}}, "2": {"class_type": "Step1XMLLMLoader", "inputs": {"mllm": demo_model.MLLM_FILE,
+    return {"1": {"class_type": "LoadImage", "inputs": {"image": "scene.png"}}, "2": {"class_type": "Step1XEditLoadMLLM", "inputs": {"mllm": demo_model.MLLM_FILE,
             "device": "default", "version": "auto"}}, "3": {"class_type": "VAELoader", "inputs": {"vae_name": demo_model.VAE_FILE}}}
 
 
@@ -114,7 +134,7 @@ def test_an_old_prompt_sent_to_the_server_names_what_is_to_be_connected(client):
     with pytest.raises(ExecutionError) as refusal:
         client.run(prompt)
     errors = refusal.value.details["node_errors"]
-    assert list(errors) == ["5"] and errors["5"]["class_type"] == "Step1XReflectionLoop"
+    assert list(errors) == ["5"] and errors["5"]["class_type"] == "Step1XEditReflectionLoop"
     missing = {(error["type"], error["extra_info"]["input_name"]) for error in errors["5"]["errors"]}
     assert missing == {("required_input_missing", name) for name in ("model", "clip", "vae")}
 

@@ -177,23 +177,23 @@ def edit_prompt(name: str = "v1.1", /, **loaders) -> dict:
     """Encode, sample and decode, with models that are handed out, or with the loaders given in their place."""
     return to_prompt(handed_out(model=f"model {name}", clip=f"clip {name.split()[0]}", vae="vae", image="image") | loaders | {
         "encode": ("Step1XEditEncode", {"clip": ["clip", 0], "vae": ["vae", 0], "image": ["image", 0], "prompt": "make it red", "negative_prompt": "", "size_level": 64}),
-        "sampler": ("Step1XSampler", {"model": ["model", 0], "positive": ["encode", 0], "negative": ["encode", 1], "latent": ["encode", 2], "seed": 3, "steps": STEPS,
+        "sampler": ("Step1XEditSampler", {"model": ["model", 0], "positive": ["encode", 0], "negative": ["encode", 1], "latent": ["encode", 2], "seed": 3, "steps": STEPS,
                                       "cfg": 4.0, "sampler_name": "euler", "denoise": 1.0}),
-        "decode": ("Step1XDecode", {"samples": ["sampler", 0], "vae": ["vae", 0], "source": ["image", 0]}),
+        "decode": ("Step1XEditDecode", {"samples": ["sampler", 0], "vae": ["vae", 0], "source": ["image", 0]}),
         "result": ("TestResult", {"value": ["decode", 0]}),
     })
 
 
 def think_prompt(layout: str) -> dict:
     return to_prompt(handed_out(clip=f"clip {layout}", image="image") | {
-        "think": ("Step1XThink", {"clip": ["clip", 0], "image": ["image", 0], "prompt": "red", "seed": 1, "temperature": 0.7}),
+        "think": ("Step1XEditThink", {"clip": ["clip", 0], "image": ["image", 0], "prompt": "red", "seed": 1, "temperature": 0.7}),
         "result": ("TestResult", {"value": ["think", 0]}),
     })
 
 
 def batch_prompt() -> dict:
     return to_prompt(handed_out(model="model v1.1", clip="clip v1.1", vae="vae", image="image") | {
-        "batch": ("Step1XBatch", {"model": ["model", 0], "clip": ["clip", 0], "vae": ["vae", 0], "images": ["image", 0], "prompts": "red\ngreen", "combine": "all",
+        "batch": ("Step1XEditBatch", {"model": ["model", 0], "clip": ["clip", 0], "vae": ["vae", 0], "images": ["image", 0], "prompts": "red\ngreen", "combine": "all",
                                   "negative_prompt": "", "size_level": 64, "seed": 1, "steps": STEPS, "cfg": 4.0, "sampler_name": "euler"}),
         "result": ("TestResult", {"value": ["batch", 0]}),
         "report": ("TestResult", {"value": ["batch", 1]}),
@@ -302,11 +302,11 @@ def test_an_edit_of_a_batch_that_runs_out_of_memory_costs_itself_alone(host, und
 
 
 LOADERS = {
-    "model": ("Step1XModelLoader", {"model": tiny_models.V11_FILE, "version": "v1.1", "weight_dtype": "default"}),
-    "shards": ("Step1XModelLoader", {"model": "shards-v1p1/", "version": "auto", "weight_dtype": "default"}),
-    "clip": ("Step1XMLLMLoader", {"mllm": tiny_models.MLLM_FILE, "device": "default", "version": "v1.1"}),
-    "vae": ("Step1XVAELoader", {"vae": tiny_models.VAE_FILE}),
-    "lora": ("Step1XLoraLoader", {"model": ["plain", 0], "lora_name": tiny_models.LORA_FILE, "strength": 1.0}),
+    "model": ("Step1XEditLoadModel", {"model": tiny_models.V11_FILE, "version": "v1.1", "weight_dtype": "default"}),
+    "shards": ("Step1XEditLoadModel", {"model": "shards-v1p1/", "version": "auto", "weight_dtype": "default"}),
+    "clip": ("Step1XEditLoadMLLM", {"mllm": tiny_models.MLLM_FILE, "device": "default", "version": "v1.1"}),
+    "vae": ("Step1XEditLoadVAE", {"vae": tiny_models.VAE_FILE}),
+    "lora": ("Step1XEditLoadLora", {"model": ["plain", 0], "lora_name": tiny_models.LORA_FILE, "strength": 1.0}),
 }
 # By loader: the node of `edit_prompt` that it takes the place of.
 PLACES = {name: name if name in ("clip", "vae") else "model" for name in LOADERS}

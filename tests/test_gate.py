@@ -305,18 +305,18 @@ def test_the_shipped_workflow_in_the_host(tmp_path_factory, models_dir):
         client = Client(server.url)
         client.upload_image(base / "red.png", "red.png")
         info = client.get("/object_info")
-        options = info["Step1XGate"]["input"]["required"]["classifier"]
+        options = info["Step1XEditContentGate"]["input"]["required"]["classifier"]
         assert (options[0] if isinstance(options[0], list) else options[1]["options"]) == ["none", "served"]
         assert "image_classification" in client.get("/models")
         shipped = to_api(json.loads((PACK / "workflows" / "step1x_content_gate.json").read_text(encoding="utf-8")), info)
 
         def run(instruction, **changes):
             prompt = json.loads(json.dumps(shipped))
-            for class_type, values in {"LoadImage": {"image": "red.png"}, "Step1XEditEncode": {"size_level": 64}, "Step1XSampler": {"steps": 1},
-                                       "PrimitiveStringMultiline": {"value": instruction}, "Step1XGate": changes}.items():
+            for class_type, values in {"LoadImage": {"image": "red.png"}, "Step1XEditEncode": {"size_level": 64}, "Step1XEditSampler": {"steps": 1},
+                                       "PrimitiveStringMultiline": {"value": instruction}, "Step1XEditContentGate": changes}.items():
                 prompt[find_nodes(prompt, class_type)[0]]["inputs"].update(values)
             ran = client.run(prompt)
-            gate_node, = find_nodes(prompt, "Step1XGate")
+            gate_node, = find_nodes(prompt, "Step1XEditContentGate")
             report, = (data["output"]["text"][0] for kind, data in ran.events if kind == "executed" and prompt[data["node"]]["class_type"] == "PreviewAny")
             return np.asarray(Image.open(io.BytesIO(ran.images[0])).convert("RGB")), report, ran, gate_node
 

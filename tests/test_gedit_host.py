@@ -26,8 +26,8 @@ spec = importlib.util.spec_from_file_location("gedit_command", PACK / "scripts" 
 command = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(command)
 
-FAST = ["--set", "Step1XEditEncode.size_level=64", "--set", "Step1XSampler.steps=1"]
-BATCH = ["--workflow", str(PACK / "workflows" / "step1x_batch.json"), "--set", "Step1XBatch.size_level=64", "--set", "Step1XBatch.steps=1"]
+FAST = ["--set", "Step1XEditEncode.size_level=64", "--set", "Step1XEditSampler.steps=1"]
+BATCH = ["--workflow", str(PACK / "workflows" / "step1x_batch.json"), "--set", "Step1XEditBatch.size_level=64", "--set", "Step1XEditBatch.steps=1"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def client(server):
 def prompt_of(client):
     def load(name, **changes):
         prompt = to_api(json.loads((PACK / "workflows" / name).read_text(encoding="utf-8")), client.get("/object_info"))
-        for class_type, values in {"Step1XEditEncode": {"size_level": 64}, "Step1XSampler": {"steps": 1}, **changes}.items():
+        for class_type, values in {"Step1XEditEncode": {"size_level": 64}, "Step1XEditSampler": {"steps": 1}, **changes}.items():
             for node in find_nodes(prompt, class_type):
                 prompt[node]["inputs"].update(values)
         return prompt
@@ -73,7 +73,7 @@ def texts(run, prompt) -> list[str]:
 
 
 def test_the_shipped_workflows_edit_and_judge_the_miniature(server, client, prompt_of):
-    method = {"Step1XGEditBench": {"method": "shipped", "language": "cn", "task_types": "subject-add, text_change", "limit": 1}}
+    method = {"Step1XEditGEditBench": {"method": "shipped", "language": "cn", "task_types": "subject-add, text_change", "limit": 1}}
     prompt = prompt_of("step1x_gedit_edit.json", **method)
     results = server.base / "output" / "gedit_bench"
     items = select(miniature(), ["cn"], ["subject-add", "text_change"])
@@ -87,7 +87,7 @@ def test_the_shipped_workflows_edit_and_judge_the_miniature(server, client, prom
 
     # One is taken away again.
     result_path(results, "shipped", items[0]).unlink()
-    judging = prompt_of("step1x_gedit_judge.json", **{"Step1XGEditBench": {**method["Step1XGEditBench"], "task_types": ""}})
+    judging = prompt_of("step1x_gedit_judge.json", **{"Step1XEditGEditBench": {**method["Step1XEditGEditBench"], "task_types": ""}})
     run = client.run(judging)
     states, report = sorted(texts(run, judging), key=len)
     assert states == "0 of 11 items judged; 10 missing, 1 unparsable, 0 not judged yet." and states in report and "| **average** | 0 | - | - | - | 11 | 0.000 |" in report
@@ -100,7 +100,7 @@ def test_the_shipped_workflows_edit_and_judge_the_miniature(server, client, prom
 
 def test_several_items_in_one_run_and_a_bench_in_the_input_folder(server, client, prompt_of, data):
     shutil.copytree(data, server.base / "input" / "mini")
-    prompt = prompt_of("step1x_gedit_edit.json", Step1XGEditBench={"dataset": "mini", "method": "three", "language": "en", "limit": 1}, Step1XGEditItems={"count": 3})
+    prompt = prompt_of("step1x_gedit_edit.json", Step1XEditGEditBench={"dataset": "mini", "method": "three", "language": "en", "limit": 1}, Step1XEditGEditItems={"count": 3})
     client.run(prompt)
     found = sorted(path.stem for path in (server.base / "output" / "gedit_bench" / "three").rglob("*.png"))
     assert found == ["en00", "en01", "en02"]
@@ -115,12 +115,12 @@ def test_several_items_in_one_run_and_a_bench_in_the_input_folder(server, client
 ])
 def test_what_the_nodes_refuse(client, prompt_of, changes, message):
     with pytest.raises(ExecutionError, match=message):
-        client.run(prompt_of("step1x_gedit_edit.json", Step1XGEditBench=changes))
+        client.run(prompt_of("step1x_gedit_edit.json", Step1XEditGEditBench=changes))
 
 
 def test_pictures_that_went_missing_are_not_stored_under_other_items(client, prompt_of):
-    prompt = prompt_of("step1x_gedit_edit.json", Step1XGEditBench={"method": "mixed"}, Step1XGEditItems={"count": 2})
-    save, = find_nodes(prompt, "Step1XGEditSave")
+    prompt = prompt_of("step1x_gedit_edit.json", Step1XEditGEditBench={"method": "mixed"}, Step1XEditGEditItems={"count": 2})
+    save, = find_nodes(prompt, "Step1XEditGEditSave")
     prompt["one"] = {"class_type": "EmptyImage", "inputs": {"width": 32, "height": 32, "batch_size": 1, "color": 0}}
     prompt[save]["inputs"]["images"] = ["one", 0]
     with pytest.raises(ExecutionError, match="There are 1 edited pictures for 2 items"):
@@ -189,12 +189,12 @@ def test_the_command_starts_a_comfyui_of_its_own_and_a_local_judge_answers(serve
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--set", "Step1XSampler.speed=9"], "has no such node or input"),
+    (["--set", "Step1XEditSampler.speed=9"], "has no such node or input"),
     (["--workflow", str(PACK / "workflows" / "step1x_edit_in_turns.json")], "not clear which node of the workflow saves the result; found: .*--output-node"),
     (["--workflow", "nothing.json"], "The workflow nothing.json cannot be read"),
     (["--batch", "2"], "--batch needs a workflow with Step1X-Edit Batch"),
-    (["--set", "Step1XModelLoader.model=nothing.safetensors"], "ComfyUI refuses the workflow"),
-    (["--set", "Step1XEditEncode.size_level=1024", "--set", "Step1XSampler.sampler_name=euler", "--method", "a/b"], "cannot be a name of a method"),
+    (["--set", "Step1XEditLoadModel.model=nothing.safetensors"], "ComfyUI refuses the workflow"),
+    (["--set", "Step1XEditEncode.size_level=1024", "--set", "Step1XEditSampler.sampler_name=euler", "--method", "a/b"], "cannot be a name of a method"),
 ])
 def test_mistakes_on_the_command_line_are_told_before_anything_runs(server, data, tmp_path, capsys, options, message):
     method = [] if "--method" in options else ["--method", "m"]

@@ -55,9 +55,9 @@ def prompt_of(object_info):
     """A shipped workflow in API form, at a size and step count for a CPU."""
     def load(name, **changes):
         prompt = to_api(json.loads((WORKFLOWS / name).read_text(encoding="utf-8")), object_info)
-        small = {"LoadImage": {"image": "coffee.jpg"}, "Step1XEditEncode": {"size_level": 256}, "Step1XSampler": {"steps": 4}, "Step1XScheduler": {"steps": 4},
-                 "EmptySD3LatentImage": {"width": 256, "height": 192}, "Step1XReflectionLoop": {"size_level": 256, "steps": 4, "rounds": 2},
-                 "Step1XBatch": {"size_level": 256, "steps": 2}}
+        small = {"LoadImage": {"image": "coffee.jpg"}, "Step1XEditEncode": {"size_level": 256}, "Step1XEditSampler": {"steps": 4}, "Step1XEditScheduler": {"steps": 4},
+                 "EmptySD3LatentImage": {"width": 256, "height": 192}, "Step1XEditReflectionLoop": {"size_level": 256, "steps": 4, "rounds": 2},
+                 "Step1XEditBatch": {"size_level": 256, "steps": 2}}
         for settings in (small, changes):
             for class_type, values in settings.items():
                 for node in find_nodes(prompt, class_type):
@@ -72,7 +72,7 @@ def pixels(run) -> np.ndarray:
 
 
 def sampler_of(prompt) -> str:
-    return (find_nodes(prompt, "Step1XSampler") + find_nodes(prompt, "SamplerCustomAdvanced"))[0]
+    return (find_nodes(prompt, "Step1XEditSampler") + find_nodes(prompt, "SamplerCustomAdvanced"))[0]
 
 
 def test_pack_is_loaded_without_complaint(server, object_info, client):
@@ -82,7 +82,14 @@ def test_pack_is_loaded_without_complaint(server, object_info, client):
     assert len(ours) == len(list((PACK / "web" / "docs").glob("*.md"))) and all(info["python_module"].startswith("custom_nodes.") for info in ours.values())
     # The loop's own nodes are kept out of the menu.
     assert {name for name, info in object_info.items() if name.startswith("Step1X") and info.get("dev_only")} == {
-        "Step1XEditEncodeGuarded", "Step1XSamplerGuarded", "Step1XDecodeGuarded", "Step1XLoopStart", "Step1XLoopStep", "Step1XLoopJudge", "Step1XLoopResult"}
+        "Step1XEditEncodeGuarded",
+        "Step1XEditSamplerGuarded",
+        "Step1XEditDecodeGuarded",
+        "Step1XEditLoopStart",
+        "Step1XEditLoopStep",
+        "Step1XEditLoopJudge",
+        "Step1XEditLoopResult",
+    }
     for name in ours:
         assert f"# {ours[name]['display_name']}" in client.get_text(f"/extensions/ComfyUI-Step1X-Edit/docs/{name}.md")
 
@@ -150,9 +157,9 @@ def test_materials_are_two_edits_of_one_picture_inside_the_mask(client, prompt_o
 def test_lora_workflow_is_the_edit_with_a_changed_model(client, prompt_of):
     def edit(strength):
         prompt = {"prompt": "make it red"}
-        return pixels(client.run(prompt_of("step1x_lora.json", Step1XLoraLoader={"strength": strength}, Step1XEditEncode=prompt)))
+        return pixels(client.run(prompt_of("step1x_lora.json", Step1XEditLoadLora={"strength": strength}, Step1XEditEncode=prompt)))
 
-    plain = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditEncode={"prompt": "make it red"}, Step1XSampler={"cfg": 0})))
+    plain = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditEncode={"prompt": "make it red"}, Step1XEditSampler={"cfg": 0})))
     assert np.array_equal(edit(0.0), plain) and not np.array_equal(edit(1.0), plain)
 
 
@@ -178,8 +185,8 @@ def test_blueprint_is_offered_and_is_the_plain_edit(client, prompt_of, object_in
             if port["name"] == "image":
                 prompt[str(node)]["inputs"][inner[node]["inputs"][index]["name"]] = ["load", 0]
     prompt[find_nodes(prompt, "Step1XEditEncode")[0]]["inputs"] |= {"prompt": "make it red", "size_level": 256}
-    prompt[find_nodes(prompt, "Step1XSampler")[0]]["inputs"]["steps"] = 4
-    prompt["save"] = {"class_type": "SaveImage", "inputs": {"images": [find_nodes(prompt, "Step1XDecode")[0], 0], "filename_prefix": "blueprint"}}
+    prompt[find_nodes(prompt, "Step1XEditSampler")[0]]["inputs"]["steps"] = 4
+    prompt["save"] = {"class_type": "SaveImage", "inputs": {"images": [find_nodes(prompt, "Step1XEditDecode")[0], 0], "filename_prefix": "blueprint"}}
     plain = prompt_of("step1x_edit.json", Step1XEditEncode={"prompt": "make it red"})
     assert np.array_equal(pixels(client.run(prompt)), pixels(client.run(plain)))
 
@@ -191,19 +198,19 @@ def text_of(run, prompt) -> str:
 
 
 def test_thinking_workflow_edits_by_what_it_shows(client, prompt_of):
-    prompt = prompt_of("step1x_edit_v12_thinking.json", Step1XThink={"seed": 1}, Step1XSampler={"seed": 1})
+    prompt = prompt_of("step1x_edit_v12_thinking.json", Step1XEditThink={"seed": 1}, Step1XEditSampler={"seed": 1})
     run = client.run(prompt)
     rewritten = text_of(run, prompt).split("Rewritten: ")[1].split("\n\nAsked, system:")[0]
-    assert rewritten != prompt[find_nodes(prompt, "Step1XThink")[0]]["inputs"]["prompt"]
-    plain = prompt_of("step1x_edit_v12.json", Step1XSampler={"seed": 1}, Step1XEditEncode={"prompt": rewritten})
+    assert rewritten != prompt[find_nodes(prompt, "Step1XEditThink")[0]]["inputs"]["prompt"]
+    plain = prompt_of("step1x_edit_v12.json", Step1XEditSampler={"seed": 1}, Step1XEditEncode={"prompt": rewritten})
     assert np.array_equal(pixels(client.run(plain)), pixels(run))
 
 
 def test_loop_workflow_with_a_model_that_babbles(client, prompt_of):
     """Nothing is scripted here: random weights never keep a contract, and still there are pictures, a report, and one graph per round."""
     # The preview asks for no scores, which would take most of the time.
-    prompt = prompt_of(LOOP, Step1XModelLoader={"version": "v1.2-preview"})
-    loop, = find_nodes(prompt, "Step1XReflectionLoop")
+    prompt = prompt_of(LOOP, Step1XEditLoadModel={"version": "v1.2-preview"})
+    loop, = find_nodes(prompt, "Step1XEditReflectionLoop")
     run = client.run(prompt)
     nodes = [*dict.fromkeys(node.removeprefix(f"{loop}.0.0.") for node in run.executed if node.startswith(f"{loop}."))]
     assert {f"round_{number}_{part}" for number in (1, 2) for part in ("encode", "sampler", "decode", "judge")} | {"round_2_step", "think", "start", "result"} == set(nodes)
@@ -216,18 +223,18 @@ def test_loop_workflow_with_a_model_that_babbles(client, prompt_of):
 
 
 def test_loop_without_thinking_and_reflection_is_the_plain_edit(client, prompt_of):
-    prompt = prompt_of(LOOP, Step1XReflectionLoop={"think": False, "reflect": False, "prompt": "turn the coffee into tea", "seed": 3})
+    prompt = prompt_of(LOOP, Step1XEditReflectionLoop={"think": False, "reflect": False, "prompt": "turn the coffee into tea", "seed": 3})
     run = client.run(prompt)
     assert {node.rsplit(".")[-1] for node in run.executed if "." in node} == {"round_1_encode", "round_1_sampler", "round_1_decode"}
-    plain = prompt_of("step1x_edit_v12.json", Step1XSampler={"seed": 3}, Step1XEditEncode={"prompt": "turn the coffee into tea"})
+    plain = prompt_of("step1x_edit_v12.json", Step1XEditSampler={"seed": 3}, Step1XEditEncode={"prompt": "turn the coffee into tea"})
     assert np.array_equal(pixels(client.run(plain)), pixels(run))
 
 
 def test_cancel_in_a_loop_and_go_on(client, prompt_of):
-    prompt = prompt_of(LOOP, Step1XReflectionLoop={"reflect": False, "steps": 60, "seed": 9})
+    prompt = prompt_of(LOOP, Step1XEditReflectionLoop={"reflect": False, "steps": 60, "seed": 9})
     # The rewrite ends before its thirtieth token.
     cancelled = client.run(prompt, interrupt_at=30)
-    loop, = find_nodes(prompt, "Step1XReflectionLoop")
+    loop, = find_nodes(prompt, "Step1XEditReflectionLoop")
     sampler = f"{loop}.0.0.round_1_sampler"
     assert cancelled.interrupted and not cancelled.images and cancelled.executed[-1] == sampler and 30 <= cancelled.progress(sampler)[-1][0] < 60
     resumed = client.run(prompt)
@@ -266,12 +273,12 @@ def test_prompt_picture_and_seed_matter_and_equal_inputs_give_equal_pictures(cli
     def edit(**changes):
         return pixels(client.run(prompt_of("step1x_edit.json", **changes)))
 
-    base = edit(Step1XSampler={"seed": 1})
-    assert not np.array_equal(base, edit(Step1XSampler={"seed": 2}))
-    assert not np.array_equal(base, edit(Step1XSampler={"seed": 1}, Step1XEditEncode={"prompt": "turn the coffee into tea"}))
-    assert not np.array_equal(base, edit(Step1XSampler={"seed": 1}, Step1XEditEncode={"negative_prompt": "blurry"}))
+    base = edit(Step1XEditSampler={"seed": 1})
+    assert not np.array_equal(base, edit(Step1XEditSampler={"seed": 2}))
+    assert not np.array_equal(base, edit(Step1XEditSampler={"seed": 1}, Step1XEditEncode={"prompt": "turn the coffee into tea"}))
+    assert not np.array_equal(base, edit(Step1XEditSampler={"seed": 1}, Step1XEditEncode={"negative_prompt": "blurry"}))
     client.free()
-    again = client.run(prompt_of("step1x_edit.json", Step1XSampler={"seed": 1}))
+    again = client.run(prompt_of("step1x_edit.json", Step1XEditSampler={"seed": 1}))
     assert np.array_equal(base, pixels(again)) and len(again.executed) == 8
 
 
@@ -283,22 +290,22 @@ def test_the_source_picture_matters(client, prompt_of, tmp_path):
 
 
 def test_a_new_seed_encodes_nothing_again(client, prompt_of):
-    client.run(prompt_of("step1x_edit.json", Step1XSampler={"seed": 11}))
-    prompt = prompt_of("step1x_edit.json", Step1XSampler={"seed": 12})
+    client.run(prompt_of("step1x_edit.json", Step1XEditSampler={"seed": 11}))
+    prompt = prompt_of("step1x_edit.json", Step1XEditSampler={"seed": 12})
     executed = {prompt[node]["class_type"] for node in client.run(prompt).executed}
-    assert executed == {"Step1XSampler", "Step1XDecode", "SaveImage"}
+    assert executed == {"Step1XEditSampler", "Step1XEditDecode", "SaveImage"}
 
 
 def test_cancel_in_mid_sampling_and_run_again(client, prompt_of):
-    prompt = prompt_of("step1x_edit.json", Step1XSampler={"seed": 21, "steps": 60})
+    prompt = prompt_of("step1x_edit.json", Step1XEditSampler={"seed": 21, "steps": 60})
     cancelled = client.run(prompt, interrupt_at=2)
     assert cancelled.interrupted and cancelled.progress(sampler_of(prompt))[-1][0] < 60 and not cancelled.images
-    assert pixels(client.run(prompt_of("step1x_edit.json", Step1XSampler={"seed": 21}))).std() > 10
+    assert pixels(client.run(prompt_of("step1x_edit.json", Step1XEditSampler={"seed": 21}))).std() > 10
 
 
 def test_output_stays_at_working_size_without_a_source(client, prompt_of):
     prompt = prompt_of("step1x_edit.json")
-    del prompt[find_nodes(prompt, "Step1XDecode")[0]]["inputs"]["source"]
+    del prompt[find_nodes(prompt, "Step1XEditDecode")[0]]["inputs"]["source"]
     assert pixels(client.run(prompt)).shape == (208, 304, 3)
 
 
@@ -306,11 +313,11 @@ def test_ksampler_and_stock_model_loader(client, prompt_of):
     """The stock nodes in place of ours: Load Diffusion Model, ModelSamplingFlux, KSampler, VAE Decode."""
     prompt = prompt_of("step1x_edit.json")
     encode = find_nodes(prompt, "Step1XEditEncode")[0]
-    loader = find_nodes(prompt, "Step1XModelLoader")[0]
-    sampler, decode = find_nodes(prompt, "Step1XSampler")[0], find_nodes(prompt, "Step1XDecode")[0]
-    ours = pixels(client.run(prompt_of("step1x_edit.json", Step1XSampler={"seed": 5})))
+    loader = find_nodes(prompt, "Step1XEditLoadModel")[0]
+    sampler, decode = find_nodes(prompt, "Step1XEditSampler")[0], find_nodes(prompt, "Step1XEditDecode")[0]
+    ours = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditSampler={"seed": 5})))
     prompt[loader] = {"class_type": "UNETLoader", "inputs": {"unet_name": tiny_models.V11_FILE, "weight_dtype": "default"}}
-    prompt["guidance"] = {"class_type": "Step1XGuidance", "inputs": {"model": [loader, 0], "truncate": 0.93, "power": 0.4}}
+    prompt["guidance"] = {"class_type": "Step1XEditGuidance", "inputs": {"model": [loader, 0], "truncate": 0.93, "power": 0.4}}
     prompt["shift"] = {"class_type": "ModelSamplingFlux", "inputs": {"model": ["guidance", 0], "max_shift": 1.15, "base_shift": 0.5, "width": 304, "height": 208}}
     prompt[sampler] = {"class_type": "KSampler", "inputs": {"model": ["shift", 0], "positive": [encode, 0], "negative": [encode, 1], "latent_image": [encode, 2], "seed": 5,
                                                           "steps": 4, "cfg": 6.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}}
@@ -337,20 +344,20 @@ def test_reference_latent_node_and_text_only_encoder(client, prompt_of):
 def test_unload_and_load_another_version(client, prompt_of):
     first = pixels(client.run(prompt_of("step1x_edit.json")))
     client.free()
-    other = pixels(client.run(prompt_of("step1x_edit.json", Step1XModelLoader={"model": tiny_models.V10_FILE})))
+    other = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"model": tiny_models.V10_FILE})))
     assert not np.array_equal(first, other)
-    forced = pixels(client.run(prompt_of("step1x_edit.json", Step1XModelLoader={"model": tiny_models.V10_FILE, "version": "v1.1"})))
+    forced = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"model": tiny_models.V10_FILE, "version": "v1.1"})))
     assert not np.array_equal(other, forced)
     assert np.array_equal(first, pixels(client.run(prompt_of("step1x_edit.json"))))
 
 
 def test_weight_dtypes_and_model_patches_run(client, prompt_of):
     exact = pixels(client.run(prompt_of("step1x_edit.json")))
-    fp8 = pixels(client.run(prompt_of("step1x_edit.json", Step1XModelLoader={"weight_dtype": "fp8_e4m3fn"})))
+    fp8 = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"weight_dtype": "fp8_e4m3fn"})))
     assert not np.array_equal(exact, fp8)
     prompt = prompt_of("step1x_edit.json")
-    loader = find_nodes(prompt, "Step1XModelLoader")[0]
-    prompt["cache"] = {"class_type": "Step1XTeaCache", "inputs": {"model": [loader, 0], "threshold": 2.0}}
+    loader = find_nodes(prompt, "Step1XEditLoadModel")[0]
+    prompt["cache"] = {"class_type": "Step1XEditTeaCache", "inputs": {"model": [loader, 0], "threshold": 2.0}}
     prompt[sampler_of(prompt)]["inputs"]["model"] = ["cache", 0]
     assert not np.array_equal(exact, pixels(client.run(prompt)))
 
@@ -359,14 +366,14 @@ def test_errors_are_sentences_and_the_next_run_works(server, client, prompt_of):
     folder = server.base / "models" / "diffusion_models"
     (folder / "page.safetensors").write_bytes(b"<html>404</html>")
     with pytest.raises(ExecutionError, match="page.safetensors is damaged, incomplete or no safetensors file") as error:
-        client.run(prompt_of("step1x_edit.json", Step1XModelLoader={"model": "page.safetensors"}))
-    assert error.value.details["node_type"] == "Step1XModelLoader"
+        client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"model": "page.safetensors"}))
+    assert error.value.details["node_type"] == "Step1XEditLoadModel"
     # The host compares the name with the list the node offers; our own check is behind that (test_only_offered_names_are_resolved).
     with pytest.raises(ExecutionError, match="not in"):
-        client.run(prompt_of("step1x_edit.json", Step1XModelLoader={"model": "../../secret.safetensors"}))
+        client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"model": "../../secret.safetensors"}))
     with pytest.raises(ExecutionError, match="lays out prompts for another model"):
         prompt = prompt_of("step1x_edit.json")
-        loader = find_nodes(prompt, "Step1XMLLMLoader")[0]
+        loader = find_nodes(prompt, "Step1XEditLoadMLLM")[0]
         clip = server.base / "models" / "text_encoders" / "clip_l.safetensors"
         write_clip_l(clip)
         prompt[loader] = {"class_type": "CLIPLoader", "inputs": {"clip_name": clip.name, "type": "stable_diffusion"}}
@@ -396,11 +403,11 @@ def write_clip_l(path):
 def test_diffusers_folder_is_offered_and_loads(server, client, prompt_of):
     source = server.base / "models" / "diffusion_models" / tiny_models.V11_FILE
     diffusers_repository(server.base / "models" / "diffusers" / "Step1X-Edit-v1p1-diffusers", to_diffusers(load_file(source)))
-    info = client.get("/object_info/Step1XModelLoader")["Step1XModelLoader"]["input"]["required"]["model"]
+    info = client.get("/object_info/Step1XEditLoadModel")["Step1XEditLoadModel"]["input"]["required"]["model"]
     offered = info[0] if isinstance(info[0], list) else info[1]["options"]
     assert "Step1X-Edit-v1p1-diffusers/" in offered and not any("00001-of-00003" in name for name in offered)
     expected = pixels(client.run(prompt_of("step1x_edit.json")))
-    assert np.array_equal(pixels(client.run(prompt_of("step1x_edit.json", Step1XModelLoader={"model": "Step1X-Edit-v1p1-diffusers/"}))), expected)
+    assert np.array_equal(pixels(client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"model": "Step1X-Edit-v1p1-diffusers/"}))), expected)
 
 
 def test_only_offered_names_are_resolved(models, tmp_path, monkeypatch):
@@ -422,7 +429,7 @@ def test_the_flux_vae_of_full_size(server, client, prompt_of):
     entries = [entry for key, shape in shapes.items() for entry in (f"{key}:{'_'.join(map(str, shape))}", key)]
     assert len(shapes) == 244 and hashlib.md5(",".join(sorted(entries)).encode()).hexdigest() == "21ea55f476dfc4fd135587abb59dfe5d"
     save_file(tiny_models.random_weights(shapes, seed=4, dtype=torch.bfloat16), server.base / "models" / "vae" / "full_size.safetensors")
-    picture = pixels(client.run(prompt_of("step1x_edit.json", VAELoader={"vae_name": "full_size.safetensors"}, Step1XSampler={"steps": 2})))
+    picture = pixels(client.run(prompt_of("step1x_edit.json", VAELoader={"vae_name": "full_size.safetensors"}, Step1XEditSampler={"steps": 2})))
     assert picture.shape == (400, 600, 3) and picture.std() > 1
 
 

@@ -54,9 +54,9 @@ def test_every_node_explains_itself(schemas):
 def test_defaults_are_the_official_ones(schemas):
     inputs = {f"{name}.{entry.id}": entry for name, schema in schemas.items() for entry in schema.inputs}
     # 0 stands for the version's own.
-    assert all(inputs[f"{name}.steps"].default == inputs[f"{name}.cfg"].default == 0 for name in ("Step1XSampler", "Step1XReflectionLoop"))
-    assert inputs["Step1XReflectionLoop.rounds"].default == 3 and inputs["Step1XThink.temperature"].default == 0.7
-    assert inputs["Step1XEditEncode.size_level"].default == 1024 and inputs["Step1XGuidance.truncate"].default == -1
+    assert all(inputs[f"{name}.steps"].default == inputs[f"{name}.cfg"].default == 0 for name in ("Step1XEditSampler", "Step1XEditReflectionLoop"))
+    assert inputs["Step1XEditReflectionLoop.rounds"].default == 3 and inputs["Step1XEditThink.temperature"].default == 0.7
+    assert inputs["Step1XEditEncode.size_level"].default == 1024 and inputs["Step1XEditGuidance.truncate"].default == -1
 
 
 def test_guidance_node_takes_the_limit_of_the_models_version(schemas, models):
@@ -64,13 +64,13 @@ def test_guidance_node_takes_the_limit_of_the_models_version(schemas, models):
     for name, limit in ((tiny_models.V11_FILE, 0.93), (tiny_models.V12_FILE, 0.00093)):
         model = node_module("loaders").load_model(models / "diffusion_models" / name)
         for truncate, expected in ((-1.0, limit), (0.5, 0.5), (0.0, 0.0)):
-            (hook,) = module.Step1XGuidance.execute(model, truncate, 0.4).result[0].model_options["sampler_pre_cfg_function"]
+            (hook,) = module.Step1XEditGuidance.execute(model, truncate, 0.4).result[0].model_options["sampler_pre_cfg_function"]
             assert hook.truncate == expected
 
 
 def test_prompts_from_before_v12_still_validate(schemas):
     """They name no version for the text encoder; the host refuses a prompt that lacks a required input."""
-    required = {entry.id for entry in schemas["Step1XMLLMLoader"].inputs if not entry.optional}
+    required = {entry.id for entry in schemas["Step1XEditLoadMLLM"].inputs if not entry.optional}
     assert required == {"mllm", "device"}
 
 
@@ -81,7 +81,7 @@ def test_sampler_makes_its_schedule_for_the_fitted_latent(schemas, monkeypatch):
     monkeypatch.setattr(module, "with_norm_limiter", lambda model: model)
     monkeypatch.setattr(module, "fit_latent", lambda model, latent: {"samples": torch.zeros(1, 16, 128, 128)})
     monkeypatch.setattr(module, "sample", lambda model, positive, negative, latent, sigmas, *rest: sigmas)
-    sigmas = module.Step1XSampler.execute(None, [], [], {"samples": torch.zeros(1, 128, 64, 64)}, 0, 4, 6.0, "euler", 1.0).result[0]
+    sigmas = module.Step1XEditSampler.execute(None, [], [], {"samples": torch.zeros(1, 128, 64, 64)}, 0, 4, 6.0, "euler", 1.0).result[0]
     assert torch.equal(sigmas, module.flow_sigmas(4, torch.zeros(1, 16, 128, 128)))
 
 

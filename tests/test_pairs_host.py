@@ -13,7 +13,7 @@ from PIL import Image
 
 from step1x_core.training.dataset import read_pairs
 
-SMALL = {"Step1XEditEncode": {"size_level": 64}, "Step1XSampler": {"steps": 1}, "LoadImage": {"image": "coffee.jpg"}}
+SMALL = {"Step1XEditEncode": {"size_level": 64}, "Step1XEditSampler": {"steps": 1}, "LoadImage": {"image": "coffee.jpg"}}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def texts(run, prompt) -> list[str]:
 
 
 def test_computed_pairs_become_a_dataset_that_grows(server, client, prompt_of):
-    prompt = prompt_of("step1x_make_pairs.json", Step1XPairSave={"name": "computed"})
+    prompt = prompt_of("step1x_make_pairs.json", Step1XEditPairSave={"name": "computed"})
     run = client.run(prompt)
     dataset = server.base / "output" / "edit_pairs" / "computed"
     pairs = read_pairs(dataset / "en-00000.json")
@@ -60,20 +60,20 @@ def test_computed_pairs_become_a_dataset_that_grows(server, client, prompt_of):
     # The same pairs are not stored again; those of another seed come behind them.
     for path in (dataset / "en-00000.json", dataset / "zh-00000.json"):
         path.unlink()
-    prompt[find_nodes(prompt, "Step1XPairCompute")[0]]["inputs"]["seed"] = 43
+    prompt[find_nodes(prompt, "Step1XEditPairCompute")[0]]["inputs"]["seed"] = 43
     client.run(prompt)
     assert len(read_pairs(dataset / "en-00000.json")) > len(pairs)
 
 
 def test_a_proposed_edit_is_made_judged_and_filtered(server, client, prompt_of):
     """A model of random weights proposes nothing and judges nothing: the edits come from the table, and no pair passes."""
-    prompt = prompt_of("step1x_propose_pairs.json", Step1XPairSave={"name": "judged"}, Step1XPairPropose={"count": 2})
+    prompt = prompt_of("step1x_propose_pairs.json", Step1XEditPairSave={"name": "judged"}, Step1XEditPairPropose={"count": 2})
     run = client.run(prompt)
     shown = "\n".join(texts(run, prompt))
     assert "gave no usable list in 3 tries" in shown and "0 of 2 pairs kept." in shown and shown.count("no usable judgement") == 2
     assert not list((server.base / "output" / "edit_pairs" / "judged").glob("*.json"))
     # Without the filter they are a dataset: sources as they were, targets of their size, the proposed instructions.
-    prompt = prompt_of("step1x_propose_pairs.json", Step1XPairSave={"name": "unjudged"}, Step1XPairPropose={"count": 2}, Step1XPairFilter={"unjudged": True})
+    prompt = prompt_of("step1x_propose_pairs.json", Step1XEditPairSave={"name": "unjudged"}, Step1XEditPairPropose={"count": 2}, Step1XEditPairFilter={"unjudged": True})
     client.run(prompt)
     pairs = read_pairs(server.base / "output" / "edit_pairs" / "unjudged" / "en-00000.json")
     assert len(pairs) == 2 and len({pair.source for pair in pairs}) == 1 and all(pair.instruction in shown for pair in pairs)
@@ -84,12 +84,23 @@ def test_a_proposed_edit_is_made_judged_and_filtered(server, client, prompt_of):
 
 def test_pairs_of_stock_filters_and_of_two_makers_in_one_dataset(server, client, prompt_of):
     """What any node makes can be a pair: here the stock 'Invert Image'; computed pairs come before it."""
-    prompt = prompt_of("step1x_make_pairs.json", Step1XPairSave={"name": "both"}, Step1XPairCompute={"count": 2, "kinds": "text_change"})
-    load, compute = find_nodes(prompt, "LoadImage")[0], find_nodes(prompt, "Step1XPairCompute")[0]
+    prompt = prompt_of("step1x_make_pairs.json", Step1XEditPairSave={"name": "both"}, Step1XEditPairCompute={"count": 2, "kinds": "text_change"})
+    load, compute = find_nodes(prompt, "LoadImage")[0], find_nodes(prompt, "Step1XEditPairCompute")[0]
     prompt["invert"] = {"class_type": "ImageInvert", "inputs": {"image": [load, 0]}}
-    prompt["record"] = {"class_type": "Step1XPairRecord", "inputs": {"source": [load, 0], "target": ["invert", 0], "kind": "tone_transfer", "english": "turn it into a negative",
-                                                                   "chinese": "变成底片", "direction": "forward", "maker": "Invert Image", "pairs": [compute, 0]}}
-    prompt[find_nodes(prompt, "Step1XPairSave")[0]]["inputs"]["pairs"] = ["record", 0]
+    prompt["record"] = {
+        "class_type": "Step1XEditPairRecord",
+        "inputs": {
+            "source": [load, 0],
+            "target": ["invert", 0],
+            "kind": "tone_transfer",
+            "english": "turn it into a negative",
+            "chinese": "变成底片",
+            "direction": "forward",
+            "maker": "Invert Image",
+            "pairs": [compute, 0],
+        },
+    }
+    prompt[find_nodes(prompt, "Step1XEditPairSave")[0]]["inputs"]["pairs"] = ["record", 0]
     client.run(prompt)
     pairs = read_pairs(server.base / "output" / "edit_pairs" / "both" / "zh-00000.json")
     assert len(pairs) == 3 and pairs[-1].instruction == "变成底片"
@@ -97,10 +108,10 @@ def test_pairs_of_stock_filters_and_of_two_makers_in_one_dataset(server, client,
 
 def test_what_is_saved_is_trained_on_where_it_lies(server, client, prompt_of):
     """In one run through the output of the node that saves, and later by its name."""
-    prompt = prompt_of("step1x_make_pairs.json", Step1XPairSave={"name": "trained"}, Step1XPairCompute={"count": 2, "kinds": "text_change"})
-    save, = find_nodes(prompt, "Step1XPairSave")
+    prompt = prompt_of("step1x_make_pairs.json", Step1XEditPairSave={"name": "trained"}, Step1XEditPairCompute={"count": 2, "kinds": "text_change"})
+    save, = find_nodes(prompt, "Step1XEditPairSave")
     training = prompt_of("step1x_train_lora.json", Step1XEditDataset={"size_level": 64, "validation": 0},
-                         Step1XTrainLora={"name": "on_made_pairs", "steps": 1, "rank": 2, "validate_every": 0})
+                         Step1XEditTrainLora={"name": "on_made_pairs", "steps": 1, "rank": 2, "validate_every": 0})
     for key, node in training.items():
         inputs = {name: [f"train{value[0]}", value[1]] if isinstance(value, list) else value for name, value in node["inputs"].items()}
         prompt[f"train{key}"] = {**node, "inputs": inputs}
@@ -113,15 +124,15 @@ def test_what_is_saved_is_trained_on_where_it_lies(server, client, prompt_of):
     assert count >= 2 and any(f"{count} pairs to train on" in text for text in texts(run, prompt))
     assert (server.base / "output" / "step1x_training" / "on_made_pairs" / "lora.safetensors").is_file()
 
-    trainer, = find_nodes(prompt, "Step1XTrainLora")
+    trainer, = find_nodes(prompt, "Step1XEditTrainLora")
     prompt[reader]["inputs"]["dataset"], prompt[trainer]["inputs"]["name"] = "edit_pairs/trained/zh-00000.json [output]", "on_half_of_them"
     shown = "\n".join(texts(client.run(prompt), prompt))
     assert f"{count // 2} pairs to train on" in shown and "0 latents and conditionings were encoded" in shown
 
 
 @pytest.mark.parametrize("class_type, values, message", [
-    ("Step1XPairSave", {"name": "../../escape"}, "cannot be a name of a dataset"),
-    ("Step1XPairCompute", {"kinds": "painting"}, "'painting' is no kind that can be made here"),
+    ("Step1XEditPairSave", {"name": "../../escape"}, "cannot be a name of a dataset"),
+    ("Step1XEditPairCompute", {"kinds": "painting"}, "'painting' is no kind that can be made here"),
 ])
 def test_what_the_nodes_refuse(client, prompt_of, class_type, values, message):
     with pytest.raises(ExecutionError, match=message):

@@ -49,7 +49,7 @@ def fingerprinted(classes) -> list[str]:
 
 def test_connected_inputs_do_not_make_a_node_run_every_time(classes, fingerprint):
     names = fingerprinted(classes)
-    assert {"Step1XBatch", "Step1XGEditBench", "Step1XPairSave", "Step1XEditDataset", "Step1XThink", "Step1XReflectionLoop"} <= set(names)
+    assert {"Step1XEditBatch", "Step1XEditGEditBench", "Step1XEditPairSave", "Step1XEditDataset", "Step1XEditThink", "Step1XEditReflectionLoop"} <= set(names)
     for name in names:
         first = fingerprint(name)
         # NaN, which the host takes where a fingerprint fails, equals nothing.
@@ -62,8 +62,8 @@ def test_connected_inputs_do_not_make_a_node_run_every_time(classes, fingerprint
 
 def test_files_of_a_connected_name_are_still_watched(fingerprint, tmp_path):
     output = tmp_path / "output"
-    for node, path in (("Step1XPairSave", output / DATASETS / "mine" / JOURNAL), ("Step1XGEditBench", output / RESULTS / "m" / "scores" / "j" / "en.jsonl"),
-                       ("Step1XGEditBench", output / RESULTS / "m" / "fullset" / "a" / "en" / "1.png")):
+    for node, path in (("Step1XEditPairSave", output / DATASETS / "mine" / JOURNAL), ("Step1XEditGEditBench", output / RESULTS / "m" / "scores" / "j" / "en.jsonl"),
+                       ("Step1XEditGEditBench", output / RESULTS / "m" / "fullset" / "a" / "en" / "1.png")):
         before = fingerprint(node)
         path.parent.mkdir(parents=True)
         path.write_text("{}")
@@ -111,7 +111,7 @@ def test_other_work_other_errors_and_a_success_give_new_tries(counted):
 
 
 def test_switches_are_checked_like_every_widget(classes):
-    check = classes["Step1XTrainLora"].execute.__globals__["check_widgets"]
+    check = classes["Step1XEditTrainLora"].execute.__globals__["check_widgets"]
     for name, node in classes.items():
         for entry in node.GET_SCHEMA().inputs:
             if type(entry).__qualname__ != "Boolean.Input":
@@ -124,4 +124,4 @@ def test_switches_are_checked_like_every_widget(classes):
             # It is among those that the node hands over, too.
             assert f"{entry.id}={entry.id}" in inspect.getsource(node.execute) or f'"{entry.id}"' in inspect.getsource(node.execute), f"{name}.{entry.id}"
     with pytest.raises(ValueError, match="'seed' brings 'True'"):
-        check(classes["Step1XSampler"], seed=True)
+        check(classes["Step1XEditSampler"], seed=True)

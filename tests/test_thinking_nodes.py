@@ -71,8 +71,8 @@ def script(monkeypatch):
 def edit(classes, things, image, prompt, seed):
     """One edit by the public nodes."""
     positive, negative, latent = classes["Step1XEditEncode"].execute(things["clip"], things["vae"], image, prompt, "", 64).result
-    latent, = classes["Step1XSampler"].execute(things["model"], positive, negative, latent, seed, 1, 2.0, "euler", 1.0).result
-    return classes["Step1XDecode"].execute(latent, things["vae"], things["image"]).result[0]
+    latent, = classes["Step1XEditSampler"].execute(things["model"], positive, negative, latent, seed, 1, 2.0, "euler", 1.0).result
+    return classes["Step1XEditDecode"].execute(latent, things["vae"], things["image"]).result[0]
 
 
 def test_a_success_ends_the_loop_and_only_its_nodes_run(host, script):
@@ -263,21 +263,21 @@ def test_what_cannot_work_is_refused_before_anything_is_asked_or_sampled(host, s
     template.parent.mkdir(parents=True)
     template.write_text("{score}", encoding="utf-8")
     refused("reflection.user.txt lacks")
-    for node in ("Step1XThink", "Step1XReflect"):
+    for node in ("Step1XEditThink", "Step1XEditReflect"):
         with pytest.raises(Step1XError, match="no language-model head"):
-            inputs = {"image": things["image"], "temperature": 0.7} if node == "Step1XThink" else {"source": things["image"], "edited": things["image"], "version": "v1.2"}
+            inputs = {"image": things["image"], "temperature": 0.7} if node == "Step1XEditThink" else {"source": things["image"], "edited": things["image"], "version": "v1.2"}
             classes[node].execute(clip=mute, prompt="p", seed=1, **inputs)
 
 
 def test_think_node(script, classes, things):
     model = script(rewrite="  Change the crust to black.\n")
-    prompt, report = classes["Step1XThink"].execute(things["clip"], things["image"], "bread too long", 7, 0.3).result
+    prompt, report = classes["Step1XEditThink"].execute(things["clip"], things["image"], "bread too long", 7, 0.3).result
     (name, content, tokens, _, temperature), = model.asked
     assert (name, tokens, temperature) == ("rewrite", 512, 0.3) and torch.equal(content[0], things["image"][0]) and "bread too long" in content[1]
     assert prompt == "Change the crust to black."
     assert report.startswith("Instruction: bread too long\nRewritten: Change the crust to black.\n") and content[1].splitlines()[0] in report
     with pytest.raises(Step1XError, match="'image' brings 2 pictures"):
-        classes["Step1XThink"].execute(things["clip"], things["image"].repeat(2, 1, 1, 1), "bread", 7, 0.7)
+        classes["Step1XEditThink"].execute(things["clip"], things["image"].repeat(2, 1, 1, 1), "bread", 7, 0.7)
 
 
 @pytest.mark.parametrize("reply, verdict, refined", [(GOOD["reflection"], "success", ""), (REFINE, "refine", "Make it darker."), (FAILED, "failed", ""),
@@ -285,15 +285,15 @@ def test_think_node(script, classes, things):
 def test_reflect_node(script, classes, things, reply, verdict, refined):
     script(reflection=reply, edit_score=scores(4))
     other = torch.zeros(1, 30, 40, 3)
-    out = classes["Step1XReflect"].execute(things["clip"], things["image"], other, "make it red", 7, "v1.2").result
+    out = classes["Step1XEditReflect"].execute(things["clip"], things["image"], other, "make it red", 7, "v1.2").result
     assert out[:3] == (verdict, refined, 32.0) and f"Verdict: {verdict}" in out[3] and "A red cup." in out[3]
     with pytest.raises(Step1XError, match="'edited' brings 2 pictures"):
-        classes["Step1XReflect"].execute(things["clip"], things["image"], other.repeat(2, 1, 1, 1), "make it red", 7, "v1.2")
+        classes["Step1XEditReflect"].execute(things["clip"], things["image"], other.repeat(2, 1, 1, 1), "make it red", 7, "v1.2")
 
 
 def test_reflect_node_without_scores(script, classes, things):
     model = script()
-    out = classes["Step1XReflect"].execute(things["clip"], things["image"], things["image"], "make it red", 7, "v1.2-preview").result
+    out = classes["Step1XEditReflect"].execute(things["clip"], things["image"], things["image"], "make it red", 7, "v1.2-preview").result
     assert out[:3] == ("success", "", 0.0) and [name for name, *_ in model.asked] == ["description", "consistency", "reflection"]
 
 
@@ -311,7 +311,7 @@ def test_the_users_own_texts_take_the_place_of_ours_and_a_changed_one_is_asked_a
 
 def test_a_round_that_was_not_needed_changes_nothing(classes):
     state = Rounds(Loop("p"), error="over")
-    assert classes["Step1XLoopJudge"].execute(state, None, None, Failure(""), 0).result == (state,)
+    assert classes["Step1XEditLoopJudge"].execute(state, None, None, Failure(""), 0).result == (state,)
 
 
 def test_the_same_seed_gives_the_same_words(things):

@@ -82,10 +82,10 @@ class Studio:
         prompt = to_api(json.loads((WORKFLOWS / f"{workflow}.json").read_text(encoding="utf-8")), self.info)
         sampling = {"steps": demo_model.STEPS, "cfg": demo_model.CFG}
         size = {"size_level": demo_model.SIZE_LEVEL}
-        settings = {"Step1XModelLoader": {"model": demo_model.MODEL_FILE}, "Step1XMLLMLoader": {"mllm": demo_model.MLLM_FILE},
-                    "VAELoader": {"vae_name": demo_model.VAE_FILE}, "Step1XEditEncode": size, "Step1XSampler": sampling, "Step1XBatch": {**size, **sampling},
-                    "CFGGuider": {"cfg": demo_model.CFG}, "Step1XScheduler": {"steps": demo_model.STEPS}, "Step1XStitch": {"feather": 4},
-                    "Step1XLoraLoader": {"lora_name": LORA}, "UpscaleModelLoader": {"model_name": UPSCALER}}
+        settings = {"Step1XEditLoadModel": {"model": demo_model.MODEL_FILE}, "Step1XEditLoadMLLM": {"mllm": demo_model.MLLM_FILE},
+                    "VAELoader": {"vae_name": demo_model.VAE_FILE}, "Step1XEditEncode": size, "Step1XEditSampler": sampling, "Step1XEditBatch": {**size, **sampling},
+                    "CFGGuider": {"cfg": demo_model.CFG}, "Step1XEditScheduler": {"steps": demo_model.STEPS}, "Step1XEditStitch": {"feather": 4},
+                    "Step1XEditLoadLora": {"lora_name": LORA}, "UpscaleModelLoader": {"model_name": UPSCALER}}
         for values in (settings, changes):
             for class_type, inputs in values.items():
                 for node in find_nodes(prompt, class_type):
@@ -139,7 +139,7 @@ def train_lora(studio):
     write_dataset(studio.folder / "input" / "lines", [line_pair(0, index, "train") for index in range(9)])
     training = {"steps": 100, "learning_rate": 3e-3, "rank": 8, "alpha": 8.0, "batch_size": 2, "validate_every": 100}
     dataset = {"dataset": "lines", "size_level": demo_model.SIZE_LEVEL, "validation": 1}
-    return sheet(studio.run("step1x_train_lora", Step1XEditDataset=dataset, Step1XTrainLora=training), 1, "from pairs of pictures\nto a LoRA")
+    return sheet(studio.run("step1x_train_lora", Step1XEditDataset=dataset, Step1XEditTrainLora=training), 1, "from pairs of pictures\nto a LoRA")
 
 
 def in_turns(studio):
@@ -157,7 +157,7 @@ def masked(studio):
 def on_the_wall(studio, workflow, prompt):
     """The wall with a frame around the mask, and the result."""
     source, mask = wall()
-    return [marked(source, mask), *studio.run(workflow, [studio.upload(source, mask)], [prompt], Step1XCrop={"context": 1 / 3, "min_size": 128})]
+    return [marked(source, mask), *studio.run(workflow, [studio.upload(source, mask)], [prompt], Step1XEditCrop={"context": 1 / 3, "min_size": 128})]
 
 
 def crop_and_stitch(studio):
@@ -173,7 +173,7 @@ def crop_stitch_upscale(studio):
 def batch(studio):
     sources = [scene("recolour", index).source for index in (7, 1)]
     prompts = "give the picture a black background\nturn the picture into a negative"
-    made = studio.run("step1x_batch", [studio.upload(source) for source in sources], Step1XBatch={"prompts": prompts})
+    made = studio.run("step1x_batch", [studio.upload(source) for source in sources], Step1XEditBatch={"prompts": prompts})
     tiles = [picture for i, source in enumerate(sources) for picture in (Image.fromarray(source), *made[2 * i:2 * i + 2])]
     return sheet(tiles, 3, "every instruction on every picture")
 
@@ -182,13 +182,13 @@ def product_variants(studio):
     source = scene("recolour", 4).source
     prompts = ["Please color the orange circle blue", "Please color the orange circle purple", "The orange circle should become a star",
                "give the picture a black background", "make the background light green"]
-    made = studio.run("step1x_product_variants", [studio.upload(source)], Step1XBatch={"prompts": "\n".join(prompts)})
+    made = studio.run("step1x_product_variants", [studio.upload(source)], Step1XEditBatch={"prompts": "\n".join(prompts)})
     return sheet([Image.fromarray(source), *made], 3, "one product, many variants")
 
 
 def social_media_set(studio):
     names = [studio.upload(scene("recolour", index).source) for index in (6, 7, 3)]
-    return sheet(studio.run("step1x_social_media_set", names, Step1XBatch={"prompts": "give the picture a black background"}), 3, "one look in three formats")
+    return sheet(studio.run("step1x_social_media_set", names, Step1XEditBatch={"prompts": "give the picture a black background"}), 3, "one look in three formats")
 
 
 def building_material(studio):
@@ -200,7 +200,7 @@ def building_material(studio):
 
 def text_to_image(studio):
     made = studio.run("step1x_text_to_image", CLIPTextEncode={"text": "draw a yellow star in the top left corner."},
-                      EmptySD3LatentImage={"width": 128, "height": 128}, Step1XSampler={"seed": 1})
+                      EmptySD3LatentImage={"width": 128, "height": 128}, Step1XEditSampler={"seed": 1})
     return sheet(made, 1, "a picture from words")
 
 
@@ -208,13 +208,13 @@ def loop(studio):
     """What a loop keeps: a first round that is not good enough, here for want of steps, and a better one."""
     pair = scene("add", 0)
     name = studio.upload(pair.source)
-    rounds = [studio.run("step1x_edit", [name], [pair.instruction], Step1XSampler={"steps": steps})[0] for steps in (1, demo_model.STEPS)]
+    rounds = [studio.run("step1x_edit", [name], [pair.instruction], Step1XEditSampler={"steps": steps})[0] for steps in (1, demo_model.STEPS)]
     return sheet([Image.fromarray(pair.source), *rounds], 3, "v1.2: edit, judge, try again")
 
 
 def make_pairs(studio):
     source = Image.open(environment.PACK / "assets" / "coffee.jpg").convert("RGB")
-    pairs, = studio.run("step1x_make_pairs", [studio.upload(np.asarray(source))], Step1XPairCompute={"count": 4}, Step1XPairSheet={"limit": 4})
+    pairs, = studio.run("step1x_make_pairs", [studio.upload(np.asarray(source))], Step1XEditPairCompute={"count": 4}, Step1XEditPairSheet={"limit": 4})
     # Source and target of the first two pairs, without letters and margins.
     tiles = [pairs.crop((left, 70, left + 200, 202)) for left in (12, 216, 428, 632)]
     return sheet(tiles, 2, "training pairs from a picture,\ncomputed, with instructions")

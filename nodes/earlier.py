@@ -1,0 +1,86 @@
+"""Offers to replace this pack's own nodes of 0.1.0, whose ids did not begin with Step1XEdit."""
+
+from dataclasses import dataclass, field
+
+from comfy_api.latest import io
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """A node of 0.1.0: the id that takes its place, its sockets and its widgets in their order, and its number of outputs."""
+
+    new: str
+    sockets: str
+    # A + is the widget that the editor puts behind a seed.
+    widgets: str
+    outputs: int
+    # New input by old one, where the name has changed; None where there is none any more.
+    renamed: dict[str, str | None] = field(default_factory=dict)
+    # What new inputs without a counterpart are set to.
+    values: dict = field(default_factory=dict)
+
+    def offer(self, old: str) -> io.NodeReplace:
+        names = [*self.sockets.split(), *(name for name in self.widgets.split() if name != "+")]
+        pairs = [(self.renamed.get(name, name), name) for name in names]
+        inputs = [{"new_id": new, "old_id": name} for new, name in pairs if new is not None]
+        inputs += [{"new_id": name, "set_value": value} for name, value in self.values.items()]
+        widgets = ["control_after_generate" if name == "+" else name for name in self.widgets.split()]
+        outputs = [{"old_idx": index, "new_idx": index} for index in range(self.outputs)]
+        return io.NodeReplace(new_node_id=self.new, old_node_id=old, old_widget_ids=widgets, input_mapping=inputs, output_mapping=outputs)
+
+
+EARLIER = {
+    "Step1XModelLoader": Earlier("Step1XEditLoadModel", "", "model version weight_dtype", 1),
+    "Step1XMLLMLoader": Earlier("Step1XEditLoadMLLM", "", "mllm device version", 1),
+    "Step1XVAELoader": Earlier("Step1XEditLoadVAE", "", "vae", 1),
+    "Step1XLoraLoader": Earlier("Step1XEditLoadLora", "model", "lora_name strength", 1),
+    "Step1XSampler": Earlier(
+        "Step1XEditSampler", "model positive negative latent",
+        "seed + steps cfg sampler_name denoise", 1),
+    "Step1XDecode": Earlier("Step1XEditDecode", "samples vae source", "", 1),
+    "Step1XScheduler": Earlier("Step1XEditScheduler", "latent", "steps denoise", 1),
+    "Step1XGuidance": Earlier("Step1XEditGuidance", "model", "truncate power", 1),
+    "Step1XGuidanceInterval": Earlier("Step1XEditGuidanceInterval", "model", "start end", 1),
+    "Step1XTeaCache": Earlier("Step1XEditTeaCache", "model", "threshold", 1),
+    "Step1XFp8Attention": Earlier("Step1XEditFp8Attention", "model", "", 1),
+    "Step1XRegion": Earlier("Step1XEditRegion", "model", "similarity warmup refreshes reuse", 1),
+    "Step1XThink": Earlier("Step1XEditThink", "clip image", "prompt seed + temperature", 2),
+    "Step1XReflect": Earlier("Step1XEditReflect", "clip source edited", "prompt seed + version", 4),
+    "Step1XReflectionLoop": Earlier(
+        "Step1XEditReflectionLoop", "model clip vae image",
+        "prompt negative_prompt size_level seed + steps cfg rounds think reflect sampler_name", 4),
+    "Step1XCrop": Earlier("Step1XEditCrop", "image mask", "context min_size", 3),
+    "Step1XStitch": Earlier("Step1XEditStitch", "image stitch", "feather", 1),
+    "Step1XReferences": Earlier(
+        "Step1XEditReferences", "positive negative vae images.image0 images.image1 images.image2 images.image3 images.image4 images.image5 images.image6 images.image7",
+        "size_level", 2),
+    "Step1XBatch": Earlier(
+        "Step1XEditBatch", "model clip vae images",
+        "prompts combine negative_prompt size_level seed + steps cfg sampler_name", 2),
+    "Step1XTrainLora": Earlier(
+        "Step1XEditTrainLora", "model dataset vae",
+        "name steps learning_rate rank alpha batch_size accumulation seed + resume save_every validate_every schedule warmup ema gradient_checkpointing", 4),
+    "Step1XGate": Earlier(
+        "Step1XEditContentGate", "images clip",
+        "action classifier unsafe_labels threshold message prompt words question", 3),
+    "Step1XGEditBench": Earlier("Step1XEditGEditBench", "", "dataset method language task_types limit", 1),
+    "Step1XGEditItems": Earlier("Step1XEditGEditItems", "bench", "count", 4),
+    "Step1XGEditSave": Earlier("Step1XEditGEditSave", "images items", "", 2),
+    "Step1XGEditJudge": Earlier("Step1XEditGEditJudge", "bench clip", "judge seed again", 2),
+    "Step1XGEditReport": Earlier("Step1XEditGEditReport", "bench", "judge", 4),
+    "Step1XPairPropose": Earlier("Step1XEditPairPropose", "clip image", "kinds count seed +", 6),
+    "Step1XPairCompute": Earlier("Step1XEditPairCompute", "images pairs", "kinds count seed + max_side", 2),
+    "Step1XPairRecord": Earlier(
+        "Step1XEditPairRecord", "source target proposals pairs",
+        "kind english chinese direction maker", 2),
+    "Step1XPairJudge": Earlier("Step1XEditPairJudge", "clip pairs", "seed +", 2),
+    "Step1XPairFilter": Earlier(
+        "Step1XEditPairFilter", "pairs",
+        "min_semantics min_quality min_change max_change unjudged", 3),
+    "Step1XPairSheet": Earlier("Step1XEditPairSheet", "pairs", "limit", 2),
+    "Step1XPairSave": Earlier("Step1XEditPairSave", "pairs", "name", 2),
+}
+
+
+def own_replacements() -> list[io.NodeReplace]:
+    return [earlier.offer(old) for old, earlier in EARLIER.items()]
