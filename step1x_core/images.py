@@ -74,6 +74,11 @@ def vision_sizes(width: int, height: int, limits=(HELPER_LIMITS, PROCESSOR_LIMIT
     return sizes
 
 
+def picture_grid(picture: Tensor) -> tuple[int, int]:
+    """Rows and columns of the tokens of a picture [h, w, 3] with sides in multiples of 28."""
+    return picture.shape[0] // VISION_CELL, picture.shape[1] // VISION_CELL
+
+
 def to_rgb(image: Tensor) -> Tensor:
     """Picture [H, W, C] -> float32 [H, W, 3] with values 0..1 on the CPU. Grey becomes RGB, an alpha channel is dropped, NaN becomes black."""
     image = image[..., :3] if image.shape[-1] >= 3 else image[..., :1].expand(*image.shape[:-1], 3)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ..errors import Step1XError
-from ..versions import HEAD_DIM, VERSIONS
+from ..versions import HEAD_DIM, LAYOUT_V11, LAYOUT_V12, VERSIONS
 
 # Name under which a configuration travels: safetensors metadata key of small checkpoints, and the
 # uint8 JSON tensor that carries it through the host's loader (the host's `comfy_quant` convention).
@@ -158,7 +158,7 @@ def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
     check_overrides(config, head_dim, overrides)
     if not isinstance(config.version, str) or config.version not in VERSIONS:
         raise Step1XError(f"Unknown Step1X-Edit version '{config.version}'. Choose one of: {', '.join(VERSIONS)}.")
-    for key, found, layout, owner in ((SCALE_FACTOR_KEY, scale_factor, "v1.1", "v1.0"), (TEXT_MAPPING_KEY, mapping, "v1.2", "v1.2")):
-        if found and VERSIONS[config.version].layout != layout:
+    for key, found, layout, owner in ((SCALE_FACTOR_KEY, scale_factor, LAYOUT_V11, "v1.0"), (TEXT_MAPPING_KEY, mapping, LAYOUT_V12, "v1.2")):
+        if found and VERSIONS[config.version].layout is not layout:
             raise Step1XError(f"This model cannot be {config.version}: it has {key}, which only {owner} has. Set the version to auto or to {owner}.")
     return config

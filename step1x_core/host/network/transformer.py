@@ -93,7 +93,7 @@ class Step1XTransformer(Flux):
             transformer_options.pop(FP8_ATTENTION, None)  # another node has to see q, k and v
         else:
             transformer_options["optimized_attention_override"] = cudnn_first
-        if VERSIONS[self.version].layout == "v1.2":
+        if VERSIONS[self.version].coarse_time:
             timestep = official_time(timestep, x.dtype)
         img, img_ids = self.process_img(x, transformer_options=transformer_options)
         img_tokens = img.shape[1]
