@@ -8,11 +8,12 @@ import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
+from step1x_core.checkpoints.detection import named_layout
 from step1x_core.checkpoints.language_model import normalize_keys
 from step1x_core.checkpoints.prefixes import LANGUAGE_PARTS, LANGUAGE_WRAPPERS, TRANSFORMER_PREFIXES, language_name, transformer_names
 from step1x_core.errors import Step1XError
 from step1x_core.host.checkpoints import loading
-from step1x_core.host.checkpoints.loading import load_model, load_text_encoder, mllm_state_dict, model_state_dict, named_layout, naming
+from step1x_core.host.checkpoints.loading import load_model, load_text_encoder, mllm_state_dict, model_state_dict, naming
 from step1x_core.host.prompts.text_encoder import say_cut
 
 STACKED = ("module._orig_mod.", "model.diffusion_model.", "base_model.model.", "pipe.dit.", "model.model.")

@@ -10,7 +10,7 @@ from conftest import PACK
 
 from step1x_core.errors import Step1XError
 from step1x_core.reasoning import replies
-from step1x_core.reasoning.reflection import LAYOUTS
+from step1x_core.reasoning.conversation import LAYOUTS
 from step1x_core.reasoning.templates import FIELDS, LANGUAGES, fill, load_templates
 
 FOLDER = PACK / "step1x_core" / "data" / "templates"

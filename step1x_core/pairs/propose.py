@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..errors import Step1XError
 from ..prompts.v11 import clean_prompt
-from ..reasoning.reflection import Ask
+from ..reasoning.conversation import Ask
 from ..reasoning.replies import BadReply, json_block
 from .record import instructions, words
 

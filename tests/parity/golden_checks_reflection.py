@@ -9,7 +9,8 @@ import math
 from dataclasses import replace
 
 from step1x_core.reasoning import replies
-from step1x_core.reasoning.reflection import LAYOUTS, RULES, Call, Conversation, Loop, Reflection, judge, rate, reflect, think, unjudged
+from step1x_core.reasoning.conversation import LAYOUTS, RULES, Call, Conversation
+from step1x_core.reasoning.reflection import Loop, Reflection, judge, rate, reflect, think, unjudged
 from step1x_core.reasoning.replies import BadReply
 from step1x_core.reasoning.templates import LANGUAGES, load_templates
 

@@ -9,7 +9,8 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
-from ...reasoning.reflection import Loop, Reflection, Step, Thought, report, unjudged
+from ...reasoning.reflection import Loop, Reflection, Step, Thought, unjudged
+from ...reasoning.report import report
 
 log = logging.getLogger(__name__)
 

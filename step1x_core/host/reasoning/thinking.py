@@ -7,10 +7,12 @@ from torch import Tensor
 from ...checks import check_pictures
 from ...errors import Step1XError
 from ...prompts.v11 import clean_prompt
-from ...reasoning.reflection import RULES, Reflection, Rules, indent, reflect, think
+from ...reasoning.conversation import RULES, Rules
+from ...reasoning.reflection import Reflection, reflect, think
+from ...reasoning.report import indent
 from ...reasoning.templates import LANGUAGES, load_templates
-from ..checkpoints.folders import template_folder
 from .generation import Question, check_can_generate, generate_text
+from .templates import template_folder
 
 # The official setting (spec v12.md f.1).
 TEMPERATURE = 0.7

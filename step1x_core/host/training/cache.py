@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ...checks import check_finite
 from ...errors import Step1XError
+from ...files import content_key
 from ...images import from_uint8, resize, resize_tensor, to_rgb, to_uint8, working_size
-from ...training.dataset import CACHE_FOLDER, Cache, CachedPair, EditDataset, EditPair, content_key, decode_picture, pack_conditioning, picture_size
+from ...training.cache import CACHE_FOLDER, Cache, CachedPair, EditDataset, pack_conditioning
+from ...training.dataset import EditPair, decode_picture, picture_size
 from ...versions import PromptLayout
 from ..prompts.encoding import LATENT_FACTOR, check_text_encoder, check_vae, encode_pictures
 
