@@ -31,7 +31,8 @@ from ..sampling.sampler import with_norm_limiter
 
 log = logging.getLogger(__name__)
 
-# The class names of diffusers repositories and the prompt layout of their versions (spec v12.md a.4).
+# The class names of diffusers repositories and the prompt layout of their versions
+# (docs/model.md, Telling versions apart).
 PIPELINE_LAYOUTS = {"Step1XEditPipeline": "v1.1", "Step1XEditPipelineV1P2": "v1.2"}
 # How names of files and folders write a version.
 # Without a v only "1.1" and "1p1", not as part of a longer number: "1-1" and "1_1" may be anything.
