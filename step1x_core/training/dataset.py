@@ -21,7 +21,7 @@ from ..files import PICTURE_SUFFIXES, safe_path, unwritable, write_whole
 from ..images import from_uint8
 
 SOURCES, TARGETS = "source", "target"
-# Official names (spec train_eval.md 1).
+# Official names (docs/model.md, LoRA training).
 REFERENCE, CAPTION = "ref_image_path", "caption"
 CACHE_FOLDER = ".step1x_cache"
 # Positions must not be rounded.
