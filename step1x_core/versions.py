@@ -6,13 +6,14 @@ from dataclasses import dataclass
 DEFAULT_STEPS = 28
 DEFAULT_CFG = 6.0
 
-# Norm-limited guidance (official inference code, spec v1.md e.4).
+# Norm-limited guidance (docs/model.md, Guidance).
 GUIDANCE_TRUNCATE = 0.93
 GUIDANCE_NORM_POWER = 0.4
-# v1.2 compares the same 0.93 with times that run to 1000: its guidance is limited at every step (spec v12.md e).
+# v1.2 compares the same 0.93 with times that run to 1000: its guidance is limited at every step
+# (docs/model.md, v1.2 sampling).
 GUIDANCE_TRUNCATE_V12 = GUIDANCE_TRUNCATE / 1000
 
-# Connector time input is 0..1 and is scaled like the transformer's (spec v1.md b.1).
+# Connector time input is 0..1 and is scaled like the transformer's (docs/model.md, Connector).
 TIME_FACTOR = 1000.0
 
 # The head width of the transformer and of the connector in every published checkpoint.
@@ -70,9 +71,10 @@ class Version:
 VERSIONS = {
     # The reference shares the target's positions; the network tells them apart by content.
     "v1.0": Version((0, 0, 0), draws=False),
-    # The official position table starts from ones on all three axes (spec v1.md a.4).
+    # The official position table starts from ones on all three axes (docs/model.md, Sequence and position ids).
     "v1.1": Version((1, 1, 1)),
-    # One network; whether it has the text-token mapping is read off the weights (spec v12.md a.4).
+    # One network; whether it has the text-token mapping is read off the weights
+    # (docs/model.md, Telling versions apart).
     "v1.2-preview": Version((1, 0, 0), LAYOUT_V12, 28, 4.0, GUIDANCE_TRUNCATE_V12, uncond_at_cfg1=False, coarse_time=True),
     "v1.2": Version((1, 0, 0), LAYOUT_V12, 50, 6.0, GUIDANCE_TRUNCATE_V12, uncond_at_cfg1=False, coarse_time=True),
 }

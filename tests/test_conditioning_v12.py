@@ -1,4 +1,5 @@
-"""The conditioning of v1.2 against Hugging Face transformers and against the specification."""
+"""The conditioning of v1.2 against Hugging Face transformers and against the worked examples
+(docs/model.md, v1.2 positions)."""
 
 import random
 
@@ -90,7 +91,7 @@ def test_states_and_embeddings_equal_transformers(clip_v12, transformers_model, 
 
 
 def test_exclamation_mark_takes_part_but_stands_far_back(clip_v12):
-    """The specification's example: at 640x480 the lone "!" is at -126 between -36 and -35."""
+    """The worked example (docs/model.md, v1.2 positions): at 640x480 the lone "!" is at -126 between -36 and -35."""
     ids, _, start, entry = structure(clip_v12, "Hello!", [picture(640, 480)])
     cond, extra = encode(clip_v12, "Hello!", [picture(640, 480)])
     time, rows, columns = extra["text_ids"][0].T

@@ -109,7 +109,7 @@ def test_a_missing_folder_is_named(tmp_path):
 
 
 def test_the_texts_can_be_read_under_any_locale():
-    code = "from step1x_core.templates import load_templates; print(ascii(load_templates('chinese')['rewrite.system'][:2]))"
+    code = "from step1x_core.reasoning.templates import load_templates; print(ascii(load_templates('chinese')['rewrite.system'][:2]))"
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run([sys.executable, "-c", code], cwd=PACK, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == ascii(load_templates("chinese")["rewrite.system"][:2]), done.stderr

@@ -19,7 +19,7 @@ CONFIG_KEY = "step1x_edit_config"
 CONNECTOR_KEY = "connector.S.input_embedder.weight"
 # Only v1.0 has it.
 SCALE_FACTOR_KEY = "connector.scale_factor"
-# Only v1.2 has it, the preview perhaps not (spec v12.md a.4).
+# Only v1.2 has it, the preview perhaps not (docs/model.md, Telling versions apart).
 TEXT_MAPPING_KEY = "text_token_mapping.weight"
 
 
@@ -106,7 +106,7 @@ def check_overrides(config: "Step1XConfig", head_dim: int, names: Iterable[str])
 
 
 def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
-    """Read the configuration off a state dict in the original key layout (spec v1.md a.2).
+    """Read the configuration off a state dict in the original key layout (docs/model.md, Key names).
 
     Sizes come from shapes; what shapes do not show (rope axes, connector heads, a version override)
     comes from the optional `step1x_edit_config` entry and else from the published models' rules.
@@ -166,7 +166,8 @@ def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
     return config
 
 
-# The class names of diffusers repositories and the prompt layout of their versions (spec v12.md a.4).
+# The class names of diffusers repositories and the prompt layout of their versions
+# (docs/model.md, Telling versions apart).
 PIPELINE_LAYOUTS = {"Step1XEditPipeline": LAYOUT_V11, "Step1XEditPipelineV1P2": LAYOUT_V12}
 # How names of files and folders write a version.
 # Without a v only "1.1" and "1p1", not as part of a longer number: "1-1" and "1_1" may be anything.

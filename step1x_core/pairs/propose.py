@@ -1,4 +1,4 @@
-"""Proposals: the language model lists what is in a picture, and templates make instructions of it, in two languages (spec train_eval.md 2).
+"""Proposals: the language model lists what is in a picture, and templates make instructions of it, in two languages (docs/model.md, Training pairs).
 
 `ask(system, content, max_tokens) -> reply`, as in reflection.py; a retry repeats the same words, so `ask` must sample anew each time.
 """

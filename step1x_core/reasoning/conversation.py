@@ -1,4 +1,4 @@
-"""The questions of thinking and reflection to the language model, with retries (docs/model.md)."""
+"""The questions of thinking and reflection to the language model, with retries (docs/model.md, Replies)."""
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field

@@ -1,4 +1,5 @@
-"""Thinking and reflection: the six calls to the language model, and the rounds they control (spec v12.md f.3 to f.6).
+"""Thinking and reflection: the six calls to the language model, and the rounds they control
+(docs/model.md, Calls; Rounds).
 
 Pictures are opaque here. `ask(system, content, max_tokens) -> reply` is the language model; `content` holds texts and pictures in
 their order. A retry repeats the same words, so `ask` must sample anew each time (count its calls into the seed).

@@ -16,7 +16,7 @@ from ..files import PICTURE_SUFFIXES, content_key, safe_path
 from ..images import from_uint8
 
 SOURCES, TARGETS = "source", "target"
-# Official names (spec train_eval.md 1).
+# Official names (docs/model.md, LoRA training).
 REFERENCE, CAPTION = "ref_image_path", "caption"
 # EXIF: the tag, and its values for a picture that lies on its side.
 ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)

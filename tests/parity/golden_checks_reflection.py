@@ -1,4 +1,5 @@
-"""The golden checks of thinking and reflection (spec v12.md f): replies, retries, call layout, rounds.
+"""The golden checks of thinking and reflection
+(docs/model.md, Calls; Replies; Rounds): replies, retries, call layout, rounds.
 
 golden_runner.py runs them. Everything is compared exactly.
 """

@@ -1,4 +1,4 @@
-"""The host's Qwen2.5-VL with sizes taken from the checkpoint: hidden states (spec v1.md c.4, c.5) and text generation (spec v12.md f.1, f.7)."""
+"""The host's Qwen2.5-VL with sizes taken from the checkpoint: hidden states and text generation (docs/model.md, Language model; The 217 rule; Text generation)."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""The Step1X-Edit text encoder on the host's Qwen2.5-VL (spec v1.md c, v12.md b)."""
+"""The Step1X-Edit text encoder on the host's Qwen2.5-VL (docs/model.md, Prompt; Language model; v1.2 conditioning)."""
 
 import functools
 import logging

@@ -1,4 +1,4 @@
-"""What the nodes of a reflection loop hand on: the rounds so far, and errors that must not cost a picture (spec v12.md f.5, f.6)."""
+"""What the nodes of a reflection loop hand on: the rounds so far, and errors that must not cost a picture (docs/model.md, Rounds)."""
 
 import logging
 from collections import Counter

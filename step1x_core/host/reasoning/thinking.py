@@ -1,4 +1,4 @@
-"""Thinking and reflection with the host's text encoder: one picture, one seed (spec v12.md f)."""
+"""Thinking and reflection with the host's text encoder: one picture, one seed (docs/model.md, Calls; Rounds)."""
 
 import hashlib
 
@@ -14,7 +14,7 @@ from ...reasoning.templates import LANGUAGES, load_templates
 from .generation import Question, check_can_generate, generate_text
 from .templates import template_folder
 
-# The official setting (spec v12.md f.1).
+# The official setting (docs/model.md, Text generation).
 TEMPERATURE = 0.7
 # Characters of an instruction to think about. The language model's work grows with the square of them; none that a person writes is as long.
 MAX_INSTRUCTION = 8000
