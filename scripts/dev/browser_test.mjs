@@ -1,13 +1,14 @@
-// The browser's part of browser_test.py: node browser_test.mjs URL CHROMIUM OUTPUT PACK SLOWDOWN
+// The browser's part of browser_test.py: node browser_test.mjs URL CHROMIUM OUTPUT PACK SLOWDOWN [look]
 // Prints a line for each check; the exit status is the number of those that failed.
-import { mkdtempSync, rmSync } from 'node:fs';
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 
+import { lookAtAll } from './browser_look.mjs';
 import { lastingProblems, layout, queueOpenGraph, settled } from './browser_states.mjs';
 
-const [url, executablePath, output, pack, slowdown] = process.argv.slice(2);
+const [url, executablePath, output, pack, slowdown, only] = process.argv.slice(2);
 // Installed outside the pack, where an import would not find it.
 const { chromium } = createRequire(path.join(process.env.STEP1X_PLAYWRIGHT, 'package.json'))('playwright-core');
 
@@ -23,7 +24,7 @@ const PATIENCE = 300000;
 
 const profile = mkdtempSync(path.join(tmpdir(), 'step1x-chromium-'));
 const context = await chromium.launchPersistentContext(profile, {
-  executablePath, headless: true, viewport: { width: 1920, height: 1080 },
+  executablePath, headless: true, viewport: { width: 1600, height: 900 },
   args: ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
     '--disable-component-update', '--disable-sync'],
 });
@@ -162,6 +163,15 @@ await check('template_browser', async () => {
   return broken.filter(Boolean);
 });
 await page.keyboard.press('Escape');
+
+writeFileSync(path.join(output, 'sizes.json'), JSON.stringify(await lookAtAll(page, names, { check, open: openTemplate, atRest })));
+if (only === 'look') {
+  await context.close();
+  process.exit(failed);
+}
+// Text stays readable in a screenshot of the whole graph.
+await page.setViewportSize({ width: 1920, height: 1080 });
+await page.evaluate(() => app.extensionManager.setting.set('LiteGraph.Canvas.MinFontSizeForLOD', 0));
 
 for (const name of names) {
   await check(name, async () => {

@@ -22,8 +22,8 @@ import environment
 DRIVER = "playwright-core@1.65.1"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SCREENSHOTS = environment.PACK / "output" / "browser"
-# Nothing of ComfyUI's first start, and text that stays readable in a screenshot of the whole graph.
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "LiteGraph.Canvas.MinFontSizeForLOD": 0}
+# Nothing of ComfyUI's first start.
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
 
 
 class CannotRun(RuntimeError):
@@ -92,7 +92,7 @@ def prepare_base(base: Path) -> None:
     (base / "user" / "default" / "comfy.settings.json").write_text(json.dumps(SETTINGS), encoding="utf-8")
 
 
-def test(browser: str, driver: Path, slowdown: float) -> int:
+def test(browser: str, driver: Path, slowdown: float, frontend: Path | None, only_look: bool) -> int:
     from comfy_server import PACK_NAME, ComfyServer
 
     shutil.rmtree(SCREENSHOTS, ignore_errors=True)
@@ -101,8 +101,9 @@ def test(browser: str, driver: Path, slowdown: float) -> int:
         base = Path(folder)
         prepare_base(base)
         environment.say("starting ComfyUI")
-        with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base) as server:
-            command = ["node", str(Path(__file__).with_name("browser_test.mjs")), server.url, browser, str(SCREENSHOTS), PACK_NAME, str(slowdown)]
+        arguments = ("--cpu", "--front-end-root", str(frontend)) if frontend else ("--cpu",)
+        with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base, arguments=arguments) as server:
+            command = ["node", str(Path(__file__).with_name("browser_test.mjs")), server.url, browser, str(SCREENSHOTS), PACK_NAME, str(slowdown), *(["look"] if only_look else [])]
             status = environment.call(command, env={**os.environ, "STEP1X_PLAYWRIGHT": str(driver)})
             shutil.copy(server.log, SCREENSHOTS)
     return status
@@ -112,6 +113,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--install", action="store_true", help="install what is missing")
     parser.add_argument("--slowdown", type=float, default=1, metavar="FACTOR", help="run the page as on a processor that is so many times slower")
+    parser.add_argument("--look", action="store_true", help="only open every workflow in both node styles, and measure its nodes (layout.py reads that)")
+    parser.add_argument("--frontend", type=Path, metavar="FOLDER", help="another version of the editor: the folder `static` of the package comfyui-frontend-package")
     options = parser.parse_args()
     started = time.monotonic()
     try:
@@ -119,7 +122,7 @@ def main() -> int:
     except CannotRun as error:
         print(f"BROWSER TEST NOT RUN: {error}", file=sys.stderr)
         return 2
-    failed = test(browser, driver, options.slowdown)
+    failed = test(browser, driver, options.slowdown, options.frontend, options.look)
     environment.say(f"browser test {'FAILED' if failed else 'passed'} in {time.monotonic() - started:.0f} s; screenshots and the server's log are in {SCREENSHOTS}")
     return int(failed != 0)
 
