@@ -37,7 +37,7 @@ def main(argv=None) -> int:
     from step1x_core.errors import Step1XError
     from step1x_core.files import png, write_file
     from step1x_core.pairs.bulk import fill_dataset, find_pictures
-    from step1x_core.pairs.makers import MAKERS
+    from step1x_core.pairs.orders import MAKERS
     from step1x_core.pairs.propose import parse_kinds
     from step1x_core.pairs.review import contact_sheet, statistics, stored_card
     from step1x_core.pairs.store import PairStore

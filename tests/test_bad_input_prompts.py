@@ -227,8 +227,7 @@ def test_texts_come_out_as_the_server_can_send_them(host, name, prompt):
 def test_texts_of_pairs_are_stored_and_drawn(host, tmp_path, monkeypatch, name, prompt):
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     pairs, _ = run(host, name, prompt).made()
-    sheet, _ = host.run("Step1XEditPairSheet", pairs=Given(pairs), limit=4).made()
-    folder, _ = host.run("Step1XEditPairSave", writes=tmp_path, pairs=Given(pairs), name="texts").made()
+    folder, sheet, _ = host.run("Step1XEditPairSave", writes=tmp_path, pairs=Given(pairs), name="texts", limit=4).made()
     assert torch.isfinite(sheet).all() and json.loads((Path(folder) / "en-00000.json").read_text(encoding="utf-8"))
 
 

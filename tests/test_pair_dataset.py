@@ -18,7 +18,7 @@ from PIL import Image
 from step1x_core.errors import Step1XError
 from step1x_core.images import to_uint8
 from step1x_core.pairs.bulk import fill_dataset, find_pictures
-from step1x_core.pairs.makers import MAKERS
+from step1x_core.pairs.orders import MAKERS
 from step1x_core.pairs.record import make_pair
 from step1x_core.pairs.store import JOURNAL, PairStore, encode
 from step1x_core.training.dataset import read_pairs, read_picture

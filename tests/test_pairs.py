@@ -14,9 +14,12 @@ from PIL import Image
 from step1x_core.errors import Step1XError
 from step1x_core.host.gedit import benchmark as gedit
 from step1x_core.host.pairs import making as pair_making
+from step1x_core.host.pairs import review as pair_review
 from step1x_core.images import from_uint8
 from step1x_core.pairs.hashing import Index, fingerprint
-from step1x_core.pairs.makers import CONTRAST, INKS, LUMA, MAKERS, carry_out, orders, readable, shrink
+from step1x_core.pairs.makers.lettering import CONTRAST, INKS, readable
+from step1x_core.pairs.makers.pixels import LUMA
+from step1x_core.pairs.orders import MAKERS, carry_out, orders, shrink
 from step1x_core.pairs.propose import PROPOSED, SEEN, TRIES, propose, read_ideas
 from step1x_core.pairs.record import KINDS, changed_pixels, digest, make_pair, words
 from step1x_core.pairs.review import Thresholds, card, contact_sheet, sift, spread, statistics
@@ -232,7 +235,7 @@ def test_thresholds(picture):
 
 
 def test_the_judge_keeps_scores_and_asks_for_the_rest(picture, monkeypatch):
-    monkeypatch.setattr(pair_making, "check_can_generate", lambda clip: None)
+    monkeypatch.setattr(pair_review, "check_can_generate", lambda clip: None)
     asked = []
     first, second = pairs_of(picture, 2)
 
@@ -245,7 +248,7 @@ def test_the_judge_keeps_scores_and_asks_for_the_rest(picture, monkeypatch):
 
     known = from_uint8(to_judge_size(Image.fromarray(first.target)))
     monkeypatch.setattr(gedit, "generate_texts", replies)
-    judged, report = pair_making.judge_pairs(None, (scored(first, semantics=(1.0, 2.0)), first, second), 5)
+    judged, report = pair_review.judge_pairs(None, (scored(first, semantics=(1.0, 2.0)), first, second), 5)
     assert judged[0].verdict.semantics == (1.0, 2.0) and judged[1].verdict.semantics == judged[1].verdict.quality == (8.0, 9.0)
     assert judged[2].verdict.problem and [len(questions) for questions in asked] == [2] * 2 + [1] * 8 and report.startswith("2 of 3 pairs judged.")
     assert asked[0][0].seed != asked[0][1].seed and any(first.english in part for part in asked[0][0].content if isinstance(part, str))
@@ -272,7 +275,7 @@ def test_pairs_at_a_time_get_the_verdicts_they_get_alone(picture, clip, monkeypa
     monkeypatch.setattr(gedit, "generate_texts", lambda clip, questions, tokens: rounds.append(len(questions)) or ask_all(clip, questions, tokens))
     monkeypatch.setattr(gedit, "ANSWER_TOKENS", 4)
     monkeypatch.setattr(gedit, "TOGETHER", 2)
-    judged, _ = pair_making.judge_pairs(clip, pairs, 5)
+    judged, _ = pair_review.judge_pairs(clip, pairs, 5)
     assert [pair.verdict for pair in judged] == alone and [pair.english for pair in judged] == [pair.english for pair in pairs]
     assert max(rounds) == 2 and sum(rounds) == sum(tries) and len(rounds) < sum(tries)
 

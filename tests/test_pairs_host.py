@@ -73,7 +73,7 @@ def test_a_proposed_edit_is_made_judged_and_filtered(server, client, prompt_of):
     assert "gave no usable list in 3 tries" in shown and "0 of 2 pairs kept." in shown and shown.count("no usable judgement") == 2
     assert not list((server.base / "output" / "edit_pairs" / "judged").glob("*.json"))
     # Without the filter they are a dataset: sources as they were, targets of their size, the proposed instructions.
-    prompt = prompt_of("step1x_propose_pairs.json", Step1XEditPairSave={"name": "unjudged"}, Step1XEditPairPropose={"count": 2}, Step1XEditPairFilter={"unjudged": True})
+    prompt = prompt_of("step1x_propose_pairs.json", Step1XEditPairSave={"name": "unjudged"}, Step1XEditPairPropose={"count": 2}, Step1XEditPairJudge={"unjudged": True})
     client.run(prompt)
     pairs = read_pairs(server.base / "output" / "edit_pairs" / "unjudged" / "en-00000.json")
     assert len(pairs) == 2 and len({pair.source for pair in pairs}) == 1 and all(pair.instruction in shown for pair in pairs)

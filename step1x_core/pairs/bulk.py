@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import Step1XError
 from ..files import PICTURE_SUFFIXES, open_picture
-from .makers import carry_out, orders, shrink
+from .orders import carry_out, orders, shrink
 from .store import Encoded, PairStore, encode
 
 # Orders of one picture that are carried out together: its source is read and written once for all of them.
