@@ -51,7 +51,8 @@ NODES = {
     "Step1XEditGEditJudge": (("clip", "bench"), {"judge": "x", "seed": 1, "again": False}),
     "Step1XEditGEditReport": (("bench",), {"judge": "x"}),
 }
-OPTIONAL = {("Step1XEditContentGate", "clip"), ("Step1XEditPairJudge", "clip"), ("Step1XEditPairCompute", "pairs"), ("Step1XEditPairRecord", "proposals"), ("Step1XEditPairRecord", "pairs")}
+OPTIONAL = {("Step1XEditContentGate", "clip"), ("Step1XEditPairJudge", "clip"), ("Step1XEditPairCompute", "pairs"),
+            ("Step1XEditPairRecord", "proposals"), ("Step1XEditPairRecord", "pairs")}
 # Optional ones; what else can be wrong with them is tried elsewhere.
 LEFT_OUT = {("Step1XEditDecode", "source"), ("Step1XEditEncode", "latent"), ("Step1XEditTrainLora", "vae")}
 INPUTS = [(node, name) for node, (names, _) in NODES.items() for name in names]

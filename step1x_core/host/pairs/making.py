@@ -71,12 +71,13 @@ def one_each(values: list, count: int, name: str) -> list:
     return values * count if len(values) == 1 else values
 
 
-def edits_of(proposals: list[Proposal], kinds: list[str], english: list[str], chinese: list[str], count: int) -> list[Proposal]:
+def edits_of(proposals: list[Proposal], kinds: list[str], english: list[str], chinese: list[str],
+             count: int) -> list[Proposal]:
     """Kind and instructions of each of `count` targets: as proposed, or without proposals as typed in."""
     if proposals:
         return one_each(proposals, count, "proposals")
-    columns = (one_each(values, count, name) for values, name in ((kinds, "kind"), (english, "english"), (chinese, "chinese")))
-    return [Proposal(*row) for row in zip(*columns)]
+    columns = {"kind": kinds, "english": english, "chinese": chinese}
+    return [Proposal(*row) for row in zip(*(one_each(values, count, name) for name, values in columns.items()))]
 
 
 def read_forward(before: np.ndarray, after: np.ndarray, edit: Proposal, maker: str, details: dict) -> Pair:
@@ -88,19 +89,21 @@ def read_backward(before: np.ndarray, after: np.ndarray, edit: Proposal, maker: 
     """The pair from its end to its beginning; None where the proposal has no words for that."""
     if not edit.back_kind:
         return None
-    return make_pair(after, before, edit.back_kind, edit.back_english, edit.back_chinese, maker, {**details, "direction": BACKWARD})
+    return make_pair(after, before, edit.back_kind, edit.back_english, edit.back_chinese, maker,
+                     {**details, "direction": BACKWARD})
 
 
 READINGS = {FORWARD: (read_forward,), BACKWARD: (read_backward,), BOTH: (read_forward, read_backward)}
 DIRECTIONS = tuple(READINGS)
 
 
-def record_pairs(source: list[Tensor], target: list[Tensor], proposals: list[Proposal], kinds: list[str], english: list[str],
-                 chinese: list[str], maker: list[str], direction: str) -> tuple[tuple[Pair, ...], str]:
+def record_pairs(source: list[Tensor], target: list[Tensor], proposals: list[Proposal], kinds: list[str],
+                 english: list[str], chinese: list[str], maker: list[str],
+                 direction: str) -> tuple[tuple[Pair, ...], str]:
     """Pairs of what other nodes made, and a report.
 
-    proposals: where there are any, kind and instructions come from them. direction: whether each pair is also, or only, read from
-    its end to its beginning; proposals that have no words for that are left out there.
+    proposals: where there are any, kind and instructions come from them. direction: whether each pair is also, or only,
+    read from its end to its beginning; proposals that have no words for that are left out there.
 
     Raises Step1XError as `make_pair` does, and where the numbers do not agree.
     """
@@ -112,7 +115,8 @@ def record_pairs(source: list[Tensor], target: list[Tensor], proposals: list[Pro
     makers = one_each(maker, len(targets), "maker")
     edits = edits_of(proposals, kinds, english, chinese, len(targets))
     details = [{"object": edit.thing, "content": edit.content} if proposals else {} for edit in edits]
-    read = [reading(*row) for row in zip(sources, targets, edits, makers, details) for reading in READINGS[direction]]
+    rows = zip(sources, targets, edits, makers, details)
+    read = [reading(*row) for row in rows for reading in READINGS[direction]]
     pairs = tuple(pair for pair in read if pair)
     wordless = len(read) - len(pairs)
     lines = [f"{len(pairs)} pairs."] + [f"{wordless} edits have no words for the way back."] * bool(wordless)
