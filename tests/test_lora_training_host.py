@@ -75,6 +75,13 @@ def test_the_shipped_workflow_trains_is_cancelled_and_goes_on(client, prompt, ba
     assert (run_folder / LORA).read_bytes() == finished
 
 
+def test_what_is_trained_fits_the_stock_nodes(client):
+    info = client.get("/object_info")
+    outputs = dict(zip(info["Step1XEditTrainLora"]["output_name"], info["Step1XEditTrainLora"]["output"]))
+    for output, node, name in (("lora", "SaveLoRA", "lora"), ("lora", "LoraModelLoader", "lora"), ("loss", "LossGraphNode", "loss")):
+        assert info[node]["input"]["required"][name][0] == outputs[output], node
+
+
 @pytest.mark.parametrize("dataset, message", [("nothing", "There is no dataset"), ("../output", "names no dataset"), ("", "names no dataset"),
                                               ("nothing [output]", "There is no dataset"), ("../../x [output]", "names no dataset"),
                                               ("bad.json", "could not be read as JSON")])

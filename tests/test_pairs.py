@@ -234,6 +234,34 @@ def test_thresholds(picture):
     assert len(sift((scored(pair),), Thresholds(max_change=0.5))[1]) == 1
 
 
+def test_without_a_text_encoder_pairs_are_sifted_by_change_and_by_the_scores_that_are_there(picture):
+    pair = make_pair(picture, 255 - picture, "tone_transfer", "invert", "", "x")
+    same = make_pair(picture, picture, "tone_transfer", "nothing", "", "x")
+    good, bad, mumbled = scored(pair), scored(pair, semantics=(6, 10)), scored(pair, quality=None, problem="mumbling")
+    kept, dropped, report = pair_review.sift_as_they_are((pair, good, bad, mumbled, same), Thresholds())
+    assert kept == (pair, good) and dropped == (bad, mumbled, same)
+    assert report.startswith("2 of 5 pairs kept.") and "2 pairs have no scores and were filtered by change only." in report
+    kept, _, report = pair_review.sift_as_they_are((good, bad, mumbled), Thresholds(unjudged=True))
+    assert kept == (good, mumbled) and "by change only" not in report
+
+
+def test_the_judge_sifts_by_the_scores_it_has_just_given(picture, monkeypatch):
+    first, second = pairs_of(picture, 2)
+    monkeypatch.setattr(pair_review, "check_can_generate", lambda clip: None)
+    # The first pair gets 8 and 9, the second 3 and 9.
+    low = to_judge_size(Image.fromarray(second.target))
+
+    def replies(clip, questions, max_tokens):
+        lower = [any(torch.equal(part, from_uint8(low)) for part in question.content if torch.is_tensor(part)) for question in questions]
+        return [f'{{"score": [{3 if low else 8}, 9], "reasoning": ""}}' for low in lower]
+
+    monkeypatch.setattr(gedit, "generate_texts", replies)
+    kept, dropped, report = pair_review.judge_and_sift(None, (first, second), 5, Thresholds(semantics=4.0, quality=3.0))
+    assert [pair.verdict.semantics for pair in kept] == [(8.0, 9.0)] and [pair.verdict.semantics for pair in dropped] == [(3.0, 9.0)]
+    assert report.startswith("1 of 2 pairs kept.") and "semantics 3 is below 4" in report and "2 of 2 pairs judged." in report
+    assert len(pair_review.judge_and_sift(None, (first, second), 5, Thresholds(semantics=3.0, quality=3.0))[0]) == 2
+
+
 def test_the_judge_keeps_scores_and_asks_for_the_rest(picture, monkeypatch):
     monkeypatch.setattr(pair_review, "check_can_generate", lambda clip: None)
     asked = []
