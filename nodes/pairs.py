@@ -43,7 +43,7 @@ def single(**inputs: list) -> dict:
     """The one value of each input of a node that takes lists. Raises Step1XError for a list of several."""
     for name, values in inputs.items():
         if len(values) != 1:
-            raise Step1XError(f"The input '{name}' brings a list of {len(values)}. Connect a single one.")
+            raise Step1XError(f"The input '{name}' has a list of {len(values)} values. Connect a single one.")
     return {name: values[0] for name, values in inputs.items()}
 
 

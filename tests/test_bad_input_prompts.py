@@ -234,7 +234,7 @@ def test_texts_of_pairs_are_stored_and_drawn(host, tmp_path, monkeypatch, name, 
 @pytest.mark.parametrize("name", ["kinds", "task_types"])
 @pytest.mark.parametrize("prompt", [prompt for prompt in FINE.values() if prompt.strip()], ids=[name for name, prompt in FINE.items() if prompt.strip()])
 def test_texts_that_are_no_entries_of_a_list(host, name, prompt):
-    host.refuses(run(host, name, prompt), "is no kind that can be made here; .* Correct the input|has no task type .* Correct the input")
+    host.refuses(run(host, name, prompt), "is not a kind that can be made here; .* Correct the input|has no task type .* Correct the input")
 
 
 @pytest.mark.parametrize("prompts, expected", [("", "There is no instruction. Write one"), (" \n\t\n ", "There is no instruction. Write one"),

@@ -70,7 +70,7 @@ def test_the_shipped_workflow_trains_is_cancelled_and_goes_on(client, prompt, ba
     # What was changed on the disk is noticed: the finished LoRA is not given out for one of the new pairs, nor overwritten.
     finished = (run_folder / LORA).read_bytes()
     (data / "target" / "2.txt").write_text("something else", encoding="utf-8")
-    with pytest.raises(ExecutionError, match="begun with another dataset"):
+    with pytest.raises(ExecutionError, match="uses another dataset"):
         client.run(prompt)
     assert (run_folder / LORA).read_bytes() == finished
 

@@ -98,7 +98,7 @@ def test_a_pair_fits_its_target_to_the_source_and_refuses_what_cannot_be_one(pic
         make_pair(picture, picture[:100], "subject-add", "add", "", "")
     with pytest.raises(Step1XError, match="has no instruction"):
         make_pair(picture, picture, "subject-add", " ", "\n", "")
-    with pytest.raises(Step1XError, match="'painting' is no kind"):
+    with pytest.raises(Step1XError, match="'painting' is not a kind"):
         make_pair(picture, picture, "painting", "paint", "", "")
 
 
@@ -337,7 +337,7 @@ def test_pairs_of_other_nodes_read_forward_and_backward(picture):
     proposals, _ = propose(Script(REPLY), None, ["subject-remove", "color_alter"], 2, rng.randrange(100))
     targets = [image(255 - picture), image(picture[::-1].copy())]
     pairs, report = pair_making.record_pairs([image(picture)], targets, proposals, ["tone_transfer"], [""], [""], ["inpainting"], "both")
-    assert len(pairs) == 3 and "1 edits have no words for the way back" in report
+    assert len(pairs) == 3 and "1 edits have no instruction for the way back" in report
     back, = (pair for pair in pairs if pair.kind == "subject-add")
     there, = (pair for pair in pairs if pair.kind == "subject-remove")
     assert np.array_equal(back.target, picture) and np.array_equal(back.source, there.target) and back.details == {"object": "a red sofa", "content": "", "direction": "backward"}
@@ -348,9 +348,9 @@ def test_pairs_of_other_nodes_read_forward_and_backward(picture):
 
 def test_numbers_that_do_not_agree_are_refused(picture):
     two = [image(picture)] * 2
-    with pytest.raises(Step1XError, match="The input 'source' brings 2 for 3 edited pictures"):
+    with pytest.raises(Step1XError, match="The input 'source' has 2 values for 3 edited images"):
         pair_making.record_pairs(two, [image(picture)] * 3, [], ["ps_human"], ["a"], [""], [""], "forward")
-    with pytest.raises(Step1XError, match="can only be read forward"):
+    with pytest.raises(Step1XError, match="'direction' is both, but without proposals"):
         pair_making.record_pairs(two, two, [], ["ps_human"], ["a"], [""], [""], "both")
 
 
@@ -358,5 +358,5 @@ def test_computed_pairs_of_a_batch(picture):
     pairs, report = pair_making.algorithmic_pairs([image(picture), image(picture[:, ::-1].copy())], "text_change, style_change", 3, 1, 150)
     assert len(pairs) == 6 and {pair.kind for pair in pairs} == {"text_change", "style_change"} and pairs[0].source.shape == (100, 150, 3)
     assert report.startswith("6 pairs made;")
-    with pytest.raises(Step1XError, match="'subject-add' is no kind that can be made here"):
+    with pytest.raises(Step1XError, match="'subject-add' is not a kind that can be made here"):
         pair_making.algorithmic_pairs([image(picture)], "subject-add", 3, 1, 150)

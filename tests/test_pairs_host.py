@@ -160,7 +160,7 @@ def test_pairs_are_filtered_without_a_text_encoder(server, client, prompt_of):
 
 @pytest.mark.parametrize("class_type, values, message", [
     ("Step1XEditPairSave", {"name": "../../escape"}, "cannot be a name of a dataset"),
-    ("Step1XEditPairCompute", {"kinds": "painting"}, "'painting' is no kind that can be made here"),
+    ("Step1XEditPairCompute", {"kinds": "painting"}, "'painting' is not a kind that can be made here"),
 ])
 def test_what_the_nodes_refuse(client, prompt_of, class_type, values, message):
     with pytest.raises(ExecutionError, match=message):

@@ -54,7 +54,7 @@ def orders(name: str, kinds: list[str], first: int, count: int, seed: int) -> li
 def check_side(height: int, width: int) -> None:
     """Raise Step1XError for a picture that is too small."""
     if min(height, width) < MIN_SIDE:
-        raise Step1XError(f"A picture has {width}x{height} pixels; pairs need {MIN_SIDE} on each side at least. Leave it out.")
+        raise Step1XError(f"An image has {width}x{height} pixels; pairs need {MIN_SIDE} on each side. Leave it out.")
 
 
 def shrink(picture: np.ndarray, max_side: int) -> np.ndarray:

@@ -60,14 +60,15 @@ def algorithmic_pairs(images: list[Tensor], kinds: str, count: int, seed: int, m
                 progress.update(1)
 
     pairs = spooled(make(), Path(folder_paths.get_temp_directory()))
-    lines = [f"{len(pairs)} pairs made; {total - len(pairs)} edits did not suit their picture."]
+    lines = [f"{len(pairs)} pairs made; {total - len(pairs)} edits did not suit their image."]
     return pairs, "\n".join(lines + [f"{pair.maker}, {describe(pair)} / {pair.chinese}" for pair in pairs])
 
 
 def one_each(values: list, count: int, name: str) -> list:
     """As many values as pairs: a single one goes with all. Raises Step1XError for any other number."""
     if len(values) not in (1, count):
-        raise Step1XError(f"The input '{name}' brings {len(values)} for {count} edited pictures, so they cannot be told apart. Connect one for each, or one for all.")
+        raise Step1XError(f"The input '{name}' has {len(values)} values for {count} edited images. "
+                          "Connect one for each, or one for all.")
     return values * count if len(values) == 1 else values
 
 
@@ -108,8 +109,8 @@ def record_pairs(source: list[Tensor], target: list[Tensor], proposals: list[Pro
     Raises Step1XError as `make_pair` does, and where the numbers do not agree.
     """
     if not proposals and direction != FORWARD:
-        raise Step1XError("A pair without a proposal can only be read forward: nobody wrote the instruction of the way back. "
-                          "Set 'direction' to forward, and to read it backward exchange source and target.")
+        raise Step1XError(f"'direction' is {direction}, but without proposals there is no instruction for the way back. "
+                          "Set it to forward, or connect proposals. To reverse a pair yourself, swap source and target.")
     targets = pictures(target, "target")
     sources = one_each(pictures(source, "source"), len(targets), "source")
     makers = one_each(maker, len(targets), "maker")
@@ -119,5 +120,5 @@ def record_pairs(source: list[Tensor], target: list[Tensor], proposals: list[Pro
     read = [reading(*row) for row in rows for reading in READINGS[direction]]
     pairs = tuple(pair for pair in read if pair)
     wordless = len(read) - len(pairs)
-    lines = [f"{len(pairs)} pairs."] + [f"{wordless} edits have no words for the way back."] * bool(wordless)
+    lines = [f"{len(pairs)} pairs."] + [f"{wordless} edits have no instruction for the way back."] * bool(wordless)
     return pairs, "\n".join(lines + [f"{describe(pair)} / {pair.chinese}" for pair in pairs])

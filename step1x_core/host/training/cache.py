@@ -47,15 +47,16 @@ def check_shapes(pair: EditPair, source: tuple[int, int], target: tuple[int, int
     """Raise Step1XError where one picture cannot lie over the other. source, target: width and height."""
     ratios = [width / height for width, height in (source, target)]
     if abs(math.log(ratios[0] / ratios[1])) > ASPECT_TOLERANCE:
-        raise Step1XError(f"{pair.target} has {target[0]}x{target[1]} pixels and its source {pair.source.name} {source[0]}x{source[1]}: "
-                          "they must have the same shape. Crop one of them, or take the pair out.")
+        raise Step1XError(f"{pair.target} has {target[0]}x{target[1]} pixels and its source {pair.source.name} "
+                          f"{source[0]}x{source[1]}, but they must have the same aspect ratio. "
+                          "Crop one of them, or remove the pair.")
 
 
 def unchanged(path: Path, key: str, name: Callable[[bytes], str]) -> bytes:
     """The content of a file that had this key a moment ago. name: what the key is made by. Raises Step1XError where it was replaced meanwhile."""
     data = path.read_bytes()
     if name(data) != key:
-        raise Step1XError(f"The picture {path} was replaced while the dataset was read. Run the node again.")
+        raise Step1XError(f"The image {path} was replaced while the dataset was read. Run the node again.")
     return data
 
 
@@ -119,8 +120,8 @@ class PairEncoder:
             shown = to_size(picture, working_size(picture.shape[1], picture.shape[0], self.size_level), self.layout)
         tokens = self.clip.tokenize(text, images=[shown[None]], size_level=self.size_level)
         conditioning = self.clip.encode_from_tokens_scheduled(tokens)
-        check_finite(conditioning[0][0], "The text encoder gave values that are no numbers (NaN or infinity): "
-                                         "its file is damaged. Download it again.")
+        check_finite(conditioning[0][0], "The text encoder returned NaN or infinite values. Its file may be damaged. "
+                                         "Download it again.")
         return conditioning
 
     def encode_latents(self, item: CachedPair) -> None:
@@ -146,7 +147,7 @@ def cache_pairs(clip, vae, pairs: list[EditPair], folder: Path, size_level: int,
     """
     if validation >= len(pairs):
         raise Step1XError(f"{validation} pairs for validation leave none of the {len(pairs)} to train on. "
-                          "Lower validation, or add pairs.")
+                          "Lower 'validation', or add pairs.")
     encoder = PairEncoder(clip, vae, Cache(folder / CACHE_FOLDER), size_level)
     trained = len(pairs) - validation
     progress = comfy.utils.ProgressBar(2 * len(pairs))
