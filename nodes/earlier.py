@@ -7,13 +7,14 @@ from comfy_api.latest import io
 
 @dataclass(frozen=True)
 class Earlier:
-    """A node of 0.1.0: the id that takes its place, its sockets and its widgets in their order, and its number of outputs."""
+    """A node of 0.1.0: the id that takes its place, its sockets and its widgets in their order, and its outputs."""
 
     new: str
     sockets: str
     # A + is the widget that the editor puts behind a seed.
     widgets: str
-    outputs: int
+    # How many they are, where each has kept its place; otherwise the new place of each.
+    outputs: int | tuple[int, ...]
     # New input by old one, where the name has changed; None where there is none any more.
     renamed: dict[str, str | None] = field(default_factory=dict)
     # What new inputs without a counterpart are set to.
@@ -25,7 +26,8 @@ class Earlier:
         inputs = [{"new_id": new, "old_id": name} for new, name in pairs if new is not None]
         inputs += [{"new_id": name, "set_value": value} for name, value in self.values.items()]
         widgets = ["control_after_generate" if name == "+" else name for name in self.widgets.split()]
-        outputs = [{"old_idx": index, "new_idx": index} for index in range(self.outputs)]
+        places = range(self.outputs) if isinstance(self.outputs, int) else self.outputs
+        outputs = [{"old_idx": old_idx, "new_idx": new_idx} for old_idx, new_idx in enumerate(places)]
         return io.NodeReplace(new_node_id=self.new, old_node_id=old, old_widget_ids=widgets, input_mapping=inputs, output_mapping=outputs)
 
 
@@ -73,12 +75,15 @@ EARLIER = {
     "Step1XPairRecord": Earlier(
         "Step1XEditPairRecord", "source target proposals pairs",
         "kind english chinese direction maker", 2),
-    "Step1XPairJudge": Earlier("Step1XEditPairJudge", "clip pairs", "seed +", 2),
+    # It scored and let all pass.
+    "Step1XPairJudge": Earlier(
+        "Step1XEditPairJudge", "clip pairs", "seed +", (0, 2),
+        values={"min_semantics": 0.0, "min_quality": 0.0, "min_change": 0.0, "max_change": 1.0, "unjudged": True}),
     "Step1XPairFilter": Earlier(
-        "Step1XEditPairFilter", "pairs",
-        "min_semantics min_quality min_change max_change unjudged", 3),
-    "Step1XPairSheet": Earlier("Step1XEditPairSheet", "pairs", "limit", 2),
-    "Step1XPairSave": Earlier("Step1XEditPairSave", "pairs", "name", 2),
+        "Step1XEditPairJudge", "pairs",
+        "min_semantics min_quality min_change max_change unjudged", 3, values={"seed": 42}),
+    "Step1XPairSheet": Earlier("Step1XEditPairSave", "pairs", "limit", (1, 2), values={"name": ""}),
+    "Step1XPairSave": Earlier("Step1XEditPairSave", "pairs", "name", (0, 2), values={"limit": 24}),
 }
 
 

@@ -25,7 +25,8 @@ PREVIEW_FORMAT, PREVIEW_SIZE = "JPEG", 1024
 
 
 class Step1XEditDataset(io.ComfyNode):
-    """The stock dataset nodes know pictures with captions; here are two pictures and an instruction, and the language model sees one of them."""
+    """The stock dataset nodes read images with captions. Here are two images and an instruction, and the language model
+    sees one of the images."""
 
     @classmethod
     def define_schema(cls):
@@ -33,43 +34,52 @@ class Step1XEditDataset(io.ComfyNode):
             node_id="Step1XEditDataset",
             display_name="Step1X-Edit Dataset",
             category=CATEGORY,
-            description="Reads pairs of pictures before and after an edit, with instructions, and encodes them for 'Step1X-Edit Train LoRA'. "
-                        "What is encoded stays on disk.",
+            description="Reads pairs of images before and after an edit, with instructions, and encodes them for "
+                        "'Step1X-Edit Train LoRA'. The encoded pairs are cached on disk.",
             search_aliases=["step1x", "dataset", "edit pairs", "training data", "cache latents", "lora"],
             inputs=[
-                io.Clip.Input("clip", tooltip="The text encoder from 'Load Step1X-Edit MLLM', of the version that is trained."),
-                io.Vae.Input("vae", tooltip="The FLUX VAE (ae.safetensors), from the stock 'Load VAE'."),
+                io.Clip.Input("clip",
+                              tooltip="Text encoder from 'Load Step1X-Edit MLLM', for the model version to be "
+                                      "trained."),
+                io.Vae.Input("vae", tooltip="FLUX VAE (ae.safetensors) from the stock 'Load VAE'."),
                 io.String.Input("dataset", default="", placeholder="my_pairs",
-                                tooltip="A folder in ComfyUI's input folder with source/NAME.png, target/NAME.png and target/NAME.txt (the instruction), "
-                                        "or a JSON file in the layout of the official training code. One in the output folder has ' [output]' behind its name; "
-                                        "or connect the output 'folder' of 'Step1X-Edit Save Pairs'."),
+                                tooltip="Name of a folder in ComfyUI's input folder with source/NAME.png, "
+                                        "target/NAME.png and target/NAME.txt (the instruction), or of a JSON file in"
+                                        " the layout of the official training code. For a dataset in the output "
+                                        "folder, append ' [output]' to its name or connect 'folder' of 'Step1X-Edit "
+                                        "Save Pairs'."),
                 io.Int.Input("size_level", default=768, min=64, max=2048, step=16,
-                             tooltip="Each pair is trained at about this many pixels squared, keeping its aspect ratio. The official code uses 512 to 1024."),
+                             tooltip="Training resolution: each pair is scaled to about this many pixels squared and"
+                                     " keeps its aspect ratio. The official code uses 512 to 1024. Lower values need"
+                                     " less VRAM."),
                 io.Int.Input("validation", default=2, min=0, max=64,
-                             tooltip="So many pairs from the end are not trained on, but edited now and then to show how far the training is."),
+                             tooltip="Number of pairs held out at the end of the dataset for validation images."),
             ],
             outputs=[
-                DATASET.Output(display_name="dataset", tooltip="For 'Step1X-Edit Train LoRA'."),
-                io.String.Output(display_name="report", tooltip="How many pairs there are, and how much had to be encoded."),
+                DATASET.Output(display_name="dataset", tooltip="Encoded pairs for 'Step1X-Edit Train LoRA'."),
+                io.String.Output(display_name="report",
+                tooltip="Number of pairs, and how much was encoded or found in the cache."),
             ],
         )
 
     @classmethod
     def fingerprint_inputs(cls, dataset="", **inputs):
-        # The host does not know the value of a connected input yet; the node that it comes from has its own fingerprint.
+        # The host does not know the value of a connected input yet; the node it comes from has its own fingerprint.
         return dataset_fingerprint(*dataset_path(dataset)) if dataset else ""
 
     @classmethod
     def execute(cls, clip, vae, dataset, size_level, validation) -> io.NodeOutput:
         check_widgets(cls, dataset=dataset, size_level=size_level, validation=validation)
         path, root = dataset_path(dataset)
-        cached, computed = cache_pairs(clip, vae, read_pairs(path, root), path if path.is_dir() else path.parent, size_level, validation)
-        return io.NodeOutput(cached, f"{len(cached.pairs)} pairs to train on, {len(cached.validation)} to look at; "
-                                     f"{computed} latents and conditionings were encoded, the rest was in the cache.")
+        folder = path if path.is_dir() else path.parent
+        cached, computed = cache_pairs(clip, vae, read_pairs(path, root), folder, size_level, validation)
+        counts = f"{len(cached.pairs)} pairs to train on, {len(cached.validation)} held out for validation"
+        return io.NodeOutput(cached, f"{counts}; {computed} latents and conditionings were encoded, the rest was in the cache.")
 
 
 class Step1XEditTrainLora(io.ComfyNode):
-    """The stock 'Train LoRA' fails on a conditioning with reference latents, and knows neither this model's objective nor its layers."""
+    """The stock 'Train LoRA' fails on a conditioning with reference latents, and knows neither this model's objective
+    nor its layers."""
 
     @classmethod
     def define_schema(cls):
@@ -77,53 +87,72 @@ class Step1XEditTrainLora(io.ComfyNode):
             node_id="Step1XEditTrainLora",
             display_name="Step1X-Edit Train LoRA",
             category=CATEGORY,
-            description="Trains a LoRA on pairs of pictures. It can be cancelled and goes on where it was. The result is also a file in output/step1x_training.",
+            description="Trains a LoRA on pairs of images. Can be cancelled and resumed. The LoRA is also saved in "
+                        "output/step1x_training.",
             search_aliases=["step1x", "train lora", "fine-tuning", "finetune", "training"],
             inputs=[
                 io.Model.Input("model",
-                               tooltip="The model from 'Load Step1X-Edit Model', in any precision; fp8 halves the memory. "
-                                       "A LoRA that is applied to it is trained on top of."),
-                DATASET.Input("dataset", tooltip="The pairs from 'Step1X-Edit Dataset'."),
+                               tooltip="Model from 'Load Step1X-Edit Model', in any precision. fp8 halves the VRAM "
+                                       "for its weights. A LoRA applied to the model stays in place, and the new one"
+                                       " is trained on top of it."),
+                DATASET.Input("dataset", tooltip="Encoded pairs from 'Step1X-Edit Dataset'."),
                 io.String.Input("name", default="my_lora",
-                                tooltip="The training's folder in output/step1x_training: lora.safetensors, and state.safetensors to go on from."),
-                io.Int.Input("steps", default=1000, min=1, max=1000000, tooltip="The number of steps in all. A finished training goes on when this is raised."),
+                                tooltip="Name of the run's folder in output/step1x_training. It holds "
+                                        "lora.safetensors and state.safetensors, from which the run is resumed."),
+                io.Int.Input("steps", default=1000, min=1, max=1000000,
+                             tooltip="Total number of steps, including those of an earlier run that is resumed. "
+                                     "Raise it to continue a finished run."),
                 io.Float.Input("learning_rate", default=LEARNING_RATE, min=0.0, max=1.0, step=0.00001, round=False,
-                               tooltip="How far each step goes. The official code uses 0.0001."),
-                io.Int.Input("rank", default=RANK, min=1, max=512, tooltip="The size of the LoRA. The official code uses 64."),
+                               tooltip="Size of each update. The official code uses 0.0001. Lower it if the loss "
+                                       "becomes NaN."),
+                io.Int.Input("rank", default=RANK, min=1, max=512,
+                             tooltip="Rank of the LoRA. Higher ranks can learn more and need more VRAM and larger "
+                                     "files. The official code uses 64."),
                 io.Float.Input("alpha", default=ALPHA, min=0.001, max=512.0, step=0.5, round=False,
                                tooltip="The LoRA is scaled by alpha / rank. The official code uses 32."),
-                io.Int.Input("batch_size", default=1, min=1, max=256, tooltip="Pairs at a time. Pairs of different sizes are computed one after the other."),
+                io.Int.Input("batch_size", default=1, min=1, max=256,
+                             tooltip="Pairs per batch. Pairs of different sizes are computed one after the other."),
                 io.Int.Input("accumulation", default=1, min=1, max=1024,
-                             tooltip="Batches for each step: the same effect as a larger batch, without its memory."),
+                             tooltip="Batches per step. Has the effect of a larger batch without its memory."),
                 io.Int.Input("seed", default=42, min=0, max=0xffffffffffffffff, control_after_generate=True,
-                             tooltip="The random seed: same seed and inputs, same LoRA."),
-                io.Boolean.Input("resume", default=True, tooltip="Go on from the state of an earlier run of this name. "
-                                     "Off: begin anew; the files of the earlier run are moved to a folder NAME.1."),
+                             tooltip="Random seed. The same seed and inputs give the same LoRA."),
+                io.Boolean.Input("resume", default=True,
+                                 tooltip="On: resume the earlier run of this name. Off: start over; the files of the"
+                                         " earlier run are moved to a folder NAME.1."),
                 io.Int.Input("save_every", default=100, min=0, max=100000, advanced=True,
-                             tooltip="Steps between two savings. 0: only at the end and on cancel."),
+                             tooltip="Steps between saves. 0 saves only at the end and when the run is cancelled."),
                 io.Int.Input("validate_every", default=200, min=0, max=100000,
-                             tooltip="Steps between two looks at the pairs for validation. It needs the VAE. 0: never."),
+                             tooltip="Steps between validation images, which are edits of the held-out pairs. They "
+                                     "need 'vae'. 0 makes none."),
                 io.Combo.Input("schedule", options=list(SCHEDULES), default=CONSTANT, advanced=True,
-                               tooltip="cosine: the learning rate falls to 0 at the last step."),
-                io.Int.Input("warmup", default=0, min=0, max=100000, advanced=True, tooltip="Steps in which the learning rate rises."),
+                               tooltip="Learning rate schedule. constant keeps the rate; cosine lowers it to 0 by "
+                                       "the last step."),
+                io.Int.Input("warmup", default=0, min=0, max=100000, advanced=True,
+                             tooltip="Steps during which the learning rate rises from 0 to its full value."),
                 io.Float.Input("ema", default=0.0, min=0.0, max=0.99999, step=0.0001, round=False, advanced=True,
-                               tooltip="Decay of a running mean of the weights, which is saved in their place. 0 is off; 0.99 to 0.999 are usual."),
-                io.Boolean.Input("gradient_checkpointing", default=True, advanced=True, tooltip="Blocks are computed twice, which saves most of the memory."),
-                io.Vae.Input("vae", optional=True, tooltip="The VAE of the dataset, to look at the pairs for validation."),
+                               tooltip="Decay of an exponential moving average of the weights, which is saved in "
+                                       "their place. Typical values are 0.99 to 0.999; 0 turns it off."),
+                io.Boolean.Input("gradient_checkpointing", default=True, advanced=True,
+                                 tooltip="Recompute each block in the backward pass. Saves most of the VRAM and "
+                                         "makes steps slower."),
+                io.Vae.Input("vae", optional=True, tooltip="VAE of the dataset. Needed for validation images."),
             ],
             outputs=[
-                io.Custom("LORA_MODEL").Output(display_name="lora", tooltip="The LoRA, for the stock 'Save LoRA Weights' and 'Load LoRA Model'."),
-                io.Custom("LOSS_MAP").Output(display_name="loss", tooltip="The losses, for the stock 'Plot Loss Graph'."),
-                io.Int.Output(display_name="steps", tooltip="The number of steps in all."),
-                io.Image.Output(display_name="progress", tooltip="The curve of the losses, and below it source, result and target of each pair for validation."),
+                io.LoraModel.Output(display_name="lora",
+                tooltip="The LoRA, for the stock 'Save LoRA Weights' and 'Load LoRA Model'."),
+                io.LossMap.Output(display_name="loss", tooltip="Loss of every step, for the stock 'Plot Loss Graph'."),
+                io.Int.Output(display_name="steps", tooltip="Total number of steps trained."),
+                io.Image.Output(display_name="progress",
+                                tooltip="Loss curve, with source, result and target of each validation pair below it."),
             ],
         )
 
     @classmethod
-    def execute(cls, model, dataset, name, steps, learning_rate, rank, alpha, batch_size, accumulation, seed, resume, save_every, validate_every, schedule, warmup, ema,
-                gradient_checkpointing, vae=None) -> io.NodeOutput:
-        check_widgets(cls, name=name, steps=steps, learning_rate=learning_rate, rank=rank, alpha=alpha, batch_size=batch_size, accumulation=accumulation, seed=seed,
-                      save_every=save_every, validate_every=validate_every, schedule=schedule, warmup=warmup, ema=ema, resume=resume,
+    def execute(cls, model, dataset, name, steps, learning_rate, rank, alpha, batch_size, accumulation, seed, resume,
+                save_every, validate_every, schedule, warmup, ema, gradient_checkpointing, vae=None) -> io.NodeOutput:
+        check_widgets(cls, name=name, steps=steps, learning_rate=learning_rate, rank=rank, alpha=alpha, seed=seed,
+                      batch_size=batch_size, accumulation=accumulation, resume=resume, save_every=save_every,
+                      validate_every=validate_every, schedule=schedule, warmup=warmup, ema=ema,
                       gradient_checkpointing=gradient_checkpointing)
         check_model(model)
         check_kind(dataset, EditDataset, "dataset", "'Step1X-Edit Dataset'")
@@ -142,6 +171,7 @@ class Step1XEditTrainLora(io.ComfyNode):
             rows[:] = edit_held_out(model, vae, dataset, 0, 0.0, seed)
 
         looks = vae is not None and dataset.validation and validate_every
-        run = train(model, dataset, settings, run_folder(name), resume, gradient_checkpointing, save_every, validate_every, validate if looks else None, show)
+        run = train(model, dataset, settings, run_folder(name), resume, gradient_checkpointing, save_every,
+                    validate_every, validate if looks else None, show)
         sheet = from_uint8(np.asarray(draw_progress(run.losses, rows)))[None]
         return io.NodeOutput(run.lora(), {"loss": run.losses}, run.step, sheet)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Makes training pairs from pictures without any model: `python scripts/make_pairs.py PICTURES DATASET --count 1000`.
+"""Makes training pairs from images without any model: `python scripts/make_pairs.py PICTURES DATASET --count 1000`.
 
 PICTURES is a folder; DATASET becomes one with the official JSON files, as `scripts/train_lora.py` and the official training code read them. Tone, weather,
-restoration, style, colour and text are computed; instructions come in English and Chinese. The command may be cancelled or killed: it goes on where it was.
-contact_sheet.png and report.md in DATASET show what is there. See docs/data.md.
+restoration, style, colour and text are computed; instructions are in English and Chinese. If interrupted, rerun the command to resume.
+contact_sheet.png and report.md in DATASET show what it holds. See docs/data.md.
 """
 
 import argparse
@@ -18,16 +18,16 @@ import environment
 
 def arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pictures", type=Path, help="a folder; folders in it are searched, too")
-    parser.add_argument("dataset", type=Path, help="a folder, made or added to")
-    parser.add_argument("--count", type=int, default=1000, help="pairs that the dataset shall have in the end")
-    parser.add_argument("--kinds", default="", help="with commas between them; default: all of tone_transfer, style_change, color_alter, text_change")
-    parser.add_argument("--size", type=int, default=1024, help="larger pictures are shrunk to so many pixels on the longer side; 0: never")
-    parser.add_argument("--seed", type=int, default=42, help="another seed gives other pairs of the same pictures")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("pictures", type=Path, help="a folder; subfolders are included")
+    parser.add_argument("dataset", type=Path, help="a folder; created, or extended if it exists")
+    parser.add_argument("--count", type=int, default=1000, help="number of pairs the dataset has in the end")
+    parser.add_argument("--kinds", default="", help="comma-separated; default: all of tone_transfer, style_change, color_alter, text_change")
+    parser.add_argument("--size", type=int, default=1024, help="scale larger images down to this many pixels on the longer side; 0 keeps their size")
+    parser.add_argument("--seed", type=int, default=42, help="another seed gives other pairs of the same images")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="number of processes")
     options = parser.parse_args(argv)
     if options.count < 1 or options.workers < 1 or options.size < 0:
-        parser.error("--count and --workers begin at 1, --size at 0")
+        parser.error("--count and --workers must be at least 1, --size at least 0")
     return options
 
 
@@ -37,7 +37,7 @@ def main(argv=None) -> int:
     from step1x_core.errors import Step1XError
     from step1x_core.files import png, write_file
     from step1x_core.pairs.bulk import fill_dataset, find_pictures
-    from step1x_core.pairs.makers import MAKERS
+    from step1x_core.pairs.orders import MAKERS
     from step1x_core.pairs.propose import parse_kinds
     from step1x_core.pairs.review import contact_sheet, statistics, stored_card
     from step1x_core.pairs.store import PairStore
@@ -61,7 +61,7 @@ def main(argv=None) -> int:
     print(f"\n{report}")
     environment.say(f"{len(store.rows)} pairs in {options.dataset} after {time.monotonic() - started:.0f} s")
     if len(store.rows) < options.count:
-        print(f"These pictures give no more than {len(store.rows)} different pairs of these kinds. Add pictures or kinds, or take another --seed.", file=sys.stderr)
+        print(f"These images give no more than {len(store.rows)} different pairs of these kinds. Add images or kinds, or use another --seed.", file=sys.stderr)
         return 1
     return 0
 

@@ -2,7 +2,7 @@
 """Trains a LoRA without the editor: `python scripts/train_lora.py DATASET OUT --model FILE --mllm FILE --vae FILE`.
 
 DATASET is a folder with source/NAME.png, target/NAME.png and target/NAME.txt, or a JSON file in the official layout. OUT is a folder: lora.safetensors is the
-result, state.safetensors lets the same command go on after Ctrl-C or a crash, progress.png shows losses and validation edits. See docs/training.md.
+result, progress.png shows losses and validation images. If interrupted, rerun the command to resume from state.safetensors. See docs/training.md.
 """
 
 import argparse
@@ -23,8 +23,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="file or folder of Step1X-Edit")
     parser.add_argument("--mllm", type=Path, required=True, help="file or folder of Qwen2.5-VL")
     parser.add_argument("--vae", type=Path, required=True, help="the FLUX VAE")
-    parser.add_argument("--version", help="of the model, where its name does not tell")
-    parser.add_argument("--weight-dtype", choices=WEIGHT_DTYPES, default="default", help="precision in which the model's weights are kept")
+    parser.add_argument("--version", help="model version, if neither the tensors nor the file name identify it")
+    parser.add_argument("--weight-dtype", choices=WEIGHT_DTYPES, default="default", help="precision of the model's weights in memory")
     parser.add_argument("--size-level", type=int, default=768)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
@@ -35,12 +35,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--schedule", choices=("constant", "cosine"), default="constant")
     parser.add_argument("--warmup", type=int, default=0)
-    parser.add_argument("--ema", type=float, default=0.0, help="decay of a running mean of the weights (default: off)")
-    parser.add_argument("--no-checkpointing", action="store_true", help="faster, with several times the memory")
+    parser.add_argument("--ema", type=float, default=0.0, help="decay of an exponential moving average of the weights; 0 is off")
+    parser.add_argument("--no-checkpointing", action="store_true", help="faster, but needs several times the memory")
     parser.add_argument("--save-every", type=int, default=100)
-    parser.add_argument("--validation", type=int, default=0, help="number of pairs from the end that are edited now and then and not trained on")
+    parser.add_argument("--validation", type=int, default=0, help="number of pairs held out at the end of the dataset for validation images")
     parser.add_argument("--validate-every", type=int, default=200)
-    parser.add_argument("--restart", action="store_true", help="begin anew where there is a state; the earlier files are moved to OUT.1")
+    parser.add_argument("--restart", action="store_true", help="start over; the files of an earlier run are moved to OUT.1")
     parser.add_argument("--cpu", action="store_true")
     return parser.parse_args()
 

@@ -97,9 +97,8 @@ def main(base: Path, report: Path) -> None:
         pairs, _ = run("Step1XEditPairCompute", images=[image], kinds=[""], count=[4], seed=[1], max_side=[0])
         pairs, _ = run("Step1XEditPairRecord", source=[image], target=[1 - image], kind=["color_alter"], english=["invert it"], chinese=[""], direction=["forward"], maker=["x"],
                        pairs=[pairs])
-        run("Step1XEditPairJudge", clip=clip, pairs=pairs[:1], seed=1)
-        run("Step1XEditPairSheet", pairs=pairs, limit=4)
-        run("Step1XEditPairSave", pairs=pairs, name="pairs")
+        run("Step1XEditPairJudge", clip=clip, pairs=pairs[:1], seed=1, min_semantics=0.0, min_quality=0.0, min_change=0.0, max_change=1.0, unjudged=True)
+        run("Step1XEditPairSave", pairs=pairs, name="pairs", limit=4)
         bench, = run("Step1XEditGEditBench", dataset="", method="x", language="en", task_types="", limit=1)
         pictures, _, items, _ = run("Step1XEditGEditItems", bench=bench, count=1)
         run("Step1XEditGEditSave", images=pictures, items=items)

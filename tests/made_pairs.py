@@ -4,7 +4,7 @@ import numpy as np
 from conftest import PACK
 from PIL import Image
 
-from step1x_core.pairs.makers import MAKERS, carry_out, orders
+from step1x_core.pairs.orders import MAKERS, carry_out, orders
 
 
 def photograph() -> np.ndarray:

@@ -44,16 +44,15 @@ NODES = {
     "Step1XEditPairPropose": (("clip", "image"), {"kinds": "", "count": 1, "seed": 1}),
     "Step1XEditPairCompute": (("images", "pairs"), {"kinds": "", "count": 1, "seed": 1, "max_side": 64}),
     "Step1XEditPairRecord": (("source", "target", "proposals", "pairs"), {"kind": "color_alter", "english": "x", "chinese": "", "direction": "forward", "maker": "x"}),
-    "Step1XEditPairJudge": (("clip", "pairs"), {"seed": 1}),
-    "Step1XEditPairFilter": (("pairs",), {"min_semantics": 0.0, "min_quality": 0.0, "min_change": 0.0, "max_change": 1.0, "unjudged": True}),
-    "Step1XEditPairSheet": (("pairs",), {"limit": 4}),
-    "Step1XEditPairSave": (("pairs",), {"name": "x"}),
+    "Step1XEditPairJudge": (("pairs", "clip"), {"min_semantics": 0.0, "min_quality": 0.0, "min_change": 0.0, "max_change": 1.0, "unjudged": True, "seed": 1}),
+    "Step1XEditPairSave": (("pairs",), {"name": "x", "limit": 4}),
     "Step1XEditGEditItems": (("bench",), {"count": 1}),
     "Step1XEditGEditSave": (("images", "items"), {}),
     "Step1XEditGEditJudge": (("clip", "bench"), {"judge": "x", "seed": 1, "again": False}),
     "Step1XEditGEditReport": (("bench",), {"judge": "x"}),
 }
-OPTIONAL = {("Step1XEditContentGate", "clip"), ("Step1XEditPairCompute", "pairs"), ("Step1XEditPairRecord", "proposals"), ("Step1XEditPairRecord", "pairs")}
+OPTIONAL = {("Step1XEditContentGate", "clip"), ("Step1XEditPairJudge", "clip"), ("Step1XEditPairCompute", "pairs"),
+            ("Step1XEditPairRecord", "proposals"), ("Step1XEditPairRecord", "pairs")}
 # Optional ones; what else can be wrong with them is tried elsewhere.
 LEFT_OUT = {("Step1XEditDecode", "source"), ("Step1XEditEncode", "latent"), ("Step1XEditTrainLora", "vae")}
 INPUTS = [(node, name) for node, (names, _) in NODES.items() for name in names]
@@ -66,7 +65,7 @@ REFUSALS = {"MODEL": NO_MODEL, "CLIP": NO_ENCODER, "VAE": NO_VAE, "IMAGE": "brin
             "CONDITIONING": "brings no conditioning, or an empty one. Connect that of 'Step1X-Edit Encode'",
             "STEP1X_STITCH": "The input 'stitch' brings .* Connect the output 'stitch' of 'Step1X-Edit Crop'",
             "STEP1X_EDIT_DATASET": "The input 'dataset' brings .* Connect the output of 'Step1X-Edit Dataset'",
-            "STEP1X_PAIRS": "The input 'pairs' brings .* Connect the output of 'Step1X-Edit Computed Pairs' or 'Step1X-Edit Record Pairs'",
+            "STEP1X_PAIRS": "The input 'pairs' brings .* Connect the output of 'Step1X-Edit Compute Pairs' or 'Step1X-Edit Record Pairs'",
             "STEP1X_PROPOSAL": "The input 'proposals' brings .* Connect the output of 'Step1X-Edit Propose Edits'",
             "STEP1X_BENCH": "The input 'bench' brings .* Connect the output of 'Step1X-Edit GEdit-Bench'",
             "STEP1X_BENCH_ITEM": "The input 'items' brings .* Connect the output of 'Step1X-Edit GEdit-Bench Items'"}

@@ -14,15 +14,15 @@ NO_DATASET = "There is no dataset '.*' in |names no dataset|is not in ComfyUI's 
 NODES = {
     "training": ("Step1XEditTrainLora", "name", NO_NAME, {"steps": 1, "learning_rate": 0.1, "rank": 1, "alpha": 1.0, "batch_size": 1, "accumulation": 1, "seed": 1, "resume": True,
                                                       "save_every": 0, "validate_every": 0, "schedule": "constant", "warmup": 0, "ema": 0.0, "gradient_checkpointing": True}),
-    "pairs": ("Step1XEditPairSave", "name", NO_NAME, {}),
+    "pairs": ("Step1XEditPairSave", "name", NO_NAME, {"limit": 4}),
     "dataset": ("Step1XEditDataset", "dataset", NO_DATASET, {"size_level": 64, "validation": 0}),
     "bench": ("Step1XEditGEditBench", "dataset", NO_DATASET, {"method": "x", "language": "en", "task_types": "", "limit": 0}),
     "method": ("Step1XEditGEditBench", "method", NO_NAME, {"dataset": "", "language": "en", "task_types": "", "limit": 0}),
     "judge": ("Step1XEditGEditReport", "judge", NO_NAME, {}),
     "judge_of_judge": ("Step1XEditGEditJudge", "judge", NO_NAME, {"seed": 1, "again": False}),
 }
-# A benchmark without a dataset has pictures of its own.
-FINE = {("bench", "nothing"), ("bench", "spaces")}
+# A benchmark without a dataset has pictures of its own. Pairs without a name are only shown.
+FINE = {("bench", "nothing"), ("bench", "spaces"), ("pairs", "nothing")}
 
 
 @pytest.fixture(scope="module")

@@ -227,15 +227,14 @@ def test_texts_come_out_as_the_server_can_send_them(host, name, prompt):
 def test_texts_of_pairs_are_stored_and_drawn(host, tmp_path, monkeypatch, name, prompt):
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     pairs, _ = run(host, name, prompt).made()
-    sheet, _ = host.run("Step1XEditPairSheet", pairs=Given(pairs), limit=4).made()
-    folder, _ = host.run("Step1XEditPairSave", writes=tmp_path, pairs=Given(pairs), name="texts").made()
+    folder, sheet, _ = host.run("Step1XEditPairSave", writes=tmp_path, pairs=Given(pairs), name="texts", limit=4).made()
     assert torch.isfinite(sheet).all() and json.loads((Path(folder) / "en-00000.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("name", ["kinds", "task_types"])
 @pytest.mark.parametrize("prompt", [prompt for prompt in FINE.values() if prompt.strip()], ids=[name for name, prompt in FINE.items() if prompt.strip()])
 def test_texts_that_are_no_entries_of_a_list(host, name, prompt):
-    host.refuses(run(host, name, prompt), "is no kind that can be made here; .* Correct the input|has no task type .* Correct the input")
+    host.refuses(run(host, name, prompt), "is not a kind that can be made here; .* Correct the input|has no task type .* Correct the input")
 
 
 @pytest.mark.parametrize("prompts, expected", [("", "There is no instruction. Write one"), (" \n\t\n ", "There is no instruction. Write one"),

@@ -95,6 +95,35 @@ def test_a_node_of_our_own_earlier_version_gives_its_inputs_to_the_one_in_its_pl
     for entry in offer["input_mapping"]:
         # Inputs that grow and those behind a choice are addressed below the name of the whole.
         assert entry["new_id"].split(".")[0] in names
+    places = [entry["new_idx"] for entry in offer["output_mapping"]]
+    assert len(set(places)) == len(places) and set(places) <= set(range(len(object_info[offer["new_node_id"]]["output"])))
+
+
+# Outputs of the pair nodes of 0.1.0, by the names of those that take their place.
+PAIR_OUTPUTS = {
+    "Step1XPairJudge": ["kept", "report"],
+    "Step1XPairFilter": ["kept", "dropped", "report"],
+    "Step1XPairSheet": ["contact_sheet", "report"],
+    "Step1XPairSave": ["folder", "report"],
+}
+
+
+@pytest.mark.parametrize("old", PAIR_OUTPUTS)
+def test_pair_nodes_that_became_one_keep_what_they_did(offers, object_info, old):
+    (offer,) = offers[old]
+    names = object_info[offer["new_node_id"]]["output_name"]
+    assert [names[entry["new_idx"]] for entry in offer["output_mapping"]] == PAIR_OUTPUTS[old]
+    old_values = {"Step1XPairJudge": [7, "fixed"], "Step1XPairFilter": [5.0, 4.0, 0.1, 0.9, True], "Step1XPairSheet": [9], "Step1XPairSave": ["mine"]}[old]
+    inputs = replaced(offer, object_info, old_values, {"pairs": ["1", 0]})["inputs"]
+    expected = {
+        # It let all pass.
+        "Step1XPairJudge": {"seed": 7, "min_semantics": 0.0, "min_quality": 0.0, "min_change": 0.0, "max_change": 1.0, "unjudged": True},
+        "Step1XPairFilter": {"min_semantics": 5.0, "min_quality": 4.0, "min_change": 0.1, "max_change": 0.9, "unjudged": True, "seed": 42},
+        # It saved nothing.
+        "Step1XPairSheet": {"name": "", "limit": 9},
+        "Step1XPairSave": {"name": "mine", "limit": 24},
+    }[old]
+    assert inputs == {"pairs": ["1", 0], **expected}
 
 
 @pytest.mark.parametrize("old", OLD_EDITS)

@@ -107,7 +107,7 @@ def test_a_safe_path_is_absolute_and_the_same_for_both_ways_to_write_it(tmp_path
 @pytest.mark.parametrize("side", ["source", "target"])
 def test_two_pictures_of_one_name_are_refused(root, side):
     Image.new("RGB", (64, 64)).save(root / "data" / side / "1.jpg")
-    with pytest.raises(Step1XError, match="1.jpg and 1.png in .* have one name"):
+    with pytest.raises(Step1XError, match="1.jpg and 1.png in .* have the same name"):
         read_pairs(root / "data", root)
 
 

@@ -70,9 +70,16 @@ def test_the_shipped_workflow_trains_is_cancelled_and_goes_on(client, prompt, ba
     # What was changed on the disk is noticed: the finished LoRA is not given out for one of the new pairs, nor overwritten.
     finished = (run_folder / LORA).read_bytes()
     (data / "target" / "2.txt").write_text("something else", encoding="utf-8")
-    with pytest.raises(ExecutionError, match="begun with another dataset"):
+    with pytest.raises(ExecutionError, match="uses another dataset"):
         client.run(prompt)
     assert (run_folder / LORA).read_bytes() == finished
+
+
+def test_what_is_trained_fits_the_stock_nodes(client):
+    info = client.get("/object_info")
+    outputs = dict(zip(info["Step1XEditTrainLora"]["output_name"], info["Step1XEditTrainLora"]["output"]))
+    for output, node, name in (("lora", "SaveLoRA", "lora"), ("lora", "LoraModelLoader", "lora"), ("loss", "LossGraphNode", "loss")):
+        assert info[node]["input"]["required"][name][0] == outputs[output], node
 
 
 @pytest.mark.parametrize("dataset, message", [("nothing", "There is no dataset"), ("../output", "names no dataset"), ("", "names no dataset"),

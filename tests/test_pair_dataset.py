@@ -18,7 +18,7 @@ from PIL import Image
 from step1x_core.errors import Step1XError
 from step1x_core.images import to_uint8
 from step1x_core.pairs.bulk import fill_dataset, find_pictures
-from step1x_core.pairs.makers import MAKERS
+from step1x_core.pairs.orders import MAKERS
 from step1x_core.pairs.record import make_pair
 from step1x_core.pairs.store import JOURNAL, PairStore, encode
 from step1x_core.training.dataset import read_pairs, read_picture
@@ -151,7 +151,7 @@ def test_pictures_that_give_no_more_end_the_run(tmp_path, picture):
     Image.fromarray(np.full((100, 100, 3), 128, np.uint8)).save(tmp_path / "pictures" / "grey.png")
     tally = fill(tmp_path / "set", tmp_path / "pictures", 1, 3, kinds=("color_alter",))
     assert tally.added == 0 and tally.unsuited >= 3
-    with pytest.raises(Step1XError, match="There are no pictures in"):
+    with pytest.raises(Step1XError, match="There are no images in"):
         find_pictures(tmp_path / "set")
 
 
@@ -182,7 +182,7 @@ def test_the_command_goes_on_after_a_kill(pictures, tmp_path):
         assert sheet.width > 1000 and "| all | 40 |" in (tmp_path / "set" / "report.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("arguments, message", [(["--kinds", "painting"], "'painting' is no kind that can be made here"), (["--count", "0"], "begin at 1")])
+@pytest.mark.parametrize("arguments, message", [(["--kinds", "painting"], "'painting' is not a kind that can be made here"), (["--count", "0"], "must be at least 1")])
 def test_the_command_says_what_is_wrong(pictures, tmp_path, capsys, arguments, message):
     spec = importlib.util.spec_from_file_location("make_pairs_command", PACK / "scripts" / "make_pairs.py")
     script = importlib.util.module_from_spec(spec)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,7 @@ def test_a_proposed_edit_is_made_judged_and_filtered(server, client, prompt_of):
     assert "gave no usable list in 3 tries" in shown and "0 of 2 pairs kept." in shown and shown.count("no usable judgement") == 2
     assert not list((server.base / "output" / "edit_pairs" / "judged").glob("*.json"))
     # Without the filter they are a dataset: sources as they were, targets of their size, the proposed instructions.
-    prompt = prompt_of("step1x_propose_pairs.json", Step1XEditPairSave={"name": "unjudged"}, Step1XEditPairPropose={"count": 2}, Step1XEditPairFilter={"unjudged": True})
+    prompt = prompt_of("step1x_propose_pairs.json", Step1XEditPairSave={"name": "unjudged"}, Step1XEditPairPropose={"count": 2}, Step1XEditPairJudge={"unjudged": True})
     client.run(prompt)
     pairs = read_pairs(server.base / "output" / "edit_pairs" / "unjudged" / "en-00000.json")
     assert len(pairs) == 2 and len({pair.source for pair in pairs}) == 1 and all(pair.instruction in shown for pair in pairs)
@@ -130,9 +131,36 @@ def test_what_is_saved_is_trained_on_where_it_lies(server, client, prompt_of):
     assert f"{count // 2} pairs to train on" in shown and "0 latents and conditionings were encoded" in shown
 
 
+def test_pairs_without_a_name_are_shown_and_not_saved(server, client, prompt_of):
+    folder = server.base / "output" / "edit_pairs"
+    before = {*folder.rglob("*")}
+    prompt = prompt_of("step1x_make_pairs.json", Step1XEditPairSave={"name": "", "limit": 2}, Step1XEditPairCompute={"count": 4, "seed": 7})
+    run = client.run(prompt)
+    report, = (text for text in texts(run, prompt) if "Nothing was saved" in text)
+    sheet, = (Image.open(io.BytesIO(image)) for image in run.images)
+    assert {*folder.rglob("*")} == before and "| all |" in report and sheet.width == 1260
+
+
+def test_pairs_are_filtered_without_a_text_encoder(server, client, prompt_of):
+    """Kept and dropped pairs go their own ways: the kept ones into a dataset, the dropped ones to look at."""
+    prompt = prompt_of("step1x_make_pairs.json", Step1XEditPairSave={"name": "sifted"}, Step1XEditPairCompute={"count": 8})
+    (compute,), (save,) = find_nodes(prompt, "Step1XEditPairCompute"), find_nodes(prompt, "Step1XEditPairSave")
+    limits = {"min_semantics": 7.0, "min_quality": 6.0, "min_change": 0.3, "max_change": 1.0, "unjudged": False, "seed": 1}
+    prompt["judge"] = {"class_type": "Step1XEditPairJudge", "inputs": {"pairs": [compute, 0], **limits}}
+    prompt[save]["inputs"]["pairs"] = ["judge", 0]
+    prompt["look"] = {"class_type": "Step1XEditPairSave", "inputs": {"pairs": ["judge", 1], "name": "", "limit": 4}}
+    for name, source in (("dropped", ["look", 2]), ("report", ["judge", 2])):
+        prompt[name] = {"class_type": "PreviewAny", "inputs": {"source": source}}
+    shown = "\n".join(texts(client.run(prompt), prompt))
+    kept, made = map(int, re.search(r"(\d+) of (\d+) pairs kept", shown).groups())
+    assert 0 < kept < made and f"Preview of {made - kept} pairs" in shown and f"{made} pairs have no scores" in shown
+    pairs = read_pairs(server.base / "output" / "edit_pairs" / "sifted" / "en-00000.json")
+    assert len(pairs) == kept and shown.count("of the pixels changed") == made - kept
+
+
 @pytest.mark.parametrize("class_type, values, message", [
     ("Step1XEditPairSave", {"name": "../../escape"}, "cannot be a name of a dataset"),
-    ("Step1XEditPairCompute", {"kinds": "painting"}, "'painting' is no kind that can be made here"),
+    ("Step1XEditPairCompute", {"kinds": "painting"}, "'painting' is not a kind that can be made here"),
 ])
 def test_what_the_nodes_refuse(client, prompt_of, class_type, values, message):
     with pytest.raises(ExecutionError, match=message):

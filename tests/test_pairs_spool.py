@@ -10,7 +10,7 @@ import torch
 from step1x_core.errors import Step1XError
 from step1x_core.host.pairs import making as pair_making
 from step1x_core.host.pairs.making import algorithmic_pairs
-from step1x_core.pairs.makers import ORDER_KINDS, carry_out, orders, shrink
+from step1x_core.pairs.orders import ORDER_KINDS, carry_out, orders, shrink
 from step1x_core.pairs.record import Pair, digest
 from step1x_core.pairs.spool import spooled
 

@@ -15,7 +15,7 @@ from loop_host import load_pack, node_classes
 
 import nodes
 from step1x_core.host.gedit.benchmark import RESULTS
-from step1x_core.host.pairs.making import DATASETS
+from step1x_core.host.pairs.store import DATASETS
 from step1x_core.host.reasoning import rounds
 from step1x_core.host.reasoning.rounds import TRIES, Failure, attempt, failures
 from step1x_core.pairs.store import JOURNAL

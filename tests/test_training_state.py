@@ -129,7 +129,7 @@ def test_another_dataset_under_the_same_name_is_refused(model, clip, vae, datase
     write_picture(data / "target" / "1.png", 99)
     others.append(cached(clip, vae, data)[0])
     for other in others:
-        with pytest.raises(Step1XError, match="begun with another dataset.*Choose another name, or switch resume off"):
+        with pytest.raises(Step1XError, match="uses another dataset.*Choose another name, or turn resume off"):
             train(model, other, replace(SETTINGS, steps=4), folder)
     assert contents(folder) == before
 
@@ -141,7 +141,7 @@ def restate(path, change):
 
 def test_another_version_under_the_same_name_is_refused(model, dataset, folder):
     restate(folder / STATE_FILE, lambda stored: stored | {"version": "v1.0"})
-    with pytest.raises(Step1XError, match="is for Step1X-Edit v1.0, and the model here is v1.1"):
+    with pytest.raises(Step1XError, match="is for Step1X-Edit v1.0, but the model is v1.1"):
         train(model, dataset, replace(SETTINGS, steps=4), folder)
 
 
@@ -152,7 +152,7 @@ def test_a_state_of_an_earlier_release_goes_on_with_a_line_in_the_log(model, dat
     restate(folder / STATE_FILE, old)
     with caplog.at_level("WARNING"):
         assert train(model, dataset, replace(SETTINGS, steps=3), folder).step == 3
-    assert "of an earlier release" in caplog.text
+    assert "from an earlier release" in caplog.text
     assert json.loads(metadata(folder / STATE_FILE)[RUN_KEY])["dataset"] == dataset.fingerprint()
     # Its LoRA has always named the version.
     restate(folder / STATE_FILE, old)
@@ -188,7 +188,7 @@ def test_a_damaged_state_is_one_sentence(model, dataset, folder, damage):
     entries = damage(tensors, entries)
     save_file(tensors, folder / STATE_FILE, entries)
     before = contents(folder)
-    with pytest.raises(Step1XError, match="damaged or no training's state"):
+    with pytest.raises(Step1XError, match="damaged or not a training state"):
         train(model, dataset, replace(SETTINGS, steps=4), folder)
     assert contents(folder) == before
 
@@ -200,5 +200,5 @@ def test_a_running_mean_that_is_missing_is_one_sentence(model, dataset, tmp_path
     tensors, entries = load_file(path), metadata(path)
     del tensors[f"average.{LAYER}"]
     save_file(tensors, path, entries)
-    with pytest.raises(Step1XError, match="damaged or no training's state"):
+    with pytest.raises(Step1XError, match="damaged or not a training state"):
         train(model, dataset, settings, tmp_path / "mean")

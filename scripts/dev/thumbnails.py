@@ -214,7 +214,7 @@ def loop(studio):
 
 def make_pairs(studio):
     source = Image.open(environment.PACK / "assets" / "coffee.jpg").convert("RGB")
-    pairs, = studio.run("step1x_make_pairs", [studio.upload(np.asarray(source))], Step1XEditPairCompute={"count": 4}, Step1XEditPairSheet={"limit": 4})
+    pairs, = studio.run("step1x_make_pairs", [studio.upload(np.asarray(source))], Step1XEditPairCompute={"count": 4}, Step1XEditPairSave={"name": "", "limit": 4})
     # Source and target of the first two pairs, without letters and margins.
     tiles = [pairs.crop((left, 70, left + 200, 202)) for left in (12, 216, 428, 632)]
     return sheet(tiles, 2, "training pairs from a picture,\ncomputed, with instructions")

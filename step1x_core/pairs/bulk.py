@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import Step1XError
 from ..files import PICTURE_SUFFIXES, open_picture
-from .makers import carry_out, orders, shrink
+from .orders import carry_out, orders, shrink
 from .store import Encoded, PairStore, encode
 
 # Orders of one picture that are carried out together: its source is read and written once for all of them.
@@ -48,7 +48,7 @@ class Tally:
     unreadable: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"{self.added} pairs added; {self.duplicates} looked like others, {self.unsuited} edits did not suit their picture.", *self.unreadable]
+        lines = [f"{self.added} pairs added; {self.duplicates} looked like others, {self.unsuited} edits did not suit their image.", *self.unreadable]
         return "\n".join(lines)
 
 
@@ -75,7 +75,8 @@ def find_pictures(folder: Path) -> dict[str, Path]:
     """All pictures below a folder, by their names relative to it. Raises Step1XError where there are none."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
     if not paths:
-        raise Step1XError(f"There are no pictures in {folder}. Name a folder with {', '.join(PICTURE_SUFFIXES)} files; folders in it are searched, too.")
+        raise Step1XError(f"There are no images in {folder} or its subfolders. "
+                          f"Name a folder with {', '.join(PICTURE_SUFFIXES)} files.")
     return {path.relative_to(folder).as_posix(): path for path in paths}
 
 
@@ -142,7 +143,8 @@ def fill_dataset(store: PairStore, pictures: dict[str, Path], kinds: tuple[str, 
                     tally.added += 1
             tell(len(store.rows))
     except BrokenProcessPool as problem:
-        raise Step1XError("A process was ended from outside, perhaps for want of memory. What is made is kept: run it again, with fewer workers.") from problem
+        raise Step1XError("A worker process was killed, perhaps because memory ran out. The pairs made so far are kept. "
+                          "Rerun the command with fewer workers.") from problem
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return tally

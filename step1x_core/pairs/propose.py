@@ -161,7 +161,8 @@ def parse_kinds(text: str, known: tuple[str, ...]) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in known:
-            raise Step1XError(f"{name[:80]!r} is no kind that can be made here; those are {', '.join(known)}. Correct the input 'kinds'.")
+            raise Step1XError(f"{name[:80]!r} is not a kind that can be made here; expected {', '.join(known)}. "
+                              "Correct the input 'kinds'.")
     return list(dict.fromkeys(names)) or list(known)
 
 
@@ -185,7 +186,8 @@ def propose(ask: Ask, picture, kinds: list[str], count: int, seed: int) -> tuple
     ideas += [idea for kind in TABLED if kind not in found for idea in tabled_ideas(kind)]
     chosen = [word(idea, rng) for idea in choose(ideas, kinds, count, rng)]
     if not chosen:
-        raise Step1XError(f"{problem or 'The language model found nothing in this picture'}, and none of the kinds {', '.join(kinds)} can do without. "
-                          "Take the full Qwen2.5-VL-7B-Instruct, another seed, or more kinds.")
-    head = f"{problem}; these edits can do without." if problem and not found else f"The language model found {', '.join(sorted(found))}." if found else "Not asked."
+        raise Step1XError(f"{problem or 'The language model found nothing in this image'}, and every one of the kinds "
+                          f"{', '.join(kinds)} depends on that. "
+                          "Use the full Qwen2.5-VL-7B-Instruct, another seed, or more kinds.")
+    head = f"{problem}; these edits do not need one." if problem and not found else f"The language model found {', '.join(sorted(found))}." if found else "Not asked."
     return chosen, "\n".join([head, *(f"{proposal.kind}: {proposal.english} / {proposal.chinese}" for proposal in chosen)])

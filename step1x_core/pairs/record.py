@@ -56,13 +56,13 @@ def make_pair(source: np.ndarray, target: np.ndarray, kind: str, english: str, c
     Raises Step1XError for an unknown kind, for no instruction, and for pictures of different shapes.
     """
     if kind not in KINDS:
-        raise Step1XError(f"{kind!r} is no kind of edit. Take one of {', '.join(KINDS)}.")
+        raise Step1XError(f"{kind!r} is not a kind of edit. Use one of {', '.join(KINDS)}.")
     english, chinese, maker = (" ".join(clean_prompt(text).split()) for text in (english, chinese, maker))
     if not english and not chinese:
         raise Step1XError("A pair has no instruction. Write one, in English or Chinese, or connect proposals.")
     if abs(math.log(source.shape[1] * target.shape[0] / (source.shape[0] * target.shape[1]))) > ASPECT_TOLERANCE:
-        raise Step1XError(f"The edited picture has {target.shape[1]}x{target.shape[0]} pixels and its source {source.shape[1]}x{source.shape[0]}: "
-                          "they must have the same shape. Crop one of them.")
+        raise Step1XError(f"The edited image has {target.shape[1]}x{target.shape[0]} pixels and its source "
+                          f"{source.shape[1]}x{source.shape[0]}, but they must have the same aspect ratio. Crop one of them.")
     if target.shape != source.shape:
         target = np.asarray(Image.fromarray(target).resize(source.shape[1::-1], Image.Resampling.LANCZOS))
     return Pair(source, target, kind, english, chinese, maker, details)

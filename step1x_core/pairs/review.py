@@ -21,7 +21,7 @@ TEXT = 44
 class Thresholds:
     """What a pair must have. semantics, quality: least score, the lower of two, 0..10. min_change, max_change: share of the pixels that the edit changed, 0..1.
 
-    unjudged: whether a pair without scores may pass.
+    unjudged: whether a pair without scores may pass. unasked: whether one may that no judge was asked about.
     """
 
     semantics: float = 7.0
@@ -29,6 +29,7 @@ class Thresholds:
     min_change: float = 0.002
     max_change: float = 1.0
     unjudged: bool = False
+    unasked: bool = False
 
 
 def objection(pair: Pair, limits: Thresholds) -> str:
@@ -36,8 +37,10 @@ def objection(pair: Pair, limits: Thresholds) -> str:
     change = float(changed_pixels(pair.source, pair.target).mean())
     if not limits.min_change <= change <= limits.max_change:
         return f"{change:.2%} of the pixels changed"
-    if pair.verdict is None or pair.verdict.semantics is None or pair.verdict.quality is None:
-        return "" if limits.unjudged else "not judged" if pair.verdict is None else f"no usable judgement: {pair.verdict.problem}"
+    if pair.verdict is None:
+        return "" if limits.unjudged or limits.unasked else "not judged"
+    if pair.verdict.semantics is None or pair.verdict.quality is None:
+        return "" if limits.unjudged else f"no usable judgement: {pair.verdict.problem}"
     for name, value, least in (("semantics", min(pair.verdict.semantics), limits.semantics), ("quality", min(pair.verdict.quality), limits.quality)):
         if value < least:
             return f"{name} {value:g} is below {least:g}"

@@ -75,7 +75,8 @@ def read_journal(path: Path) -> tuple[list[dict], int]:
                 if not valid or len(bytes.fromhex(row["hash"])) != SIZE or not isinstance(row["details"], dict):
                     raise ValueError("values of another form")
         except (ValueError, LookupError, TypeError, RecursionError) as problem:
-            raise Step1XError(f"Line {number} of {path} is damaged ({type(problem).__name__}: {problem}). Take that line out, or begin another dataset.") from problem
+            raise Step1XError(f"Line {number} of {path} is damaged ({type(problem).__name__}: {problem}). "
+                              "Delete that line, or start another dataset.") from problem
         rows.append(row)
     return rows, whole
 

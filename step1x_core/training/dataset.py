@@ -46,11 +46,12 @@ def read_pairs(path: Path, root: Path | None = None) -> list[EditPair]:
     else:
         raise Step1XError(f"There is no dataset at {path}. Name a folder with '{SOURCES}' and '{TARGETS}', or a JSON file.")
     if not pairs:
-        raise Step1XError(f"The dataset {path} holds no pairs. It needs '{SOURCES}/NAME.png', '{TARGETS}/NAME.png' and '{TARGETS}/NAME.txt', or a JSON file of pairs.")
+        raise Step1XError(f"The dataset {path} holds no pairs. It needs '{SOURCES}/NAME.png', '{TARGETS}/NAME.png' and "
+                          f"'{TARGETS}/NAME.txt', or a JSON file of pairs.")
     for pair in pairs:
         for file in (pair.source, pair.target):
             if not os.path.isfile(file):
-                raise Step1XError(f"The picture {file} of the dataset {path} does not exist. Put it there, or take the pair out.")
+                raise Step1XError(f"The image {file} of the dataset {path} does not exist. Put it there, or remove the pair.")
     return pairs
 
 
@@ -59,12 +60,13 @@ def _read_json(path: Path, root: Path | None) -> Iterator[EditPair]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise Step1XError(f"{path} could not be read as JSON ({error}). Correct that file.") from error
+        raise Step1XError(f"{path} could not be read as JSON ({error}). Correct the file.") from error
     if not isinstance(entries, dict):
-        raise Step1XError(f'{path} is not a list of pairs: it must be {{"target.png": {{"{REFERENCE}": "source.png", "{CAPTION}": "instruction"}}}}.')
+        raise Step1XError(f'{path} is not a table of pairs. Expected {{"target.png": '
+                          f'{{"{REFERENCE}": "source.png", "{CAPTION}": "instruction"}}}}.')
     for target, entry in entries.items():
         if not isinstance(entry, dict) or not isinstance(entry.get(REFERENCE), str) or not isinstance(entry.get(CAPTION), str):
-            raise Step1XError(f'The entry "{target}" of {path} has no "{REFERENCE}" or no "{CAPTION}". Both must be texts.')
+            raise Step1XError(f'The entry "{target}" of {path} has no "{REFERENCE}" or no "{CAPTION}". Both must be strings.')
         yield EditPair(*(safe_path(path.parent, name, root, str(path)) for name in (entry[REFERENCE], target)), entry[CAPTION])
 
 
@@ -80,8 +82,8 @@ def _pictures(folder: Path) -> dict[str, list[Path]]:
 def _only(paths: list[Path]) -> Path:
     """The one picture of a name: of `1.png` and `1.jpg` nobody can tell which belongs to `1.txt`."""
     if len(paths) > 1:
-        raise Step1XError(f"The pictures {' and '.join(path.name for path in paths)} in {paths[0].parent} have one name, so it cannot be told which one makes the pair. "
-                          "Rename or remove all but one.")
+        raise Step1XError(f"The images {' and '.join(path.name for path in paths)} in {paths[0].parent} have the same name, "
+                          "so the pair is ambiguous. Rename or remove all but one.")
     return paths[0]
 
 
@@ -90,7 +92,7 @@ def _read_folder(folder: Path, root: Path | None) -> Iterator[EditPair]:
     for name, targets in _pictures(folder / TARGETS).items():
         target = _only(targets)
         if name not in sources:
-            raise Step1XError(f"{target} has no picture of that name in {folder / SOURCES}. Put it there, or take the pair out.")
+            raise Step1XError(f"{target} has no image of that name in {folder / SOURCES}. Put it there, or remove the pair.")
         text = target.with_suffix(".txt")
         source, target, text = (safe_path(folder, os.path.relpath(file, folder), root, f"The dataset {folder}") for file in (_only(sources[name]), target, text))
         try:
@@ -110,7 +112,7 @@ def read_picture(path: Path) -> Tensor:
 
 
 def unreadable(path: Path, error: Exception) -> Step1XError:
-    return Step1XError(f"The picture {path} could not be read ({error}). Replace the file, or take the pair out.")
+    return Step1XError(f"The image {path} could not be read ({error}). Replace the file, or remove the pair.")
 
 
 # Pillow's decoders raise these on damaged files.

@@ -62,8 +62,8 @@ def check_resumed(stored: dict, settings: Settings, place: str) -> None:
     for name in FIXED:
         now = getattr(settings, name)
         if stored.get(name) != now:
-            raise Step1XError(f"The training in {place} was begun with {name} {stored.get(name)}, now it is {now}. "
-                              "Set it back, choose another name, or switch resume off to begin anew.")
+            raise Step1XError(f"The run in {place} uses {name} {stored.get(name)}, but {name} is now {now}. "
+                              f"Use {stored.get(name)}, choose another name, or turn resume off to start over.")
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,14 @@ def check_origin(stored: dict, origin: Origin, place: str) -> None:
     A state of an earlier release that does not name them is taken on, with a line in the log.
     """
     version, dataset = stored.get("version"), stored.get("dataset")
-    advice = "Choose another name, or switch resume off to begin anew; the earlier training is then kept beside it."
+    advice = "Choose another name, or turn resume off to start over; the earlier run is then moved aside."
     if version is not None and version != origin.version:
-        raise Step1XError(f"The training in {place} is for Step1X-Edit {version}, and the model here is {origin.version}. {advice}")
+        raise Step1XError(f"The run in {place} is for Step1X-Edit {version}, but the model is {origin.version}. {advice}")
     if dataset is not None and dataset != origin.dataset:
-        raise Step1XError(f"The training in {place} was begun with another dataset, size or number of pairs for validation. {advice}")
+        raise Step1XError(f"The run in {place} uses another dataset, size level or number of held-out pairs. {advice}")
     if version is None or dataset is None:
-        log.warning("The training in %s is of an earlier release and does not say which dataset or version it is for; it goes on with those at hand.", place)
+        log.warning("The run in %s is from an earlier release and does not name its dataset or version. "
+                    "It is resumed with the current ones.", place)
 
 
 def generator(seed: int, *stream: int) -> torch.Generator:

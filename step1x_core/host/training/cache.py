@@ -40,15 +40,16 @@ def check_shapes(pair: EditPair, source: tuple[int, int], target: tuple[int, int
     """Raise Step1XError where one picture cannot lie over the other. source, target: width and height."""
     ratios = [width / height for width, height in (source, target)]
     if abs(math.log(ratios[0] / ratios[1])) > ASPECT_TOLERANCE:
-        raise Step1XError(f"{pair.target} has {target[0]}x{target[1]} pixels and its source {pair.source.name} {source[0]}x{source[1]}: "
-                          "they must have the same shape. Crop one of them, or take the pair out.")
+        raise Step1XError(f"{pair.target} has {target[0]}x{target[1]} pixels and its source {pair.source.name} "
+                          f"{source[0]}x{source[1]}, but they must have the same aspect ratio. "
+                          "Crop one of them, or remove the pair.")
 
 
 def unchanged(path: Path, key: str, name: Callable[[bytes], str]) -> bytes:
     """The content of a file that had this key a moment ago. name: what the key is made by. Raises Step1XError where it was replaced meanwhile."""
     data = path.read_bytes()
     if name(data) != key:
-        raise Step1XError(f"The picture {path} was replaced while the dataset was read. Run the node again.")
+        raise Step1XError(f"The image {path} was replaced while the dataset was read. Run the node again.")
     return data
 
 
@@ -59,61 +60,99 @@ def to_size(picture: Tensor, size: tuple[int, int], layout: PromptLayout) -> Ten
     return from_uint8(resize(to_uint8(picture), size, Image.Resampling.LANCZOS))
 
 
-def cache_pairs(clip, vae, pairs: list[EditPair], folder: Path, size_level: int, validation: int = 0) -> tuple[EditDataset, int]:
-    """The pairs as a training reads them, and how many tensors had to be computed for that.
+class PairEncoder:
+    """The two encoders of a dataset, and the cache of what they make. Everything is stored at once, so a cancelled run is resumed.
 
-    folder: the dataset's; the cache lies in it. size_level: as for editing. validation: so many pairs from the end are kept from training.
+    size_level: as for editing. computed: how many tensors had to be computed so far.
 
-    All instructions are encoded first, then all pictures, so that on a small card each model is loaded once. Everything is stored at once; a second run goes on.
-
-    Raises Step1XError for models of another kind, pictures that cannot be read or do not fit each other, and a full disk.
+    Raises Step1XError for models of another kind.
     """
-    check_text_encoder(clip)
-    check_vae(vae)
-    if validation >= len(pairs):
-        raise Step1XError(f"{validation} pairs for validation leave none of the {len(pairs)} to train on. Lower validation, or add pairs.")
-    cache = Cache(folder / CACHE_FOLDER)
-    layout = clip.tokenizer.layout
-    text_name = content_key(layout.name, size_level, fingerprint(clip.patcher, clip.cond_stage_model))
-    vae_name = content_key(layout.name, size_level, fingerprint(vae.patcher, vae.first_stage_model))
-    progress = comfy.utils.ProgressBar(2 * len(pairs))
 
-    def encode_instruction(key: str, picture: Tensor, text: str) -> None:
-        shown = picture if layout.shows_original else to_size(picture, working_size(picture.shape[1], picture.shape[0], size_level), layout)
-        conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text, images=[shown[None]], size_level=size_level))
-        check_finite(conditioning[0][0], "The text encoder gave values that are no numbers (NaN or infinity): its file is damaged. Download it again.")
-        cache.store(key, pack_conditioning(conditioning))
+    def __init__(self, clip, vae, cache: Cache, size_level: int):
+        check_text_encoder(clip)
+        check_vae(vae)
+        self.clip, self.vae, self.cache, self.size_level = clip, vae, cache, size_level
+        self.layout = clip.tokenizer.layout
+        self.text_name = content_key(self.layout.name, size_level, fingerprint(clip.patcher, clip.cond_stage_model))
+        self.vae_name = content_key(self.layout.name, size_level, fingerprint(vae.patcher, vae.first_stage_model))
+        self.computed = 0
 
-    cached, computed = [], 0
-    for number, pair in enumerate(pairs):
-        comfy.model_management.throw_exception_if_processing_interrupted()
+    def picture_key(self, data: bytes, size: tuple[int, int]) -> str:
+        """The name of the latent of a picture file at size (width, height)."""
+        return content_key(self.vae_name, data, *size)
+
+    def encode_text(self, pair: EditPair, with_negative: bool) -> CachedPair:
+        """A pair whose conditionings are in the cache, and its latents' names. with_negative: the one of the empty prompt, too.
+
+        Raises Step1XError for pictures that cannot be read or do not fit each other, for NaN, and for a full disk.
+        """
         source, target = pair.source.read_bytes(), pair.target.read_bytes()
         sizes = picture_size(source, pair.source), picture_size(target, pair.target)
         check_shapes(pair, *sizes)
-        size = working_size(*sizes[0], size_level)
-        keys = [content_key(vae_name, data, *size) for data in (source, target)]
-        texts = [pair.instruction, ""] if number >= len(pairs) - validation else [pair.instruction]
-        conditionings = {content_key(text_name, source, text): text for text in texts}
-        missing = [key for key in conditionings if key not in cache]
-        if keys[1] not in cache:
+        size = working_size(*sizes[0], self.size_level)
+        source_key, target_key = (self.picture_key(data, size) for data in (source, target))
+        texts = [pair.instruction, ""] if with_negative else [pair.instruction]
+        names = [content_key(self.text_name, source, text) for text in texts]
+        # One entry for an instruction that is empty itself.
+        missing = {name: text for name, text in zip(names, texts) if name not in self.cache}
+        if target_key not in self.cache:
             decode_picture(target, pair.target)  # a damaged one is told before the encoders have worked for hours
         if missing:
             picture = decode_picture(source, pair.source)
-            for key in missing:
-                encode_instruction(key, picture, conditionings[key])
-        computed += len(missing)
-        names = [content_key(text_name, source, text) for text in texts]
-        cached.append(CachedPair(pair, names[0], *keys, (size[1] // LATENT_FACTOR, size[0] // LATENT_FACTOR), names[1] if len(names) > 1 else None,
-                                 content_key(source, target, pair.instruction)))
+            for name, text in missing.items():
+                self.cache.store(name, pack_conditioning(self.conditioning(picture, text)))
+        self.computed += len(missing)
+        return CachedPair(pair, names[0], source_key, target_key, tuple(side // LATENT_FACTOR for side in reversed(size)),
+                          names[1] if with_negative else None, content_key(source, target, pair.instruction))
+
+    def conditioning(self, picture: Tensor, text: str) -> list:
+        """What the text encoder makes of a source, float32 [H, W, 3], and an instruction: a conditioning of the host."""
+        if self.layout.shows_original:
+            shown = picture
+        else:
+            shown = to_size(picture, working_size(picture.shape[1], picture.shape[0], self.size_level), self.layout)
+        tokens = self.clip.tokenize(text, images=[shown[None]], size_level=self.size_level)
+        conditioning = self.clip.encode_from_tokens_scheduled(tokens)
+        check_finite(conditioning[0][0], "The text encoder returned NaN or infinite values. Its file may be damaged. "
+                                         "Download it again.")
+        return conditioning
+
+    def encode_latents(self, item: CachedPair) -> None:
+        """Put the latents of source and target into the cache. Raises Step1XError as `unchanged` does, and for a full disk."""
+        size = (item.size[1] * LATENT_FACTOR, item.size[0] * LATENT_FACTOR)
+        for key, path in ((item.source, item.pair.source), (item.target, item.pair.target)):
+            if key not in self.cache:
+                picture = decode_picture(unchanged(path, key, lambda data: self.picture_key(data, size)), path)
+                latent = encode_pictures(self.vae, to_size(picture, size, self.layout)[None])
+                self.cache.store(key, {"latent": latent.float().cpu()})
+                self.computed += 1
+
+
+def cache_pairs(clip, vae, pairs: list[EditPair], folder: Path, size_level: int,
+                validation: int = 0) -> tuple[EditDataset, int]:
+    """The pairs as a training reads them, and how many tensors had to be computed for that.
+
+    folder: the dataset's; the cache lies in it. size_level: as for editing. validation: number of pairs held out at the end.
+
+    All instructions are encoded first, then all pictures, so that on a small card each model is loaded once.
+
+    Raises Step1XError as `PairEncoder` and its methods do, and where no pairs are left to train on.
+    """
+    if validation >= len(pairs):
+        raise Step1XError(f"{validation} pairs for validation leave none of the {len(pairs)} to train on. "
+                          "Lower 'validation', or add pairs.")
+    encoder = PairEncoder(clip, vae, Cache(folder / CACHE_FOLDER), size_level)
+    trained = len(pairs) - validation
+    progress = comfy.utils.ProgressBar(2 * len(pairs))
+    cached = []
+    for number, pair in enumerate(pairs):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        cached.append(encoder.encode_text(pair, with_negative=number >= trained))
         progress.update(1)
     for item in cached:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        for key, path in ((item.source, item.pair.source), (item.target, item.pair.target)):
-            if key not in cache:
-                size = [side * LATENT_FACTOR for side in reversed(item.size)]
-                data = unchanged(path, key, lambda data: content_key(vae_name, data, *size))
-                cache.store(key, {"latent": encode_pictures(vae, to_size(decode_picture(data, path), tuple(size), layout)[None]).float().cpu()})
-                computed += 1
+        encoder.encode_latents(item)
         progress.update(1)
-    cache.prune({key for item in cached for key in (item.conditioning, item.negative, item.source, item.target) if key})
-    return EditDataset(cache, cached[:len(pairs) - validation], cached[len(pairs) - validation:]), computed
+    keys = {key for item in cached for key in (item.conditioning, item.negative, item.source, item.target)}
+    encoder.cache.prune(keys - {None})
+    return EditDataset(encoder.cache, cached[:trained], cached[trained:]), encoder.computed

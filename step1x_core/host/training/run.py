@@ -25,7 +25,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def damaged(path: Path, problem: object) -> Step1XError:
-    return Step1XError(f"{path} is damaged or no training's state ({problem}). Delete it, or choose another name.")
+    return Step1XError(f"{path} is damaged or not a training state ({problem}). Delete it, or choose another name.")
 
 
 class Run:
@@ -111,7 +111,7 @@ class Run:
         # The state of an earlier release names neither, but its LoRA has always named the version.
         check_origin({"version": base.removeprefix(BASE) or None} | stored, self.origin, str(folder))
         if any(name not in tensors or tensors[name].shape != weight.shape for name, weight in self.weights.items()):
-            raise Step1XError(f"The training in {folder} was of another model. Choose another name.")
+            raise Step1XError(f"The run in {folder} is for another model. Choose another name.")
         losses = tensors.get("losses")
         if losses is None or losses.ndim != 1 or not losses.is_floating_point():
             raise damaged(path, "it holds no losses")
@@ -188,6 +188,6 @@ def move_aside(folder: Path) -> Path | None:
         for file in files:
             os.rename(file, aside / file.name)
     except (OSError, ValueError) as problem:
-        raise Step1XError(f"The earlier training in {folder} could not be moved aside ({problem}). Move it yourself, or choose another name.") from problem
-    log.warning("The earlier training in %s was moved to %s.", folder, aside)
+        raise Step1XError(f"The earlier run in {folder} could not be moved aside ({problem}). Move it yourself, or choose another name.") from problem
+    log.warning("The earlier run in %s was moved to %s.", folder, aside)
     return aside

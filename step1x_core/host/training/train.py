@@ -42,7 +42,7 @@ def prepare_model(model):
     for module in model.model.diffusion_model.modules():
         if hasattr(module, "in_features") and type(module.weight) is not torch.nn.Parameter and not isinstance(module.weight, QuantizedTensor):
             raise Step1XError("A LoRA cannot be trained on GGUF weights, which only their own loader can unpack. "
-                              "Load a safetensors file with 'Load Step1X-Edit Model', in fp8 to save memory.")
+                              "Load a safetensors file with 'Load Step1X-Edit Model'; fp8 saves memory.")
     model.model.diffusion_model.requires_grad_(False)
     if model.model.get_dtype_inference() == torch.float16:
         model.set_model_compute_dtype(torch.float32)
@@ -104,7 +104,7 @@ def batch_losses(model, dataset: EditDataset, items: list[CachedPair], positions
 
 
 def train_step(model, dataset: EditDataset, run: Run) -> None:
-    """One update. Raises Step1XError when the loss is no number any more, and the host's exception on cancel; the run is then as it was before."""
+    """One update. Raises Step1XError when the loss is NaN or infinite, and the host's exception on cancel; the run is then as it was before."""
     settings, total = run.settings, 0.0
     try:
         for part in range(settings.accumulation):
@@ -117,8 +117,8 @@ def train_step(model, dataset: EditDataset, run: Run) -> None:
                 loss.backward()
                 total += loss.item()
         if not torch.isfinite(torch.tensor(total)):
-            raise Step1XError(f"In step {run.step + 1} the loss is no number any more. "
-                              "Lower the learning rate and begin anew, or go on from the last state with a lower one.")
+            raise Step1XError(f"The loss is NaN or infinite in step {run.step + 1}. "
+                              "Lower the learning rate, then resume from the last save or start over.")
     except BaseException:
         run.optimiser.zero_grad(set_to_none=True)
         raise
