@@ -9,7 +9,7 @@ from conftest import PACK
 import install
 
 PAGES = [PACK / "README.md", *sorted(PACK.glob("docs/*.md")), *sorted(PACK.glob("web/docs/**/*.md"))]
-# A row of README's table or an entry of a node page's list that begins with a sentence, of which "..." and what is named or counted is left open.
+# A row of a table or an entry of a node page's list that begins with a sentence, of which "..." and what is named or counted is left open.
 QUOTING = re.compile(r'^(?:- \*\*(?P<entry>".*?)\*\*|\| (?P<row>".*?) \|)', re.MULTILINE)
 LEFT_OPEN = re.compile(r"\.\.\.|'[^']*'|\d+|\w+_\w+")
 
@@ -43,7 +43,7 @@ def test_quoted_errors_are_those_of_the_code():
 
 def test_the_search_finds_quotes():
     assert quotes('- **"One ... is" or "two"**: x\n| "three" | y |\n"four"') == ["One ... is", "two", "three"]
-    assert len(quotes((PACK / "README.md").read_text(encoding="utf-8"))) > 15
+    assert len(quotes((PACK / "docs" / "troubleshooting.md").read_text(encoding="utf-8"))) > 15
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(PACK).as_posix())
@@ -52,7 +52,22 @@ def test_links_lead_somewhere(page):
     assert [target for target in targets if target and not (page.parent / target).exists()] == []
 
 
-def test_readme_names_everything_that_install_downloads():
-    readme = (PACK / "README.md").read_text(encoding="utf-8")
+def test_the_install_page_names_everything_that_install_downloads():
+    page = (PACK / "docs" / "install.md").read_text(encoding="utf-8")
     for name, model in install.MODELS.items():
-        assert f"`{name}`" in readme and f"`{model.folder}`" in readme and (model.repository in readme or f"`-{name.split('-')[-1]}`" in readme), name
+        assert f"`{name}`" in page and f"`{model.folder}`" in page and (model.repository in page or f"`-{name.split('-')[-1]}`" in page), name
+
+
+def test_readme_is_short_and_leads_to_every_page():
+    readme = (PACK / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 130
+    assert [page.name for page in PACK.glob("docs/*.md") if f"](docs/{page.name})" not in readme] == []
+
+
+def test_readme_begins_with_the_two_commands_and_three_steps():
+    """What it is, an image, the two commands and the first edit come before everything else."""
+    first = (PACK / "README.md").read_text(encoding="utf-8").split("\n## ")[:2]
+    assert all(command in first[0] for command in ("python scripts/demo.py", "python scripts/test.py", "![source](assets/scene.png)"))
+    assert re.findall(r"^\d(?=\. \*\*)", first[1], re.MULTILINE) == ["1", "2", "3"] and len(first[0].splitlines()) + len(first[1].splitlines()) < 40
+    download = re.search(r"install\.py --download ([\w. ]+)`", first[1])[1].split()
+    assert {*download} <= {*install.MODELS}
