@@ -13,6 +13,10 @@ PAGES = [PACK / "README.md", *sorted(PACK.glob("docs/*.md")), *sorted(PACK.glob(
 QUOTING = re.compile(r'^(?:- \*\*(?P<entry>".*?)\*\*|\| (?P<row>".*?) \|)', re.MULTILINE)
 LEFT_OPEN = re.compile(r"\.\.\.|'[^']*'|\d+|\w+_\w+")
 
+# Nodes that go into others; an offer may lead to one of them only as long as it is there.
+MERGED = {f"Step1XEdit{name}" for name in ("LoadVAE", "References", "TeaCache", "Fp8Attention", "GuidanceInterval", "Region", "GEditBench", "GEditJudge", "PairFilter", "PairSheet")
+          if (PACK / "web" / "docs" / f"Step1XEdit{name}.md").is_file()}
+
 
 def sentences() -> list[str]:
     """All texts of the source, with a NUL in place of what is filled in."""
@@ -50,6 +54,44 @@ def test_the_search_finds_quotes():
 def test_links_lead_somewhere(page):
     targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")) if "://" not in target]
     assert [target for target in targets if target and not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(PACK).as_posix())
+def test_links_to_a_heading_find_it(page):
+    wrong = []
+    for target, anchor in re.findall(r"\]\(([^)\s#:]*\.md)?#([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        text = ((page.parent / target) if target else page).read_text(encoding="utf-8")
+        if anchor not in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}:
+            wrong.append(f"{target}#{anchor}")
+    assert wrong == []
+
+
+def test_files_that_the_architecture_page_names_are_there():
+    """Paths in backticks, from the pack's folder or from step1x_core on; `name` in `file` is a definition of that file."""
+    page = (PACK / "docs" / "architecture.md").read_text(encoding="utf-8")
+    names = {name for name in re.findall(r"`([\w./]+)`", page) if name.endswith((".py", ".json", "/")) and "ROOM" not in name}
+    assert len(names) > 60
+    assert [name for name in sorted(names) if not any((root / name).exists() for root in (PACK, PACK / "step1x_core"))] == []
+    for name, file in [*re.findall(r"`(\w+)` in `([\w./]+\.py)`", page), *((name, file) for file, name in re.findall(r"`([\w./]+\.py)` \(`(\w+)`\)", page))]:
+        assert re.search(rf"^\s*(def |class )?{name}\b", (PACK / "step1x_core" / file).read_text(encoding="utf-8"), re.MULTILINE), f"{file} has no {name}"
+
+
+def offers() -> dict[str, str]:
+    """Old id -> new id, as nodes/earlier.py has them."""
+    tree = ast.parse((PACK / "nodes" / "earlier.py").read_text(encoding="utf-8"))
+    table = next(node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "EARLIER")
+    return {key.value: offer.args[0].value for key, offer in zip(table.keys, table.values)}
+
+
+def test_the_table_of_earlier_ids_is_that_of_the_code():
+    """Every id of 0.1.0 is in the table once. A row that says "by hand" has no offer: what it became is an input, not a node."""
+    page = (PACK / "docs" / "other_packs.md").read_text(encoding="utf-8")
+    section = page.split("## Nodes of 0.1.0")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (.*)\|$", section, re.MULTILINE)
+    by_hand = {old for old, _, note in rows if note.startswith("by hand")}
+    assert len({old for old, *_ in rows}) == len(rows) == 33 and by_hand == {"Step1XReferences"}
+    assert {old for old, *_ in rows} - by_hand == offers().keys() - by_hand
+    assert [(old, new) for old, new, _ in rows if old not in by_hand and offers()[old] not in (new, *MERGED)] == []
 
 
 def test_the_install_page_names_everything_that_install_downloads():
