@@ -276,7 +276,8 @@ def measure(options, paths: dict[str, Path], mode: str, vram: float, float32: di
 def table(runs: list[dict]) -> str:
     """Medians of the runs, a line for each mode and size."""
     columns = {"encode": 8, "sample": 8, "decode": 8, "whole": 8, "think": 7, "work": 6, "allocated": 7, "reserved": 7}
-    lines = [f"{'mode':<19}{'size':>5}{'vram':>6}{'load':>7}{'first':>7}{'encode':>8}{'sample':>8}{'decode':>8}{'whole':>8}{'think':>7}{'work':>6}{'alloc':>7}{'resrv':>7}{'+-':>6}{'differ':>9}"
+    lines = [f"{'mode':<19}{'size':>5}{'vram':>6}{'load':>7}{'first':>7}{'encode':>8}{'sample':>8}{'decode':>8}{'whole':>8}{'think':>7}{'work':>6}"
+             f"{'alloc':>7}{'resrv':>7}{'+-':>6}{'differ':>9}"
              "   (seconds, first: whole edit of the warm-up, +-: for sampling; % of the blocks' runs; GiB)"]
     for run in runs:
         middle = {name: statistics.median(values[name] for values in run["runs"]) for name in run["runs"][0]}
