@@ -66,6 +66,31 @@ def test_links_to_a_heading_find_it(page):
     assert wrong == []
 
 
+BOOK = [PACK / "README.md", *sorted(PACK.glob("docs/*.md"))]
+# A path from the pack's folder on, and a command with its options, up to the end of its code span or line.
+PATHS = re.compile(r"(?<![\w/.-])(?:tests|scripts|benchmarks|step1x_core|nodes|miniature|workers|docs|web|assets)/[\w./-]*\w\.(?:py|md|json|txt|ini|jpg|png)\b")
+COMMANDS = re.compile(r"python (\w[\w/]*\.py)([^`#\n]*(?:\n[^`#\n]+)*?)(?=[`#]|\n\n|\npython|\n```)")
+
+
+@pytest.mark.parametrize("page", BOOK, ids=lambda page: page.relative_to(PACK).as_posix())
+def test_paths_and_options_of_commands_are_there(page):
+    text = page.read_text(encoding="utf-8")
+    wrong = [path for path in PATHS.findall(text) if not (PACK / path).exists()]
+    for script, arguments in COMMANDS.findall(text):
+        # ComfyUI's and the GGUF pack's own scripts are not ours; scripts/test.py hands its options to pytest.
+        if script in ("main.py", "convert.py", "scripts/test.py"):
+            continue
+        source = (PACK / script).read_text(encoding="utf-8")
+        wrong += [f"{script} {option}" for option in re.findall(r"(?<![\w-])--[\w-]+", arguments) if f'"{option}"' not in source]
+    assert wrong == []
+
+
+def test_the_search_finds_paths_and_commands():
+    assert PATHS.findall("`tests/a.py`, (docs/b.md) and other/tests/c.py") == ["tests/a.py", "docs/b.md"]
+    assert COMMANDS.findall("`python scripts/a.py IN\n--x 1` and\n```\npython b.py --y   # z\n```") == [("scripts/a.py", " IN\n--x 1"), ("b.py", " --y   ")]
+    assert sum(len(COMMANDS.findall(page.read_text(encoding="utf-8"))) for page in BOOK) > 40
+
+
 def test_files_that_the_architecture_page_names_are_there():
     """Paths in backticks, from the pack's folder or from step1x_core on; `name` in `file` is a definition of that file."""
     page = (PACK / "docs" / "architecture.md").read_text(encoding="utf-8")
