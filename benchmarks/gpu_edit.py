@@ -3,6 +3,7 @@
 
 The models have random weights, which cost the same time as trained ones, and run through the pack's loaders and the host's own sampling. "bf16 host" is
 without the pack's blocks and attention; "split" is with the stock MultiGPU CFG Split on two devices.
+After "float32" the column "differ" has the relative L2 distance of each mode's final latent to that of "float32".
 Every number is the median of repeated runs after a warm-up; the last lines are a table, and a JSON file beside it holds every run.
 `--tiny` runs the same code with miniature models, on a CPU too: it shows that the script works, not how fast anything is.
 """
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "scripts" / "su
 import environment
 
 MODES = {
+    "float32": {"float32": True},
     "bf16": {},
     "bf16 host": {"host_blocks": True},
     "bf16 compiled": {"compile": True},
@@ -148,6 +150,7 @@ def edit(options, parts: dict, size: int, filled: float) -> dict[str, float]:
         times["work"] = 100 * sum(parts["rows"]) / (2 * options.steps)
     if not torch.isfinite(out["samples"]).all():
         raise FloatingPointError(f"The latent of size {size} is not finite.")
+    times |= distance(parts, size, out["samples"].float().cpu())
     if not options.only_sampling:
         with Clock(times, "decode"):
             decode_edit(parts["vae"], out)
@@ -157,10 +160,24 @@ def edit(options, parts: dict, size: int, filled: float) -> dict[str, float]:
     return times
 
 
-def load_parts(options, paths: dict[str, Path], mode: str) -> dict:
-    """Loaded models of a mode by kind."""
+def distance(parts: dict, size: int, latent) -> dict[str, float]:
+    """The relative L2 distance of a final latent [B, C, H, W] to that of mode float32, by the column's name.
+
+    Empty where that mode did not run before this one. Its own latent is kept.
+    """
+    if parts["is_float32"]:
+        parts["float32"][size] = latent
+    if size not in parts["float32"]:
+        return {}
+    exact = parts["float32"][size]
+    return {"differ": ((latent - exact).norm() / exact.norm()).item()}
+
+
+def load_parts(options, paths: dict[str, Path], mode: str, float32: dict) -> dict:
+    """Loaded models of a mode by kind. float32: the final latents of that mode by size, which it fills."""
     import comfy.sd
     import comfy.utils
+    import torch
 
     from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
     from step1x_core.host.sampling.sampler import set_guidance_interval
@@ -168,7 +185,8 @@ def load_parts(options, paths: dict[str, Path], mode: str) -> dict:
     from step1x_core.host.speed.teacache import apply_teacache
 
     settings = MODES[mode]
-    model = load_model(paths["transformer"], options.version, fp8=settings.get("fp8", False))
+    dtype = {"dtype": torch.float32} if settings.get("float32") else {}
+    model = load_model(paths["transformer"], options.version, model_options=dtype, fp8=settings.get("fp8", False))
     if settings.get("attention"):
         model = set_fp8_attention(model)
     if settings.get("teacache"):
@@ -185,7 +203,7 @@ def load_parts(options, paths: dict[str, Path], mode: str) -> dict:
         model = MultiGPUCFGSplitNode.execute(model, 2).args[0]
         if not model.get_additional_models_with_key("multigpu"):
             raise RuntimeError(f"Mode {mode} needs two devices.")
-    parts = {"model": model, "rows": [], "encoded": {}}
+    parts = {"model": model, "rows": [], "encoded": {}, "float32": float32, "is_float32": bool(dtype)}
     if settings.get("teacache") or settings.get("interval"):
         model.model.diffusion_model.single_blocks[0].register_forward_pre_hook(lambda module, args: parts["rows"].append(len(args[0])))
     if not options.only_sampling:
@@ -230,15 +248,15 @@ def fill_memory(free: float):
     return torch.empty(max(0, torch.cuda.mem_get_info()[0] - int(free * 2**30)), dtype=torch.uint8, device="cuda")
 
 
-def measure(options, paths: dict[str, Path], mode: str, vram: float) -> list[dict]:
-    """Runs of one mode at all sizes."""
+def measure(options, paths: dict[str, Path], mode: str, vram: float, float32: dict) -> list[dict]:
+    """Runs of one mode at all sizes. float32: as for `load_parts`."""
     import comfy.model_management
     import torch
 
     filler = fill_memory(vram)
     loading, runs = {}, []
     with Clock(loading, "load"):
-        parts = load_parts(options, paths, mode)
+        parts = load_parts(options, paths, mode, float32)
     for size in options.sizes:
         filled = 0.0 if filler is None else filler.numel() / 2**30
         try:
@@ -258,13 +276,15 @@ def measure(options, paths: dict[str, Path], mode: str, vram: float) -> list[dic
 def table(runs: list[dict]) -> str:
     """Medians of the runs, a line for each mode and size."""
     columns = {"encode": 8, "sample": 8, "decode": 8, "whole": 8, "think": 7, "work": 6, "allocated": 7, "reserved": 7}
-    lines = [f"{'mode':<19}{'size':>5}{'vram':>6}{'load':>7}{'first':>7}{'encode':>8}{'sample':>8}{'decode':>8}{'whole':>8}{'think':>7}{'work':>6}{'alloc':>7}{'resrv':>7}{'+-':>6}"
+    lines = [f"{'mode':<19}{'size':>5}{'vram':>6}{'load':>7}{'first':>7}{'encode':>8}{'sample':>8}{'decode':>8}{'whole':>8}{'think':>7}{'work':>6}"
+             f"{'alloc':>7}{'resrv':>7}{'+-':>6}{'differ':>9}"
              "   (seconds, first: whole edit of the warm-up, +-: for sampling; % of the blocks' runs; GiB)"]
     for run in runs:
         middle = {name: statistics.median(values[name] for values in run["runs"]) for name in run["runs"][0]}
         spread = max(values["sample"] for values in run["runs"]) - min(values["sample"] for values in run["runs"])
         cells = "".join(f"{middle[name]:{width}.2f}" if name in middle else f"{'-':>{width}}" for name, width in columns.items())
-        lines.append(f"{run['mode']:<19}{run['size']:>5}{run['vram'] or '-':>6}{run['load']:7.1f}{run['first']['whole']:7.2f}{cells}{spread / 2:6.2f}")
+        lines.append(f"{run['mode']:<19}{run['size']:>5}{run['vram'] or '-':>6}{run['load']:7.1f}{run['first']['whole']:7.2f}{cells}{spread / 2:6.2f}"
+                     f"{format(middle['differ'], '9.2e') if 'differ' in middle else ''}")
     return "\n".join(lines)
 
 
@@ -288,14 +308,14 @@ def main() -> int:
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     head = (f"{card}, torch {torch.__version__}, ComfyUI {host_version}, Step1X-Edit {options.version}{' (miniature)' if options.tiny else ''}, "
             f"{options.steps} steps, CFG {options.cfg}, {options.repeats} runs after a warm-up{', dynamic VRAM' if options.dynamic_vram else ''}")
-    runs = []
+    runs, float32 = [], {}
     with nullcontext(options.models) if options.models else tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         paths = write_models(Path(folder), options.version, options.tiny, device, options.only_sampling)
         for mode in options.modes:
             host = MODES[mode].get("host_blocks", False)
             for vram in options.vram:
                 with in_place_of_ours(blocks=host, attention=host):
-                    runs += measure(options, paths, mode, vram)
+                    runs += measure(options, paths, mode, vram, float32)
                 options.json.write_text(json.dumps({"head": head, "runs": runs}, indent=1), encoding="utf-8")
     print(head)
     print(table(runs))

@@ -9,9 +9,13 @@ from conftest import PACK
 import install
 
 PAGES = [PACK / "README.md", *sorted(PACK.glob("docs/*.md")), *sorted(PACK.glob("web/docs/**/*.md"))]
-# A row of README's table or an entry of a node page's list that begins with a sentence, of which "..." and what is named or counted is left open.
+# A row of a table or an entry of a node page's list that begins with a sentence, of which "..." and what is named or counted is left open.
 QUOTING = re.compile(r'^(?:- \*\*(?P<entry>".*?)\*\*|\| (?P<row>".*?) \|)', re.MULTILINE)
 LEFT_OPEN = re.compile(r"\.\.\.|'[^']*'|\d+|\w+_\w+")
+
+# Nodes that go into others; an offer may lead to one of them only as long as it is there.
+MERGED = {f"Step1XEdit{name}" for name in ("LoadVAE", "References", "TeaCache", "Fp8Attention", "GuidanceInterval", "Region", "GEditBench", "GEditJudge", "PairFilter", "PairSheet")
+          if (PACK / "web" / "docs" / f"Step1XEdit{name}.md").is_file()}
 
 
 def sentences() -> list[str]:
@@ -43,7 +47,7 @@ def test_quoted_errors_are_those_of_the_code():
 
 def test_the_search_finds_quotes():
     assert quotes('- **"One ... is" or "two"**: x\n| "three" | y |\n"four"') == ["One ... is", "two", "three"]
-    assert len(quotes((PACK / "README.md").read_text(encoding="utf-8"))) > 15
+    assert len(quotes((PACK / "docs" / "troubleshooting.md").read_text(encoding="utf-8"))) > 15
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(PACK).as_posix())
@@ -52,7 +56,85 @@ def test_links_lead_somewhere(page):
     assert [target for target in targets if target and not (page.parent / target).exists()] == []
 
 
-def test_readme_names_everything_that_install_downloads():
-    readme = (PACK / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(PACK).as_posix())
+def test_links_to_a_heading_find_it(page):
+    wrong = []
+    for target, anchor in re.findall(r"\]\(([^)\s#:]*\.md)?#([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        text = ((page.parent / target) if target else page).read_text(encoding="utf-8")
+        if anchor not in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}:
+            wrong.append(f"{target}#{anchor}")
+    assert wrong == []
+
+
+BOOK = [PACK / "README.md", *sorted(PACK.glob("docs/*.md"))]
+# A path from the pack's folder on, and a command with its options, up to the end of its code span or line.
+PATHS = re.compile(r"(?<![\w/.-])(?:tests|scripts|benchmarks|step1x_core|nodes|miniature|workers|docs|web|assets)/[\w./-]*\w\.(?:py|md|json|txt|ini|jpg|png)\b")
+COMMANDS = re.compile(r"python (\w[\w/]*\.py)([^`#\n]*(?:\n[^`#\n]+)*?)(?=[`#]|\n\n|\npython|\n```)")
+
+
+@pytest.mark.parametrize("page", BOOK, ids=lambda page: page.relative_to(PACK).as_posix())
+def test_paths_and_options_of_commands_are_there(page):
+    text = page.read_text(encoding="utf-8")
+    wrong = [path for path in PATHS.findall(text) if not (PACK / path).exists()]
+    for script, arguments in COMMANDS.findall(text):
+        # ComfyUI's and the GGUF pack's own scripts are not ours; scripts/test.py hands its options to pytest.
+        if script in ("main.py", "convert.py", "scripts/test.py"):
+            continue
+        source = (PACK / script).read_text(encoding="utf-8")
+        wrong += [f"{script} {option}" for option in re.findall(r"(?<![\w-])--[\w-]+", arguments) if f'"{option}"' not in source]
+    assert wrong == []
+
+
+def test_the_search_finds_paths_and_commands():
+    assert PATHS.findall("`tests/a.py`, (docs/b.md) and other/tests/c.py") == ["tests/a.py", "docs/b.md"]
+    assert COMMANDS.findall("`python scripts/a.py IN\n--x 1` and\n```\npython b.py --y   # z\n```") == [("scripts/a.py", " IN\n--x 1"), ("b.py", " --y   ")]
+    assert sum(len(COMMANDS.findall(page.read_text(encoding="utf-8"))) for page in BOOK) > 40
+
+
+def test_files_that_the_architecture_page_names_are_there():
+    """Paths in backticks, from the pack's folder or from step1x_core on; `name` in `file` is a definition of that file."""
+    page = (PACK / "docs" / "architecture.md").read_text(encoding="utf-8")
+    names = {name for name in re.findall(r"`([\w./]+)`", page) if name.endswith((".py", ".json", "/")) and "ROOM" not in name}
+    assert len(names) > 60
+    assert [name for name in sorted(names) if not any((root / name).exists() for root in (PACK, PACK / "step1x_core"))] == []
+    for name, file in [*re.findall(r"`(\w+)` in `([\w./]+\.py)`", page), *((name, file) for file, name in re.findall(r"`([\w./]+\.py)` \(`(\w+)`\)", page))]:
+        assert re.search(rf"^\s*(def |class )?{name}\b", (PACK / "step1x_core" / file).read_text(encoding="utf-8"), re.MULTILINE), f"{file} has no {name}"
+
+
+def offers() -> dict[str, str]:
+    """Old id -> new id, as nodes/earlier.py has them."""
+    tree = ast.parse((PACK / "nodes" / "earlier.py").read_text(encoding="utf-8"))
+    table = next(node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "EARLIER")
+    return {key.value: offer.args[0].value for key, offer in zip(table.keys, table.values)}
+
+
+def test_the_table_of_earlier_ids_is_that_of_the_code():
+    """Every id of 0.1.0 is in the table once. A row that says "by hand" has no offer: what it became is an input, not a node."""
+    page = (PACK / "docs" / "other_packs.md").read_text(encoding="utf-8")
+    section = page.split("## Nodes of 0.1.0")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (.*)\|$", section, re.MULTILINE)
+    by_hand = {old for old, _, note in rows if note.startswith("by hand")}
+    assert len({old for old, *_ in rows}) == len(rows) == 33 and by_hand == {"Step1XReferences"}
+    assert {old for old, *_ in rows} - by_hand == offers().keys() - by_hand
+    assert [(old, new) for old, new, _ in rows if old not in by_hand and offers()[old] not in (new, *MERGED)] == []
+
+
+def test_the_install_page_names_everything_that_install_downloads():
+    page = (PACK / "docs" / "install.md").read_text(encoding="utf-8")
     for name, model in install.MODELS.items():
-        assert f"`{name}`" in readme and f"`{model.folder}`" in readme and (model.repository in readme or f"`-{name.split('-')[-1]}`" in readme), name
+        assert f"`{name}`" in page and f"`{model.folder}`" in page and (model.repository in page or f"`-{name.split('-')[-1]}`" in page), name
+
+
+def test_readme_is_short_and_leads_to_every_page():
+    readme = (PACK / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 130
+    assert [page.name for page in PACK.glob("docs/*.md") if f"](docs/{page.name})" not in readme] == []
+
+
+def test_readme_begins_with_the_two_commands_and_three_steps():
+    """What it is, an image, the two commands and the first edit come before everything else."""
+    first = (PACK / "README.md").read_text(encoding="utf-8").split("\n## ")[:2]
+    assert all(command in first[0] for command in ("python scripts/demo.py", "python scripts/test.py", "![source](assets/scene.png)"))
+    assert re.findall(r"^\d(?=\. \*\*)", first[1], re.MULTILINE) == ["1", "2", "3"] and len(first[0].splitlines()) + len(first[1].splitlines()) < 40
+    download = re.search(r"install\.py --download ([\w. ]+)`", first[1])[1].split()
+    assert {*download} <= {*install.MODELS}

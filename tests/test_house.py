@@ -1,6 +1,7 @@
 """The rules of the house: which room may import which, and what needs ComfyUI, Triton or the network."""
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -129,3 +130,15 @@ def test_faces_and_commands_do_not_reach_past_their_room():
     for path in (PACK / "step1x_core").rglob("*.py"):
         names = {node.module or "" for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom) and not node.level}
         assert not any(Path(name.replace(".", "/")).parts[:1] in (("nodes",), ("scripts",), ("miniature",)) for name in names), path.name
+
+
+def test_the_table_of_rooms_in_the_architecture_page_is_this_one():
+    """Rows: | `room` | what is in it | plain rooms it may import | what its room in host/ may import |."""
+    page = (PACK / "docs" / "architecture.md").read_text(encoding="utf-8")
+    cells = {row[0]: row[1:] for row in re.findall(r"^\| `(\w+)` \|[^|]*\|([^|]*)\|([^|]*)\|$", page, re.MULTILINE)}
+    # host/relied_on.py is the only file of host/ that is in no room.
+    names = {room: [{HOST if name.endswith(".py") else name.replace("/", ".") for name in re.findall(r"`([^`]+)`", cell)} for cell in row]
+             for room, row in cells.items()}
+    assert names == {room: [{*PLAIN[room]}, {*IN_HOST[f"host.{room}"]} if f"host.{room}" in IN_HOST else set()] for room in PLAIN if room != GROUND}
+    ground = re.search(r"The ground floor is (.*?)\. ", page, re.DOTALL)[1]
+    assert {*re.findall(r"`(\w+)\.py`", ground)} == {module for module in MODULES if room(module) == GROUND}

@@ -1,4 +1,4 @@
-"""What a shipped workflow brings besides its nodes: notes, groups, links to the files it names, a thumbnail, a line in the README."""
+"""What a shipped workflow brings besides its nodes: notes, groups, links to the files it names, a thumbnail, a line in docs/workflows.md."""
 
 import json
 
@@ -73,6 +73,6 @@ def test_a_thumbnail_shows_all_its_pictures():
     assert min(areas) > 3000 and abs(areas[0] - 2 * areas[1]) < areas[0] / 20 and abs(areas[0] - 3 * areas[2]) < areas[0] / 10
 
 
-def test_readme_lists_every_workflow():
-    readme = (PACK / "README.md").read_text(encoding="utf-8")
-    assert [path.stem for path in WORKFLOWS if f"| *{path.stem}* |" not in readme] == []
+def test_the_workflows_page_lists_every_workflow():
+    page = (PACK / "docs" / "workflows.md").read_text(encoding="utf-8")
+    assert [path.stem for path in WORKFLOWS if f"| *{path.stem}* |" not in page] == []
