@@ -13,8 +13,8 @@ class Earlier:
     sockets: str
     # A + is the widget that the editor puts behind a seed.
     widgets: str
-    # How many they are, where each has kept its place; otherwise the new place of each.
-    outputs: int | tuple[int, ...]
+    # How many they are, where each has kept its place; otherwise the new place of each, None where there is none any more.
+    outputs: int | tuple[int | None, ...]
     # New input by old one, where the name has changed; None where there is none any more.
     renamed: dict[str, str | None] = field(default_factory=dict)
     # What new inputs without a counterpart are set to.
@@ -27,7 +27,7 @@ class Earlier:
         inputs += [{"new_id": name, "set_value": value} for name, value in self.values.items()]
         widgets = ["control_after_generate" if name == "+" else name for name in self.widgets.split()]
         places = range(self.outputs) if isinstance(self.outputs, int) else self.outputs
-        outputs = [{"old_idx": old_idx, "new_idx": new_idx} for old_idx, new_idx in enumerate(places)]
+        outputs = [{"old_idx": old_idx, "new_idx": new_idx} for old_idx, new_idx in enumerate(places) if new_idx is not None]
         return io.NodeReplace(new_node_id=self.new, old_node_id=old, old_widget_ids=widgets, input_mapping=inputs, output_mapping=outputs)
 
 
@@ -65,10 +65,11 @@ EARLIER = {
     "Step1XGate": Earlier(
         "Step1XEditContentGate", "images clip",
         "action classifier unsafe_labels threshold message prompt words question", 3),
-    "Step1XGEditBench": Earlier("Step1XEditGEditBench", "", "dataset method language task_types limit", 1),
-    "Step1XGEditItems": Earlier("Step1XEditGEditItems", "bench", "count", 4),
+    "Step1XGEditBench": Earlier(
+        "Step1XEditGEditItems", "", "dataset method language task_types limit", (4,), values={"count": 0}),
+    "Step1XGEditItems": Earlier("Step1XEditGEditItems", "bench", "count", 4, {"bench": None}),
     "Step1XGEditSave": Earlier("Step1XEditGEditSave", "images items", "", 2),
-    "Step1XGEditJudge": Earlier("Step1XEditGEditJudge", "bench clip", "judge seed again", 2),
+    "Step1XGEditJudge": Earlier("Step1XEditGEditReport", "bench clip", "judge seed again", (None, 0)),
     "Step1XGEditReport": Earlier("Step1XEditGEditReport", "bench", "judge", 4),
     "Step1XPairPropose": Earlier("Step1XEditPairPropose", "clip image", "kinds count seed +", 6),
     "Step1XPairCompute": Earlier("Step1XEditPairCompute", "images pairs", "kinds count seed + max_side", 2),

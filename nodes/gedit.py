@@ -15,43 +15,8 @@ ITEM = io.Custom("STEP1X_BENCH_ITEM")
 JUDGE = "qwen2.5-vl-7b"
 
 
-def judge_input():
-    return io.String.Input("judge", default=JUDGE, tooltip="The name under which the judgements are kept. Take another one for another judge.")
-
-
 def check_bench(bench) -> None:
-    check_kind(bench, Bench, "bench", "'Step1X-Edit GEdit-Bench'")
-
-
-class Step1XEditGEditBench(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="Step1XEditGEditBench",
-            display_name="Step1X-Edit GEdit-Bench",
-            category=CATEGORY,
-            description="Opens the benchmark for edits by instruction, and says whose results are measured.",
-            search_aliases=["step1x", "gedit", "benchmark", "evaluation", "dataset"],
-            inputs=[
-                io.String.Input("dataset", default="", tooltip="The name of a folder in ComfyUI's input folder with the dataset stepfun-ai/GEdit-Bench. "
-                                                               "Empty: 22 drawn pictures to try it out."),
-                io.String.Input("method", default="step1x-edit",
-                                tooltip="The name of what is measured, say model and settings. Results are kept under it, in output/gedit_bench."),
-                io.Combo.Input("language", options=[*LANGUAGES, ALL], default="en", tooltip="The language of the instructions: en, cn, or all."),
-                io.String.Input("task_types", default="", tooltip="Only these kinds of edits, with commas between them. Empty takes all."),
-                io.Int.Input("limit", default=0, min=0, max=100000, tooltip="At most so many items of each kind in each language. 0 takes all."),
-            ],
-            outputs=[BENCH.Output(display_name="bench", tooltip="For the other GEdit-Bench nodes.")],
-        )
-
-    @classmethod
-    def fingerprint_inputs(cls, dataset, method, **inputs):
-        return bench_fingerprint(dataset, method)
-
-    @classmethod
-    def execute(cls, dataset, method, language, task_types, limit) -> io.NodeOutput:
-        check_widgets(cls, dataset=dataset, method=method, language=language, task_types=task_types, limit=limit)
-        return io.NodeOutput(open_bench(dataset, method, language, task_types, limit))
+    check_kind(bench, Bench, "bench", "'Step1X-Edit GEdit-Bench Items'")
 
 
 class Step1XEditGEditItems(io.ComfyNode):
@@ -61,32 +26,47 @@ class Step1XEditGEditItems(io.ComfyNode):
             node_id="Step1XEditGEditItems",
             display_name="Step1X-Edit GEdit-Bench Items",
             category=CATEGORY,
-            description="Hands out the next items that have no result yet, as lists of pictures and instructions. Queue it again and again for all.",
-            search_aliases=["step1x", "gedit", "benchmark", "next items"],
+            description="Opens GEdit-Bench, a benchmark for instruction-based editing, and outputs the next items without a result, "
+                        "as lists of images and instructions. Queue repeatedly until all items are done.",
+            search_aliases=["step1x", "gedit", "benchmark", "evaluation", "dataset", "next items"],
             inputs=[
-                BENCH.Input("bench", tooltip="From 'Step1X-Edit GEdit-Bench'."),
-                io.Int.Input("count", default=1, min=1, max=1000,
-                             tooltip="How many items are edited in one run. They are saved at its end, so an error costs them all."),
+                io.String.Input("dataset", default="",
+                                tooltip="Name of a folder in ComfyUI's input folder that holds the dataset stepfun-ai/GEdit-Bench. "
+                                        "Empty: 22 drawn images to try it out."),
+                io.String.Input("method", default="step1x-edit",
+                                tooltip="Name of what is measured, for example model and settings. Results are kept under it in output/gedit_bench."),
+                io.Combo.Input("language", options=[*LANGUAGES, ALL], default="en", tooltip="Language of the instructions."),
+                io.String.Input("task_types", default="", tooltip="Comma-separated kinds of edits to include. Empty includes all."),
+                io.Int.Input("limit", default=0, min=0, max=100000,
+                             tooltip="Maximum number of items of each kind in each language. 0 includes all."),
+                io.Int.Input("count", default=1, min=0, max=1000,
+                             tooltip="Items to edit in one run. They are saved at its end, so an error loses all of them. "
+                                     "0 edits nothing, for a graph that only judges and reports."),
             ],
             outputs=[
-                io.Image.Output(display_name="images", is_output_list=True, tooltip="The source pictures as a list, each of its own size."),
-                io.String.Output(display_name="prompts", is_output_list=True, tooltip="The instructions as a list."),
+                io.Image.Output(display_name="images", is_output_list=True, tooltip="Source images as a list, each at its own size."),
+                io.String.Output(display_name="prompts", is_output_list=True, tooltip="Instructions as a list."),
                 ITEM.Output(display_name="items", is_output_list=True, tooltip="For 'Step1X-Edit GEdit-Bench Save'."),
-                io.Int.Output(display_name="remaining", tooltip="How many items have no result yet, these ones included."),
+                io.Int.Output(display_name="remaining", tooltip="Number of items without a result, including these."),
+                BENCH.Output(display_name="bench", tooltip="For 'Step1X-Edit GEdit-Bench Report', to judge results that are stored already."),
             ],
         )
 
     @classmethod
-    def execute(cls, bench, count) -> io.NodeOutput:
-        check_widgets(cls, count=count)
-        check_bench(bench)
+    def fingerprint_inputs(cls, dataset, method, **inputs):
+        return bench_fingerprint(dataset, method)
+
+    @classmethod
+    def execute(cls, dataset, method, language, task_types, limit, count) -> io.NodeOutput:
+        check_widgets(cls, dataset=dataset, method=method, language=language, task_types=task_types, limit=limit, count=count)
+        bench = open_bench(dataset, method, language, task_types, limit)
         waiting = unedited(bench.items, bench.results, bench.method)
-        if not waiting:
-            raise Step1XError(f"All {len(bench.items)} items have a result of the method '{bench.method}'. Go on with 'Step1X-Edit GEdit-Bench Judge', "
-                              "or name another method.")
+        if count and not waiting:
+            raise Step1XError(f"All {len(bench.items)} items have a result of the method '{bench.method}'. Judge them with "
+                              "'Step1X-Edit GEdit-Bench Report', or name another method.")
         chosen = waiting[:count]
-        pictures, prompts = [source_image(item) for item in chosen], [item.instruction for item in chosen]
-        return io.NodeOutput(pictures, prompts, [(bench, item) for item in chosen], len(waiting))
+        images, prompts = [source_image(item) for item in chosen], [item.instruction for item in chosen]
+        return io.NodeOutput(images, prompts, [(bench, item) for item in chosen], len(waiting), bench)
 
 
 class Step1XEditGEditSave(io.ComfyNode):
@@ -96,17 +76,17 @@ class Step1XEditGEditSave(io.ComfyNode):
             node_id="Step1XEditGEditSave",
             display_name="Step1X-Edit GEdit-Bench Save",
             category=CATEGORY,
-            description="Stores edited pictures where the official code of the benchmark looks for them.",
+            description="Stores edited images where the official code of the benchmark expects them.",
             search_aliases=["step1x", "gedit", "benchmark", "save results"],
-            # As many pictures as items: the host itself would repeat the last one.
+            # As many images as items: the host itself would repeat the last one.
             is_input_list=True,
             is_output_node=True,
             inputs=[
-                io.Image.Input("images", tooltip="The edited pictures, one for each item, in their order."),
+                io.Image.Input("images", tooltip="Edited images, one for each item, in the same order."),
                 ITEM.Input("items", tooltip="From 'Step1X-Edit GEdit-Bench Items'."),
             ],
             outputs=[
-                BENCH.Output(display_name="bench", tooltip="The same benchmark, for judging in the same graph."),
+                BENCH.Output(display_name="bench", tooltip="For 'Step1X-Edit GEdit-Bench Report' in the same graph."),
                 io.String.Output(display_name="report", tooltip="What was saved where."),
             ],
         )
@@ -116,42 +96,11 @@ class Step1XEditGEditSave(io.ComfyNode):
         for item in items:
             check_kind(item, tuple, "items", "'Step1X-Edit GEdit-Bench Items'")
         if len(images) != len(items):
-            raise Step1XError(f"There are {len(images)} edited pictures for {len(items)} items, so they cannot be told apart: some edits failed. "
+            raise Step1XError(f"Inputs 'images' and 'items' have {len(images)} and {len(items)} entries; expected one image for each item. Some edits failed. "
                               "Set 'count' to 1 and queue again.")
         paths = [save_edit(bench, item, image) for image, (bench, item) in zip(images, items)]
         bench = items[0][0]
         return io.NodeOutput(bench, "\n".join(f"{item.name}: {path.relative_to(bench.results).as_posix()}" for (_, item), path in zip(items, paths)))
-
-
-class Step1XEditGEditJudge(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="Step1XEditGEditJudge",
-            display_name="Step1X-Edit GEdit-Bench Judge",
-            category=CATEGORY,
-            description="Has the language model score every stored edit that it has not scored yet. May be cancelled at any time; the next run goes on.",
-            search_aliases=["step1x", "gedit", "benchmark", "viescore", "score edits"],
-            is_output_node=True,
-            inputs=[
-                BENCH.Input("bench", tooltip="From 'Step1X-Edit GEdit-Bench', or from 'Step1X-Edit GEdit-Bench Save' to judge what was just edited."),
-                io.Clip.Input("clip", tooltip="The text encoder from 'Load Step1X-Edit MLLM'. Its file needs a language-model head (lm_head)."),
-                judge_input(),
-                io.Int.Input("seed", default=42, min=0, max=0xffffffffffffffff,
-                             tooltip="The random seed of answers that are asked for anew. First answers are the most probable ones."),
-                io.Boolean.Input("again", default=False, tooltip="Ask anew about edits whose answers could not be read."),
-            ],
-            outputs=[
-                BENCH.Output(display_name="bench", tooltip="The same benchmark, for 'Step1X-Edit GEdit-Bench Report'."),
-                io.String.Output(display_name="report", tooltip="How many items are judged, missing, unparsable, and not judged yet."),
-            ],
-        )
-
-    @classmethod
-    def execute(cls, bench, clip, judge, seed, again) -> io.NodeOutput:
-        check_widgets(cls, judge=judge, seed=seed, again=again)
-        check_bench(bench)
-        return io.NodeOutput(bench, judge_bench(bench, clip, judge, seed, again))
 
 
 class Step1XEditGEditReport(io.ComfyNode):
@@ -161,27 +110,36 @@ class Step1XEditGEditReport(io.ComfyNode):
             node_id="Step1XEditGEditReport",
             display_name="Step1X-Edit GEdit-Bench Report",
             category=CATEGORY,
-            description="Writes the official tables, the means and the plots of what has been judged, and shows them.",
-            search_aliases=["step1x", "gedit", "benchmark", "scores", "radar chart", "contact sheet"],
+            description="Scores every stored edit that has no score yet with a language model, then writes the official tables, means and plots. "
+                        "Can be cancelled and resumed.",
+            search_aliases=["step1x", "gedit", "benchmark", "viescore", "score edits", "scores", "radar chart", "contact sheet"],
             is_output_node=True,
             inputs=[
-                BENCH.Input("bench", tooltip="From 'Step1X-Edit GEdit-Bench Judge', or from 'Step1X-Edit GEdit-Bench' for what was judged before."),
-                judge_input(),
+                BENCH.Input("bench", tooltip="From 'Step1X-Edit GEdit-Bench Items', or from 'Step1X-Edit GEdit-Bench Save' to judge what was just edited."),
+                io.Clip.Input("clip", optional=True,
+                              tooltip="The judge: the text encoder from 'Load Step1X-Edit MLLM'. Its file needs a language-model head (lm_head). "
+                                      "Not connected: only existing scores are reported."),
+                io.String.Input("judge", default=JUDGE, tooltip="Name that the scores are kept under. Use another one for another judge."),
+                io.Int.Input("seed", default=42, min=0, max=0xffffffffffffffff, advanced=True,
+                             tooltip="Random seed for repeated questions. First answers are the most probable ones."),
+                io.Boolean.Input("again", default=False, advanced=True, tooltip="Ask again about edits whose answers could not be parsed."),
             ],
             outputs=[
                 io.String.Output(display_name="report", tooltip="All means as tables, and every item without scores."),
-                io.Image.Output(display_name="bars", tooltip="O for each kind of edit, as bars."),
+                io.Image.Output(display_name="bars", tooltip="Overall score (O) for each kind of edit, as bars."),
                 io.Image.Output(display_name="radar", tooltip="The same as a radar chart."),
                 io.Image.Output(display_name="contact_sheet", tooltip="The best and the worst edits, source and result side by side."),
             ],
         )
 
     @classmethod
-    def execute(cls, bench, judge) -> io.NodeOutput:
-        check_widgets(cls, judge=judge)
+    def execute(cls, bench, judge, seed, again, clip=None) -> io.NodeOutput:
+        check_widgets(cls, judge=judge, seed=seed, again=again)
         check_bench(bench)
-        report, pictures = report_images(bench, judge)
-        return io.NodeOutput(report.text, *pictures)
+        if clip is not None:
+            judge_bench(bench, clip, judge, seed, again)
+        report, images = report_images(bench, judge)
+        return io.NodeOutput(report.text, *images)
 
 
-GEDIT_NODES = [Step1XEditGEditBench, Step1XEditGEditItems, Step1XEditGEditSave, Step1XEditGEditJudge, Step1XEditGEditReport]
+GEDIT_NODES = [Step1XEditGEditItems, Step1XEditGEditSave, Step1XEditGEditReport]

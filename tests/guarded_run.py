@@ -99,11 +99,9 @@ def main(base: Path, report: Path) -> None:
                        pairs=[pairs])
         run("Step1XEditPairJudge", clip=clip, pairs=pairs[:1], seed=1, min_semantics=0.0, min_quality=0.0, min_change=0.0, max_change=1.0, unjudged=True)
         run("Step1XEditPairSave", pairs=pairs, name="pairs", limit=4)
-        bench, = run("Step1XEditGEditBench", dataset="", method="x", language="en", task_types="", limit=1)
-        pictures, _, items, _ = run("Step1XEditGEditItems", bench=bench, count=1)
+        pictures, _, items, _, bench = run("Step1XEditGEditItems", dataset="", method="x", language="en", task_types="", limit=1, count=1)
         run("Step1XEditGEditSave", images=pictures, items=items)
-        run("Step1XEditGEditJudge", bench=bench, clip=clip, judge="x", seed=1, again=False)
-        run("Step1XEditGEditReport", bench=bench, judge="x")
+        run("Step1XEditGEditReport", bench=bench, clip=clip, judge="x", seed=1, again=False)
     report.write_text(json.dumps({"starting": starting, "editing": editing, "keeping": take()}), encoding="utf-8")
 
 

@@ -46,10 +46,8 @@ NODES = {
     "Step1XEditPairRecord": (("source", "target", "proposals", "pairs"), {"kind": "color_alter", "english": "x", "chinese": "", "direction": "forward", "maker": "x"}),
     "Step1XEditPairJudge": (("pairs", "clip"), {"min_semantics": 0.0, "min_quality": 0.0, "min_change": 0.0, "max_change": 1.0, "unjudged": True, "seed": 1}),
     "Step1XEditPairSave": (("pairs",), {"name": "x", "limit": 4}),
-    "Step1XEditGEditItems": (("bench",), {"count": 1}),
     "Step1XEditGEditSave": (("images", "items"), {}),
-    "Step1XEditGEditJudge": (("clip", "bench"), {"judge": "x", "seed": 1, "again": False}),
-    "Step1XEditGEditReport": (("bench",), {"judge": "x"}),
+    "Step1XEditGEditReport": (("clip", "bench"), {"judge": "x", "seed": 1, "again": False}),
 }
 OPTIONAL = {("Step1XEditContentGate", "clip"), ("Step1XEditPairJudge", "clip"), ("Step1XEditPairCompute", "pairs"),
             ("Step1XEditPairRecord", "proposals"), ("Step1XEditPairRecord", "pairs")}
@@ -97,7 +95,7 @@ def things(host, root):
     mask = torch.zeros(1, 64, 64)
     mask[:, 20:30, 20:30] = 1
     stitch = host.run("Step1XEditCrop", image=Given(host.picture), mask=Given(mask), context=0.5, min_size=16).made()[2]
-    bench, = host.run("Step1XEditGEditBench", dataset="", method="x", language="en", task_types="", limit=1).made()
+    *_, bench = host.run("Step1XEditGEditItems", dataset="", method="x", language="en", task_types="", limit=1, count=1).made()
     return {"MODEL": host.model, "CLIP": host.clip, "VAE": host.vae, "IMAGE": host.picture, "MASK": mask, "CONDITIONING": positive, "LATENT": latent, "STEP1X_STITCH": stitch,
             "STEP1X_EDIT_DATASET": EditDataset(Cache(root / "cache"), []), "STEP1X_PAIRS": (), "STEP1X_PROPOSAL": None, "STEP1X_BENCH": bench,
             "STEP1X_BENCH_ITEM": (bench, bench.items[0])}
@@ -246,7 +244,7 @@ class SDTextEncoder:
         "Step1XEditDataset",
         "Step1XEditPairPropose",
         "Step1XEditPairJudge",
-        "Step1XEditGEditJudge",
+        "Step1XEditGEditReport",
     ],
 )
 def test_text_encoders_of_other_models(host, things, node):

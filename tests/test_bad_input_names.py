@@ -16,10 +16,9 @@ NODES = {
                                                       "save_every": 0, "validate_every": 0, "schedule": "constant", "warmup": 0, "ema": 0.0, "gradient_checkpointing": True}),
     "pairs": ("Step1XEditPairSave", "name", NO_NAME, {"limit": 4}),
     "dataset": ("Step1XEditDataset", "dataset", NO_DATASET, {"size_level": 64, "validation": 0}),
-    "bench": ("Step1XEditGEditBench", "dataset", NO_DATASET, {"method": "x", "language": "en", "task_types": "", "limit": 0}),
-    "method": ("Step1XEditGEditBench", "method", NO_NAME, {"dataset": "", "language": "en", "task_types": "", "limit": 0}),
-    "judge": ("Step1XEditGEditReport", "judge", NO_NAME, {}),
-    "judge_of_judge": ("Step1XEditGEditJudge", "judge", NO_NAME, {"seed": 1, "again": False}),
+    "bench": ("Step1XEditGEditItems", "dataset", NO_DATASET, {"method": "x", "language": "en", "task_types": "", "limit": 0, "count": 1}),
+    "method": ("Step1XEditGEditItems", "method", NO_NAME, {"dataset": "", "language": "en", "task_types": "", "limit": 0, "count": 1}),
+    "judge": ("Step1XEditGEditReport", "judge", NO_NAME, {"seed": 1, "again": False}),
 }
 # A benchmark without a dataset has pictures of its own. Pairs without a name are only shown.
 FINE = {("bench", "nothing"), ("bench", "spaces"), ("pairs", "nothing")}
@@ -37,7 +36,7 @@ def host(model, clip, vae, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def links(host, tmp_path_factory):
-    bench, = host.run("Step1XEditGEditBench", dataset="", method="x", language="en", task_types="", limit=1).made()
+    *_, bench = host.run("Step1XEditGEditItems", dataset="", method="x", language="en", task_types="", limit=1, count=1).made()
     return {"training": {"model": host.model, "dataset": EditDataset(Cache(tmp_path_factory.mktemp("cache")), [])}, "pairs": {"pairs": ()},
             "dataset": {"clip": host.clip, "vae": host.vae}, "judge": {"bench": bench}, "judge_of_judge": {"bench": bench, "clip": host.clip}}
 

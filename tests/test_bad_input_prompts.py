@@ -147,9 +147,9 @@ NODES = {
     ),
     "kinds": ("Step1XEditPairCompute", "kinds", {"count": 1, "seed": 1, "max_side": 64}, ("images",)),
     "task_types": (
-        "Step1XEditGEditBench",
+        "Step1XEditGEditItems",
         "task_types",
-        {"dataset": "", "method": "x", "language": "en", "limit": 1},
+        {"dataset": "", "method": "x", "language": "en", "limit": 1, "count": 1},
         (),
     ),
     "batch": (

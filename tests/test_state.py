@@ -49,7 +49,7 @@ def fingerprinted(classes) -> list[str]:
 
 def test_connected_inputs_do_not_make_a_node_run_every_time(classes, fingerprint):
     names = fingerprinted(classes)
-    assert {"Step1XEditBatch", "Step1XEditGEditBench", "Step1XEditPairSave", "Step1XEditDataset", "Step1XEditThink", "Step1XEditReflectionLoop"} <= set(names)
+    assert {"Step1XEditBatch", "Step1XEditGEditItems", "Step1XEditPairSave", "Step1XEditDataset", "Step1XEditThink", "Step1XEditReflectionLoop"} <= set(names)
     for name in names:
         first = fingerprint(name)
         # NaN, which the host takes where a fingerprint fails, equals nothing.
@@ -62,8 +62,8 @@ def test_connected_inputs_do_not_make_a_node_run_every_time(classes, fingerprint
 
 def test_files_of_a_connected_name_are_still_watched(fingerprint, tmp_path):
     output = tmp_path / "output"
-    for node, path in (("Step1XEditPairSave", output / DATASETS / "mine" / JOURNAL), ("Step1XEditGEditBench", output / RESULTS / "m" / "scores" / "j" / "en.jsonl"),
-                       ("Step1XEditGEditBench", output / RESULTS / "m" / "fullset" / "a" / "en" / "1.png")):
+    for node, path in (("Step1XEditPairSave", output / DATASETS / "mine" / JOURNAL), ("Step1XEditGEditItems", output / RESULTS / "m" / "scores" / "j" / "en.jsonl"),
+                       ("Step1XEditGEditItems", output / RESULTS / "m" / "fullset" / "a" / "en" / "1.png")):
         before = fingerprint(node)
         path.parent.mkdir(parents=True)
         path.write_text("{}")
