@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from bad_input_host import MEMORY_GROWTH, peak_memory
+from node_inputs import file_input
 from safetensors.torch import save_file
 
 from step1x_core.checkpoints.detection import CONFIG_KEY
@@ -40,8 +41,13 @@ def check(host, memory, outcome, expected):
     assert peak_memory() - memory < MEMORY_GROWTH
 
 
-def load_model(host, **changes):
-    return host.run("Step1XEditLoadModel", **{"model": MODEL, "version": "auto", "weight_dtype": "default", **changes})
+def load(host, node, name, **changes):
+    """Run one of our loaders on a file, whatever the node calls its list of files."""
+    return host.call(node, **{file_input(node): name, **changes})
+
+
+def load_model(host, model=MODEL, **changes):
+    return load(host, "Step1XEditLoadModel", model, **changes)
 
 
 class Bomb:

@@ -14,8 +14,10 @@ import folder_paths
 import psutil
 import torch
 from loop_host import load_pack, node_classes
+from node_inputs import FILE, classes, entries, socket, widgets
 
 import nodes
+from step1x_core.training.cache import Cache, EditDataset
 
 STEP1X_ERROR = "step1x_core.errors.Step1XError"
 # What the host's own check of a prompt calls an input that it refuses, before anything runs.
@@ -24,6 +26,9 @@ MISMATCH, BAD_LINK, MISSING, NO_SUCH_NODE = "return_type_mismatch", "bad_linked_
 HOST_REFUSALS = (TOO_SMALL, TOO_LARGE, NOT_IN_LIST, NOT_CONVERTED, MISMATCH, BAD_LINK, MISSING, NO_SUCH_NODE)
 # No case may take more memory than this beyond the most that was needed before it.
 MEMORY_GROWTH = 2**30
+# What is edited of the good picture where a part of it is.
+MASK = torch.zeros(1, 64, 64)
+MASK[:, 20:30, 20:30] = 1
 FOLDERS = ("diffusion_models", "text_encoders", "vae", "loras", "diffusers")
 
 # While the first is true, what is written or removed is put into the second. An audit hook cannot be taken off again.
@@ -88,6 +93,7 @@ class Host:
 
     def __init__(self, monkeypatch, model, clip, vae):
         self.names, self.things, self.outputs, self.messages = itertools.count(), {}, {}, []
+        self.made_things = {}
         self.client_id, self.last_node_id = "test", None
         self.monkeypatch = monkeypatch
         host = self
@@ -114,19 +120,52 @@ class Host:
         self.quick.append({"samples": self.encoded[2]["samples"][..., :4, :4]})
         self.expected, self.expected_quick = self.sampled_and_decoded(*self.encoded), self.sampled_and_decoded(*self.quick)
 
+    def fitting(self, kind: str):
+        """A fitting thing for a type of socket. What only a node of ours makes is made by that node."""
+        if kind not in self.made_things:
+            simple = {"MODEL": self.model, "CLIP": self.clip, "VAE": self.vae, "IMAGE": self.picture, "MASK": MASK, "STEP1X_PAIRS": (), "STEP1X_PROPOSAL": None}
+            if kind in ("CONDITIONING", "LATENT"):
+                self.made_things[kind] = self.encoded[0 if kind == "CONDITIONING" else 2]
+            elif kind == "STEP1X_EDIT_DATASET":
+                self.made_things[kind] = EditDataset(Cache(Path(folder_paths.get_temp_directory(), "no_cache")), [])
+            else:
+                self.made_things[kind] = simple[kind] if kind in simple else self.produced(kind)
+        return self.made_things[kind]
+
+    def produced(self, kind: str):
+        """What the node with the fewest sockets makes of that type."""
+        makers = []
+        for name, node in classes().items():
+            sockets = [entry for entry in entries(name) if not entry.is_widget]
+            kinds = [output.get_io_type() for output in node.GET_SCHEMA().outputs]
+            if kind in kinds and all(entry.kind != kind for entry in sockets):
+                makers.append((len(sockets), name, kinds.index(kind)))
+        assert makers, f"No node makes a {kind}: Host.fitting needs an example of it"
+        _, name, index = min(makers)
+        return self.call(name).made()[index]
+
+    def call(self, node: str, *left_out: str, writes: Path | None = None, **changes) -> Outcome:
+        """Run a node with small values and fitting things in all inputs but the optional sockets, with anything replaced."""
+        things = {entry.name: Given(self.fitting(entry.kind), entry.kind) for entry in entries(node)
+                  if not entry.is_widget and not entry.input.optional and entry.name not in changes}
+        values = widgets(node, **changes)
+        files = {entry.name: Given(FILE) for entry in entries(node) if entry.is_file}
+        inputs = things | values | files | changes
+        return self.run(node, writes, **{name: value for name, value in inputs.items() if name not in left_out})
+
     def encode(self, **changes) -> Outcome:
         """What 'Step1X-Edit Encode' makes of the good picture, with anything replaced."""
-        inputs = {"clip": Given(self.clip), "vae": Given(self.vae), "image": Given(self.picture), "prompt": "make it red", "negative_prompt": "", "size_level": 64}
-        return self.run("Step1XEditEncode", **inputs | changes)
+        return self.call("Step1XEditEncode", **{"prompt": "make it red", **changes})
 
     def sample(self, **changes) -> Outcome:
-        """One step of 'Step1X-Edit Sampler' on the good edit, with anything replaced."""
-        inputs = {"model": self.model, **dict(zip(("positive", "negative", "latent"), self.encoded))}
-        widgets = {"seed": 1, "steps": 1, "cfg": 6.0, "sampler_name": "euler", "denoise": 1.0}
-        return self.run("Step1XEditSampler", **{name: Given(value) for name, value in inputs.items()} | widgets | changes)
+        """One step of 'Step1X-Edit Sampler' on the good edit, with anything replaced. latent: whatever the node calls it."""
+        positive, negative, latent = self.encoded
+        inputs = {"positive": Given(positive), "negative": Given(negative), "latent": Given(latent), "cfg": 6.0} | changes
+        inputs[socket("Step1XEditSampler", "LATENT")] = inputs.pop("latent")
+        return self.call("Step1XEditSampler", **inputs)
 
     def decode(self, latent: dict, **changes) -> Outcome:
-        return self.run("Step1XEditDecode", **{"samples": Given(latent), "vae": Given(self.vae), "source": Given(self.picture)} | changes)
+        return self.call("Step1XEditDecode", **{"samples": Given(latent), "source": Given(self.picture)} | changes)
 
     def sampled_and_decoded(self, positive, negative, latent) -> torch.Tensor:
         (sampled,) = self.sample(positive=Given(positive), negative=Given(negative), latent=Given(latent)).made()

@@ -19,7 +19,7 @@ signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=14
 # The servers that tests start are on this machine, whatever proxy a developer has.
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"
 
-sys.path += [str(PACK / folder) for folder in ("scripts/support", "scripts", "scripts/dev", "tests", "tests/parity")]
+sys.path += [str(PACK / folder) for folder in ("scripts/support", "scripts", "scripts/dev", "tests", "tests/support", "tests/parity")]
 import environment  # noqa: E402
 
 environment.use_host_in_process()

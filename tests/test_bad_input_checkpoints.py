@@ -11,9 +11,10 @@ import zipfile
 import pytest
 import tiny_models
 import torch
-from bad_input_files import DAMAGED, INCOMPLETE, MODEL, NO_WEIGHTS, QKV, TYPES, UNREADABLE, WRONG, Bomb, changed, check, configured, load_model, without, write
+from bad_input_files import DAMAGED, INCOMPLETE, MODEL, NO_WEIGHTS, QKV, TYPES, UNREADABLE, WRONG, Bomb, changed, check, configured, load, load_model, without, write
 from bad_input_host import NOT_IN_LIST, Given, Host, peak_memory, use_models
 from diffusers_layout import diffusers_repository, to_diffusers
+from node_inputs import entries
 from safetensors.torch import load_file, save
 
 from step1x_core.checkpoints.detection import CONFIG_KEY
@@ -336,20 +337,13 @@ def test_links_of_the_users_own_are_followed(host, root, repository, tmp_path):
 NAMES = {"parent": "../../x.safetensors", "absolute": "/etc/passwd", "backslashes": "..\\x.safetensors", "dot": f"./{tiny_models.V11_FILE}", "nothing": "", "nul": "\0",
          "parent_folder": "../", "parent_of_a_file": f"{tiny_models.V11_FILE}/../../x.safetensors", "absolute_folder": "/", "line_break": "a\nb", "lone_surrogate": "\ud800",
          "5000_letters": "a" * 5000, "folder_of_the_file": tiny_models.V11_FILE + "/"}
-LOADERS = {
-    "model": ("Step1XEditLoadModel", {"version": "auto", "weight_dtype": "default"}),
-    "mllm": ("Step1XEditLoadMLLM", {"device": "cpu", "version": "auto"}),
-    "vae": ("Step1XEditLoadVAE", {}),
-    "lora_name": ("Step1XEditLoadLora", {"strength": 1.0}),
-}
+LOADERS = sorted({entry.node for entry in entries() if entry.is_file})
 
 
-@pytest.mark.parametrize("entry", LOADERS)
+@pytest.mark.parametrize("node", LOADERS)
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
-def test_names_outside_the_model_folders(host, memory, name, entry):
+def test_names_outside_the_model_folders(host, memory, name, node):
     """Typed in, and handed over by another node, which the host does not check."""
-    node, widgets = LOADERS[entry]
-    given = {"model": Given(host.model)} if entry == "lora_name" else {}
-    check(host, memory, host.run(node, **{**given, **widgets, entry: name}), NOT_IN_LIST)
-    linked = host.run(node, **{**given, **widgets, entry: Given(name)})
+    check(host, memory, load(host, node, name), NOT_IN_LIST)
+    linked = load(host, node, Given(name))
     assert linked.error[0].endswith("Step1XError") and ("Refresh the node list" in linked.error[1] or "one of the entries of its list" in linked.error[1]), linked

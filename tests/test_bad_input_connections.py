@@ -6,54 +6,20 @@ import pytest
 import tiny_models
 import torch
 from bad_input_host import BAD_LINK, MISMATCH, MISSING, NO_SUCH_NODE, Given, Host
-from comfy_api.latest import io
+from node_inputs import links, socket
 from PIL import Image
 
-import nodes
 from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
-from step1x_core.training.cache import Cache, EditDataset
 
-TYPES = {"model": "MODEL", "clip": "CLIP", "vae": "VAE", "image": "IMAGE", "images": "IMAGE", "images.image0": "IMAGE", "source": "IMAGE", "edited": "IMAGE", "mask": "MASK",
-         "positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT", "samples": "LATENT", "stitch": "STEP1X_STITCH",
-         "target": "IMAGE", "dataset": "STEP1X_EDIT_DATASET", "pairs": "STEP1X_PAIRS", "proposals": "STEP1X_PROPOSAL", "bench": "STEP1X_BENCH", "items": "STEP1X_BENCH_ITEM"}
-EDIT = {"negative_prompt": "", "size_level": 64, "seed": 1, "steps": 1, "cfg": 2.0, "sampler_name": "euler"}
-NODES = {
-    "Step1XEditEncode": (("clip", "vae", "image"), {"prompt": "red", "negative_prompt": "", "size_level": 64}),
-    "Step1XEditReferences": (("positive", "negative", "vae", "images.image0"), {"size_level": 64}),
-    "Step1XEditSampler": (("model", "positive", "negative", "latent"), {"seed": 1, "steps": 1, "cfg": 2.0, "sampler_name": "euler", "denoise": 1.0}),
-    "Step1XEditDecode": (("samples", "vae"), {}),
-    "Step1XEditScheduler": (("latent",), {"steps": 4, "denoise": 1.0}),
-    "Step1XEditGuidance": (("model",), {"truncate": -1.0, "power": 0.4}),
-    "Step1XEditGuidanceInterval": (("model",), {"start": 0.0, "end": 0.7}),
-    "Step1XEditTeaCache": (("model",), {"threshold": 0.2}),
-    "Step1XEditFp8Attention": (("model",), {}),
-    "Step1XEditRegion": (("model",), {"similarity": 0.88, "warmup": 0.2, "refreshes": 1, "reuse": 0.02}),
-    "Step1XEditThink": (("clip", "image"), {"prompt": "red", "seed": 1, "temperature": 0.7}),
-    "Step1XEditReflect": (("clip", "source", "edited"), {"prompt": "red", "seed": 1, "version": "v1.2"}),
-    "Step1XEditCrop": (("image", "mask"), {"context": 0.5, "min_size": 16}),
-    "Step1XEditStitch": (("image", "stitch"), {"feather": 2}),
-    "Step1XEditBatch": (("model", "clip", "vae", "images"), {"prompts": "red", "combine": "pairs", **EDIT}),
-    "Step1XEditReflectionLoop": (("model", "clip", "vae", "image"), {"prompt": "red", "rounds": 1, "think": False, "reflect": False, **EDIT}),
-    "Step1XEditLoadLora": (("model",), {"lora_name": Given("x"), "strength": 1.0}),
-    "Step1XEditContentGate": (("images", "clip"), {"action": "block", "classifier": "none", "unsafe_labels": "", "threshold": 0.5, "message": "", "prompt": "red", "words": "",
-                                        "question": "Is it bad?"}),
-    "Step1XEditDataset": (("clip", "vae"), {"dataset": "pairs", "size_level": 64, "validation": 0}),
-    "Step1XEditTrainLora": (("model", "dataset"), {"name": "x", "steps": 1, "learning_rate": 0.1, "rank": 1, "alpha": 1.0, "batch_size": 1, "accumulation": 1, "seed": 1,
-                                               "resume": True, "save_every": 0, "validate_every": 0, "schedule": "constant", "warmup": 0, "ema": 0.0,
-                                               "gradient_checkpointing": True}),
-    "Step1XEditPairPropose": (("clip", "image"), {"kinds": "", "count": 1, "seed": 1}),
-    "Step1XEditPairCompute": (("images", "pairs"), {"kinds": "", "count": 1, "seed": 1, "max_side": 64}),
-    "Step1XEditPairRecord": (("source", "target", "proposals", "pairs"), {"kind": "color_alter", "english": "x", "chinese": "", "direction": "forward", "maker": "x"}),
-    "Step1XEditPairJudge": (("pairs", "clip"), {"min_semantics": 0.0, "min_quality": 0.0, "min_change": 0.0, "max_change": 1.0, "unjudged": True, "seed": 1}),
-    "Step1XEditPairSave": (("pairs",), {"name": "x", "limit": 4}),
-    "Step1XEditGEditSave": (("images", "items"), {}),
-    "Step1XEditGEditReport": (("clip", "bench"), {"judge": "x", "seed": 1, "again": False}),
-}
-OPTIONAL = {("Step1XEditContentGate", "clip"), ("Step1XEditPairJudge", "clip"), ("Step1XEditPairCompute", "pairs"),
-            ("Step1XEditPairRecord", "proposals"), ("Step1XEditPairRecord", "pairs")}
-# Optional ones; what else can be wrong with them is tried elsewhere.
-LEFT_OUT = {("Step1XEditDecode", "source"), ("Step1XEditEncode", "latent"), ("Step1XEditTrainLora", "vae")}
-INPUTS = [(node, name) for node, (names, _) in NODES.items() for name in names]
+INPUTS = links()
+# Optional sockets to which nothing is the same as no wire.
+MAY_BE_NOTHING = {"Step1XEditDecode.source", "Step1XEditEncode.latent", "Step1XEditTrainLora.vae"}
+
+
+def parametrize_by(kind):
+    """Every socket of that type."""
+    return pytest.mark.parametrize("entry", links(kind), ids=str)
+
 
 NO_MODEL = "This is not a Step1X-Edit model but .* Connect the model from 'Load Step1X-Edit Model'"
 NO_ENCODER = "This text encoder lays out prompts for another model. Use the one from 'Load Step1X-Edit MLLM'"
@@ -63,7 +29,7 @@ REFUSALS = {"MODEL": NO_MODEL, "CLIP": NO_ENCODER, "VAE": NO_VAE, "IMAGE": "brin
             "CONDITIONING": "brings no conditioning, or an empty one. Connect that of 'Step1X-Edit Encode'",
             "STEP1X_STITCH": "The input 'stitch' brings .* Connect the output 'stitch' of 'Step1X-Edit Crop'",
             "STEP1X_EDIT_DATASET": "The input 'dataset' brings .* Connect the output of 'Step1X-Edit Dataset'",
-            "STEP1X_PAIRS": "The input 'pairs' brings .* Connect the output of 'Step1X-Edit Compute Pairs' or 'Step1X-Edit Record Pairs'",
+            "STEP1X_PAIRS": "The input 'pairs' brings .* Connect the output of 'Step1X-Edit Computed Pairs' or 'Step1X-Edit Record Pairs'",
             "STEP1X_PROPOSAL": "The input 'proposals' brings .* Connect the output of 'Step1X-Edit Propose Edits'",
             "STEP1X_BENCH": "The input 'bench' brings .* Connect the output of 'Step1X-Edit GEdit-Bench'",
             "STEP1X_BENCH_ITEM": "The input 'items' brings .* Connect the output of 'Step1X-Edit GEdit-Bench Items'"}
@@ -88,58 +54,34 @@ def host(model, clip, vae, root):
         yield Host(patch, model, clip, vae)
 
 
-@pytest.fixture(scope="module")
-def things(host, root):
-    """A fitting thing for every type."""
-    positive, _, latent = host.encoded
-    mask = torch.zeros(1, 64, 64)
-    mask[:, 20:30, 20:30] = 1
-    stitch = host.run("Step1XEditCrop", image=Given(host.picture), mask=Given(mask), context=0.5, min_size=16).made()[2]
-    *_, bench = host.run("Step1XEditGEditItems", dataset="", method="x", language="en", task_types="", limit=1, count=1).made()
-    return {"MODEL": host.model, "CLIP": host.clip, "VAE": host.vae, "IMAGE": host.picture, "MASK": mask, "CONDITIONING": positive, "LATENT": latent, "STEP1X_STITCH": stitch,
-            "STEP1X_EDIT_DATASET": EditDataset(Cache(root / "cache"), []), "STEP1X_PAIRS": (), "STEP1X_PROPOSAL": None, "STEP1X_BENCH": bench,
-            "STEP1X_BENCH_ITEM": (bench, bench.items[0])}
+def test_no_type_of_socket_is_without_a_sentence():
+    assert {entry.kind for entry in INPUTS} == set(REFUSALS)
 
 
-def given(things, node, *left_out):
-    """Fitting things for the inputs of a node, but none for an optional one."""
-    return {name: Given(things[TYPES[name]], TYPES[name]) for name in NODES[node][0] if name not in left_out and (node, name) not in OPTIONAL}
+@pytest.mark.parametrize("entry", INPUTS, ids=str)
+def test_outputs_of_another_type_are_refused_by_the_host(host, entry):
+    other = "LATENT" if entry.kind != "LATENT" else "IMAGE"
+    host.refuses(host.call(entry.node, **{entry.name: Given(host.fitting(other), other)}), MISMATCH)
 
 
-def run(host, things, node, **changes):
-    return host.run(node, **given(things, node) | NODES[node][1] | changes)
-
-
-def test_no_input_of_any_node_is_left_out(host):
-    schemas = {name: node.GET_SCHEMA() for name, node in nodes.NODE_CLASS_MAPPINGS.items() if name.startswith("Step1X")}
-    found = {(name, entry.id) for name, schema in schemas.items() if not schema.is_dev_only for entry in schema.inputs if not isinstance(entry, io.WidgetInput)}
-    assert found - {(node, name.split(".")[0]) for node, name in INPUTS} == LEFT_OUT
-
-
-@pytest.mark.parametrize("node, name", INPUTS)
-def test_outputs_of_another_type_are_refused_by_the_host(host, things, node, name):
-    other = "LATENT" if TYPES[name] != "LATENT" else "IMAGE"
-    host.refuses(run(host, things, node, **{name: Given(things[other], other)}), MISMATCH)
-
-
-@pytest.mark.parametrize("wrong", ["nothing", "other", "text"])
-@pytest.mark.parametrize("node, name", INPUTS)
-def test_what_comes_through_a_node_without_types(host, things, node, name, wrong):
+@pytest.mark.parametrize("entry, wrong", [pytest.param(entry, wrong, id=f"{entry}-{wrong}") for entry in INPUTS for wrong in ("nothing", "other", "text")
+                                          if wrong != "nothing" or f"{entry.node}.{entry.name}" not in MAY_BE_NOTHING])
+def test_what_comes_through_a_node_without_types(host, entry, wrong):
     """Switches and reroutes of other packs fit everywhere, and a checkpoint without a text encoder or VAE gives None."""
-    value = {"nothing": None, "other": things["STEP1X_STITCH" if TYPES[name] != "STEP1X_STITCH" else "VAE"], "text": "x"}[wrong]
-    not_connected = (node, name, wrong) == ("Step1XEditContentGate", "clip", "nothing")
-    host.refuses(run(host, things, node, **{name: Given(value)}), "no text encoder is connected. Connect 'clip'" if not_connected else REFUSALS[TYPES[name]])
+    value = {"nothing": None, "other": host.fitting("STEP1X_STITCH" if entry.kind != "STEP1X_STITCH" else "VAE"), "text": "x"}[wrong]
+    not_connected = (entry.node, entry.name, wrong) == ("Step1XEditContentGate", "clip", "nothing")
+    host.refuses(host.call(entry.node, **{entry.name: Given(value)}), "no text encoder is connected. Connect 'clip'" if not_connected else REFUSALS[entry.kind])
 
 
 @pytest.mark.parametrize("link, expected", [(["nowhere", 0], NO_SUCH_NODE), (["a"], BAD_LINK), (["a", 0, 0], BAD_LINK), ([], BAD_LINK)])
-@pytest.mark.parametrize("node, name", [("Step1XEditEncode", "clip"), ("Step1XEditSampler", "latent"), ("Step1XEditBatch", "images")])
-def test_links_that_lead_nowhere(host, things, node, name, link, expected):
-    host.refuses(run(host, things, node, **{name: link}), expected)
+@pytest.mark.parametrize("node, kind", [("Step1XEditEncode", "CLIP"), ("Step1XEditSampler", "LATENT"), ("Step1XEditBatch", "IMAGE")])
+def test_links_that_lead_nowhere(host, node, kind, link, expected):
+    host.refuses(host.call(node, **{socket(node, kind): link}), expected)
 
 
-@pytest.mark.parametrize("node, name", [(node, names[0]) for node, (names, _) in NODES.items()])
-def test_missing_inputs(host, things, node, name):
-    host.refuses(host.run(node, **given(things, node, name), **NODES[node][1]), MISSING)
+@pytest.mark.parametrize("entry", [entry for entry in INPUTS if not entry.input.optional], ids=str)
+def test_missing_inputs(host, entry):
+    host.refuses(host.call(entry.node, entry.name), MISSING)
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +103,9 @@ def test_versions_of_model_and_conditioning(host, v12, of_model, of_positive, of
 
 
 @pytest.mark.parametrize("node", ["Step1XEditBatch", "Step1XEditReflectionLoop"])
-@pytest.mark.parametrize("part", ["model", "clip"])
-def test_versions_inside_one_node(host, things, v12, node, part):
-    outcome = run(host, things, node, **{part: Given(v12[0] if part == "model" else v12[1], TYPES[part])})
+@pytest.mark.parametrize("kind", ["MODEL", "CLIP"])
+def test_versions_inside_one_node(host, v12, node, kind):
+    outcome = host.call(node, **{socket(node, kind): Given(v12[0] if kind == "MODEL" else v12[1], kind)})
     if node == "Step1XEditBatch":
         # It tells of each edit in a line of its own.
         assert outcome.error[0].endswith("Step1XError") and "None of the edits could be made" in outcome.error[1] and "Set the version of" in outcome.error[1]
@@ -185,20 +127,9 @@ def foreign_vaes():
 
 
 @pytest.mark.parametrize("kind", ["sd", "none"])
-@pytest.mark.parametrize(
-    "node",
-    [
-        "Step1XEditEncode",
-        "Step1XEditReferences",
-        "Step1XEditDecode",
-        "Step1XEditBatch",
-        "Step1XEditReflectionLoop",
-        "Step1XEditDataset",
-        "Step1XEditTrainLora",
-    ],
-)
-def test_vaes_of_other_models(host, things, foreign_vaes, node, kind):
-    host.refuses(run(host, things, node, vae=Given(foreign_vaes[kind], "VAE")), "This VAE makes latents of 4 channels, Step1X-Edit needs 16. Load the FLUX VAE")
+@parametrize_by("VAE")
+def test_vaes_of_other_models(host, foreign_vaes, entry, kind):
+    host.refuses(host.call(entry.node, **{entry.name: Given(foreign_vaes[kind], "VAE")}), "This VAE makes latents of 4 channels, Step1X-Edit needs 16. Load the FLUX VAE")
 
 
 @pytest.fixture(scope="module")
@@ -209,22 +140,9 @@ def foreign_model():
     return comfy.sd.load_diffusion_model_state_dict(tiny_models.random_weights(shapes, 0))
 
 
-@pytest.mark.parametrize(
-    "node",
-    [
-        "Step1XEditSampler",
-        "Step1XEditGuidance",
-        "Step1XEditGuidanceInterval",
-        "Step1XEditTeaCache",
-        "Step1XEditRegion",
-        "Step1XEditBatch",
-        "Step1XEditReflectionLoop",
-        "Step1XEditLoadLora",
-        "Step1XEditTrainLora",
-    ],
-)
-def test_models_of_other_families(host, things, foreign_model, node):
-    host.refuses(run(host, things, node, model=Given(foreign_model, "MODEL")), NO_MODEL)
+@parametrize_by("MODEL")
+def test_models_of_other_families(host, foreign_model, entry):
+    host.refuses(host.call(entry.node, **{entry.name: Given(foreign_model, "MODEL")}), NO_MODEL)
 
 
 class SDTextEncoder:
@@ -233,22 +151,9 @@ class SDTextEncoder:
     tokenizer = object()
 
 
-@pytest.mark.parametrize(
-    "node",
-    [
-        "Step1XEditEncode",
-        "Step1XEditThink",
-        "Step1XEditReflect",
-        "Step1XEditBatch",
-        "Step1XEditContentGate",
-        "Step1XEditDataset",
-        "Step1XEditPairPropose",
-        "Step1XEditPairJudge",
-        "Step1XEditGEditReport",
-    ],
-)
-def test_text_encoders_of_other_models(host, things, node):
-    host.refuses(run(host, things, node, clip=Given(SDTextEncoder(), "CLIP")), NO_ENCODER)
+@parametrize_by("CLIP")
+def test_text_encoders_of_other_models(host, entry):
+    host.refuses(host.call(entry.node, **{entry.name: Given(SDTextEncoder(), "CLIP")}), NO_ENCODER)
 
 
 def with_extra(**changes):

@@ -7,6 +7,7 @@ import tiny_models
 import torch
 from bad_input_host import Given, Host
 from comfy.nested_tensor import NestedTensor
+from node_inputs import links, socket
 from PIL import Image
 
 from step1x_core.host.checkpoints.loading import load_text_encoder
@@ -137,33 +138,16 @@ def test_a_very_wide_picture_is_edited_where_its_sides_allow_it(host):
 
 
 @pytest.mark.parametrize("name", ["empty_batch", "no_rows", "bytes", "without_batch_axis", "video", "nothing", "text", "latent"])
-@pytest.mark.parametrize("node", ["decode", "references", "crop", "stitch", "think", "batch", "loop"])
-def test_every_node_with_a_picture_refuses(host, node, name):
-    picture, expected = Given(BAD_PICTURES[name][0]), BAD_PICTURES[name][1]
-    parts = {"model": Given(host.model), "clip": Given(host.clip), "vae": Given(host.vae)}
-    edit = {"negative_prompt": "", "size_level": 64, "seed": 1, "steps": 1, "cfg": 6.0, "sampler_name": "euler"}
-    if node == "decode":
-        outcome = host.decode(host.encoded[2], source=picture) if name != "nothing" else host.decode(host.encoded[2], source=Given(PICTURE[:0]))
-    elif node == "references":
-        positive, negative, _ = host.encoded
-        outcome = host.run("Step1XEditReferences", positive=Given(positive), negative=Given(negative), vae=parts["vae"], size_level=64, **{"images.image0": picture})
-    elif node == "crop":
-        outcome = host.run("Step1XEditCrop", image=picture, mask=Given(MASK), context=0.5, min_size=16)
-    elif node == "stitch":
-        stitch = host.run("Step1XEditCrop", image=Given(PICTURE), mask=Given(MASK), context=0.5, min_size=16).made()[2]
-        outcome = host.run("Step1XEditStitch", image=picture, stitch=Given(stitch), feather=2)
-    elif node == "think":
-        outcome = host.run("Step1XEditThink", clip=parts["clip"], image=picture, prompt="red", seed=1, temperature=0.7)
-    elif node == "batch":
-        outcome = host.run("Step1XEditBatch", **parts, images=picture, prompts="red", combine="pairs", **edit)
-    else:
-        outcome = host.run("Step1XEditReflectionLoop", **parts, image=picture, prompt="red", rounds=1, think=False, reflect=False, **edit)
-    host.refuses(outcome, NOTHING if node == "decode" and name == "nothing" else expected)
+@pytest.mark.parametrize("entry", links("IMAGE"), ids=str)
+def test_every_node_with_a_picture_refuses(host, entry, name):
+    picture, expected = BAD_PICTURES[name]
+    if name == "nothing" and entry.input.optional:
+        picture, expected = PICTURE[:0], NOTHING
+    host.refuses(host.call(entry.node, **{entry.name: Given(picture)}), expected)
 
 
 def test_two_pictures_to_think_about(host):
-    outcome = host.run("Step1XEditThink", clip=Given(host.clip), image=Given(PICTURE.repeat(2, 1, 1, 1)), prompt="red", seed=1, temperature=0.7)
-    host.refuses(outcome, "brings 2 pictures; .* Choose one with the stock 'ImageFromBatch'")
+    host.refuses(host.call("Step1XEditThink", image=Given(PICTURE.repeat(2, 1, 1, 1))), "brings 2 pictures; .* Choose one with the stock 'ImageFromBatch'")
 
 
 NO_MASK = "The input 'mask' brings no mask but .* Connect an output of the type MASK"
@@ -188,7 +172,7 @@ BAD_MASKS = {
 
 @pytest.mark.parametrize("mask, expected", BAD_MASKS.values(), ids=BAD_MASKS)
 def test_crop_refuses_masks(host, mask, expected):
-    host.refuses(host.run("Step1XEditCrop", image=Given(PICTURE), mask=Given(mask), context=0.5, min_size=16), expected)
+    host.refuses(host.call("Step1XEditCrop", image=Given(PICTURE), mask=Given(mask)), expected)
 
 
 FINE_MASKS = {"without_batch_axis": MASK[0], "with_channel_axis": MASK[:, None], "bool": MASK > 0, "integers": MASK.long(), "float16": MASK.half(), "above_one": MASK * 255,
@@ -197,22 +181,22 @@ FINE_MASKS = {"without_batch_axis": MASK[0], "with_channel_axis": MASK[:, None],
 
 @pytest.mark.parametrize("mask", FINE_MASKS.values(), ids=FINE_MASKS)
 def test_crop_takes_every_kind_of_mask(host, mask):
-    crops = [host.run("Step1XEditCrop", image=Given(PICTURE), mask=Given(given), context=0.5, min_size=16).made() for given in (mask, MASK)]
+    crops = [host.call("Step1XEditCrop", image=Given(PICTURE), mask=Given(given)).made() for given in (mask, MASK)]
     assert torch.equal(crops[0][0], crops[1][0]) and torch.equal(crops[0][1], crops[1][1])
 
 
 @pytest.mark.parametrize("result", [PICTURE[:, :1, :1], PICTURE[..., :1], PICTURE * NAN, torch.rand(1, 1, 20000, 3), PICTURE.repeat(5, 1, 1, 1)],
                          ids=["one_pixel", "grey", "nan", "20000_wide", "five"])
 def test_stitch_keeps_the_rest_whatever_comes_back(host, result):
-    stitch = host.run("Step1XEditCrop", image=Given(PICTURE), mask=Given(MASK), context=0.5, min_size=16).made()[2]
-    (whole,) = host.run("Step1XEditStitch", image=Given(result), stitch=Given(stitch), feather=2).made()
+    stitch = host.call("Step1XEditCrop", image=Given(PICTURE), mask=Given(MASK)).made()[2]
+    (whole,) = host.call("Step1XEditStitch", image=Given(result), stitch=Given(stitch)).made()
     outside = MASK[0] == 0
     assert torch.isfinite(whole).all() and all(torch.equal(picture[outside], PICTURE[0][outside]) for picture in whole)
 
 
 def test_stitch_refuses_another_number_of_pictures(host):
-    stitch = host.run("Step1XEditCrop", image=Given(PICTURE.repeat(2, 1, 1, 1)), mask=Given(MASK), context=0.5, min_size=16).made()[2]
-    outcome = host.run("Step1XEditStitch", image=Given(PICTURE), stitch=Given(stitch), feather=2)
+    stitch = host.call("Step1XEditCrop", image=Given(PICTURE.repeat(2, 1, 1, 1)), mask=Given(MASK)).made()[2]
+    outcome = host.call("Step1XEditStitch", image=Given(PICTURE), stitch=Given(stitch))
     host.refuses(outcome, "1 edited pictures came back for 2 that were cropped. Connect the result")
 
 
@@ -250,7 +234,7 @@ def test_latents_are_refused(host, latent, expected, node):
 @pytest.mark.parametrize("name", ["empty_batch", "no_rows", "integers", "row", "number", "text", "no_samples", "nothing", "tensor"])
 def test_scheduler_refuses_latents(host, name):
     latent, expected = BAD_LATENTS[name]
-    host.refuses(host.run("Step1XEditScheduler", latent=Given(latent), steps=4, denoise=1.0), expected)
+    host.refuses(host.call("Step1XEditScheduler", **{socket("Step1XEditScheduler", "LATENT"): Given(latent)}), expected)
 
 
 BEFORE = {"sd": ({"samples": torch.rand(1, 4, 8, 8)}, "The latent has the shape"), "two": ({"samples": LATENT.repeat(2, 1, 1, 1)}, "The latent has the shape"),
@@ -259,7 +243,7 @@ BEFORE = {"sd": ({"samples": torch.rand(1, 4, 8, 8)}, "The latent has the shape"
 
 @pytest.mark.parametrize("latent, expected", BEFORE.values(), ids=BEFORE)
 def test_encode_refuses_latents_of_the_turn_before(host, latent, expected):
-    host.refuses(host.encode(latent=Given(latent)), expected, from_the_start=True)
+    host.refuses(host.encode(**{socket("Step1XEditEncode", "LATENT"): Given(latent)}), expected, from_the_start=True)
 
 
 FINE_LATENTS = {"empty_sd": torch.zeros(1, 4, 8, 8), "empty_flux2": torch.zeros(1, 128, 8, 8), "one_cell": LATENT[..., :1, :1], "odd_sides": LATENT[..., :5, :7],

@@ -8,6 +8,8 @@ import pytest
 import tiny_models
 import torch
 from bad_input_host import BAD_LINK, NO_SUCH_NODE, Given, Host, Many
+from comfy_api.latest import io
+from node_inputs import entries
 
 from step1x_core.host.checkpoints.loading import load_text_encoder
 from step1x_core.prompts.v12 import SPECIAL_TOKENS
@@ -95,106 +97,13 @@ def test_a_long_instruction_is_read_as_far_as_it_was_before_it_was_cut(clip_v12,
 
 
 NO_TEXT = "brings .* but it takes text. Correct it, or the node that it comes from"
-NODES = {
-    "encode": ("Step1XEditEncode", "prompt", {"negative_prompt": "", "size_level": 64}, ("clip", "vae", "image")),
-    "encode_negative": (
-        "Step1XEditEncode",
-        "negative_prompt",
-        {"prompt": "", "size_level": 64},
-        ("clip", "vae", "image"),
-    ),
-    "think": ("Step1XEditThink", "prompt", {"seed": 1, "temperature": 0.7}, ("clip", "image")),
-    "reflect": ("Step1XEditReflect", "prompt", {"seed": 1, "version": "v1.2"}, ("clip", "source", "edited")),
-    "gate": (
-        "Step1XEditContentGate",
-        "prompt",
-        {
-            "action": "block",
-            "classifier": "none",
-            "unsafe_labels": "",
-            "threshold": 0.5,
-            "message": "",
-            "words": "blood",
-            "question": "",
-        },
-        ("images",),
-    ),
-    "gate_words": (
-        "Step1XEditContentGate",
-        "words",
-        {
-            "action": "block",
-            "classifier": "none",
-            "unsafe_labels": "",
-            "threshold": 0.5,
-            "message": "",
-            "prompt": "red",
-            "question": "",
-        },
-        ("images",),
-    ),
-    "record": (
-        "Step1XEditPairRecord",
-        "english",
-        {"kind": "color_alter", "chinese": "", "direction": "forward", "maker": "x"},
-        ("source", "target"),
-    ),
-    "record_maker": (
-        "Step1XEditPairRecord",
-        "maker",
-        {"kind": "color_alter", "english": "red", "chinese": "", "direction": "forward"},
-        ("source", "target"),
-    ),
-    "kinds": ("Step1XEditPairCompute", "kinds", {"count": 1, "seed": 1, "max_side": 64}, ("images",)),
-    "task_types": (
-        "Step1XEditGEditItems",
-        "task_types",
-        {"dataset": "", "method": "x", "language": "en", "limit": 1, "count": 1},
-        (),
-    ),
-    "batch": (
-        "Step1XEditBatch",
-        "prompts",
-        {
-            "combine": "pairs",
-            "negative_prompt": "",
-            "size_level": 64,
-            "seed": 1,
-            "steps": 1,
-            "cfg": 2.0,
-            "sampler_name": "euler",
-        },
-        ("model", "clip", "vae", "images"),
-    ),
-    "loop": (
-        "Step1XEditReflectionLoop",
-        "prompt",
-        {
-            "negative_prompt": "",
-            "size_level": 64,
-            "seed": 1,
-            "steps": 1,
-            "cfg": 2.0,
-            "rounds": 1,
-            "think": False,
-            "reflect": False,
-            "sampler_name": "euler",
-        },
-        ("model", "clip", "vae", "image"),
-    ),
-}
+TEXTS = [entry for entry in entries() if isinstance(entry.input, io.String.Input)]
 
 
-def run(host, name, prompt, **changes):
-    node, entry, widgets, inputs = NODES[name]
-    things = {"model": host.model, "clip": host.clip, "vae": host.vae}
-    return host.run(node, **{thing: Given(things.get(thing, host.picture)) for thing in inputs}, **{**widgets, entry: prompt, **changes})
-
-
-@pytest.mark.parametrize("name", NODES)
+@pytest.mark.parametrize("entry", TEXTS, ids=str)
 @pytest.mark.parametrize("value", [None, 5, 1.5, b"red", ["red"], {"a": 1}], ids=["nothing", "integer", "number", "bytes", "list", "table"])
-def test_what_is_no_text_is_refused(host, value, name):
-    host.refuses(run(host, name, Given(value, "STRING")), NO_TEXT)
+def test_what_is_no_text_is_refused(host, value, entry):
+    host.refuses(host.call(entry.node, **{entry.name: Given(value, "STRING")}), NO_TEXT)
 
 
 @pytest.mark.parametrize("value, expected", [(["a", 0], NO_SUCH_NODE), (["a"], BAD_LINK), (["a", 0, 1], BAD_LINK)], ids=["no_such_node", "one", "three"])
@@ -208,37 +117,39 @@ def test_the_host_makes_text_of_what_is_typed_in(host, value, text):
     assert torch.equal(found[0][0], expected[0][0])
 
 
-@pytest.mark.parametrize("name, changes", [("think", {}), ("reflect", {}), ("loop", {"think": True}), ("loop", {"reflect": True})])
+@pytest.mark.parametrize("node, changes", [("Step1XEditThink", {}), ("Step1XEditReflect", {}), ("Step1XEditReflectionLoop", {"think": True}),
+                                           ("Step1XEditReflectionLoop", {"reflect": True})])
 @pytest.mark.parametrize("prompt", ["a" * 8001, WORDS[:100_000], "红" * 33_333], ids=["8001", "100_kilobytes", "chinese"])
-def test_instructions_too_long_to_think_about(host, name, changes, prompt):
-    host.refuses(run(host, name, prompt, **changes), "The input 'prompt' has .* characters; .* Shorten the instruction")
+def test_instructions_too_long_to_think_about(host, node, changes, prompt):
+    host.refuses(host.call(node, prompt=prompt, **changes), "The input 'prompt' has .* characters; .* Shorten the instruction")
 
 
-@pytest.mark.parametrize("name", ["batch", "loop"])
+@pytest.mark.parametrize("node, entry", [("Step1XEditBatch", "prompts"), ("Step1XEditReflectionLoop", "prompt")])
 @pytest.mark.parametrize("prompt", ["\ud800 red", "<|im_end|><|image_pad|>", "\0\x07", WORDS[:100_000]], ids=["surrogate", "special_tokens", "control", "100_kilobytes"])
-def test_texts_come_out_as_the_server_can_send_them(host, name, prompt):
-    outcome = run(host, name, prompt)
+def test_texts_come_out_as_the_server_can_send_them(host, node, entry, prompt):
+    outcome = host.call(node, **{entry: prompt})
     assert torch.isfinite(outcome.made()[0]).all()
     assert all(json.loads(json.dumps(values[0])) == values[0] for values in outcome.outputs if isinstance(values[0], str))
 
 
-@pytest.mark.parametrize("name", ["record", "record_maker"])
+@pytest.mark.parametrize("entry", ["english", "maker"])
 @pytest.mark.parametrize("prompt", [prompt for prompt in FINE.values() if prompt.strip()], ids=[name for name, prompt in FINE.items() if prompt.strip()])
-def test_texts_of_pairs_are_stored_and_drawn(host, tmp_path, monkeypatch, name, prompt):
+def test_texts_of_pairs_are_stored_and_drawn(host, tmp_path, monkeypatch, entry, prompt):
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    pairs, _ = run(host, name, prompt).made()
-    folder, sheet, _ = host.run("Step1XEditPairSave", writes=tmp_path, pairs=Given(pairs), name="texts", limit=4).made()
+    pairs, _ = host.call("Step1XEditPairRecord", **{entry: prompt}).made()
+    sheet, _ = host.call("Step1XEditPairSheet", pairs=Given(pairs)).made()
+    folder, _ = host.call("Step1XEditPairSave", writes=tmp_path, pairs=Given(pairs)).made()
     assert torch.isfinite(sheet).all() and json.loads((Path(folder) / "en-00000.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", ["kinds", "task_types"])
+@pytest.mark.parametrize("entry", [entry for entry in TEXTS if entry.name in ("kinds", "task_types")], ids=str)
 @pytest.mark.parametrize("prompt", [prompt for prompt in FINE.values() if prompt.strip()], ids=[name for name, prompt in FINE.items() if prompt.strip()])
-def test_texts_that_are_no_entries_of_a_list(host, name, prompt):
-    host.refuses(run(host, name, prompt), "is not a kind that can be made here; .* Correct the input|has no task type .* Correct the input")
+def test_texts_that_are_no_entries_of_a_list(host, entry, prompt):
+    host.refuses(host.call(entry.node, **{entry.name: prompt}), "is no kind that can be made here; .* Correct the input|has no task type .* Correct the input")
 
 
 @pytest.mark.parametrize("prompts, expected", [("", "There is no instruction. Write one"), (" \n\t\n ", "There is no instruction. Write one"),
                                                (Given(Many(["red", None]), "STRING"), NO_TEXT), (Given(Many([]), "STRING"), "There is no instruction. Write one")],
                          ids=["nothing", "white_space", "nothing_in_a_list", "empty_list"])
 def test_batches_without_instructions(host, prompts, expected):
-    host.refuses(run(host, "batch", prompts), expected)
+    host.refuses(host.call("Step1XEditBatch", prompts=prompts), expected)

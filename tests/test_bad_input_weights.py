@@ -8,7 +8,7 @@ import struct
 import pytest
 import tiny_models
 import torch
-from bad_input_files import DAMAGED, INCOMPLETE, LANGUAGE, LORA, MODEL, NAN, NO_WEIGHTS, QKV, TYPES, UNREADABLE, VAE, WRONG, Bomb, changed, check, load_model, without, write
+from bad_input_files import DAMAGED, INCOMPLETE, LANGUAGE, LORA, MODEL, NAN, NO_WEIGHTS, QKV, TYPES, UNREADABLE, VAE, WRONG, Bomb, changed, check, load, load_model, without, write
 from bad_input_host import Given, Host, peak_memory, use_models
 from safetensors.torch import load_file, save
 
@@ -101,7 +101,7 @@ LANGUAGE_MODELS = {
 @pytest.mark.parametrize("change, expected", LANGUAGE_MODELS.values(), ids=LANGUAGE_MODELS)
 def test_language_models(host, root, memory, language_weights, change, expected):
     write(root / "text_encoders" / LANGUAGE, change(*language_weights))
-    check(host, memory, host.run("Step1XEditLoadMLLM", mllm=LANGUAGE, device="cpu", version="auto"), expected)
+    check(host, memory, load(host, "Step1XEditLoadMLLM", LANGUAGE, device="cpu"), expected)
 
 
 VAES = {
@@ -125,7 +125,7 @@ VAES = {
 @pytest.mark.parametrize("change, expected", VAES.values(), ids=VAES)
 def test_vaes(host, root, memory, vae_weights, change, expected):
     write(root / "vae" / VAE, change(vae_weights))
-    check(host, memory, host.run("Step1XEditLoadVAE", vae=VAE), expected)
+    check(host, memory, load(host, "Step1XEditLoadVAE", VAE), expected)
 
 
 LAYER = "lora_unet_double_blocks_0_img_attn_qkv"
@@ -177,7 +177,7 @@ LORAS = {
 
 
 def load_lora(host, strength=1.0):
-    return host.run("Step1XEditLoadLora", model=Given(host.model), lora_name=LORA, strength=strength)
+    return load(host, "Step1XEditLoadLora", LORA, strength=strength)
 
 
 @pytest.mark.parametrize("content, expected", LORAS.values(), ids=LORAS)
@@ -188,7 +188,7 @@ def test_loras(host, root, memory, content, expected):
 
 def test_pickled_lora_is_not_opened(host, root, memory):
     (root / "loras" / "bad_lora.pt").write_bytes(pickle.dumps(Bomb()))
-    check(host, memory, host.run("Step1XEditLoadLora", model=Given(host.model), lora_name="bad_lora.pt", strength=1.0), "is not a safetensors file. Only safetensors")
+    check(host, memory, load(host, "Step1XEditLoadLora", "bad_lora.pt"), "is not a safetensors file. Only safetensors")
 
 
 @pytest.mark.parametrize("value", [NAN, float("inf")])
@@ -219,7 +219,7 @@ def test_lora_weights_that_are_no_numbers(host, root, key, value):
 @pytest.mark.parametrize("part, says", [("taesd_encoder.", "The VAE made values that are no numbers"), ("taesd_decoder.", "The VAE decoded to values that are no numbers")])
 def test_vae_weights_that_are_no_numbers(host, root, vae_weights, part, says):
     write(root / "vae" / VAE, {key: t * NAN if key.startswith(part) else t for key, t in vae_weights.items()})
-    (loaded,) = host.run("Step1XEditLoadVAE", vae=VAE).made()
+    (loaded,) = load(host, "Step1XEditLoadVAE", VAE).made()
     broken = host.encode(vae=Given(loaded)) if part == "taesd_encoder." else host.decode(host.encoded[2], vae=Given(loaded))
     host.refuses(broken, f"{says} .* Download the VAE again")
 
@@ -228,15 +228,15 @@ def test_language_model_weights_that_are_no_numbers(host, root):
     config = tiny_models.TINY_MLLM
     broken = changed("model.norm.weight", lambda t: t * NAN)(tiny_models.random_weights(tiny_models.mllm_shapes(config), 2, torch.bfloat16))
     write(root / "text_encoders" / LANGUAGE, (broken, {CONFIG_KEY: json.dumps(config)}))
-    (loaded,) = host.run("Step1XEditLoadMLLM", mllm=LANGUAGE, device="cpu", version="auto").made()
+    (loaded,) = load(host, "Step1XEditLoadMLLM", LANGUAGE, device="cpu").made()
     host.refuses(host.encode(clip=Given(loaded)), "The text encoder gave values that are no numbers .* Download")
-    thought = host.run("Step1XEditThink", clip=Given(loaded), image=Given(host.picture), prompt="red", seed=1, temperature=0.7)
+    thought = host.call("Step1XEditThink", clip=Given(loaded))
     host.refuses(thought, "The language model gave values that are no numbers .* Download", from_the_start=True)
 
 
 def test_good_files_load_and_edit_as_before_after_all_of_that(host, models, root):
     loaded, = load_model(host, model=tiny_models.V11_FILE).made()
     shutil.copy(models / "vae" / tiny_models.VAE_FILE, root / "vae")
-    own_vae, = host.run("Step1XEditLoadVAE", vae=tiny_models.VAE_FILE).made()
+    own_vae, = load(host, "Step1XEditLoadVAE", tiny_models.VAE_FILE).made()
     (sampled,) = host.sample(model=Given(loaded)).made()
     assert torch.equal(host.decode(sampled, vae=Given(own_vae)).made()[0], host.expected)
