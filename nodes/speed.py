@@ -11,23 +11,24 @@ from .widgets import check_widgets
 def guided_part() -> list[io.Input]:
     return [
         io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01,
-                       tooltip="Guidance starts after this part of the steps. Keep 0: the first steps decide what is edited."),
+                       tooltip="Guidance starts after this part of the steps. Keep 0: the first steps decide what is "
+                               "edited."),
         io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01,
-                       tooltip="Guidance ends after this part of the steps. The remaining steps leave the negative prompt out "
-                               "and take half the time. 1 guides every step."),
+                       tooltip="Guidance ends after this part of the steps. The remaining steps leave the negative "
+                               "prompt out and take half the time. 1 guides every step."),
     ]
 
 
 def attention() -> list[io.Input]:
     return [io.Combo.Input("attention", options=["exact", "fp8"], default="exact",
-                           tooltip="fp8 is faster on an H100, H200, B200 or B300 with the package nvidia-cudnn-frontend. "
-                                   "Best with fp8_scaled weights.")]
+                           tooltip="fp8 is faster on an H100, H200, B200 or B300 with the package "
+                                   "nvidia-cudnn-frontend. Best with fp8_scaled weights.")]
 
 
 def threshold() -> list[io.Input]:
     return [io.Float.Input("threshold", default=DEFAULT_THRESHOLD, min=0.0, max=2.0, step=0.05,
-                           tooltip="How much change may accumulate before the blocks run again. Higher is faster and less exact. "
-                                   "The official default is 0.2; below 0.18 no step is skipped.")]
+                           tooltip="How much change may accumulate before the blocks run again. Higher is faster and "
+                                   "less exact. The official default is 0.2; below 0.18 no step is skipped.")]
 
 
 def region() -> list[io.Input]:
@@ -49,8 +50,9 @@ def region() -> list[io.Input]:
 class Step1XEditSpeed(io.ComfyNode):
     """Everything that saves work in sampling: presets, and the knobs behind them.
 
-    One level of choices, with what is skipped in the choice itself: combinations that cannot work together cannot be chosen, and the
-    editor, which hands only top-level values on when it replaces a node, keeps what an old workflow skipped.
+    One level of choices, with what is skipped in the choice itself: combinations that cannot work together cannot be
+    chosen, and the editor, which hands on only top-level values when it replaces a node, keeps what an old workflow
+    skipped.
     """
 
     @classmethod

@@ -20,7 +20,8 @@ def settings_of(choice: dict) -> SpeedSettings:
     region = None
     if "similarity" in choice:
         region = RegionSettings(choice["similarity"], choice["warmup"], choice["refreshes"], choice["reuse"])
-    return SpeedSettings(choice.get("threshold"), region, choice.get("attention") == "fp8", choice["start_percent"], choice["end_percent"])
+    fp8 = choice.get("attention") == "fp8"
+    return SpeedSettings(choice.get("threshold"), region, fp8, choice["start_percent"], choice["end_percent"])
 
 
 def apply_speed(model, mode: str, settings: SpeedSettings):
