@@ -29,7 +29,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--models", type=Path, default=demo_model.FOLDER)
     parser.add_argument("--format", choices=("bf16", "fp8", "int8", "nvfp4"), help="measure a copy that scripts/convert.py makes (default: the file as it is)")
     parser.add_argument("--modulation", action="store_true", help="as for scripts/convert.py")
-    parser.add_argument("--region", action="store_true", help="with Step1X-Edit Region Denoising at its defaults")
+    parser.add_argument("--region", action="store_true", help="with region denoising at its defaults")
     parser.add_argument("--edits", type=int, default=500, help="number of held-out edits")
     parser.add_argument("--skip", type=int, default=0, help="leave out so many edits at the start, to go on with an earlier run")
     parser.add_argument("--controls", type=int, default=60, help="number of edits with an empty instruction")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Speed and memory of Step1X-Edit Region Denoising with the full-size model: `python benchmarks/gpu_region.py`.
+"""Speed and memory of region denoising with the full-size model: `python benchmarks/gpu_region.py`.
 
 The weights are random, so they edit everywhere; an inpainting mask says which part of the picture the edit has, a square in its middle. "reuse 0" computes the
 region in every step; at the node's default some steps may be left out, and how many has to do with the weights: with random ones it tells nothing about real ones.

@@ -28,8 +28,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lazycache", nargs="*", type=float, default=[0.2], help="thresholds of the stock LazyCache")
     parser.add_argument("--interval", nargs="*", type=float, default=[0.7, 0.5, 0.3], help="parts of the steps that are guided")
     parser.add_argument("--both", nargs="*", type=float, default=[0.3, 0.5], metavar="THRESHOLD INTERVAL", help="pairs of a TeaCache threshold and a guided part")
+    parser.add_argument("--presets", action="store_true", help="the presets of Step1X-Edit Speed as well")
     parser.add_argument("--fp8", action="store_true", help="all settings with fp8_scaled weights (on a card that multiplies them)")
-    parser.add_argument("--fp8-attention", action="store_true", help="all settings with Step1X-Edit fp8 Attention, too")
+    parser.add_argument("--fp8-attention", action="store_true", help="all settings with fp8 attention, too")
     return parser.parse_args()
 
 
@@ -38,7 +39,9 @@ def settings(options, model) -> dict:
     from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 
     from step1x_core.host.sampling.sampler import set_guidance_interval
+    from step1x_core.host.speed.presets import apply_speed
     from step1x_core.host.speed.teacache import apply_teacache
+    from step1x_core.speed.presets import PRESETS
 
     pairs = list(zip(options.both[::2], options.both[1::2]))
     return {
@@ -48,6 +51,7 @@ def settings(options, model) -> dict:
         **{f"LazyCache {value:g}": LazyCacheNode.execute(model, value, 0.15, 0.95, False).args[0] for value in options.lazycache},
         **{f"guided {value:g}": set_guidance_interval(model, 0.0, value) for value in options.interval},
         **{f"TeaCache {value:g}, guided {part:g}": set_guidance_interval(apply_teacache(model, value), 0.0, part) for value, part in pairs},
+        **{f"preset {name}": apply_speed(model, name, PRESETS[name]) for name in (PRESETS if options.presets else ())},
     }
 
 

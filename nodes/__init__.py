@@ -3,9 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from ..step1x_core.host.network.model import register
-from .attention import Step1XEditFp8Attention
 from .batch import Step1XEditBatch
-from .caching import Step1XEditTeaCache
 from .edit import Step1XEditDecode, Step1XEditEncode, Step1XEditReferences
 from .gate import Step1XEditContentGate
 from .gedit import GEDIT_NODES
@@ -13,9 +11,9 @@ from .loaders import Step1XEditLoadLora, Step1XEditLoadMLLM, Step1XEditLoadModel
 from .local import Step1XEditCrop, Step1XEditStitch
 from .loop import LOOP_NODES
 from .pairs import PAIR_NODES
-from .region import Step1XEditRegion
 from .replacements import register_replacements
-from .sampling import Step1XEditGuidance, Step1XEditGuidanceInterval, Step1XEditSampler, Step1XEditScheduler
+from .sampling import Step1XEditGuidance, Step1XEditSampler, Step1XEditScheduler
+from .speed import Step1XEditSpeed
 from .thinking import Step1XEditReflect, Step1XEditThink
 from .training import Step1XEditDataset, Step1XEditTrainLora
 
@@ -36,10 +34,7 @@ class Step1XEditExtension(ComfyExtension):
             Step1XEditDecode,
             Step1XEditScheduler,
             Step1XEditGuidance,
-            Step1XEditGuidanceInterval,
-            Step1XEditTeaCache,
-            Step1XEditFp8Attention,
-            Step1XEditRegion,
+            Step1XEditSpeed,
             Step1XEditThink,
             Step1XEditReflect,
             *LOOP_NODES,

@@ -23,14 +23,17 @@ class Earlier:
     def offer(self, old: str) -> io.NodeReplace:
         names = [*self.sockets.split(), *(name for name in self.widgets.split() if name != "+")]
         pairs = [(self.renamed.get(name, name), name) for name in names]
-        inputs = [{"new_id": new, "old_id": name} for new, name in pairs if new is not None]
-        inputs += [{"new_id": name, "set_value": value} for name, value in self.values.items()]
+        # A choice comes before the inputs that it opens.
+        inputs = [{"new_id": name, "set_value": value} for name, value in self.values.items()]
+        inputs += [{"new_id": new, "old_id": name} for new, name in pairs if new is not None]
         widgets = ["control_after_generate" if name == "+" else name for name in self.widgets.split()]
         places = range(self.outputs) if isinstance(self.outputs, int) else self.outputs
         outputs = [{"old_idx": old_idx, "new_idx": new_idx} for old_idx, new_idx in enumerate(places) if new_idx is not None]
         return io.NodeReplace(new_node_id=self.new, old_node_id=old, old_widget_ids=widgets, input_mapping=inputs, output_mapping=outputs)
 
 
+# Every step guided.
+GUIDED = {"mode.start_percent": 0.0, "mode.end_percent": 1.0}
 EARLIER = {
     "Step1XModelLoader": Earlier("Step1XEditLoadModel", "", "model version weight_dtype", 1),
     "Step1XMLLMLoader": Earlier("Step1XEditLoadMLLM", "", "mllm device version", 1),
@@ -42,10 +45,19 @@ EARLIER = {
     "Step1XDecode": Earlier("Step1XEditDecode", "samples vae source", "", 1),
     "Step1XScheduler": Earlier("Step1XEditScheduler", "latent", "steps denoise", 1),
     "Step1XGuidance": Earlier("Step1XEditGuidance", "model", "truncate power", 1),
-    "Step1XGuidanceInterval": Earlier("Step1XEditGuidanceInterval", "model", "start end", 1),
-    "Step1XTeaCache": Earlier("Step1XEditTeaCache", "model", "threshold", 1),
-    "Step1XFp8Attention": Earlier("Step1XEditFp8Attention", "model", "", 1),
-    "Step1XRegion": Earlier("Step1XEditRegion", "model", "similarity warmup refreshes reuse", 1),
+    "Step1XGuidanceInterval": Earlier(
+        "Step1XEditSpeed", "model", "start end", 1, {"start": "mode.start_percent", "end": "mode.end_percent"},
+        {"mode": "custom: nothing skipped", "mode.attention": "exact"}),
+    "Step1XTeaCache": Earlier(
+        "Step1XEditSpeed", "model", "threshold", 1, {"threshold": "mode.threshold"},
+        {"mode": "custom: TeaCache", "mode.attention": "exact"} | GUIDED),
+    "Step1XFp8Attention": Earlier(
+        "Step1XEditSpeed", "model", "", 1,
+        values={"mode": "custom: nothing skipped", "mode.attention": "fp8"} | GUIDED),
+    "Step1XRegion": Earlier(
+        "Step1XEditSpeed", "model", "similarity warmup refreshes reuse", 1,
+        {name: f"mode.{name}" for name in ("similarity", "warmup", "refreshes", "reuse")},
+        {"mode": "custom: region"} | GUIDED),
     "Step1XThink": Earlier("Step1XEditThink", "clip image", "prompt seed + temperature", 2),
     "Step1XReflect": Earlier("Step1XEditReflect", "clip source edited", "prompt seed + version", 4),
     "Step1XReflectionLoop": Earlier(

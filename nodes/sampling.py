@@ -8,7 +8,6 @@ from ..step1x_core.host.sampling.sampler import (
     flow_sigmas,
     model_version,
     sample,
-    set_guidance_interval,
     set_norm_limiter,
     version_defaults,
     with_norm_limiter,
@@ -111,31 +110,3 @@ class Step1XEditGuidance(io.ComfyNode):
         check_model(model)
         limit = model_version(model).guidance_truncate if truncate < 0 else truncate
         return io.NodeOutput(set_norm_limiter(model, NormLimiter(limit, power)))
-
-
-class Step1XEditGuidanceInterval(io.ComfyNode):
-    """Guidance in a part of the steps. Outside it a step runs the conditional pass alone, in half the time."""
-
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="Step1XEditGuidanceInterval",
-            display_name="Step1X-Edit Guidance Interval",
-            category=CATEGORY,
-            description="Guides a part of the steps only. The others leave the negative prompt out, as at CFG 1, and take half the time.",
-            search_aliases=["step1x", "guidance interval", "cfg interval", "speed"],
-            inputs=[
-                io.Model.Input("model", tooltip="A Step1X-Edit model."),
-                io.Float.Input("start", default=0.0, min=0.0, max=1.0, step=0.01,
-                               tooltip="Guidance begins after this part of the steps. Keep 0: the first steps decide what is edited."),
-                io.Float.Input("end", default=0.7, min=0.0, max=1.0, step=0.01,
-                               tooltip="Guidance ends after this part of the steps; the rest take half the time. 1 guides to the end."),
-            ],
-            outputs=[io.Model.Output(tooltip="The model, guided in this part of the steps only.")],
-        )
-
-    @classmethod
-    def execute(cls, model, start, end) -> io.NodeOutput:
-        check_widgets(cls, start=start, end=end)
-        check_model(model)
-        return io.NodeOutput(set_guidance_interval(model, start, end))

@@ -38,5 +38,28 @@ def check_widgets(node: type[io.ComfyNode], **values) -> None:
     values: by the names of the inputs, which are numbers, texts, switches and lists of choices.
     """
     for entry in node.define_schema().inputs:
-        if entry.id in values and not fits(entry, values[entry.id]):
-            raise Step1XError(f"The input '{entry.id}' brings {str(values[entry.id])[:60]!r}, but it takes {wanted(entry)}. Correct it, or the node that it comes from.")
+        if entry.id in values:
+            check_widget(entry, values[entry.id], entry.id)
+
+
+def check_widget(entry: io.Input, value, name: str) -> None:
+    """name: the input's, below that of the choice that opens it."""
+    if isinstance(entry, io.DynamicCombo.Input):
+        check_choice(entry, value, name)
+    elif not fits(entry, value):
+        raise Step1XError(f"The input '{name}' brings {str(value)[:60]!r}, but it takes {wanted(entry)}. "
+                          "Correct it, or the node that it comes from.")
+
+
+def check_choice(entry: io.DynamicCombo.Input, value, name: str) -> None:
+    """value: as the executor hands it over, {the choice's id: its key, and what the widgets hold that this key opens}.
+
+    For a key that there is not, and for one from another node, it hands over nothing.
+    """
+    opened = {option.key: option.inputs for option in entry.options}
+    key = value.get(entry.id) if isinstance(value, dict) else None
+    if not isinstance(key, str) or key not in opened:
+        raise Step1XError(f"The input '{name}' has none of its choices: {', '.join(opened)}. "
+                          "Choose one in the node; another node cannot hand it over.")
+    for nested in opened[key]:
+        check_widget(nested, value.get(nested.id), f"{name}.{nested.id}")

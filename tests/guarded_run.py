@@ -77,9 +77,12 @@ def main(base: Path, report: Path) -> None:
             picture, = run("Step1XEditDecode", samples=latent, vae=vae, source=image)
             assert picture.shape == image.shape and picture.isfinite().all()
         # Of the nodes that only compute.
-        run("Step1XEditTeaCache", model=model, threshold=0.2)
-        run("Step1XEditRegion", model=model, similarity=0.9, warmup=0.2, refreshes=1, reuse=0.0)
-        patched, = run("Step1XEditGuidanceInterval", model=model, start=0.0, end=0.5)
+        run("Step1XEditSpeed", model=model, mode={"mode": "fast"})
+        guided = {"start_percent": 0.0, "end_percent": 0.5}
+        run("Step1XEditSpeed", model=model, mode={"mode": "custom: region", "similarity": 0.9, "warmup": 0.2,
+                                                  "refreshes": 1, "reuse": 0.0, **guided})
+        mode = {"mode": "custom: nothing skipped", "attention": "exact", **guided}
+        patched, = run("Step1XEditSpeed", model=model, mode=mode)
         crop, _, stitch = run("Step1XEditCrop", image=image, mask=(image[..., 0] > 0.5).float(), context=0.5, min_size=16)
         run("Step1XEditStitch", image=crop, stitch=stitch, feather=2)
         one = {"model": patched, "clip": clip, "vae": vae, "prompts": "red", "images": image, "combine": "pairs", "negative_prompt": "", "size_level": 64, "seed": 1, "steps": 1,

@@ -77,7 +77,7 @@ def main() -> int:
                 model = loud_model(Path(folder), version, model_options={"dtype": dtype})
                 both = split(model)
                 print(version, dtype, [str(part.load_device) for part in (model, *both.get_additional_models_with_key("multigpu"))])
-                # In bfloat16 a last bit can change what TeaCache and Region Denoising decide.
+                # In bfloat16 a last bit can change what TeaCache and region denoising decide.
                 for name in PATCHES if dtype == torch.float32 else ("nothing", "limiter", "interval"):
                     found = difference(run(PATCHES[name](both)), run(PATCHES[name](model)))
                     print(f"  {name}: {found:.1e}")

@@ -11,7 +11,7 @@ from step1x_core.host.speed.fp8_attention import attend_fp8, set_fp8_attention
 
 
 def test_a_device_without_it_is_refused(model):
-    with pytest.raises(Step1XError, match="needs an NVIDIA data-centre GPU .* Remove the node"):
+    with pytest.raises(Step1XError, match="needs an NVIDIA data-centre GPU .* Set attention to exact"):
         set_fp8_attention(model)
 
 

@@ -357,7 +357,9 @@ def test_weight_dtypes_and_model_patches_run(client, prompt_of):
     assert not np.array_equal(exact, fp8)
     prompt = prompt_of("step1x_edit.json")
     loader = find_nodes(prompt, "Step1XEditLoadModel")[0]
-    prompt["cache"] = {"class_type": "Step1XEditTeaCache", "inputs": {"model": [loader, 0], "threshold": 2.0}}
+    prompt["cache"] = {"class_type": "Step1XEditSpeed", "inputs": {
+        "model": [loader, 0], "mode": "custom: TeaCache", "mode.threshold": 2.0, "mode.attention": "exact",
+        "mode.start_percent": 0.0, "mode.end_percent": 1.0}}
     prompt[sampler_of(prompt)]["inputs"]["model"] = ["cache", 0]
     assert not np.array_equal(exact, pixels(client.run(prompt)))
 

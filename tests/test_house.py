@@ -32,7 +32,7 @@ IN_HOST = {
     "host.prompts": ("host", "checkpoints", "network", "reasoning"),
     "host.network": ("host", "host.prompts", "checkpoints"),
     "host.sampling": ("host.network",),
-    "host.speed": ("host.network",),
+    "host.speed": ("host.network", "host.sampling"),
     "host.checkpoints": ("host.network", "host.prompts", "host.sampling"),
     "host.reasoning": ("host.checkpoints", "host.prompts", "prompts"),
     "host.editing": ("host.prompts", "host.reasoning", "host.sampling"),

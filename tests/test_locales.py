@@ -11,7 +11,7 @@ import locales
 LANGUAGES = (locales.SOURCE, *locales.TRANSLATIONS)
 PAGES = PACK / "web" / "docs"
 # Names that are the same in Chinese.
-SAME = {"VAE", "CLIP", "LoRA", "CFG", "Latent", "Sigmas", "Step1X-Edit TeaCache"}
+SAME = {"VAE", "CLIP", "LoRA", "CFG", "Latent", "Sigmas"}
 # The editor's translator takes these for placeholders, links and plural forms in names and descriptions.
 SPECIAL = re.compile(r"[@{}|]")
 

@@ -4,6 +4,7 @@ The stand-ins do what the packs do: the TeaCache pack puts a method in place of 
 First Block Cache (WaveSpeed) puts one module in place of all blocks for as long.
 """
 
+import re
 from contextlib import contextmanager
 from types import MethodType
 from unittest import mock
@@ -116,9 +117,9 @@ def by_wrapper(model, swap):
 
 
 OURS = {
-    "Step1X-Edit TeaCache": lambda model: apply_teacache(model, 0.3),
-    "Step1X-Edit Region Denoising": lambda model: apply_region(model, RegionSettings()),
-    "Step1X-Edit Guidance Interval": lambda model: set_guidance_interval(model, 0.0, 0.5),
+    "Step1X-Edit Speed (TeaCache)": lambda model: apply_teacache(model, 0.3),
+    "Step1X-Edit Speed (region)": lambda model: apply_region(model, RegionSettings()),
+    "Step1X-Edit Speed (guided part)": lambda model: set_guidance_interval(model, 0.0, 0.5),
 }
 
 
@@ -137,7 +138,7 @@ def test_two_that_run_the_blocks_are_refused_in_the_first_call(model, edit, node
     calls = []
     hook = model.model.diffusion_model.final_layer.register_forward_pre_hook(lambda *args: calls.append(1))
     try:
-        with pytest.raises(Step1XError, match=f"'{node}' cannot work together with another node pack .*Remove one of the two"):
+        with pytest.raises(Step1XError, match=f"'{re.escape(node)}' cannot work together with another node pack .*Remove one of the two"):
             run(both, edit)
     finally:
         hook.remove()
@@ -145,22 +146,22 @@ def test_two_that_run_the_blocks_are_refused_in_the_first_call(model, edit, node
     assert torch.equal(run(OURS[node](model), edit), expected)
 
 
-@pytest.mark.parametrize("node", ["Step1X-Edit TeaCache", "Step1X-Edit Region Denoising"])
+@pytest.mark.parametrize("node", ["Step1X-Edit Speed (TeaCache)", "Step1X-Edit Speed (region)"])
 @pytest.mark.parametrize("name", ["forward", "forward_orig"])
 def test_a_part_that_is_replaced_for_good_is_refused_too(model, edit, node, name):
     transformer = model.model.diffusion_model
     function = getattr(Flux, name)
     with mock.patch.object(transformer, name, MethodType(function, transformer)):
-        with pytest.raises(Step1XError, match=f"'{node}' cannot work together .*{name}"):
+        with pytest.raises(Step1XError, match=f"'{re.escape(node)}' cannot work together .*{name}"):
             run(OURS[node](model), edit)
 
 
 def test_another_packs_cache_alone_and_a_lasting_function_beside_the_interval_are_left_alone(model, edit):
-    plain, interval = run(model, edit), run(OURS["Step1X-Edit Guidance Interval"](model), edit)
+    plain, interval = run(model, edit), run(OURS["Step1X-Edit Speed (guided part)"](model), edit)
     assert torch.allclose(run(by_function(model, block_cache), edit), plain, atol=1e-4)
     transformer = model.model.diffusion_model
     with mock.patch.object(transformer, "forward_orig", MethodType(Flux.forward_orig, transformer)):
-        assert torch.allclose(run(OURS["Step1X-Edit Guidance Interval"](model), edit), interval, atol=1e-4)
+        assert torch.allclose(run(OURS["Step1X-Edit Speed (guided part)"](model), edit), interval, atol=1e-4)
 
 
 def test_ours_go_together_with_a_function_that_swaps_nothing(model, edit):

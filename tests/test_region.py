@@ -326,7 +326,7 @@ def test_what_does_not_go_together_is_refused_in_either_order(model, edit):
               "LazyCache": lambda m: LazyCacheNode.execute(m, 0.2, 0.15, 0.95, False)[0], "TorchCompileModel": lambda m: TorchCompileModel.execute(m, "inductor")[0]}
     for name, other in others.items():
         for both in (other(patched), apply_region(other(model), PART)):
-            with pytest.raises(Step1XError, match=f"'Step1X-Edit Region Denoising' cannot work together with .*{name}.*Remove one of the two"):
+            with pytest.raises(Step1XError, match=f"'Step1X-Edit Speed \\(region\\)' cannot work together with .*{name}.*Remove one of the two"):
                 run(both, edit)
     assert torch.isfinite(run(patched, edit)).all()
 

@@ -104,7 +104,7 @@ def test_guidance_interval_runs_the_unconditional_pass_inside_it_only(model, edi
     chained = model.clone()
     chained.set_model_sampler_calc_cond_batch_function(lambda args: [torch.zeros_like(args["input"])] * 2)
     assert torch.equal(run(set_guidance_interval(chained, 0, 1), edit, steps=4), run(chained, edit, steps=4))
-    with pytest.raises(Step1XError, match="Set start to at most end"):
+    with pytest.raises(Step1XError, match="Set start_percent to at most end_percent"):
         set_guidance_interval(model, 0.6, 0.5)
 
 

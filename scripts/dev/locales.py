@@ -43,6 +43,10 @@ def slots(schema) -> tuple[dict, dict]:
         inputs[entry.id] = {"name": entry.display_name or entry.id, "tooltip": entry.tooltip}
         if getattr(entry, AFTER_GENERATE, None):
             inputs[AFTER_GENERATE] = {"name": "control after generate"}
+        # What a choice opens the editor names "choice.widget", and a dot in a key is an underscore.
+        options = getattr(entry, "options", None) or ()
+        for nested in (nested for option in options for nested in getattr(option, "inputs", ())):
+            inputs[f"{entry.id}_{nested.id}"] = {"name": nested.display_name or nested.id, "tooltip": nested.tooltip}
     outputs = {str(i): {"name": entry.display_name or entry.get_io_type(), "tooltip": entry.tooltip} for i, entry in enumerate(schema.outputs)}
     return inputs, outputs
 

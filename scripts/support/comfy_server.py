@@ -248,6 +248,25 @@ class Client:
 AFTER_GENERATE = ("fixed", "increment", "decrement", "randomize")
 
 
+def widget_inputs(definitions: dict, values: list, prefix: str = "") -> dict:
+    """A node's widgets by the names of their inputs, those behind a choice as "choice.widget".
+
+    values: as saved, in order; what is used is taken from the list.
+    """
+    inputs = {}
+    for name, definition in definitions.items():
+        kind, options = definition[0], definition[1] if len(definition) > 1 else {}
+        if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"):
+            inputs[prefix + name] = values.pop(0)
+        if options.get("control_after_generate") and values and values[0] in AFTER_GENERATE:
+            values.pop(0)
+        if kind == "COMFY_DYNAMICCOMBO_V3":
+            opened = next(option["inputs"] for option in options["options"] if option["key"] == inputs[prefix + name])
+            nested = {**opened.get("required", {}), **opened.get("optional", {})}
+            inputs |= widget_inputs(nested, values, f"{prefix}{name}.")
+    return inputs
+
+
 def to_api(workflow: dict, object_info: dict) -> dict:
     """A workflow as the editor saves it -> the form that /prompt takes. Notes are left out; muted nodes are not expected."""
     links = {link[0]: link for link in workflow["links"]}
@@ -257,14 +276,7 @@ def to_api(workflow: dict, object_info: dict) -> dict:
             continue
         info = object_info[node["type"]]
         definitions = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
-        values = list(node.get("widgets_values", []))
-        inputs = {}
-        for name, definition in definitions.items():
-            if isinstance(definition[0], list) or definition[0] in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
-                inputs[name] = values.pop(0)
-                options = definition[1] if len(definition) > 1 else {}
-                if options.get("control_after_generate") and values and values[0] in AFTER_GENERATE:
-                    values.pop(0)
+        inputs = widget_inputs(definitions, list(node.get("widgets_values", [])))
         for slot in node.get("inputs", []):
             if slot.get("link") is not None:
                 _, source, output = links[slot["link"]][:3]

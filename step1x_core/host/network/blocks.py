@@ -222,7 +222,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, transformer_options: dict, mask: Ten
     """Attention of q [B, S, H, D], k and v [B, S + R, H, D] -> [B, S, H * D]. mask: the host's for S keys."""
     if FP8_ATTENTION in transformer_options:
         if mask is not None:
-            raise Step1XError("'Step1X-Edit fp8 Attention' cannot work together with a node that gives the attention a mask. Remove one of the two.")
+            raise Step1XError("The fp8 attention of 'Step1X-Edit Speed' cannot work together with a node that gives the "
+                              "attention a mask. Remove that node, or choose another mode with exact attention.")
         return transformer_options[FP8_ATTENTION](q, k, v)
     text, repeats = transformer_options.get(REPEATED_TEXT, (0, 0))
     if mask is not None and mask.shape[-1] > 1 and repeats:

@@ -115,7 +115,7 @@ class Step1XEditModel(comfy.model_base.Flux):
                               "Step1X-Edit has a fixed place for them. Remove that node.")
         if references and self.diffusion_model.params.default_ref_method != FluxParams.default_ref_method:
             raise Step1XError("'Flux KV Cache' freezes the reference picture after the first step; Step1X-Edit reads it anew in every step. Remove that node; "
-                              "'Step1X-Edit TeaCache' and 'EasyCache' make sampling faster.")
+                              "'Step1X-Edit Speed' and 'EasyCache' make sampling faster.")
         if references and area is not None:
             raise Step1XError("This instruction is limited to an area, which would cut the picture but not the reference that belongs to it. "
                               "Use 'Conditioning (Set Mask)' with set_cond_area at default in place of 'Conditioning (Set Area)'.")

@@ -23,7 +23,7 @@ from ..network.model import Step1XEditModel
 HOOKS = "sampler_pre_cfg_function"
 CFG1_KEY = "step1x_cfg1"
 COND_BATCH = "sampler_calc_cond_batch_function"
-INTERVAL_NODE = "Step1X-Edit Guidance Interval"
+INTERVAL_NODE = "Step1X-Edit Speed (guided part)"
 SAMPLERS = comfy.samplers.SAMPLER_NAMES
 
 
@@ -129,7 +129,7 @@ class GuidanceInterval:
 def set_guidance_interval(model, start: float, end: float):
     """A clone of the model that is guided in this part of the steps only, in place of an earlier interval. Raises Step1XError if start lies behind end."""
     if start > end:
-        raise Step1XError(f"The guidance would start at {start:g} of the steps and end at {end:g}, before it started. Set start to at most end.")
+        raise Step1XError(f"The guidance would start at {start:g} of the steps and end at {end:g}, before it started. Set start_percent to at most end_percent.")
     model = model.clone()
     other = model.model_options.get(COND_BATCH)
     model.set_model_sampler_calc_cond_batch_function(GuidanceInterval(start, end, other.other if isinstance(other, GuidanceInterval) else other))

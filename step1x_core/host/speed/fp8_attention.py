@@ -13,6 +13,9 @@ from ..network.blocks import FP8_ATTENTION, kernels_on
 # By what the softmax's weights, which are 0 to 1, are multiplied before they are rounded to e4m3, which holds up to 448.
 WEIGHTS_SCALE = 256.0
 
+NO_CARD = "no data-centre GPU with Triton and ComfyUI's default attention"
+NO_PACKAGE = "no nvidia-cudnn-frontend"
+
 
 @functools.cache
 def handle_for(device: torch.device):
@@ -70,15 +73,24 @@ def attend_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.flatten(2)
 
 
+def missing_for_fp8(device: torch.device) -> str | None:
+    """What keeps fp8 attention from running on this device, in a few words; None if nothing does."""
+    if not cudnn_is_fastest(device) or kernels_on(device) is None:
+        return NO_CARD
+    return NO_PACKAGE if importlib.util.find_spec("cudnn") is None else None
+
+
 def set_fp8_attention(model):
     """A clone of a Step1X-Edit model whose blocks attend in e4m3. Raises Step1XError where that cannot run."""
-    device = model.load_device
-    if not cudnn_is_fastest(device) or kernels_on(device) is None:
-        raise Step1XError("'Step1X-Edit fp8 Attention' needs an NVIDIA data-centre GPU (H100, H200, B200 or B300) with Triton, and ComfyUI started without an option that chooses "
-                          "another attention. Remove the node; everything else works without it.")
-    if importlib.util.find_spec("cudnn") is None:
-        raise Step1XError("'Step1X-Edit fp8 Attention' needs NVIDIA's package nvidia-cudnn-frontend. Install it with the Python that starts ComfyUI: "
-                          "python -m pip install nvidia-cudnn-frontend; or remove the node.")
+    missing = missing_for_fp8(model.load_device)
+    if missing == NO_CARD:
+        raise Step1XError("The fp8 attention of 'Step1X-Edit Speed' needs an NVIDIA data-centre GPU (H100, H200, B200 or "
+                          "B300) with Triton, and ComfyUI started without an option that chooses another attention. Set "
+                          "attention to exact.")
+    if missing:
+        raise Step1XError("The fp8 attention of 'Step1X-Edit Speed' needs NVIDIA's package nvidia-cudnn-frontend. Install "
+                          "it with the Python that starts ComfyUI: python -m pip install nvidia-cudnn-frontend; or set "
+                          "attention to exact.")
     model = model.clone()
     model.model_options["transformer_options"][FP8_ATTENTION] = attend_fp8
     return model

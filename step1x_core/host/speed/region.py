@@ -16,7 +16,7 @@ from ..network.foreign import check_alone, refuse_shared, stand_alone
 log = logging.getLogger(__name__)
 
 WRAPPER_KEY = "step1x_region"
-NODE = "Step1X-Edit Region Denoising"
+NODE = "Step1X-Edit Speed (region)"
 
 
 class TransformerCall:
@@ -85,12 +85,12 @@ def check_other_patches(model_options: dict) -> None:
     options = model_options["transformer_options"]
     found = []
     if options.get("patches_replace", {}).get("dit"):
-        found.append("a node that replaces the transformer's blocks, such as 'Step1X-Edit TeaCache'")
+        found.append("a node that replaces the transformer's blocks, such as TeaCache")
     found += [f"'{name}'" for name in ("EasyCache", "LazyCache") if get_wrappers_with_key(WrappersMP.OUTER_SAMPLE, name.lower(), options)]
     if "torch_compile_kwargs" in model_options:
         found.append("'TorchCompileModel'")
     if found:
-        raise Step1XError(f"'Step1X-Edit Region Denoising' cannot work together with {' and '.join(found)}: both decide what a step computes. Remove one of the two.")
+        raise Step1XError(f"'{NODE}' cannot work together with {' and '.join(found)}: both decide what a step computes. Remove one of the two.")
 
 
 class RegionDenoiser:

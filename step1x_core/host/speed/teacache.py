@@ -8,7 +8,7 @@ from ...speed.teacache import TeaCacheState
 from ..network.foreign import foreign_parts, refuse_shared, stand_alone
 
 WRAPPER_KEY = "step1x_teacache"
-NODE = "Step1X-Edit TeaCache"
+NODE = "Step1X-Edit Speed (TeaCache)"
 
 
 class TeaCache:
@@ -35,7 +35,7 @@ class TeaCache:
         Raises Step1XError for a compiled model, and one whose forward pass is another pack's.
         """
         if "torch_compile_kwargs" in executor.class_obj.model_options:
-            raise Step1XError("'TorchCompileModel' would keep for all steps what 'Step1X-Edit TeaCache' decides in the first. Remove one of the two.")
+            raise Step1XError(f"'TorchCompileModel' would keep for all steps what '{NODE}' decides in the first. Remove one of the two.")
         refuse_shared(NODE, foreign_parts(executor.class_obj.model_patcher.model.diffusion_model) & {"forward", "_forward"})
         self.states.clear()
         try:
