@@ -218,7 +218,11 @@ def use_dynamic_vram() -> None:
     import comfy.model_patcher
     import comfy_aimdo.control
 
-    if not comfy_aimdo.control.init_devices((device.index, 0) for device in comfy.model_management.get_all_torch_devices()):
+    # Read by name: ComfyUI 0.18.2 has no such function, and it is still the oldest that the pack needs.
+    all_devices = getattr(comfy.model_management, "get_all_torch_devices", None)
+    if all_devices is None:
+        raise RuntimeError("This ComfyUI cannot list its devices for comfy-aimdo. Use 0.30.0 or newer for --dynamic-vram.")
+    if not comfy_aimdo.control.init_devices((device.index, 0) for device in all_devices()):
         raise RuntimeError("comfy-aimdo does not work here.")
     comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
     comfy.memory_management.aimdo_enabled = True
