@@ -31,7 +31,7 @@ REFUSALS = {"MODEL": NO_MODEL, "CLIP": NO_ENCODER, "VAE": NO_VAE, "IMAGE": "brin
             "STEP1X_EDIT_DATASET": "The input 'dataset' brings .* Connect the output of 'Step1X-Edit Dataset'",
             "STEP1X_PAIRS": "The input 'pairs' brings .* Connect the output of 'Step1X-Edit Computed Pairs' or 'Step1X-Edit Record Pairs'",
             "STEP1X_PROPOSAL": "The input 'proposals' brings .* Connect the output of 'Step1X-Edit Propose Edits'",
-            "STEP1X_BENCH": "The input 'bench' brings .* Connect the output of 'Step1X-Edit GEdit-Bench'",
+            "STEP1X_BENCH": "The input 'bench' brings .* Connect the output of 'Step1X-Edit GEdit-Bench Items'",
             "STEP1X_BENCH_ITEM": "The input 'items' brings .* Connect the output of 'Step1X-Edit GEdit-Bench Items'"}
 
 

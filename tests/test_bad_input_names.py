@@ -15,7 +15,7 @@ NO_DATASET = "There is no dataset '.*' in |names no dataset|is not in ComfyUI's 
 SENTENCES = {"name": NO_NAME, "method": NO_NAME, "judge": NO_NAME, "dataset": NO_DATASET}
 TEXTS = [entry for entry in entries() if isinstance(entry.input, io.String.Input) and entry.name in SENTENCES]
 # A benchmark without a dataset has pictures of its own.
-EMPTY_IS_FINE = {"Step1XEditGEditBench": ("dataset",)}
+EMPTY_IS_FINE = {"Step1XEditGEditItems": ("dataset",)}
 
 
 @pytest.fixture(scope="module")
