@@ -39,7 +39,8 @@ def made_up_dataset(folder: Path, version: str, size: int, width: int):
     """Two cached pairs of random numbers, as an EditDataset. width: channels of the language model's states."""
     import torch
 
-    from step1x_core.training.dataset import Cache, CachedPair, EditDataset, EditPair, pack_conditioning
+    from step1x_core.training.cache import Cache, CachedPair, EditDataset, pack_conditioning
+    from step1x_core.training.dataset import EditPair
 
     cache = Cache(folder)
     conditioning, _, latent = made_up_conditioning(version, size, width)

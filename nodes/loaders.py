@@ -6,11 +6,10 @@ from ..step1x_core.host.checkpoints.folders import choices, resolve
 from ..step1x_core.host.checkpoints.loading import load_model, load_text_encoder, load_vae
 from ..step1x_core.host.checkpoints.lora import apply_lora, load_lora_file
 from ..step1x_core.host.sampling.sampler import check_model
-from ..step1x_core.versions import VERSIONS
+from ..step1x_core.versions import LAYOUTS, VERSIONS
 from .widgets import check_widgets
 
 CATEGORY = "model/loaders/step1x"
-LAYOUTS = ("v1.1", "v1.2")
 
 WEIGHT_DTYPES = {
     "default": {},

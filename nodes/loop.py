@@ -11,12 +11,14 @@ from comfy_execution.graph_utils import GraphBuilder
 
 from ..step1x_core.editing.batches import SEEDS
 from ..step1x_core.errors import Step1XError
-from ..step1x_core.host.checkpoints.folders import template_fingerprint
 from ..step1x_core.host.prompts.encoding import check_vae
 from ..step1x_core.host.reasoning.rounds import HOST_KEEPS_RESULTS, Failure, Rounds, attempt, failures
+from ..step1x_core.host.reasoning.templates import template_fingerprint
 from ..step1x_core.host.reasoning.thinking import TEMPERATURE, check_instruction, check_thinking, judge, rules_version, single_picture
 from ..step1x_core.host.sampling.sampler import SAMPLERS, check_model
-from ..step1x_core.reasoning.reflection import MAX_ROUNDS, RULES, Loop, Thought, report
+from ..step1x_core.reasoning.conversation import RULES
+from ..step1x_core.reasoning.reflection import MAX_ROUNDS, Loop, Thought
+from ..step1x_core.reasoning.report import report
 from .edit import Step1XEditDecode, Step1XEditEncode
 from .sampling import Step1XEditSampler
 from .widgets import check_widgets

@@ -1,8 +1,9 @@
 from comfy_api.latest import io
 
-from ..step1x_core.host.checkpoints.folders import template_fingerprint
+from ..step1x_core.host.reasoning.templates import template_fingerprint
 from ..step1x_core.host.reasoning.thinking import TEMPERATURE, judge, rewrite
-from ..step1x_core.reasoning.reflection import RULES, describe_reflection
+from ..step1x_core.reasoning.conversation import RULES
+from ..step1x_core.reasoning.report import describe_reflection
 from .widgets import check_widgets
 
 CATEGORY = "model/conditioning/step1x"

@@ -11,7 +11,8 @@ from ..step1x_core.host.training.cache import cache_pairs
 from ..step1x_core.host.training.folders import dataset_path, run_folder
 from ..step1x_core.host.training.train import edit_held_out, train
 from ..step1x_core.images import from_uint8
-from ..step1x_core.training.dataset import EditDataset, dataset_fingerprint, read_pairs
+from ..step1x_core.training.cache import EditDataset
+from ..step1x_core.training.dataset import dataset_fingerprint, read_pairs
 from ..step1x_core.training.loss_curve import draw_progress
 from ..step1x_core.training.objective import ALPHA, CONSTANT, LEARNING_RATE, RANK, SCHEDULES, Settings
 from .widgets import check_widgets

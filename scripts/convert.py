@@ -42,9 +42,9 @@ def arguments() -> argparse.Namespace:
 
 def model_config(checkpoint, weights, version: str | None) -> dict:
     """What the model's shapes do not show, its version foremost. Raises Step1XError for an incomplete model and as `choose_version` does."""
-    from step1x_core.checkpoints.detection import CONFIG_KEY, config_tensor, detect_config, parse_config, stored_config
+    from step1x_core.checkpoints.detection import CONFIG_KEY, choose_version, config_tensor, detect_config, parse_config, stored_config
     from step1x_core.checkpoints.files import check_tensors
-    from step1x_core.host.checkpoints.loading import CONFIG_NAMES, choose_version, model_shapes, shapes
+    from step1x_core.host.checkpoints.loading import CONFIG_NAMES, model_shapes, shapes
 
     values = stored_config(weights.stored) | parse_config(weights.metadata.get(CONFIG_KEY, "{}"))
     values |= {name: checkpoint.config[key] for key, name in CONFIG_NAMES.items() if key in checkpoint.config}

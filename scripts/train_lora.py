@@ -79,7 +79,7 @@ def main() -> int:
             pairs = read_pairs(options.dataset)
             dtype = {"dtype": getattr(torch, options.weight_dtype)} if options.weight_dtype.startswith("float8") else {}
             model = load_model(options.model, options.version, dtype, fp8=options.weight_dtype == "fp8_scaled")
-            layout = VERSIONS[model.model.diffusion_model.version].layout
+            layout = VERSIONS[model.model.diffusion_model.version].layout.name
             clip, vae = load_text_encoder(options.mllm, layout), load_vae(options.vae)
             folder = options.dataset if options.dataset.is_dir() else options.dataset.parent
             dataset, computed = cache_pairs(clip, vae, pairs, folder, options.size_level, options.validation)

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, names that every system can store, and paths that stay where they belong."""
 
+import hashlib
 import io
 import os
 import threading
@@ -134,3 +135,12 @@ def save_picture(path: Path, content: bytes) -> None:
     """Write a picture file. Raises Step1XError for content that is no picture."""
     open_picture(content, f"The picture for {path}")
     write_file(path, content)
+
+
+def content_key(*parts: str | bytes | int) -> str:
+    """A name that changes with any of the parts."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else str(part).encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()[:40]

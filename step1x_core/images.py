@@ -1,4 +1,4 @@
-"""Picture sizes and resizing, bit for bit as the official code does them with Pillow and torch (spec v1.md c.1, c.6; v12.md d, f.1)."""
+"""Picture sizes and resizing, bit for bit as the official code does them with Pillow and torch (docs/model.md, Image sizes; v1.2 images; Text generation)."""
 
 import math
 
@@ -12,7 +12,7 @@ from .errors import Step1XError
 # Working sizes are multiples of 16 pixels: VAE factor 8 times patch size 2.
 SIZE_MULTIPLE = 16
 
-# Qwen2.5-VL: 14-pixel patches merged 2x2 (spec v1.md c.1).
+# Qwen2.5-VL: 14-pixel patches merged 2x2 (docs/model.md, Image sizes).
 VISION_PATCH = 14
 VISION_CELL = 28
 MAX_ASPECT_RATIO = 200
@@ -25,7 +25,7 @@ THINKER_LIMITS = (512**2, 1024 * VISION_CELL**2)
 # Pictures to read and judge are first made smaller than this on both sides.
 THINKER_SIDE = 1024
 
-# Text-to-image shows the language model a black picture of this size (spec v1.md c.6).
+# Text-to-image shows the language model a black picture of this size (docs/model.md, Image sizes).
 BLACK_PICTURE = 1024
 
 
@@ -72,6 +72,11 @@ def vision_sizes(width: int, height: int, limits=(HELPER_LIMITS, PROCESSOR_LIMIT
         size = _fit_cells(*size, low, high)
         sizes.append(size)
     return sizes
+
+
+def picture_grid(picture: Tensor) -> tuple[int, int]:
+    """Rows and columns of the tokens of a picture [h, w, 3] with sides in multiples of 28."""
+    return picture.shape[0] // VISION_CELL, picture.shape[1] // VISION_CELL
 
 
 def to_rgb(image: Tensor) -> Tensor:
@@ -143,7 +148,7 @@ def thumbnail(pixels: np.ndarray) -> np.ndarray:
 
 
 def to_thinker_size(image: Tensor) -> Tensor:
-    """Picture [H, W, C] in 0..1 -> uint8 [h, w, 3] with sides in multiples of 28, for the language model to read and judge (spec v12.md f.1).
+    """Picture [H, W, C] in 0..1 -> uint8 [h, w, 3] with sides in multiples of 28, for the language model to read and judge (docs/model.md, Text generation).
 
     Raises Step1XError for aspect ratios above 200.
     """
@@ -154,7 +159,8 @@ def to_thinker_size(image: Tensor) -> Tensor:
 
 
 def truncate_uint8(image: Tensor) -> Tensor:
-    """Decoded picture in 0..1 -> uint8 by truncation, as the official code writes its result (spec v1.md e.5)."""
+    """Decoded picture in 0..1 -> uint8 by truncation, as the official code writes its result
+    (docs/model.md, Decode)."""
     return (image.float().clamp(0, 1) * 255).to(torch.uint8)
 
 

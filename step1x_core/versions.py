@@ -6,13 +6,14 @@ from dataclasses import dataclass
 DEFAULT_STEPS = 28
 DEFAULT_CFG = 6.0
 
-# Norm-limited guidance (official inference code, spec v1.md e.4).
+# Norm-limited guidance (docs/model.md, Guidance).
 GUIDANCE_TRUNCATE = 0.93
 GUIDANCE_NORM_POWER = 0.4
-# v1.2 compares the same 0.93 with times that run to 1000: its guidance is limited at every step (spec v12.md e).
+# v1.2 compares the same 0.93 with times that run to 1000: its guidance is limited at every step
+# (docs/model.md, v1.2 sampling).
 GUIDANCE_TRUNCATE_V12 = GUIDANCE_TRUNCATE / 1000
 
-# Connector time input is 0..1 and is scaled like the transformer's (spec v1.md b.1).
+# Connector time input is 0..1 and is scaled like the transformer's (docs/model.md, Connector).
 TIME_FACTOR = 1000.0
 
 # The head width of the transformer and of the connector in every published checkpoint.
@@ -20,30 +21,60 @@ HEAD_DIM = 128
 
 
 @dataclass(frozen=True)
+class PromptLayout:
+    """How an instruction is laid out for the language model, and what of an edit goes with that. prompts/layouts.py has the sequences themselves.
+
+    name: as loaders, caches and latents say it.
+    owners: the versions that were trained with it, as a sentence names them.
+    text_positions: the text has positions of its own in the transformer; the conditioning carries them, with the input embeddings.
+    shows_original: the language model sees the picture as it is, not at its working size.
+    resizes_floats: what is edited is resized bilinearly as floats, not with Lanczos as 8-bit values.
+    truncates: the result is cut down to 8-bit values before it is resized, not rounded.
+    """
+
+    name: str
+    owners: str
+    text_positions: bool
+    shows_original: bool
+    resizes_floats: bool
+    truncates: bool
+
+
+LAYOUT_V11 = PromptLayout("v1.1", "v1.0 or v1.1", text_positions=False, shows_original=False, resizes_floats=False, truncates=True)
+LAYOUT_V12 = PromptLayout("v1.2", "v1.2", text_positions=True, shows_original=True, resizes_floats=True, truncates=False)
+LAYOUTS = {layout.name: layout for layout in (LAYOUT_V11, LAYOUT_V12)}
+
+
+@dataclass(frozen=True)
 class Version:
     """What differs between model versions.
 
     reference_offset: (t, y, x) added to the position ids of the reference picture's tokens.
-    layout: how the instruction is laid out for the language model, "v1.1" (with v1.0) or "v1.2" (with its preview).
+    layout: how the instruction is laid out for the language model.
     steps, cfg: defaults of sampling.
     guidance_truncate: noise level above which guidance is norm limited.
     uncond_at_cfg1: whether the limited guidance still runs the unconditional pass at CFG 1.
+    coarse_time: the network reads the time as the official code hands it over, rounded to bfloat16 over 0..1000.
+    draws: whether it was made to draw without a picture, too.
     """
 
     reference_offset: tuple[int, int, int]
-    layout: str = "v1.1"
+    layout: PromptLayout = LAYOUT_V11
     steps: int = DEFAULT_STEPS
     cfg: float = DEFAULT_CFG
     guidance_truncate: float = GUIDANCE_TRUNCATE
     uncond_at_cfg1: bool = True
+    coarse_time: bool = False
+    draws: bool = True
 
 
 VERSIONS = {
     # The reference shares the target's positions; the network tells them apart by content.
-    "v1.0": Version((0, 0, 0)),
-    # The official position table starts from ones on all three axes (spec v1.md a.4).
+    "v1.0": Version((0, 0, 0), draws=False),
+    # The official position table starts from ones on all three axes (docs/model.md, Sequence and position ids).
     "v1.1": Version((1, 1, 1)),
-    # One network; whether it has the text-token mapping is read off the weights (spec v12.md a.4).
-    "v1.2-preview": Version((1, 0, 0), "v1.2", 28, 4.0, GUIDANCE_TRUNCATE_V12, uncond_at_cfg1=False),
-    "v1.2": Version((1, 0, 0), "v1.2", 50, 6.0, GUIDANCE_TRUNCATE_V12, uncond_at_cfg1=False),
+    # One network; whether it has the text-token mapping is read off the weights
+    # (docs/model.md, Telling versions apart).
+    "v1.2-preview": Version((1, 0, 0), LAYOUT_V12, 28, 4.0, GUIDANCE_TRUNCATE_V12, uncond_at_cfg1=False, coarse_time=True),
+    "v1.2": Version((1, 0, 0), LAYOUT_V12, 50, 6.0, GUIDANCE_TRUNCATE_V12, uncond_at_cfg1=False, coarse_time=True),
 }

@@ -12,7 +12,7 @@ from conftest import PACK
 
 import nodes
 import step1x_core
-from step1x_core.reasoning.reflection import LAYOUTS
+from step1x_core.reasoning.conversation import LAYOUTS
 from step1x_core.reasoning.templates import LANGUAGES, load_templates
 
 NAME = "pack_in_process"

@@ -11,7 +11,7 @@ from PIL import Image
 
 import nodes
 from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
-from step1x_core.training.dataset import Cache, EditDataset
+from step1x_core.training.cache import Cache, EditDataset
 
 TYPES = {"model": "MODEL", "clip": "CLIP", "vae": "VAE", "image": "IMAGE", "images": "IMAGE", "images.image0": "IMAGE", "source": "IMAGE", "edited": "IMAGE", "mask": "MASK",
          "positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT", "samples": "LATENT", "stitch": "STEP1X_STITCH",

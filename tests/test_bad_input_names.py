@@ -5,7 +5,7 @@ import pytest
 import torch
 from bad_input_host import Given, Host
 
-from step1x_core.training.dataset import Cache, EditDataset
+from step1x_core.training.cache import Cache, EditDataset
 
 NAMES = {"parent": "..", "parents": "../../../x", "through_a_folder": "a/../../../x", "absolute": "/etc", "drive": "C:\\x", "backslashes": "..\\..\\x", "nothing": "", "dot": ".",
          "spaces": "  ", "nul": "a\0b", "line_break": "a\nb", "lone_surrogate": "\ud800", "300_letters": "a" * 300, "5000_letters": "a" * 5000, "5000_folders": "a/" * 5000}

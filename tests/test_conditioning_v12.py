@@ -1,4 +1,5 @@
-"""The conditioning of v1.2 against Hugging Face transformers and against the specification."""
+"""The conditioning of v1.2 against Hugging Face transformers and against the worked examples
+(docs/model.md, v1.2 positions)."""
 
 import random
 
@@ -10,10 +11,9 @@ from PIL import Image
 from step1x_core.errors import Step1XError
 from step1x_core.host.checkpoints.loading import load_text_encoder
 from step1x_core.host.prompts.encoding import LAYOUT_KEY, add_references, decode_edit, encode_edit
-from step1x_core.host.prompts.qwen import picture_grid
 from step1x_core.host.prompts.text_encoder import TEXT_ENCODER_NAME, Step1XTokenizer
 from step1x_core.host.sampling.sampler import flow_sigmas, sample
-from step1x_core.images import from_uint8, resize, to_output_size, to_thinker_size, to_uint8, to_vision_size_v12, to_working_size, to_working_size_v12
+from step1x_core.images import from_uint8, picture_grid, resize, to_output_size, to_thinker_size, to_uint8, to_vision_size_v12, to_working_size, to_working_size_v12
 from step1x_core.network.positions import text_ids, vision_coordinates
 from step1x_core.prompts.mllm import attention_mask
 from step1x_core.prompts.v11 import IMAGE_PAD_ID
@@ -91,7 +91,7 @@ def test_states_and_embeddings_equal_transformers(clip_v12, transformers_model, 
 
 
 def test_exclamation_mark_takes_part_but_stands_far_back(clip_v12):
-    """The specification's example: at 640x480 the lone "!" is at -126 between -36 and -35."""
+    """The worked example (docs/model.md, v1.2 positions): at 640x480 the lone "!" is at -126 between -36 and -35."""
     ids, _, start, entry = structure(clip_v12, "Hello!", [picture(640, 480)])
     cond, extra = encode(clip_v12, "Hello!", [picture(640, 480)])
     time, rows, columns = extra["text_ids"][0].T
@@ -204,7 +204,7 @@ def test_two_pictures_are_refused(clip_v12, photo):
 
 
 def test_prompts_of_the_older_layout_are_unchanged(clip, clip_v12, photo):
-    assert Step1XTokenizer().layout == clip.tokenizer.layout == "v1.1"
+    assert Step1XTokenizer().layout.name == clip.tokenizer.layout.name == "v1.1"
     cond, extra = encode(clip, "make it red", [photo])
     assert cond.shape == (1, 640, 64) and "attention_mask" in extra and not any(name in extra for name in EXTRAS)
     before = prompt_ids_v12("make it red", clip.tokenizer.token_ids)

@@ -367,7 +367,7 @@ import sys, threading, time
 from pathlib import Path
 import psutil, torch
 sys.path.insert(0, sys.argv[3])
-from step1x_core import conversion
+from step1x_core.checkpoints import conversion
 # What the first computations import.
 conversion.quantise_nvfp4(torch.ones(16, 16, device="meta"))
 process, seen, over = psutil.Process(), [], threading.Event()

@@ -18,7 +18,8 @@ from step1x_core.host.checkpoints.loading import load_text_encoder
 from step1x_core.host.prompts.encoding import encode_edit
 from step1x_core.host.training.cache import cache_pairs
 from step1x_core.host.training.folders import dataset_path
-from step1x_core.training.dataset import Cache, dataset_fingerprint, pack_conditioning, read_pairs, read_picture, write_tensors
+from step1x_core.training.cache import Cache, pack_conditioning, write_tensors
+from step1x_core.training.dataset import dataset_fingerprint, read_pairs, read_picture
 
 LEVEL = 64
 

@@ -16,7 +16,8 @@ from step1x_core.files import check_name, safe_path, write_file
 from step1x_core.gedit.dataset import read_dataset
 from step1x_core.host.training.folders import run_folder
 from step1x_core.training import dataset as edit_pairs
-from step1x_core.training.dataset import CAPTION, REFERENCE, Cache, dataset_fingerprint, read_pairs, write_tensors
+from step1x_core.training.cache import Cache, write_tensors
+from step1x_core.training.dataset import CAPTION, REFERENCE, dataset_fingerprint, read_pairs
 
 OUTSIDE = ["/etc/hostname", "../secret.png", "source/../../secret.png", r"\\server\share\secret.png", "//server/share/secret.png", r"\\?\C:\secret.png",
            r"C:\secret.png", "C:/secret.png", "c:secret.png", r"..\secret.png", r"source\..\..\secret.png", "nul\0.png"]

@@ -25,7 +25,7 @@ from step1x_core.prompts.chat import DEFAULT_SYSTEM, chat, split_at_pictures, un
 from step1x_core.prompts.mllm import rope_positions
 from step1x_core.prompts.v11 import IMAGE_PAD_ID
 from step1x_core.prompts.v12 import SPECIAL_TOKENS
-from step1x_core.reasoning.reflection import RULES
+from step1x_core.reasoning.conversation import RULES
 from step1x_core.reasoning.token_sampling import Sampling, TokenChooser, filter_scores, penalise
 
 NAME = "qwen25_7b"

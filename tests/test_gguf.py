@@ -115,7 +115,7 @@ def conditioning(version, seed):
     length = 24
     context = torch.randn(1, length, 64, generator=generator)
     extra = {"reference_latents": [latent]}
-    if VERSIONS[version].layout == "v1.2":
+    if VERSIONS[version].layout.text_positions:
         extra |= {"text_ids": torch.arange(length).float()[None, :, None].repeat(1, 1, 3), "text_embeds": torch.randn(1, length, 64, generator=generator),
                   "text_mask": (torch.arange(length) > 15).long()[None]}
     else:

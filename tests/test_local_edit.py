@@ -190,7 +190,7 @@ def test_stock_noise_mask_and_differential_diffusion_keep_to_the_crops_mask(demo
 
 
 def test_partial_denoise_starts_from_noise_and_picture_mixed(demo):
-    """Spec v1.md e.7: the schedule is cut at int((1 - s) * n), and x = t * noise + (1 - t) * picture."""
+    """The schedule is cut at int((1 - s) * n), and x = t * noise + (1 - t) * picture (docs/model.md, Schedule)."""
     image = to_image(recolouring(0).source)
     positive, negative, latent = encode_edit(demo.clip, demo.vae, image, "", "", 128)
     sigmas = flow_sigmas(10, latent["samples"], 0.35)

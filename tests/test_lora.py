@@ -164,7 +164,7 @@ def test_halves_of_the_final_modulation_are_swapped(model, load):
 
 
 def test_stacked_kohya_file_is_scaled_by_the_rank_of_the_stack(model):
-    """Training with split matrices stores three LoRAs as one of three times the rank; its alpha stays that of a single one (spec v1.md f.1)."""
+    """Training with split matrices stores three LoRAs as one of three times the rank; its alpha stays that of a single one (docs/model.md, LoRA)."""
     g = torch.Generator().manual_seed(3)
     downs, ups = torch.randn(3, 2, HIDDEN, generator=g), torch.randn(3, HIDDEN, 2, generator=g)
     name = "lora_unet_double_blocks_0_img_attn_qkv"

@@ -28,8 +28,9 @@ from step1x_core.checkpoints.lora import ALPHA as ALPHA_KEY
 from step1x_core.errors import Step1XError
 from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
 from step1x_core.host.checkpoints.lora import apply_lora, load_lora_file
+from step1x_core.host.training.adapted import adapted, linear_shapes
 from step1x_core.host.training.cache import cache_pairs
-from step1x_core.host.training.train import LORA_FILE, STATE_FILE, Run, adapted, batch_losses, edit_held_out, linear_shapes, predict, prepare_model, train, training_mode
+from step1x_core.host.training.train import LORA_FILE, STATE_FILE, Run, batch_losses, edit_held_out, predict, prepare_model, train, training_mode
 from step1x_core.training.dataset import read_pairs
 from step1x_core.training.loss_curve import draw_losses, draw_progress, smooth
 from step1x_core.training.objective import COSINE, TARGET, Settings, add_noise, draw, flow_loss, learning_rate, pair_at, shift_noise_level, to_kohya

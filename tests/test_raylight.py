@@ -21,7 +21,7 @@ from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
 from step1x_core.host.network import model as host_model
 from step1x_core.host.prompts.encoding import encode_edit
 from step1x_core.host.sampling.sampler import flow_sigmas, sample
-from step1x_core.host.training.train import adapted
+from step1x_core.host.training.adapted import adapted
 
 IN_A_WORKER = """
 import sys

@@ -8,8 +8,10 @@ import golden_checks_reflection
 import golden_files
 import pytest
 
-from step1x_core.reasoning.reflection import LAYOUTS, MAX_TRIES, RULES, Loop, Reflection, Step, reflect, report, think, unjudged
+from step1x_core.reasoning.conversation import LAYOUTS, MAX_TRIES, RULES
+from step1x_core.reasoning.reflection import Loop, Reflection, Step, reflect, think, unjudged
 from step1x_core.reasoning.replies import BadReply
+from step1x_core.reasoning.report import report
 from step1x_core.reasoning.templates import LANGUAGES, load_templates
 
 GOLDENS = Path(__file__).parent / "parity" / "goldens" / "v12"

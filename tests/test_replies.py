@@ -12,8 +12,10 @@ import golden_files
 import pytest
 
 from step1x_core.reasoning import replies
-from step1x_core.reasoning.reflection import RULES, Loop, Rules, reflect, report, think
+from step1x_core.reasoning.conversation import RULES, Rules
+from step1x_core.reasoning.reflection import Loop, reflect, think
 from step1x_core.reasoning.replies import BadReply
+from step1x_core.reasoning.report import report
 from step1x_core.reasoning.templates import LANGUAGES, load_templates
 
 GOLDENS = Path(__file__).parent / "parity" / "goldens" / "v12"

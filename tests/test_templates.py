@@ -10,7 +10,7 @@ from conftest import PACK
 
 from step1x_core.errors import Step1XError
 from step1x_core.reasoning import replies
-from step1x_core.reasoning.reflection import LAYOUTS
+from step1x_core.reasoning.conversation import LAYOUTS
 from step1x_core.reasoning.templates import FIELDS, LANGUAGES, fill, load_templates
 
 FOLDER = PACK / "step1x_core" / "data" / "templates"
@@ -109,7 +109,7 @@ def test_a_missing_folder_is_named(tmp_path):
 
 
 def test_the_texts_can_be_read_under_any_locale():
-    code = "from step1x_core.templates import load_templates; print(ascii(load_templates('chinese')['rewrite.system'][:2]))"
+    code = "from step1x_core.reasoning.templates import load_templates; print(ascii(load_templates('chinese')['rewrite.system'][:2]))"
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run([sys.executable, "-c", code], cwd=PACK, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == ascii(load_templates("chinese")["rewrite.system"][:2]), done.stderr

@@ -1,4 +1,4 @@
-"""The text encoder against Hugging Face transformers and against the specification."""
+"""The text encoder against Hugging Face transformers and against the worked examples (docs/model.md, Quotes)."""
 
 import hashlib
 import json
@@ -94,7 +94,7 @@ def test_head_is_the_published_text():
     ("it's", [275, 1, 82, 27, 91, 72, 76, 62, 68, 77, 67, 91, 29, 198, 27, 91, 72, 76, 62, 82, 83, 64, 81, 83, 91, 29, 64, 82, 82, 72, 82, 83, 64, 77, 83, 198]),
     ("", [151645, 198, 151644, 77091, 198]),
 ])
-def test_worked_examples_of_the_specification(clip, prompt, after):
+def test_worked_examples_of_the_model_page(clip, prompt, after):
     sequence = sequence_of(clip, prompt, [picture(512, 512)])
     at = next(i for i, token in enumerate(sequence) if isinstance(token, dict))
     assert sequence[at + 1:] == [151653, *after]

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from step1x_core.checkpoints.detection import detect_config
 from step1x_core.host.network.transformer import Step1XTransformer
-from step1x_core.host.training.train import TRAINED_BYTES, adapted, linear_shapes, load_for_training, training_mode
+from step1x_core.host.training.adapted import adapted, linear_shapes
+from step1x_core.host.training.train import TRAINED_BYTES, load_for_training, training_mode
 from step1x_core.training.objective import RANK, Settings, lora_layers, parameters
 
 

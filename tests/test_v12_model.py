@@ -125,7 +125,7 @@ def test_all_in_one_checkpoint_keeps_the_layout_also_when_the_text_encoder_is_lo
     path = save_as_the_host_does(v12, tmp_path / "all_in_one.safetensors")
     save_file({**load_file(path), **{f"text_encoders.qwen25_7b.transformer.{name}": tensor for name, tensor in text.items()}}, path)
     model, clip, *_ = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False)
-    assert model.model.diffusion_model.version == "v1.2" and clip.tokenizer.layout == "v1.2"
+    assert model.model.diffusion_model.version == "v1.2" and clip.tokenizer.layout.name == "v1.2"
     factory, arguments = clip.patcher.cached_patcher_init
     again = factory(*arguments, disable_dynamic=True).model
     assert torch.equal(again.qwen25_7b.transformer.model.norm.weight, clip.cond_stage_model.qwen25_7b.transformer.model.norm.weight)
@@ -145,7 +145,7 @@ def test_another_models_repository_lends_its_text_encoder(models, tmp_path):
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "QwenImageEditPipeline"}))
     shutil.copy(models / "text_encoders" / tiny_models.MLLM_FILE, folder / "text_encoder" / "model.safetensors")
     (folder / "text_encoder" / "config.json").write_text(json.dumps(tiny_models.TINY_MLLM))
-    assert load_text_encoder(folder).tokenizer.layout == "v1.1" and load_text_encoder(folder, "v1.2").tokenizer.layout == "v1.2"
+    assert load_text_encoder(folder).tokenizer.layout.name == "v1.1" and load_text_encoder(folder, "v1.2").tokenizer.layout.name == "v1.2"
 
 
 def test_whole_repository_loads_from_its_folders(v12_file, models, vae, photo, v12, edit, tmp_path):
@@ -160,11 +160,11 @@ def test_whole_repository_loads_from_its_folders(v12_file, models, vae, photo, v
     (root / "vae" / "config.json").write_text("{}")
 
     clip, own_vae, model = load_text_encoder(root), load_vae(root), load_model(root)
-    assert clip.tokenizer.layout == "v1.2"
+    assert clip.tokenizer.layout.name == "v1.2"
     found = run(model, encode_edit(clip, own_vae, photo, 'write "OPEN" on the cup', "", SIZE_LEVEL))
     assert torch.equal(found, run(v12, edit))
-    assert load_text_encoder(source).tokenizer.layout == "v1.1"
-    assert load_text_encoder(root, "v1.1").tokenizer.layout == "v1.1"
+    assert load_text_encoder(source).tokenizer.layout.name == "v1.1"
+    assert load_text_encoder(root, "v1.1").tokenizer.layout.name == "v1.1"
     with pytest.raises(Step1XError, match="holds no VAE"):
         load_vae(v12_file)
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 from step1x_core.errors import Step1XError
 from step1x_core.prompts.v11 import plain_text
+from step1x_core.reasoning.conversation import Ask
 from step1x_core.reasoning.judge import RETRY_TEMPERATURE
-from step1x_core.reasoning.reflection import Ask
 from step1x_core.reasoning.replies import BadReply
 
 # An endpoint's answer that is longer is not one.

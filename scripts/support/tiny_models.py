@@ -44,7 +44,7 @@ TINY_TRANSFORMER = TransformerSize(hidden=64, head_dim=32, depth=2, depth_single
 
 
 def transformer_shapes(version: str, size: TransformerSize) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of an original single file (specification v1.md a.2, b)."""
+    """Names and shapes of an original single file (docs/model.md, Key names)."""
     shapes = {}
 
     def linear(name, rows, columns):
@@ -186,7 +186,7 @@ def vae_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def flux_vae_shapes() -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the FLUX VAE, full size (specification v1.md d)."""
+    """Names and shapes of the FLUX VAE, full size (docs/model.md, VAE)."""
     shapes = {}
 
     def conv(name, rows, columns, kernel=3):

@@ -2,13 +2,15 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import torch
 
 from ..errors import Step1XError
-from ..versions import HEAD_DIM, VERSIONS
+from ..versions import HEAD_DIM, LAYOUT_V11, LAYOUT_V12, VERSIONS, PromptLayout
+from .files import Checkpoint
 
 # Name under which a configuration travels: safetensors metadata key of small checkpoints, and the
 # uint8 JSON tensor that carries it through the host's loader (the host's `comfy_quant` convention).
@@ -17,7 +19,7 @@ CONFIG_KEY = "step1x_edit_config"
 CONNECTOR_KEY = "connector.S.input_embedder.weight"
 # Only v1.0 has it.
 SCALE_FACTOR_KEY = "connector.scale_factor"
-# Only v1.2 has it, the preview perhaps not (spec v12.md a.4).
+# Only v1.2 has it, the preview perhaps not (docs/model.md, Telling versions apart).
 TEXT_MAPPING_KEY = "text_token_mapping.weight"
 
 
@@ -104,7 +106,7 @@ def check_overrides(config: "Step1XConfig", head_dim: int, names: Iterable[str])
 
 
 def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
-    """Read the configuration off a state dict in the original key layout (spec v1.md a.2).
+    """Read the configuration off a state dict in the original key layout (docs/model.md, Key names).
 
     Sizes come from shapes; what shapes do not show (rope axes, connector heads, a version override)
     comes from the optional `step1x_edit_config` entry and else from the published models' rules.
@@ -158,7 +160,57 @@ def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
     check_overrides(config, head_dim, overrides)
     if not isinstance(config.version, str) or config.version not in VERSIONS:
         raise Step1XError(f"Unknown Step1X-Edit version '{config.version}'. Choose one of: {', '.join(VERSIONS)}.")
-    for key, found, layout, owner in ((SCALE_FACTOR_KEY, scale_factor, "v1.1", "v1.0"), (TEXT_MAPPING_KEY, mapping, "v1.2", "v1.2")):
-        if found and VERSIONS[config.version].layout != layout:
+    for key, found, layout, owner in ((SCALE_FACTOR_KEY, scale_factor, LAYOUT_V11, "v1.0"), (TEXT_MAPPING_KEY, mapping, LAYOUT_V12, "v1.2")):
+        if found and VERSIONS[config.version].layout is not layout:
             raise Step1XError(f"This model cannot be {config.version}: it has {key}, which only {owner} has. Set the version to auto or to {owner}.")
     return config
+
+
+# The class names of diffusers repositories and the prompt layout of their versions
+# (docs/model.md, Telling versions apart).
+PIPELINE_LAYOUTS = {"Step1XEditPipeline": LAYOUT_V11, "Step1XEditPipelineV1P2": LAYOUT_V12}
+# How names of files and folders write a version.
+# Without a v only "1.1" and "1p1", not as part of a longer number: "1-1" and "1_1" may be anything.
+NAMED_LAYOUTS = {layout: re.compile(rf"v1[.p_-]?{minor}(?!\d)|(?<![\d.])1[.p]{minor}(?!\d|[gm]?b\b){more}", re.IGNORECASE)
+                 for layout, minor, more in ((LAYOUT_V12, 2, "|preview|reasonedit"), (LAYOUT_V11, 1, ""))}
+
+
+def pipeline_layout(checkpoint: Checkpoint) -> PromptLayout | None:
+    """The prompt layout that a diffusers repository's class name stands for; None without one. Raises Step1XError for another model's class."""
+    if checkpoint.pipeline is None:
+        return None
+    if not isinstance(checkpoint.pipeline, str) or checkpoint.pipeline not in PIPELINE_LAYOUTS:
+        raise Step1XError(f"{checkpoint.path} belongs to the pipeline {checkpoint.pipeline}, which this node pack does not run. "
+                          f"Supported: {', '.join(PIPELINE_LAYOUTS)}.")
+    return PIPELINE_LAYOUTS[checkpoint.pipeline]
+
+
+def named_layout(names) -> PromptLayout | None:
+    """The prompt layout that the first of these names to name a version stands for; None if none does, or if it names several."""
+    found = ([layout for layout, pattern in NAMED_LAYOUTS.items() if pattern.search(name)] for name in names)
+    layouts = next(filter(None, found), [])
+    return layouts[0] if len(layouts) == 1 else None
+
+
+def choose_version(checkpoint: Checkpoint, state_dict) -> str:
+    """The version of a checkpoint: by its tensors where they tell, else by the repository's class, else by the file's name, else by its folder's.
+
+    Raises Step1XError where nothing tells v1.1 from a v1.2-preview without text-token mapping, and where class and tensors contradict.
+    """
+    layout = pipeline_layout(checkpoint)
+    names = checkpoint.path.parts[:-3:-1]
+    if SCALE_FACTOR_KEY in state_dict:
+        if layout is not None:
+            raise Step1XError(f"{checkpoint.path} contradicts itself: the pipeline {checkpoint.pipeline} is no v1.0, but {SCALE_FACTOR_KEY} is in v1.0 only. "
+                              "Set the version by hand, or download the folder again.")
+        return "v1.0"
+    if TEXT_MAPPING_KEY in state_dict:
+        if layout is LAYOUT_V11:
+            raise Step1XError(f"{checkpoint.path} contradicts itself: the pipeline {checkpoint.pipeline} is v1.1, but {TEXT_MAPPING_KEY} is in v1.2 only. "
+                              "Set the version by hand, or download the folder again.")
+        return "v1.2-preview" if any("preview" in name.lower() for name in names) else "v1.2"
+    layout = layout or named_layout(names)
+    if layout is not None:
+        return "v1.2-preview" if layout is LAYOUT_V12 else "v1.1"
+    raise Step1XError(f"{checkpoint.path.name} is Step1X-Edit v1.1 or v1.2-preview; their tensors are alike, and neither its name nor a model_index.json tells which. "
+                      "Choose the version in 'Load Step1X-Edit Model' instead of auto.")

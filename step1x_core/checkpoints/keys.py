@@ -1,4 +1,4 @@
-"""Key names of checkpoints: the diffusers layout to the original one (spec v1.md f.2)."""
+"""Key names of checkpoints: the diffusers layout to the original one (docs/model.md, Diffusers names)."""
 
 import re
 

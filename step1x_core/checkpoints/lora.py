@@ -1,4 +1,4 @@
-"""LoRA files: the official rule for alpha, and the layer names of other trainers (spec v1.md f)."""
+"""LoRA files: the official rule for alpha, and the layer names of other trainers (docs/model.md, LoRA)."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""How LoRA files name layers and tensors: one spelling for all of them (spec v1.md f)."""
+"""How LoRA files name layers and tensors: one spelling for all of them (docs/model.md, LoRA)."""
 
 import re
 

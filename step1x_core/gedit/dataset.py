@@ -1,4 +1,4 @@
-"""GEdit-Bench: the dataset and the official layout of its results (spec train_eval.md 3).
+"""GEdit-Bench: the dataset and the official layout of its results (docs/model.md, GEdit-Bench).
 
 A dataset is a folder in one of two layouts, with the same columns:
 - parquet files as on the hub (`data/train-*.parquet`), which need pyarrow to read;

@@ -1,4 +1,4 @@
-"""Judgements of GEdit-Bench: the record of them, the official tables, and the means (spec train_eval.md 3).
+"""Judgements of GEdit-Bench: the record of them, the official tables, and the means (docs/model.md, GEdit-Bench).
 
 Every item of the dataset is in one of the states below. The official code leaves out those without scores, which lifts its means; so
 there are two sets of means: official-style ones, over the items with scores, and strict ones, in which an item without counts 0.

@@ -1,4 +1,4 @@
-"""The connector (token refiner) between the language model and the transformer (spec v1.md b)."""
+"""The connector (token refiner) between the language model and the transformer (docs/model.md, Connector)."""
 
 import math
 
@@ -115,7 +115,7 @@ def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Token mask [B, T] -> additive attention bias [B, 1, T, T].
 
     Position i sees j where both are valid; column 0 is open to every row, so padded rows attend to
-    token 0 alone and no row is empty (spec v1.md b.5).
+    token 0 alone and no row is empty (docs/model.md, Connector).
     """
     valid = mask.bool()
     allowed = valid[:, :, None] & valid[:, None, :]
@@ -126,7 +126,8 @@ def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def distinct_tokens(x: Tensor, mask: Tensor) -> int:
     """How many of the text tokens x [B, T, C] with their mask [B, T] of 0/1 the connector tells apart: the tokens before the padding at the end, and one of the padding.
 
-    Padding sees token 0 alone and is seen by none, so equal padding comes out of the connector equal (spec v1.md b.5).
+    Padding sees token 0 alone and is seen by none, so equal padding comes out of the connector equal
+    (docs/model.md, Connector).
     """
     padding = (mask == 0) & (x == x[:, -1:]).all(dim=-1)
     told_apart = (~padding).any(dim=0).nonzero()

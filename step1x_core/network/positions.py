@@ -1,4 +1,4 @@
-"""Position ids of the text tokens of v1.2 (spec v12.md c)."""
+"""Position ids of the text tokens of v1.2 (docs/model.md, v1.2 positions)."""
 
 import torch
 from torch import Tensor

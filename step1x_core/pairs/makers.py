@@ -1,4 +1,4 @@
-"""Pairs that need no model: tone, style, colour and text, by arithmetic on the pixels (spec train_eval.md 2).
+"""Pairs that need no model: tone, style, colour and text, by arithmetic on the pixels (docs/model.md, Training pairs).
 
 A maker gets a picture, uint8 [H, W, 3], and a random generator, and gives source and target; None where the picture has nothing for it
 to work on. Where an effect can be read both ways, the picture itself is the target of one: "remove the fog" has a real target.

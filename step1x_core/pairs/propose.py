@@ -1,4 +1,4 @@
-"""Proposals: the language model lists what is in a picture, and templates make instructions of it, in two languages (spec train_eval.md 2).
+"""Proposals: the language model lists what is in a picture, and templates make instructions of it, in two languages (docs/model.md, Training pairs).
 
 `ask(system, content, max_tokens) -> reply`, as in reflection.py; a retry repeats the same words, so `ask` must sample anew each time.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..errors import Step1XError
 from ..prompts.v11 import clean_prompt
-from ..reasoning.reflection import Ask
+from ..reasoning.conversation import Ask
 from ..reasoning.replies import BadReply, json_block
 from .record import instructions, words
 

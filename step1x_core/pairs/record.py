@@ -1,4 +1,4 @@
-"""A pair of pictures for training: before and after an edit, with its instruction in two languages and where it comes from (spec train_eval.md 2)."""
+"""A pair of pictures for training: before and after an edit, with its instruction in two languages and where it comes from (docs/model.md, Training pairs)."""
 
 import hashlib
 import json

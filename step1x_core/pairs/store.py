@@ -1,4 +1,4 @@
-"""A dataset of pairs on disk, in the layout of the official training code, that grows and survives a kill (spec train_eval.md 1).
+"""A dataset of pairs on disk, in the layout of the official training code, that grows and survives a kill (docs/model.md, LoRA training).
 
 `sources/ab/KEY.png`, `targets/ab/KEY.png`: the pictures, a source once however many pairs it has.
 `pairs.jsonl`: the journal, one line for each pair that is there or was turned down. It alone is the truth, all else follows from it.

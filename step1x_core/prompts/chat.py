@@ -1,4 +1,5 @@
-"""Qwen2.5-VL's chat template with pictures anywhere in the user turn and without picture numbers (spec v12.md f.1)."""
+"""Qwen2.5-VL's chat template with pictures anywhere in the user turn and without picture numbers
+(docs/model.md, Text generation)."""
 
 from .v11 import IMAGE_PAD, TURN_END, clean_prompt, plain_text
 

@@ -1,4 +1,4 @@
-"""Prompt layout of v1.0 and v1.1: template, quotation splitting, token ids (spec v1.md c.2, c.3).
+"""Prompt layout of v1.0 and v1.1: template, quotation splitting, token ids (docs/model.md, Prompt; Quotes).
 
 The tokenizer is passed in as a function `text -> list of ids` that recognises special tokens and adds none.
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-# Text conditioning of v1.0 and v1.1 (official inference code, spec v1.md c.5).
+# Text conditioning of v1.0 and v1.1 (docs/model.md, The 217 rule).
 PROMPT_DROP_TOKENS = 217
 PROMPT_MAX_TOKENS = 640
 

@@ -1,4 +1,5 @@
-"""Prompt layout of v1.2: chat text, quotation splitting, token ids, text mask (spec v12.md b.1, b.2).
+"""Prompt layout of v1.2: chat text, quotation splitting, token ids, text mask
+(docs/model.md, v1.2 prompt; v1.2 quotes).
 
 The tokenizer is passed in as a function `text -> list of ids` that recognises special tokens and adds none.
 """
@@ -23,7 +24,8 @@ _SPECIAL = re.compile("({})".format("|".join(map(re.escape, SPECIAL_TOKENS))))
 CHAT_TEMPLATE = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{prefix} {instruction}"
                  "Picture 1: <|vision_start|><|image_pad|><|vision_end|><|im_end|>\n<|im_start|>assistant\n")
 
-# Of a whole sequence, what the transformer gets: the template and the prefix but for its last token are dropped, a long prompt loses its end (b.3).
+# Of a whole sequence, what the transformer gets: the template and the prefix but for its last token are dropped, a long prompt loses its end
+# (docs/model.md, v1.2 conditioning).
 KEPT = slice(90, 90 + 2048)
 
 

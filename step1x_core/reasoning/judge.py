@@ -1,4 +1,4 @@
-"""The judge of GEdit-Bench: two questions about each edit (VIEScore), to a language model behind `ask` (spec train_eval.md 3).
+"""The judge of GEdit-Bench: two questions about each edit (VIEScore), to a language model behind `ask` (docs/model.md, GEdit-Bench).
 
 `ask(system, content, max_tokens) -> reply`; `content` holds texts and pictures, uint8 [H, W, 3], in their order. Each edit is judged by an
 `ask` of its own, which answers a question that it has been asked before anew.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .reflection import Ask, Asked, Conversation, Rules, answered
+from .conversation import Ask, Asked, Conversation, Rules, answered
 from .replies import MAX_SCORE, BadReply, json_block
 from .templates import load_templates
 
@@ -47,7 +47,7 @@ def judge_size(width: int, height: int) -> tuple[int, int]:
 
 
 def to_judge_size(picture: Image.Image) -> np.ndarray:
-    """Picture -> uint8 [h, w, 3]. The facts do not name the filter; this is Lanczos."""
+    """Picture -> uint8 [h, w, 3]. The official filter is not known; this is Lanczos."""
     return np.asarray(picture.convert("RGB").resize(judge_size(*picture.size), Image.Resampling.LANCZOS))
 
 

@@ -1,4 +1,5 @@
-"""Thinking and reflection: the six calls to the language model, and the rounds they control (spec v12.md f.3 to f.6).
+"""Thinking and reflection: the six calls to the language model, and the rounds they control
+(docs/model.md, Calls; Rounds).
 
 Pictures are opaque here. `ask(system, content, max_tokens) -> reply` is the language model; `content` holds texts and pictures in
 their order. A retry repeats the same words, so `ask` must sample anew each time (count its calls into the seed).
@@ -14,13 +15,11 @@ Where this differs from the official code, on purpose (reasons in docs/thinking.
 - One set of texts, in the language of the instruction, serves preview and final; it follows the final version's contracts.
 """
 
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..prompts.v11 import clean_prompt
+from .conversation import RULES, Ask, Call, Conversation, Rules
 from .replies import (
-    ERROR_MARK,
     FAILED,
     SUCCESS,
     BadReply,
@@ -34,57 +33,10 @@ from .replies import (
     score_pair,
     score_table,
 )
-from .templates import fill, load_templates
+from .templates import load_templates
 
-Ask = Callable[[str, list, int], str]
-# What `ask` is given.
-Asked = tuple[str, list, int]
-
-# What the user turn of each call holds, in order.
-LAYOUTS = {
-    "rewrite": ("source", "text"),
-    "description": ("source", "text"),
-    "consistency": ("text", "edited"),
-    "reflection": ("source", "edited", "text"),
-    "edit_score": ("source", "edited", "text"),
-    "quality_score": ("edited", "text"),
-}
-
-MAX_TRIES = 20
 MAX_ROUNDS = 3
 NO_SCORES = (0.0, 0.0)
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What differs between the versions.
-
-    budgets: tokens that the reply to each call may have.
-    scored: edit and quality scores are asked for, and the best round is the one with the highest; else the best round is the last.
-    tries: how often each call is made until its reply is good. The rewrite is never repeated.
-    """
-
-    budgets: dict[str, int]
-    scored: bool
-    tries: int = MAX_TRIES
-
-
-_BUDGETS = {"rewrite": 512, "description": 768, "consistency": 1024, "reflection": 768, "edit_score": 768, "quality_score": 768}
-
-RULES = {
-    "v1.2-preview": Rules({**_BUDGETS, "consistency": 512}, scored=False),
-    "v1.2": Rules(_BUDGETS, scored=True),
-}
-
-
-@dataclass
-class Call:
-    """One call and its tries. replies: all of them, the good one last; problem: what is wrong with the last one, "" for nothing."""
-
-    name: str
-    tries: int = 0
-    replies: list[str] = field(default_factory=list)
-    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,69 +76,6 @@ class Reflection:
 def unjudged(reason: str) -> Reflection:
     """Stands for the judgement on a picture that could not be judged."""
     return Reflection("failed", explanation=reason)
-
-
-def answered(ask: Ask, steps: Generator[Asked, str]):
-    """The result of steps that yield what is to be asked, and get the reply, or the BadReply that `ask` raises."""
-    try:
-        asked = next(steps)
-        while True:
-            try:
-                reply = ask(*asked)
-            except BadReply as problem:
-                asked = steps.throw(problem)
-            else:
-                asked = steps.send(reply)
-    except StopIteration as end:
-        return end.value
-
-
-class Conversation:
-    """Makes the calls about one instruction and keeps a record of them. pictures: by their names in LAYOUTS.
-
-    ask: None where `tries` alone is used, by which several conversations can be had at a time.
-    """
-
-    def __init__(self, ask: Ask | None, rules: Rules, templates: dict[str, str], pictures: dict):
-        self.ask, self.rules, self.templates, self.pictures = ask, rules, templates, pictures
-        self.calls: list[Call] = []
-
-    def question(self, call: Call, values: dict[str, str]) -> Asked:
-        """What is asked by one try of a call."""
-        call.tries += 1
-        parts = {**self.pictures, "text": fill(self.templates[f"{call.name}.user"], values)}
-        content = [parts[part] for part in LAYOUTS[call.name]]
-        return self.templates[f"{call.name}.system"], content, self.rules.budgets[call.name]
-
-    def take(self, call: Call, reply: str) -> str:
-        """Keep the reply to one try of a call -> it, trimmed, whatever it is."""
-        call.replies.append(clean_prompt(reply).strip())
-        return call.replies[-1]
-
-    def attempt(self, call: Call, values: dict[str, str]) -> str:
-        """One try of a call -> the reply, trimmed, whatever it is."""
-        return self.take(call, self.ask(*self.question(call, values)))
-
-    def tries(self, name: str, read: Callable, **values: str) -> Generator[Asked, str]:
-        """The tries of a call, as steps for `answered` -> what `read` makes of the first good reply. Raises BadReply when every try failed."""
-        call = Call(name)
-        self.calls.append(call)
-        while call.tries < self.rules.tries:
-            try:
-                reply = self.take(call, (yield self.question(call, values)))
-                if reply.startswith(ERROR_MARK):
-                    raise BadReply("an error message")
-                result = read(reply)
-            except BadReply as problem:
-                call.problem = str(problem)
-            else:
-                call.problem = ""
-                return result
-        raise BadReply(f"The language model gave no usable answer to the call '{name}' in {call.tries} tries. Last problem: {call.problem}.")
-
-    def retried(self, name: str, read: Callable, **values: str):
-        """What `read` makes of the first good reply to a call. Raises BadReply when every try failed; `ask` may raise it, too."""
-        return answered(self.ask, self.tries(name, read, **values))
 
 
 def think(ask: Ask, source, prompt: str, rules: Rules = RULES["v1.2"], overrides: Path | None = None) -> Thought:
@@ -286,41 +175,3 @@ class Loop:
         return max(range(len(self.rounds)), key=rank, default=None)
 
 
-def indent(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines())
-
-
-def describe_call(call: Call) -> str:
-    """A call for the report: its tries, and the last reply in full."""
-    tries = f"{call.tries} {'try' if call.tries == 1 else 'tries'}"
-    problem = f", no usable answer: {call.problem}" if call.problem else ""
-    return f"  {call.name} ({tries}{problem})\n{indent(call.replies[-1] if call.replies else '')}"
-
-
-def describe_reflection(reflection: Reflection) -> str:
-    """The judgement on one picture as plain text."""
-    lines = [f"  Verdict: {reflection.verdict}"]
-    if reflection.explanation:
-        lines.append(f"  Explanation: {reflection.explanation}")
-    if reflection.refined:
-        lines.append(f"  Next instruction: {reflection.refined}")
-    if reflection.consistency:
-        lines.append(f"  Consistency: {reflection.consistency.score:g} of 10")
-    if reflection.edit_scores:
-        (success, restraint), (naturalness, artifacts) = reflection.edit_scores, reflection.quality_scores
-        lines.append(f"  Scores of 10: success {success:g}, restraint {restraint:g}, naturalness {naturalness:g}, freedom from artifacts {artifacts:g}; "
-                     f"value {reflection.value:g} of 100")
-    return clean_prompt("\n".join([*lines, *map(describe_call, reflection.calls)]))
-
-
-def report(loop: Loop, thought: Thought | None = None) -> str:
-    """All rounds as plain text for a person."""
-    lines = [f"Instruction: {thought.prompt if thought else loop.prompt}"]
-    if thought:
-        lines.append(f"Rewritten: {loop.prompt}")
-    for number, entry in enumerate(loop.rounds, 1):
-        base = "the source" if entry.step.base == "source" else f"round {number - 1}"
-        lines.append(f"\nRound {number} edits {base}: {entry.step.prompt}\n{describe_reflection(entry.reflection)}")
-    if loop.rounds:
-        lines.append(f"\nBest: round {loop.best() + 1}")
-    return clean_prompt("\n".join(lines))

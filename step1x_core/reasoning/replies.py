@@ -1,4 +1,5 @@
-"""Replies of the language model: what each must look like and what is read from it (spec v12.md f.2, f.4).
+"""Replies of the language model: what each must look like and what is read from it
+(docs/model.md, Text generation; Replies).
 
 Every parser takes any string, in time linear in its length. A reply that breaks its contract raises BadReply and nothing else does.
 """

@@ -1,4 +1,4 @@
-"""The instruction texts of the language model's calls: plain UTF-8 files with named fields (spec v12.md f.3).
+"""The instruction texts of the language model's calls: plain UTF-8 files with named fields (docs/model.md, Calls).
 
 `data/templates/<language>/<call>.<role>.txt`; a file of the same relative name in a folder of the user's takes its place.
 A field is a name in braces, like {instruction}. Braces around anything but a plain word are text, so JSON can be written as it is.

@@ -1,4 +1,4 @@
-"""Norm-limited classifier-free guidance (spec v1.md e.4)."""
+"""Norm-limited classifier-free guidance (docs/model.md, Guidance)."""
 
 from dataclasses import dataclass
 

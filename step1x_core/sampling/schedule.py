@@ -1,4 +1,4 @@
-"""The resolution-dependent flow schedule (spec v1.md e.2, e.7)."""
+"""The resolution-dependent flow schedule (docs/model.md, Schedule)."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""Region-aware denoising: after a few full steps only the tokens that the edit changes are computed (spec v12.md g).
+"""Region-aware denoising: after a few full steps only the tokens that the edit changes are computed
+(docs/model.md, Region denoising).
 
 The model's prediction of a token is the denoised latent. Where the edit leaves the picture alone it is kept from the last full step; with a straight path this is the
 same as one long step. Within the edited region a step is left out where the velocity is hardly going to change, as measured in the run itself.

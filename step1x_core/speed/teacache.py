@@ -1,4 +1,4 @@
-"""TeaCache: skip the blocks of a model call whose input hardly changed (spec v1.md g)."""
+"""TeaCache: skip the blocks of a model call whose input hardly changed (docs/model.md, TeaCache)."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Training a LoRA on pairs of pictures: objective, noise levels, layers, order of the pairs and the kohya layout (spec train_eval.md 1)."""
+"""Training a LoRA on pairs of pictures: objective, noise levels, layers, order of the pairs and the kohya layout (docs/model.md, LoRA training)."""
 
 import logging
 import math

@@ -10,7 +10,6 @@ from comfy.text_encoders.qwen_vl import process_qwen2vl_images
 from PIL import Image
 
 from step1x_core.host.network.transformer import Step1XTransformer
-from step1x_core.host.prompts.qwen import picture_grid
 from step1x_core.host.prompts.text_encoder import TEXT_ENCODER_NAME, Step1XTokenizer
 from step1x_core.images import (
     HELPER_LIMITS,
@@ -20,6 +19,7 @@ from step1x_core.images import (
     VISION_CELL,
     VISION_PATCH,
     from_uint8,
+    picture_grid,
     resize,
     thumbnail,
     to_output_size,
@@ -35,6 +35,7 @@ from step1x_core.prompts.mllm import attention_mask, mrope_positions
 from step1x_core.prompts.v11 import IMAGE_PAD_ID
 from step1x_core.prompts.v12 import KEPT, SPECIAL_TOKENS, chat_text, prompt_prefix, split_chat, split_quotations
 from step1x_core.sampling.schedule import latent_tokens, shift_mu
+from step1x_core.versions import LAYOUT_V12
 
 POSITION_TOLERANCE = 1e-4
 
@@ -92,7 +93,7 @@ def check_prompt(row: dict, sequence: Sequence, errors) -> None:
 
 
 def check_tokens(table: dict, errors) -> None:
-    tokenizer = Step1XTokenizer(layout="v1.2")
+    tokenizer = Step1XTokenizer(layout=LAYOUT_V12)
     errors.equal(tokenizer.token_ids(prompt_prefix()), table["prefix_token_ids"])
     errors.equal(len(prompt_prefix()), table["prefix_char_len"])
     errors.equal((KEPT.start, KEPT.stop - KEPT.start), (table["prefix_tokens_dropped"], table["max_token_length"]))
@@ -116,7 +117,7 @@ def check_position_ids(golden, errors) -> None:
         errors.equal(found.shape, expected.shape)
         errors.equal(bool((found - expected).abs().max() <= POSITION_TOLERANCE), True)
 
-    tokenizer = Step1XTokenizer(layout="v1.2")
+    tokenizer = Step1XTokenizer(layout=LAYOUT_V12)
     errors.equal(KEPT.start, golden.config["prefix_tokens_dropped"])
     for i, case in enumerate(golden.config["cases"]):
         sequence = Sequence(tokenizer, case["prompt"], case["original_wh"])

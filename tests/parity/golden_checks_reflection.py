@@ -1,4 +1,5 @@
-"""The golden checks of thinking and reflection (spec v12.md f): replies, retries, call layout, rounds.
+"""The golden checks of thinking and reflection
+(docs/model.md, Calls; Replies; Rounds): replies, retries, call layout, rounds.
 
 golden_runner.py runs them. Everything is compared exactly.
 """
@@ -9,7 +10,8 @@ import math
 from dataclasses import replace
 
 from step1x_core.reasoning import replies
-from step1x_core.reasoning.reflection import LAYOUTS, RULES, Call, Conversation, Loop, Reflection, judge, rate, reflect, think, unjudged
+from step1x_core.reasoning.conversation import LAYOUTS, RULES, Call, Conversation
+from step1x_core.reasoning.reflection import Loop, Reflection, judge, rate, reflect, think, unjudged
 from step1x_core.reasoning.replies import BadReply
 from step1x_core.reasoning.templates import LANGUAGES, load_templates
 

@@ -19,6 +19,7 @@ from test_goldens import GOLDENS
 from step1x_core.host.network.transformer import position_bits
 from step1x_core.host.prompts.text_encoder import Step1XTokenizer
 from step1x_core.prompts.v12 import KEPT
+from step1x_core.versions import LAYOUT_V12
 
 NAMES_V1 = {"dit_forward_v1.0.safetensors": 0, "dit_forward_v1.1.safetensors": 1}
 NAMES_V12 = ("v12/transformer_final.safetensors", "v12/transformer_preview.safetensors")
@@ -282,7 +283,7 @@ def test_size_table_may_name_no_error_as_null(tmp_path):
 
 def token_row(prompt: str, parts: list[tuple[str, bool]]) -> dict:
     """A row of tokens.json for a prompt whose parts are given, by hand; its ids and times by the pack."""
-    tokenizer = Step1XTokenizer(layout="v1.2")
+    tokenizer = Step1XTokenizer(layout=LAYOUT_V12)
     sequence = golden_checks_conditioning.Sequence(tokenizer, prompt, (640, 480))
     start, end, first = sequence.start, sequence.end, KEPT.start
     stop, cut = min(start, KEPT.stop), min(end, KEPT.stop)

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import re
 from contextlib import contextmanager
 
 import comfy.diffusers_convert
@@ -15,7 +14,17 @@ from comfy.supported_models_base import ClipTarget
 from comfy.text_encoders.hunyuan_video import llama_detect
 
 from ...checkpoints.conversion import MODEL_LAYERS, SCALES, converted
-from ...checkpoints.detection import CONFIG_KEY, CONNECTOR_KEY, SCALE_FACTOR_KEY, TEXT_MAPPING_KEY, config_tensor, detect_config, parse_config, stored_config
+from ...checkpoints.detection import (
+    CONFIG_KEY,
+    CONNECTOR_KEY,
+    PIPELINE_LAYOUTS,
+    choose_version,
+    config_tensor,
+    detect_config,
+    parse_config,
+    pipeline_layout,
+    stored_config,
+)
 from ...checkpoints.files import Checkpoint, check_file, check_tensors, check_types, find_checkpoint
 from ...checkpoints.keys import diffusers_to_original, is_diffusers_layout
 from ...checkpoints.language_model import TEXT_KEY, VISION_KEY, MLLMConfig, detect_mllm_config, normalize_keys
@@ -23,6 +32,7 @@ from ...checkpoints.markers import FILE_MARKER, lift_marker, marked_layers, merg
 from ...checkpoints.prefixes import COMPILED, transformer_names
 from ...checkpoints.quantised import check_foreign, check_leftovers, multiply_out, unknown_tensors
 from ...errors import Step1XError
+from ...versions import LAYOUT_V11, LAYOUTS
 from ..network.model import register
 from ..network.transformer import Step1XTransformer
 from ..prompts.qwen import Qwen25VL
@@ -31,12 +41,6 @@ from ..sampling.sampler import with_norm_limiter
 
 log = logging.getLogger(__name__)
 
-# The class names of diffusers repositories and the prompt layout of their versions (spec v12.md a.4).
-PIPELINE_LAYOUTS = {"Step1XEditPipeline": "v1.1", "Step1XEditPipelineV1P2": "v1.2"}
-# How names of files and folders write a version.
-# Without a v only "1.1" and "1p1", not as part of a longer number: "1-1" and "1_1" may be anything.
-NAMED_LAYOUTS = {layout: re.compile(rf"v1[.p_-]?{minor}(?!\d)|(?<![\d.])1[.p]{minor}(?!\d|[gm]?b\b){more}", re.IGNORECASE)
-                 for layout, minor, more in (("v1.2", 2, "|preview|reasonedit"), ("v1.1", 1, ""))}
 # What config.json of a diffusers transformer calls what shapes do not show.
 CONFIG_NAMES = {"axes_dims_rope": "axes_dim", "connector_heads_num": "connector_heads"}
 
@@ -130,47 +134,6 @@ def model_shapes(config) -> dict[str, tuple[int, ...]]:
 
 def mllm_shapes(config: MLLMConfig) -> dict[str, tuple[int, ...]]:
     return shapes(Qwen25VL(config.__dict__, torch.bfloat16, "meta", torch.nn).state_dict())
-
-
-def pipeline_layout(checkpoint: Checkpoint) -> str | None:
-    """The prompt layout that a diffusers repository's class name stands for; None without one. Raises Step1XError for another model's class."""
-    if checkpoint.pipeline is None:
-        return None
-    if not isinstance(checkpoint.pipeline, str) or checkpoint.pipeline not in PIPELINE_LAYOUTS:
-        raise Step1XError(f"{checkpoint.path} belongs to the pipeline {checkpoint.pipeline}, which this node pack does not run. "
-                          f"Supported: {', '.join(PIPELINE_LAYOUTS)}.")
-    return PIPELINE_LAYOUTS[checkpoint.pipeline]
-
-
-def named_layout(names) -> str | None:
-    """The prompt layout that the first of these names to name a version stands for; None if none does, or if it names several."""
-    found = ([layout for layout, pattern in NAMED_LAYOUTS.items() if pattern.search(name)] for name in names)
-    layouts = next(filter(None, found), [])
-    return layouts[0] if len(layouts) == 1 else None
-
-
-def choose_version(checkpoint: Checkpoint, state_dict) -> str:
-    """The version of a checkpoint: by its tensors where they tell, else by the repository's class, else by the file's name, else by its folder's.
-
-    Raises Step1XError where nothing tells v1.1 from a v1.2-preview without text-token mapping, and where class and tensors contradict.
-    """
-    layout = pipeline_layout(checkpoint)
-    names = checkpoint.path.parts[:-3:-1]
-    if SCALE_FACTOR_KEY in state_dict:
-        if layout is not None:
-            raise Step1XError(f"{checkpoint.path} contradicts itself: the pipeline {checkpoint.pipeline} is no v1.0, but {SCALE_FACTOR_KEY} is in v1.0 only. "
-                              "Set the version by hand, or download the folder again.")
-        return "v1.0"
-    if TEXT_MAPPING_KEY in state_dict:
-        if layout == "v1.1":
-            raise Step1XError(f"{checkpoint.path} contradicts itself: the pipeline {checkpoint.pipeline} is v1.1, but {TEXT_MAPPING_KEY} is in v1.2 only. "
-                              "Set the version by hand, or download the folder again.")
-        return "v1.2-preview" if any("preview" in name.lower() for name in names) else "v1.2"
-    layout = layout or named_layout(names)
-    if layout is not None:
-        return "v1.2-preview" if layout == "v1.2" else "v1.1"
-    raise Step1XError(f"{checkpoint.path.name} is Step1X-Edit v1.1 or v1.2-preview; their tensors are alike, and neither its name nor a model_index.json tells which. "
-                      "Choose the version in 'Load Step1X-Edit Model' instead of auto.")
 
 
 def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tuple[dict, dict]:
@@ -299,14 +262,14 @@ def load_text_encoder(path, layout: str | None = None, model_options={}, disable
     Raises Step1XError as `mllm_state_dict` does, and for weights that the host cannot load.
     """
     checkpoint = find_checkpoint(path, "text_encoder")
-    layout = layout or PIPELINE_LAYOUTS.get(checkpoint.pipeline, "v1.1")
+    layout = LAYOUTS[layout] if layout else PIPELINE_LAYOUTS.get(checkpoint.pipeline, LAYOUT_V11)
     state_dict, config = mllm_state_dict(checkpoint)
     tokenizer = functools.partial(Step1XTokenizer, layout=layout)
     with naming(checkpoint.path.name):
         target = ClipTarget(tokenizer, functools.partial(Step1XTEModel, config=config, **llama_detect(state_dict)))
         parameters = comfy.utils.calculate_parameters(state_dict)
         clip = comfy.sd.CLIP(target, parameters=parameters, state_dict=[state_dict], model_options=model_options, disable_dynamic=disable_dynamic)
-    clip.patcher.cached_patcher_init = (load_text_encoder_patcher, (path, layout, model_options))
+    clip.patcher.cached_patcher_init = (load_text_encoder_patcher, (path, layout.name, model_options))
     return clip
 
 

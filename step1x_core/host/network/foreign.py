@@ -64,6 +64,6 @@ def check_own_forward(transformer) -> None:
     which nobody would notice but by the picture.
     """
     methods = any(bound_forward(block) for block in (*transformer.double_blocks, *transformer.single_blocks))
-    if VERSIONS[transformer.version].layout == "v1.2" and (methods or "forward_orig" in vars(transformer)):
+    if VERSIONS[transformer.version].layout.text_positions and (methods or "forward_orig" in vars(transformer)):
         raise Step1XError(f"Another node pack has replaced the forward pass of this Step1X-Edit {transformer.version} model by one for FLUX, as raylight's sequence "
                           "parallelism does, which would place the text wrongly. Use v1.1 there, or 'MultiGPU CFG Split' to use two graphics cards.")

@@ -18,7 +18,7 @@ from ...checkpoints.quantised import check_stock
 from ...checks import check_latent_shape
 from ...errors import Step1XError
 from ...network.connector import distinct_tokens
-from ...versions import VERSIONS
+from ...versions import LAYOUT_V11, LAYOUT_V12, VERSIONS
 from ..prompts.text_encoder import TEXT_ENCODER_NAME, Step1XTEModel, Step1XTokenizer
 from .foreign import check_own_forward
 from .transformer import Step1XTransformer, position_bits
@@ -77,7 +77,7 @@ class Step1XEditModel(comfy.model_base.Flux):
         """
         self.check_inputs(**kwargs)
         if kwargs.get("prompt_type") == "positive":
-            if not kwargs.get("reference_latents") and self.diffusion_model.version == "v1.0":
+            if not kwargs.get("reference_latents") and not VERSIONS[self.diffusion_model.version].draws:
                 log.warning("Step1X-Edit v1.0 can only edit; it was not made to draw without a picture. Use v1.1 for text to image, or connect a picture.")
             if kwargs.get("guidance") is not None:
                 log.warning("FluxGuidance has no effect on Step1X-Edit, which has no distilled guidance. Use the CFG of the sampler.")
@@ -127,9 +127,9 @@ class Step1XEditModel(comfy.model_base.Flux):
         """What the layout of v1.2 adds to the conds; {} for the other one. Raises Step1XError for a conditioning of the other layout."""
         version = self.diffusion_model.version
         layout = VERSIONS[version].layout
-        if (text_ids is not None) != (layout == "v1.2"):
-            raise Step1XError(f"The model was loaded as {version}, but the instruction was encoded for {'v1.0 or v1.1' if text_ids is None else 'v1.2'}. "
-                              f"Set the version of 'Load Step1X-Edit MLLM' to {layout}, or correct that of 'Load Step1X-Edit Model'.")
+        if (text_ids is not None) != layout.text_positions:
+            raise Step1XError(f"The model was loaded as {version}, but the instruction was encoded for {(LAYOUT_V11 if text_ids is None else LAYOUT_V12).owners}. "
+                              f"Set the version of 'Load Step1X-Edit MLLM' to {layout.name}, or correct that of 'Load Step1X-Edit Model'.")
         if text_ids is None:
             return {}
         if text_ids.shape[1] != context.shape[1]:

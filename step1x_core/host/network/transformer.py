@@ -1,4 +1,5 @@
-"""The Step1X-Edit transformer: the host's Flux with a connector in front of it (spec v1.md a, v12.md a)."""
+"""The Step1X-Edit transformer: the host's Flux with a connector in front of it
+(docs/model.md, Transformer; v1.2 conditioning)."""
 
 import torch
 from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
@@ -26,7 +27,7 @@ def position_bits(text_ids: Tensor) -> Tensor:
 
 
 def official_time(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Time 0..1 as v1.2's pipeline hands it to the network: rounded to the latent's dtype on the way over 0..1000 (spec v12.md e).
+    """Time 0..1 as v1.2's pipeline hands it to the network: rounded to the latent's dtype on the way over 0..1000 (docs/model.md, v1.2 sampling).
 
     In bfloat16 neighbouring times near 1000 are 4 apart: 993.58 becomes 992.
     """
@@ -93,7 +94,7 @@ class Step1XTransformer(Flux):
             transformer_options.pop(FP8_ATTENTION, None)  # another node has to see q, k and v
         else:
             transformer_options["optimized_attention_override"] = cudnn_first
-        if VERSIONS[self.version].layout == "v1.2":
+        if VERSIONS[self.version].coarse_time:
             timestep = official_time(timestep, x.dtype)
         img, img_ids = self.process_img(x, transformer_options=transformer_options)
         img_tokens = img.shape[1]

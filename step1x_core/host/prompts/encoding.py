@@ -8,6 +8,7 @@ from torch import Tensor
 from ...checks import BAD_LATENT, check_conditioning, check_finite, check_latent_shape, check_pictures, latent_samples
 from ...errors import Step1XError
 from ...images import to_output_size, to_working_size, to_working_size_v12
+from ...versions import LAYOUT_V11, LAYOUT_V12, LAYOUTS
 from .text_encoder import Step1XTokenizer
 
 LATENT_CHANNELS = 16
@@ -68,9 +69,9 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
     check_vae(vae)
     check_pictures(image, "image")
     layout = clip.tokenizer.layout
-    resize = to_working_size_v12 if layout == "v1.2" else to_working_size
+    resize = to_working_size_v12 if layout.resizes_floats else to_working_size
     pictures = torch.stack([resize(picture, size_level) for picture in image])
-    shown = image if layout == "v1.2" else pictures
+    shown = image if layout.shows_original else pictures
     if latent is not None:
         check_latent(latent_samples(latent), pictures)
 
@@ -96,7 +97,7 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
     known |= {"negative": conditionings[1], "samples": samples}
     progress.update(1)
     positive, negative = ([[cond, {**extra, "reference_latents": [samples]}] for cond, extra in c] for c in conditionings)
-    return positive, negative, {"samples": samples, LAYOUT_KEY: layout}
+    return positive, negative, {"samples": samples, LAYOUT_KEY: layout.name}
 
 
 def encode_pictures(vae, pictures: Tensor) -> Tensor:
@@ -119,8 +120,8 @@ def add_references(conditionings: list[list], vae, images: list[Tensor], size_le
     for image in images:
         check_pictures(image, "images")
     # Its entry of the conditioning tells the layout: each version reads all its references resized in one way.
-    is_v12 = any("text_ids" in extra for conditioning in conditionings for _, extra in conditioning)
-    resize = to_working_size_v12 if is_v12 else to_working_size
+    layout = LAYOUT_V12 if any("text_ids" in extra for conditioning in conditionings for _, extra in conditioning) else LAYOUT_V11
+    resize = to_working_size_v12 if layout.resizes_floats else to_working_size
     latents = [encode_pictures(vae, torch.stack([resize(picture, size_level) for picture in image])) for image in images]
     return [[[cond, {**extra, "reference_latents": [*extra.get("reference_latents", []), *latents]}] for cond, extra in conditioning]
             for conditioning in conditionings]
@@ -155,4 +156,5 @@ def decode_edit(vae, latent: dict, source: Tensor | None = None) -> Tensor:
     if source is None or source.shape[1:3] == pictures.shape[1:3]:
         return pictures
     size = (source.shape[2], source.shape[1])
-    return torch.stack([to_output_size(picture, size, truncate=latent.get(LAYOUT_KEY) != "v1.2") for picture in pictures])
+    layout = LAYOUTS.get(latent.get(LAYOUT_KEY), LAYOUT_V11)
+    return torch.stack([to_output_size(picture, size, truncate=layout.truncates) for picture in pictures])

@@ -1,4 +1,4 @@
-"""The host's Qwen2.5-VL with sizes taken from the checkpoint: hidden states (spec v1.md c.4, c.5) and text generation (spec v12.md f.1, f.7)."""
+"""The host's Qwen2.5-VL with sizes taken from the checkpoint: hidden states and text generation (docs/model.md, Language model; The 217 rule; Text generation)."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from comfy.text_encoders import llama, qwen_vl
 from torch import Tensor
 
 from ...checkpoints.language_model import MLLMConfig
-from ...images import VISION_CELL
+from ...images import picture_grid
 from ...prompts.mllm import attention_mask, mrope_positions, rope_positions
 from ...prompts.v11 import IMAGE_PAD_ID
 from ...reasoning.token_sampling import Sampling, TokenChooser
@@ -22,11 +22,6 @@ from ..relied_on import TEXT_ENCODER, check_intact
 STOP_IDS = (151643, 151645)
 # Length of the reply for which memory is set aside; the cache of a longer one grows token by token.
 REPLY_TOKENS = 1024
-
-
-def picture_grid(image: Tensor) -> tuple[int, int]:
-    """Rows and columns of the tokens of a picture [h, w, 3] with sides in multiples of 28."""
-    return image.shape[0] // VISION_CELL, image.shape[1] // VISION_CELL
 
 
 class VisionTransformer(qwen_vl.Qwen2VLVisionTransformer):

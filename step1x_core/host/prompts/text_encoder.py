@@ -1,8 +1,7 @@
-"""The Step1X-Edit text encoder on the host's Qwen2.5-VL (spec v1.md c, v12.md b)."""
+"""The Step1X-Edit text encoder on the host's Qwen2.5-VL (docs/model.md, Prompt; Language model; v1.2 conditioning)."""
 
 import functools
 import logging
-import math
 from dataclasses import asdict
 
 import torch
@@ -11,14 +10,15 @@ from comfy.text_encoders.qwen_image import Qwen25_7BVLITokenizer
 
 from ...checkpoints.language_model import MLLMConfig
 from ...errors import Step1XError
-from ...images import BLACK_PICTURE, to_thinker_size, to_vision_size, to_vision_size_v12
+from ...images import BLACK_PICTURE, picture_grid, to_thinker_size
 from ...network.positions import text_ids
 from ...prompts.chat import chat, untemplated
+from ...prompts.layouts import SEQUENCES
 from ...prompts.mllm import layout_states
-from ...prompts.v11 import IMAGE_PAD_ID, PICTURE_LABEL_IDS, PROMPT_DROP_TOKENS, PROMPT_MAX_TOKENS, TURN_END, prompt_ids
-from ...prompts.v12 import KEPT, SPECIAL_TOKENS, prompt_ids_v12
+from ...prompts.v12 import KEPT, SPECIAL_TOKENS
 from ...reasoning.token_sampling import Sampling
-from .qwen import STOP_IDS, Qwen25VL, picture_grid
+from ...versions import LAYOUT_V11
+from .qwen import STOP_IDS, Qwen25VL
 
 log = logging.getLogger(__name__)
 
@@ -107,9 +107,9 @@ class Step1XTEModel(sd1_clip.SD1ClipModel):
 
 
 class Step1XTokenizer(sd1_clip.SD1Tokenizer):
-    """layout: how prompts are laid out, "v1.1" for v1.0 and v1.1, "v1.2" for its preview and final."""
+    """layout: how prompts are laid out."""
 
-    def __init__(self, embedding_directory=None, tokenizer_data={}, layout="v1.1"):
+    def __init__(self, embedding_directory=None, tokenizer_data={}, layout=LAYOUT_V11):
         super().__init__(embedding_directory=embedding_directory, tokenizer_data=tokenizer_data, name=TEXT_ENCODER_NAME, tokenizer=Qwen25_7BVLITokenizer)
         self.layout = layout
         # The host's tokenizer has four tags of later models, which Qwen2.5-VL reads as plain text.
@@ -156,19 +156,6 @@ class Step1XTokenizer(sd1_clip.SD1Tokenizer):
         if len(images) > 1:
             raise Step1XError(f"Step1X-Edit reads one picture with the instruction, not {len(images)}. Connect a single picture.")
         picture = images[0][0] if len(images) > 0 else torch.zeros(BLACK_PICTURE, BLACK_PICTURE, 3)
-        if self.layout == "v1.2":
-            sequence, mask = prompt_ids_v12(text, self.token_ids)
-            pixels, working_size = to_vision_size_v12(picture, size_level)
-            at = sequence.index(IMAGE_PAD_ID)
-            say_cut(text, at - len(PICTURE_LABEL_IDS) - KEPT.stop, at + math.prod(picture_grid(pixels)) - KEPT.stop)
-            # No token reaches the transformer from there on, nor does it act on those before.
-            del sequence[KEPT.stop:at], mask[KEPT.stop:at]
-            sequence[min(at, KEPT.stop)] = {"type": "image", "data": pixels, "working_size": working_size, "text_mask": mask}
-        else:
-            before, after = prompt_ids(text, self.token_ids)
-            pixels = to_vision_size(picture)
-            room = PROMPT_DROP_TOKENS + PROMPT_MAX_TOKENS - len(before) - math.prod(picture_grid(pixels))
-            say_cut(text, len(after) - len(self.token_ids(TURN_END)) - room)
-            # No more reach the transformer; the work grows with the square of the length.
-            sequence = [*before, {"type": "image", "data": pixels}, *after[:PROMPT_MAX_TOKENS]]
-        return {TEXT_ENCODER_NAME: [[(token, 1.0, 0) if return_word_ids else (token, 1.0) for token in sequence]]}
+        sequence = SEQUENCES[self.layout](text, picture, size_level, self.token_ids)
+        say_cut(text, sequence.cut, sequence.cut_picture)
+        return {TEXT_ENCODER_NAME: [[(token, 1.0, 0) if return_word_ids else (token, 1.0) for token in sequence.tokens]]}

@@ -1,4 +1,4 @@
-"""Questions to the language model: texts and pictures in, a text out (spec v12.md f.1)."""
+"""Questions to the language model: texts and pictures in, a text out (docs/model.md, Text generation)."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What the nodes of a reflection loop hand on: the rounds so far, and errors that must not cost a picture (spec v12.md f.5, f.6)."""
+"""What the nodes of a reflection loop hand on: the rounds so far, and errors that must not cost a picture (docs/model.md, Rounds)."""
 
 import logging
 from collections import Counter
@@ -9,7 +9,8 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
-from ...reasoning.reflection import Loop, Reflection, Step, Thought, report, unjudged
+from ...reasoning.reflection import Loop, Reflection, Step, Thought, unjudged
+from ...reasoning.report import report
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Thinking and reflection with the host's text encoder: one picture, one seed (spec v12.md f)."""
+"""Thinking and reflection with the host's text encoder: one picture, one seed (docs/model.md, Calls; Rounds)."""
 
 import hashlib
 
@@ -7,12 +7,14 @@ from torch import Tensor
 from ...checks import check_pictures
 from ...errors import Step1XError
 from ...prompts.v11 import clean_prompt
-from ...reasoning.reflection import RULES, Reflection, Rules, indent, reflect, think
+from ...reasoning.conversation import RULES, Rules
+from ...reasoning.reflection import Reflection, reflect, think
+from ...reasoning.report import indent
 from ...reasoning.templates import LANGUAGES, load_templates
-from ..checkpoints.folders import template_folder
 from .generation import Question, check_can_generate, generate_text
+from .templates import template_folder
 
-# The official setting (spec v12.md f.1).
+# The official setting (docs/model.md, Text generation).
 TEMPERATURE = 0.7
 # Characters of an instruction to think about. The language model's work grows with the square of them; none that a person writes is as long.
 MAX_INSTRUCTION = 8000

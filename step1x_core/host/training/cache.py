@@ -12,8 +12,11 @@ from torch import Tensor
 
 from ...checks import check_finite
 from ...errors import Step1XError
+from ...files import content_key
 from ...images import from_uint8, resize, resize_tensor, to_rgb, to_uint8, working_size
-from ...training.dataset import CACHE_FOLDER, Cache, CachedPair, EditDataset, EditPair, content_key, decode_picture, pack_conditioning, picture_size
+from ...training.cache import CACHE_FOLDER, Cache, CachedPair, EditDataset, pack_conditioning
+from ...training.dataset import EditPair, decode_picture, picture_size
+from ...versions import PromptLayout
 from ..prompts.encoding import LATENT_FACTOR, check_text_encoder, check_vae, encode_pictures
 
 # The shape of source and target may differ by this share, which rounding to whole pixels can do.
@@ -49,9 +52,9 @@ def unchanged(path: Path, key: str, name: Callable[[bytes], str]) -> bytes:
     return data
 
 
-def to_size(picture: Tensor, size: tuple[int, int], layout: str) -> Tensor:
+def to_size(picture: Tensor, size: tuple[int, int], layout: PromptLayout) -> Tensor:
     """Picture [H, W, 3] -> [h, w, 3] at size (width, height), as the layout's version resizes what it edits."""
-    if layout == "v1.2":
+    if layout.resizes_floats:
         return resize_tensor(to_rgb(picture), size, "bilinear")
     return from_uint8(resize(to_uint8(picture), size, Image.Resampling.LANCZOS))
 
@@ -71,12 +74,12 @@ def cache_pairs(clip, vae, pairs: list[EditPair], folder: Path, size_level: int,
         raise Step1XError(f"{validation} pairs for validation leave none of the {len(pairs)} to train on. Lower validation, or add pairs.")
     cache = Cache(folder / CACHE_FOLDER)
     layout = clip.tokenizer.layout
-    text_name = content_key(layout, size_level, fingerprint(clip.patcher, clip.cond_stage_model))
-    vae_name = content_key(layout, size_level, fingerprint(vae.patcher, vae.first_stage_model))
+    text_name = content_key(layout.name, size_level, fingerprint(clip.patcher, clip.cond_stage_model))
+    vae_name = content_key(layout.name, size_level, fingerprint(vae.patcher, vae.first_stage_model))
     progress = comfy.utils.ProgressBar(2 * len(pairs))
 
     def encode_instruction(key: str, picture: Tensor, text: str) -> None:
-        shown = picture if layout == "v1.2" else to_size(picture, working_size(picture.shape[1], picture.shape[0], size_level), layout)
+        shown = picture if layout.shows_original else to_size(picture, working_size(picture.shape[1], picture.shape[0], size_level), layout)
         conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text, images=[shown[None]], size_level=size_level))
         check_finite(conditioning[0][0], "The text encoder gave values that are no numbers (NaN or infinity): its file is damaged. Download it again.")
         cache.store(key, pack_conditioning(conditioning))

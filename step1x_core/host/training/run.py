@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...errors import Step1XError
-from ...training.dataset import write_tensors
+from ...training.cache import write_tensors
 from ...training.objective import MAX_GRADIENT_NORM, WEIGHT_DECAY, Origin, Settings, check_origin, check_resumed, learning_rate, lora_layers, parameters, to_kohya
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,21 @@
+"""Where a person's own instruction texts for thinking and reflection lie."""
+
+import hashlib
+from pathlib import Path
+
+import folder_paths
+
+
+def template_folder() -> Path | None:
+    """The folder with the user's own instruction texts (see templates.py), None where there is no such folder."""
+    folder = Path(folder_paths.get_user_directory(), "step1x_edit", "templates")
+    return folder if folder.is_dir() else None
+
+
+def template_fingerprint() -> str:
+    """Another text whenever a file in that folder changes: the host then asks again what was asked with the old one."""
+    folder = template_folder()
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*/*.txt")) if folder else []:
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()

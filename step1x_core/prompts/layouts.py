@@ -1,0 +1,47 @@
+"""The sequence of each prompt layout: instruction and picture as the language model reads them, no longer than what the transformer gets of it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..images import picture_grid, to_vision_size, to_vision_size_v12
+from ..versions import LAYOUT_V11, LAYOUT_V12, PromptLayout
+from .v11 import IMAGE_PAD_ID, PICTURE_LABEL_IDS, PROMPT_DROP_TOKENS, PROMPT_MAX_TOKENS, TURN_END, prompt_ids
+from .v12 import KEPT, prompt_ids_v12
+
+
+@dataclass
+class Sequence:
+    """tokens: ids, with one dict for the picture among them.
+    cut: how many tokens of the prompt's end do not reach the transformer, cut_picture: how many of the picture behind it. Numbers below 1: none."""
+
+    tokens: list
+    cut: int
+    cut_picture: int = 0
+
+
+def sequence_v11(prompt: str, picture: Tensor, size_level: int, tokenize: Callable[[str], list[int]]) -> Sequence:
+    """The fixed head, the picture at its working size, the prompt behind it."""
+    before, after = prompt_ids(prompt, tokenize)
+    pixels = to_vision_size(picture)
+    room = PROMPT_DROP_TOKENS + PROMPT_MAX_TOKENS - len(before) - math.prod(picture_grid(pixels))
+    # No more reach the transformer; the work grows with the square of the length.
+    tokens = [*before, {"type": "image", "data": pixels}, *after[:PROMPT_MAX_TOKENS]]
+    return Sequence(tokens, len(after) - len(tokenize(TURN_END)) - room)
+
+
+def sequence_v12(prompt: str, picture: Tensor, size_level: int, tokenize: Callable[[str], list[int]]) -> Sequence:
+    """The prompt in front of the picture, which is the original; with it goes which tokens are quoted characters."""
+    tokens, mask = prompt_ids_v12(prompt, tokenize)
+    pixels, working_size = to_vision_size_v12(picture, size_level)
+    at = tokens.index(IMAGE_PAD_ID)
+    cut, cut_picture = at - len(PICTURE_LABEL_IDS) - KEPT.stop, at + math.prod(picture_grid(pixels)) - KEPT.stop
+    # No token reaches the transformer from there on, nor does it act on those before.
+    del tokens[KEPT.stop:at], mask[KEPT.stop:at]
+    tokens[min(at, KEPT.stop)] = {"type": "image", "data": pixels, "working_size": working_size, "text_mask": mask}
+    return Sequence(tokens, cut, cut_picture)
+
+
+SEQUENCES: dict[PromptLayout, Callable[..., Sequence]] = {LAYOUT_V11: sequence_v11, LAYOUT_V12: sequence_v12}
