@@ -18,7 +18,8 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "scripts" / "support"))
+SCRIPTS = Path(__file__).absolute().parent.parent / "scripts"
+sys.path[:0] = [str(SCRIPTS / "support"), str(SCRIPTS)]
 import convert
 import demo_model
 import environment
