@@ -195,12 +195,15 @@ def load_parts(options, paths: dict[str, Path], mode: str) -> dict:
 
 def use_dynamic_vram() -> None:
     """What ComfyUI's main.py does at its start, after comfy_aimdo.control.init()."""
+    try:
+        import comfy_aimdo.control
+        from comfy.model_management import get_all_torch_devices
+    except ImportError:
+        raise RuntimeError("--dynamic-vram needs ComfyUI 0.30.0 or newer with comfy-aimdo.") from None
     import comfy.memory_management
-    import comfy.model_management
     import comfy.model_patcher
-    import comfy_aimdo.control
 
-    if not comfy_aimdo.control.init_devices((device.index, 0) for device in comfy.model_management.get_all_torch_devices()):
+    if not comfy_aimdo.control.init_devices((device.index, 0) for device in get_all_torch_devices()):
         raise RuntimeError("comfy-aimdo does not work here.")
     comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
     comfy.memory_management.aimdo_enabled = True
