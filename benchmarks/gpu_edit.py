@@ -213,16 +213,15 @@ def load_parts(options, paths: dict[str, Path], mode: str, float32: dict) -> dic
 
 def use_dynamic_vram() -> None:
     """What ComfyUI's main.py does at its start, after comfy_aimdo.control.init()."""
+    try:
+        import comfy_aimdo.control
+        from comfy.model_management import get_all_torch_devices
+    except ImportError:
+        raise RuntimeError("--dynamic-vram needs ComfyUI 0.30.0 or newer with comfy-aimdo.") from None
     import comfy.memory_management
-    import comfy.model_management
     import comfy.model_patcher
-    import comfy_aimdo.control
 
-    # Read by name: ComfyUI 0.18.2 has no such function, and it is still the oldest that the pack needs.
-    all_devices = getattr(comfy.model_management, "get_all_torch_devices", None)
-    if all_devices is None:
-        raise RuntimeError("This ComfyUI cannot list its devices for comfy-aimdo. Use 0.30.0 or newer for --dynamic-vram.")
-    if not comfy_aimdo.control.init_devices((device.index, 0) for device in all_devices()):
+    if not comfy_aimdo.control.init_devices((device.index, 0) for device in get_all_torch_devices()):
         raise RuntimeError("comfy-aimdo does not work here.")
     comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
     comfy.memory_management.aimdo_enabled = True

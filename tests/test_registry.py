@@ -73,12 +73,13 @@ def test_icon_and_banner(field, limit):
 
 
 def test_placeholders_are_named_in_one_comment():
-    """While owner or publisher are the placeholders of the comment on top of pyproject.toml, it says so; once replaced, the comment goes."""
+    """The comment on top of pyproject.toml names every placeholder that is still in the pack; once it is deleted, none may be left."""
     comment = (PACK / "pyproject.toml").read_text(encoding="utf-8").split("[project]")[0]
-    if comment.startswith("# Placeholders"):
-        assert f'"{OWNER}/{NAME}"' in comment and "PublisherId" in comment
-    else:
-        assert OWNER != NAME and COMFY["PublisherId"] != PROJECT["name"]
+    left = {f'"{OWNER}/{NAME}"'} if OWNER == NAME else set()
+    left |= {"PublisherId"} if COMFY["PublisherId"] == PROJECT["name"] else set()
+    left |= {name for path, text in texts().items() if path.endswith(".md") for name in re.findall(r"\b[A-Z]+(?:_[A-Z]+)*_REPOSITORY\b", text)}
+    assert [name for name in left if name not in comment] == []
+    assert comment.startswith("# Placeholders") == bool(left)
 
 
 def test_every_address_of_this_repository_is_the_one_in_pyproject():
