@@ -147,7 +147,7 @@ class Host:
     def call(self, node: str, *left_out: str, writes: Path | None = None, **changes) -> Outcome:
         """Run a node with small values and fitting things in all inputs but the optional sockets, with anything replaced."""
         things = {entry.name: Given(self.fitting(entry.kind), entry.kind) for entry in entries(node)
-                  if not entry.is_widget and not entry.input.optional and entry.name not in changes}
+                  if not entry.is_widget and not entry.is_optional and entry.name not in changes}
         values = widgets(node, **changes)
         files = {entry.name: Given(FILE) for entry in entries(node) if entry.is_file}
         inputs = things | values | files | changes
@@ -159,10 +159,10 @@ class Host:
 
     def sample(self, **changes) -> Outcome:
         """One step of 'Step1X-Edit Sampler' on the good edit, with anything replaced. latent: whatever the node calls it."""
-        positive, negative, latent = self.encoded
-        inputs = {"positive": Given(positive), "negative": Given(negative), "latent": Given(latent), "cfg": 6.0} | changes
-        inputs[socket("Step1XEditSampler", "LATENT")] = inputs.pop("latent")
-        return self.call("Step1XEditSampler", **inputs)
+        latent = socket("Step1XEditSampler", "LATENT")
+        inputs = {name: Given(value) for name, value in zip(("positive", "negative", latent), self.encoded)}
+        changes = {latent if name == "latent" else name: value for name, value in changes.items()}
+        return self.call("Step1XEditSampler", **inputs | {"cfg": 6.0} | changes)
 
     def decode(self, latent: dict, **changes) -> Outcome:
         return self.call("Step1XEditDecode", **{"samples": Given(latent), "source": Given(self.picture)} | changes)

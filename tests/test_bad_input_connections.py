@@ -79,7 +79,7 @@ def test_links_that_lead_nowhere(host, node, kind, link, expected):
     host.refuses(host.call(node, **{socket(node, kind): link}), expected)
 
 
-@pytest.mark.parametrize("entry", [entry for entry in INPUTS if not entry.input.optional], ids=str)
+@pytest.mark.parametrize("entry", [entry for entry in INPUTS if not entry.is_optional], ids=str)
 def test_missing_inputs(host, entry):
     host.refuses(host.call(entry.node, entry.name), MISSING)
 

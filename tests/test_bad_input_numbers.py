@@ -48,7 +48,7 @@ def test_every_number_has_a_range_with_its_default_inside(entry):
 @pytest.mark.parametrize("entry", NUMBERS, ids=str)
 def test_every_node_checks_its_numbers_itself(host, entry):
     """What another node hands over the host does not look at."""
-    things = {link.name: host.fitting(link.kind) for link in entries(entry.node) if not link.is_widget and not link.input.optional}
+    things = {link.name: host.fitting(link.kind) for link in entries(entry.node) if not link.is_widget and not link.is_optional}
     for value in [*(value for value, _ in beyond(entry)), *([entry.input.min + 0.5] if whole(entry) else []), True]:
         with pytest.raises(Step1XError, match=sentence(entry)):
             called(entry.node, things | widgets(entry.node, **dict(entry.opened)) | {entry.name: value})
@@ -69,17 +69,17 @@ def test_numbers_beyond_their_range(host, number, entry):
 
 
 # What a limit of these would cost is time or files, and nothing else: full-size pictures, 200 steps, written texts, trainings, datasets.
-SLOW = {"size_level": "max", "steps": "max", "Step1XEditThink": "all", "Step1XEditReflect": "all", "Step1XEditContentGate": "all"}
+SLOW_NODES = ("Step1XEditThink", "Step1XEditReflect", "Step1XEditContentGate")
 SLOW_FOLDERS = ("loaders", "training", "evaluation")
+SLOW_AT_MOST = ("size_level", "Step1XEditSampler.steps", "Step1XEditBatch.steps", "Step1XEditReflectionLoop.steps")
 
 
 def limits(entry) -> list:
     """The values at the ends of the range that are tried."""
-    folder = classes()[entry.node].GET_SCHEMA().category.split("/")
-    slow = SLOW.get(entry.node) or SLOW.get(entry.name)
-    if slow == "all" or any(name in folder for name in SLOW_FOLDERS):
+    if entry.node in SLOW_NODES or any(name in classes()[entry.node].GET_SCHEMA().category.split("/") for name in SLOW_FOLDERS):
         return []
-    return [entry.input.min] if slow == "max" else [entry.input.min, entry.input.max]
+    slow = entry.name in SLOW_AT_MOST or f"{entry.node}.{entry.name}" in SLOW_AT_MOST
+    return [entry.input.min] if slow else [entry.input.min, entry.input.max]
 
 
 LIMITS = [pytest.param(entry, value, id=f"{entry}-{value}") for entry in NUMBERS for value in limits(entry)]

@@ -141,7 +141,7 @@ def test_a_very_wide_picture_is_edited_where_its_sides_allow_it(host):
 @pytest.mark.parametrize("entry", links("IMAGE"), ids=str)
 def test_every_node_with_a_picture_refuses(host, entry, name):
     picture, expected = BAD_PICTURES[name]
-    if name == "nothing" and entry.input.optional:
+    if name == "nothing" and entry.is_optional:
         picture, expected = PICTURE[:0], NOTHING
     host.refuses(host.call(entry.node, **{entry.name: Given(picture)}), expected)
 

@@ -13,7 +13,7 @@ from loop_host import load_pack, node_classes
 
 # In place of the schemas' defaults, by the input's name, or by node and input where one node differs.
 TINY = {
-    "size_level": 64, "steps": 1, "cfg": 2.0, "seed": 1, "rounds": 1, "think": False, "reflect": False,
+    "size_level": 64, "reference_size": 64, "steps": 1, "cfg": 2.0, "seed": 1, "rounds": 1, "think": False, "reflect": False,
     "min_size": 16, "feather": 2, "max_side": 64, "count": 1, "limit": 1, "validation": 0,
     "rank": 1, "alpha": 1.0, "learning_rate": 0.1, "save_every": 0, "validate_every": 0,
     "name": "x", "method": "x", "judge": "x", "maker": "x", "prompts": "red", "prompt": "red", "english": "red",
@@ -24,12 +24,14 @@ FILE = "x"
 
 @dataclass(frozen=True)
 class Entry:
-    """An input of a node. name: as prompts call it, "mode.threshold" below a choice; opened: the choices (name, key) that show it."""
+    """An input of a node. name: as prompts call it, "mode.threshold" below a choice; opened: the choices (name, key) that show it;
+    needed: whether it is among the fewest inputs of a growing list."""
 
     node: str
     name: str
     input: io.Input
     opened: tuple[tuple[str, str], ...] = ()
+    needed: bool = True
 
     def __str__(self):
         return "-".join([self.node.removeprefix("Step1XEdit"), *(key for _, key in self.opened), self.name])
@@ -38,6 +40,10 @@ class Entry:
     def kind(self) -> str:
         """The type of its socket."""
         return self.input.get_io_type()
+
+    @property
+    def is_optional(self) -> bool:
+        return self.input.optional or not self.needed
 
     @property
     def is_widget(self) -> bool:
@@ -76,8 +82,9 @@ def walk(node: str, inputs: list[io.Input], prefix: str = "", opened: tuple = ()
     for entry in inputs:
         name = prefix + entry.id
         if isinstance(entry, io.Autogrow.Input):
-            for slot in [*entry.template.cached_inputs.values()][:entry.template.min]:
-                yield Entry(node, f"{name}.{slot.id}", slot, opened)
+            least = 0 if entry.optional else entry.template.min
+            for number, slot in enumerate([*entry.template.cached_inputs.values()][:max(1, least)]):
+                yield Entry(node, f"{name}.{slot.id}", slot, opened, number < least)
             continue
         yield Entry(node, name, entry, opened)
         if isinstance(entry, io.DynamicCombo.Input):
