@@ -9,7 +9,7 @@ from .caching import Step1XEditTeaCache
 from .edit import Step1XEditDecode, Step1XEditEncode, Step1XEditReferences
 from .gate import Step1XEditContentGate
 from .gedit import GEDIT_NODES
-from .loaders import Step1XEditLoadLora, Step1XEditLoadMLLM, Step1XEditLoadModel, Step1XEditLoadVAE
+from .loaders import Step1XEditLoadLora, Step1XEditLoadMLLM, Step1XEditLoadModel
 from .local import Step1XEditCrop, Step1XEditStitch
 from .loop import LOOP_NODES
 from .pairs import PAIR_NODES
@@ -29,7 +29,6 @@ class Step1XEditExtension(ComfyExtension):
         return [
             Step1XEditLoadModel,
             Step1XEditLoadMLLM,
-            Step1XEditLoadVAE,
             Step1XEditLoadLora,
             Step1XEditEncode,
             Step1XEditSampler,

@@ -27,7 +27,7 @@ class Step1XEditBatch(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model from 'Load Step1X-Edit Model', with any LoRA or model patch."),
                 io.Clip.Input("clip", tooltip="The text encoder from 'Load Step1X-Edit MLLM'."),
-                io.Vae.Input("vae", tooltip="The FLUX VAE (ae.safetensors), from the stock 'Load VAE'."),
+                io.Vae.Input("vae", tooltip="The FLUX VAE: the stock 'Load VAE' with ae.safetensors, or the VAE output of 'Load Step1X-Edit Model' for a diffusers folder."),
                 io.Image.Input("images", tooltip="The pictures: one, a batch, or a list with pictures of different sizes, as the stock 'Create List' makes it."),
                 io.String.Input("prompts", multiline=True, dynamic_prompts=True, placeholder="make the jacket red\nmake the jacket green",
                                 tooltip="What to change: one instruction a line. Lists can be connected, too."),

@@ -32,7 +32,8 @@ class Earlier:
 EARLIER = {
     "Step1XModelLoader": Earlier("Step1XEditLoadModel", "", "model version weight_dtype", 1),
     "Step1XMLLMLoader": Earlier("Step1XEditLoadMLLM", "", "mllm device version", 1),
-    "Step1XVAELoader": Earlier("Step1XEditLoadVAE", "", "vae", 1),
+    # The stock 'Load VAE': it lists no diffusers folders, whose VAE comes from 'Load Step1X-Edit Model'.
+    "Step1XVAELoader": Earlier("VAELoader", "", "vae", 1, renamed={"vae": "vae_name"}),
     "Step1XLoraLoader": Earlier("Step1XEditLoadLora", "model", "lora_name strength", 1),
     "Step1XSampler": Earlier(
         "Step1XEditSampler", "model positive negative latent",

@@ -22,7 +22,7 @@ class Step1XEditEncode(io.ComfyNode):
             search_aliases=["step1x", "image edit", "edit instruction", "text encode", "reference image"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder from 'Load Step1X-Edit MLLM'."),
-                io.Vae.Input("vae", tooltip="The FLUX VAE (ae.safetensors), from the stock 'Load VAE'."),
+                io.Vae.Input("vae", tooltip="The FLUX VAE: the stock 'Load VAE' with ae.safetensors, or the VAE output of 'Load Step1X-Edit Model' for a diffusers folder."),
                 io.Image.Input("image", tooltip="The picture to edit, of any size. A batch is edited picture by picture with the same instruction."),
                 io.String.Input("prompt", multiline=True, dynamic_prompts=True, placeholder="replace the modern sofa with a vintage leather couch",
                                 tooltip="What to change, in English or Chinese. Put words that are to appear in the picture in double quotes."),

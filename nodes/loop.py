@@ -89,7 +89,7 @@ class Step1XEditReflectionLoop(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model from 'Load Step1X-Edit Model', with any LoRA or model patch."),
                 io.Clip.Input("clip", tooltip="The text encoder from 'Load Step1X-Edit MLLM'. To think and to reflect its file needs a language-model head (lm_head)."),
-                io.Vae.Input("vae", tooltip="The FLUX VAE (ae.safetensors), from the stock 'Load VAE'."),
+                io.Vae.Input("vae", tooltip="The FLUX VAE: the stock 'Load VAE' with ae.safetensors, or the VAE output of 'Load Step1X-Edit Model' for a diffusers folder."),
                 io.Image.Input("image", tooltip="The picture to edit, exactly one, of any size."),
                 io.String.Input("prompt", multiline=True, dynamic_prompts=True, placeholder="this bread stayed in too long", tooltip="What to change, in English or Chinese."),
                 io.String.Input("negative_prompt", multiline=True, dynamic_prompts=True, default="", advanced=True,

@@ -37,7 +37,7 @@ class Step1XEditDataset(io.ComfyNode):
             search_aliases=["step1x", "dataset", "edit pairs", "training data", "cache latents", "lora"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder from 'Load Step1X-Edit MLLM', of the version that is trained."),
-                io.Vae.Input("vae", tooltip="The FLUX VAE (ae.safetensors), from the stock 'Load VAE'."),
+                io.Vae.Input("vae", tooltip="The FLUX VAE: the stock 'Load VAE' with ae.safetensors, or the VAE output of 'Load Step1X-Edit Model' for a diffusers folder."),
                 io.String.Input("dataset", default="", placeholder="my_pairs",
                                 tooltip="A folder in ComfyUI's input folder with source/NAME.png, target/NAME.png and target/NAME.txt (the instruction), "
                                         "or a JSON file in the layout of the official training code. One in the output folder has ' [output]' behind its name; "

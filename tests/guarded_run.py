@@ -55,6 +55,7 @@ def main(base: Path, report: Path) -> None:
     folder_paths.models_dir, folder_paths.input_directory, folder_paths.output_directory, folder_paths.temp_directory = (
         str(base / name) for name in ("models", "input", "output", "temp"))
     classes = node_classes(load_pack())
+    from step1x_core.host.checkpoints.loading import load_vae
     from step1x_core.host.gate.gate import gate
 
     def run(node: str, **inputs) -> tuple:
@@ -65,9 +66,9 @@ def main(base: Path, report: Path) -> None:
     starting = take()
     image = torch.rand(1, 72, 96, 3, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        vae, = run("Step1XEditLoadVAE", vae=tiny_models.VAE_FILE)
+        vae = load_vae(base / "models" / "vae" / tiny_models.VAE_FILE)
         for file, version, layout in ((tiny_models.V11_FILE, "auto", "v1.1"), ("shards-v1p1/", "auto", "v1.1"), (tiny_models.V12_FILE, "v1.2", "v1.2")):
-            model, = run("Step1XEditLoadModel", model=file, version=version, weight_dtype="default")
+            model, _ = run("Step1XEditLoadModel", model=file, version=version, weight_dtype="default")
             if version == "auto":
                 model, = run("Step1XEditLoadLora", model=model, lora_name=tiny_models.LORA_FILE, strength=1.0)
             clip, = run("Step1XEditLoadMLLM", mllm=tiny_models.MLLM_FILE, device="default", version=layout)

@@ -339,7 +339,6 @@ NAMES = {"parent": "../../x.safetensors", "absolute": "/etc/passwd", "backslashe
 LOADERS = {
     "model": ("Step1XEditLoadModel", {"version": "auto", "weight_dtype": "default"}),
     "mllm": ("Step1XEditLoadMLLM", {"device": "cpu", "version": "auto"}),
-    "vae": ("Step1XEditLoadVAE", {}),
     "lora_name": ("Step1XEditLoadLora", {"strength": 1.0}),
 }
 

@@ -60,7 +60,7 @@ INPUTS = [(node, name) for node, (names, _) in NODES.items() for name in names]
 
 NO_MODEL = "This is not a Step1X-Edit model but .* Connect the model from 'Load Step1X-Edit Model'"
 NO_ENCODER = "This text encoder lays out prompts for another model. Use the one from 'Load Step1X-Edit MLLM'"
-NO_VAE = "There is no VAE in what is connected as one .* Load the FLUX VAE"
+NO_VAE = "The input 'vae' is (not a VAE but|empty: ).* Connect the stock 'Load VAE' with ae.safetensors"
 REFUSALS = {"MODEL": NO_MODEL, "CLIP": NO_ENCODER, "VAE": NO_VAE, "IMAGE": "brings no picture but .* Connect an output of the type IMAGE",
             "MASK": "brings no mask but .* Connect an output of the type MASK", "LATENT": "There is no latent in what is connected as one .* Connect an output of the type LATENT",
             "CONDITIONING": "brings no conditioning, or an empty one. Connect that of 'Step1X-Edit Encode'",

@@ -305,11 +305,10 @@ LOADERS = {
     "model": ("Step1XEditLoadModel", {"model": tiny_models.V11_FILE, "version": "v1.1", "weight_dtype": "default"}),
     "shards": ("Step1XEditLoadModel", {"model": "shards-v1p1/", "version": "auto", "weight_dtype": "default"}),
     "clip": ("Step1XEditLoadMLLM", {"mllm": tiny_models.MLLM_FILE, "device": "default", "version": "v1.1"}),
-    "vae": ("Step1XEditLoadVAE", {"vae": tiny_models.VAE_FILE}),
     "lora": ("Step1XEditLoadLora", {"model": ["plain", 0], "lora_name": tiny_models.LORA_FILE, "strength": 1.0}),
 }
 # By loader: the node of `edit_prompt` that it takes the place of.
-PLACES = {name: name if name in ("clip", "vae") else "model" for name in LOADERS}
+PLACES = {name: name if name == "clip" else "model" for name in LOADERS}
 
 
 def loading_prompt(loader: str) -> dict:
@@ -340,7 +339,7 @@ def test_faults_while_loading(monkeypatch, classes, things, folders, loader):
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_file_deleted_while_its_prompt_waits(host, folders, loader):
     prompt = loading_prompt(loader)
-    name = next(value for key, value in LOADERS[loader][1].items() if key in ("model", "mllm", "vae", "lora_name") and isinstance(value, str))
+    name = next(value for key, value in LOADERS[loader][1].items() if key in ("model", "mllm", "lora_name") and isinstance(value, str))
     path = next(folders.glob(f"*/{name}"))
     valid, *_ = asyncio.run(execution.validate_prompt("id", prompt, None))
     assert valid

@@ -24,8 +24,11 @@ LAYOUT_KEY = "step1x_layout"
 
 def check_vae(vae) -> None:
     """Raise Step1XError unless the VAE makes latents like FLUX's; those of Wan and Qwen-Image have 16 channels, too, and a time axis."""
+    if vae is None:
+        raise Step1XError("The input 'vae' is empty: the model it comes from is a single file or a folder without a VAE. "
+                          "Connect the stock 'Load VAE' with ae.safetensors.")
     if not hasattr(vae, "latent_channels"):
-        raise Step1XError(f"There is no VAE in what is connected as one ({type(vae).__name__}); a checkpoint may come without. Load the FLUX VAE (ae.safetensors).")
+        raise Step1XError(f"The input 'vae' is not a VAE but {type(vae).__name__}. Connect the stock 'Load VAE' with ae.safetensors.")
     if vae.latent_dim != 2:
         raise Step1XError(f"This VAE makes latents with {vae.latent_dim} axes beside the channels, Step1X-Edit needs 2 (height and width). "
                           "Load the FLUX VAE (ae.safetensors), not that of Qwen-Image or a video model.")
