@@ -6,7 +6,7 @@ from ..step1x_core.host.network.model import register
 from .attention import Step1XEditFp8Attention
 from .batch import Step1XEditBatch
 from .caching import Step1XEditTeaCache
-from .edit import Step1XEditDecode, Step1XEditEncode, Step1XEditReferences
+from .edit import Step1XEditDecode, Step1XEditEncode
 from .gate import Step1XEditContentGate
 from .gedit import GEDIT_NODES
 from .loaders import Step1XEditLoadLora, Step1XEditLoadMLLM, Step1XEditLoadModel
@@ -44,7 +44,6 @@ class Step1XEditExtension(ComfyExtension):
             *LOOP_NODES,
             Step1XEditCrop,
             Step1XEditStitch,
-            Step1XEditReferences,
             Step1XEditBatch,
             Step1XEditDataset,
             Step1XEditTrainLora,

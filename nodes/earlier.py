@@ -52,9 +52,6 @@ EARLIER = {
         "prompt negative_prompt size_level seed + steps cfg rounds think reflect sampler_name", 4),
     "Step1XCrop": Earlier("Step1XEditCrop", "image mask", "context min_size", 3),
     "Step1XStitch": Earlier("Step1XEditStitch", "image stitch", "feather", 1),
-    "Step1XReferences": Earlier(
-        "Step1XEditReferences", "positive negative vae images.image0 images.image1 images.image2 images.image3 images.image4 images.image5 images.image6 images.image7",
-        "size_level", 2),
     "Step1XBatch": Earlier(
         "Step1XEditBatch", "model clip vae images",
         "prompts combine negative_prompt size_level seed + steps cfg sampler_name", 2),

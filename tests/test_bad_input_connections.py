@@ -18,8 +18,7 @@ TYPES = {"model": "MODEL", "clip": "CLIP", "vae": "VAE", "image": "IMAGE", "imag
          "target": "IMAGE", "dataset": "STEP1X_EDIT_DATASET", "pairs": "STEP1X_PAIRS", "proposals": "STEP1X_PROPOSAL", "bench": "STEP1X_BENCH", "items": "STEP1X_BENCH_ITEM"}
 EDIT = {"negative_prompt": "", "size_level": 64, "seed": 1, "steps": 1, "cfg": 2.0, "sampler_name": "euler"}
 NODES = {
-    "Step1XEditEncode": (("clip", "vae", "image"), {"prompt": "red", "negative_prompt": "", "size_level": 64}),
-    "Step1XEditReferences": (("positive", "negative", "vae", "images.image0"), {"size_level": 64}),
+    "Step1XEditEncode": (("clip", "vae", "image", "references.reference0"), {"prompt": "red", "negative_prompt": "", "size_level": 64}),
     "Step1XEditSampler": (("model", "positive", "negative", "latent"), {"seed": 1, "steps": 1, "cfg": 2.0, "sampler_name": "euler", "denoise": 1.0}),
     "Step1XEditDecode": (("samples", "vae"), {}),
     "Step1XEditScheduler": (("latent",), {"steps": 4, "denoise": 1.0}),
@@ -192,7 +191,6 @@ def foreign_vaes():
     "node",
     [
         "Step1XEditEncode",
-        "Step1XEditReferences",
         "Step1XEditDecode",
         "Step1XEditBatch",
         "Step1XEditReflectionLoop",

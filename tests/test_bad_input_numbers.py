@@ -11,8 +11,7 @@ from step1x_core.errors import Step1XError
 NAN, INF = float("nan"), float("inf")
 OUT_OF_RANGE = "The input '{}' brings .*, but it takes {}.*Correct it, or the node that it comes from"
 WIDGETS = {
-    "Step1XEditEncode": {"prompt": "red", "negative_prompt": "", "size_level": 64},
-    "Step1XEditReferences": {"size_level": 64},
+    "Step1XEditEncode": {"prompt": "red", "negative_prompt": "", "size_level": 64, "reference_size": 64},
     "Step1XEditSampler": {"seed": 1, "steps": 1, "cfg": 2.0, "sampler_name": "euler", "denoise": 1.0},
     "Step1XEditScheduler": {"steps": 4, "denoise": 1.0},
     "Step1XEditGuidance": {"truncate": -1.0, "power": 0.4},
@@ -48,7 +47,7 @@ WIDGETS = {
 SEED, SIZE, STEPS, CFG = (0, 2**64 - 1), (64, 2048), (0, 200), (0.0, 100.0)
 RANGES = {
     ("Step1XEditEncode", "size_level"): SIZE,
-    ("Step1XEditReferences", "size_level"): SIZE,
+    ("Step1XEditEncode", "reference_size"): SIZE,
     ("Step1XEditSampler", "seed"): SEED,
     ("Step1XEditSampler", "steps"): STEPS,
     ("Step1XEditSampler", "cfg"): CFG,
@@ -147,7 +146,6 @@ def links(host):
 def names_of(node):
     found = {
         "Step1XEditEncode": "clip vae image",
-        "Step1XEditReferences": "positive negative vae images.image0",
         "Step1XEditSampler": "model positive negative latent",
         "Step1XEditScheduler": "latent",
         "Step1XEditGuidance": "model",
@@ -224,7 +222,7 @@ def test_fractions_where_whole_numbers_are_due(host, links, node, name):
 # Full-size pictures and 200 steps are left out here: nothing is wrong with them but the time they take.
 LIMITS = {
     ("Step1XEditEncode", "size_level"): (64,),
-    ("Step1XEditReferences", "size_level"): (64,),
+    ("Step1XEditEncode", "reference_size"): (64, 2048),
     ("Step1XEditSampler", "seed"): SEED,
     ("Step1XEditSampler", "cfg"): (0.0, 1.0, 100.0),
     ("Step1XEditSampler", "denoise"): (0.0, 0.01, 1.0),

@@ -145,8 +145,7 @@ def test_every_node_with_a_picture_refuses(host, node, name):
     if node == "decode":
         outcome = host.decode(host.encoded[2], source=picture) if name != "nothing" else host.decode(host.encoded[2], source=Given(PICTURE[:0]))
     elif node == "references":
-        positive, negative, _ = host.encoded
-        outcome = host.run("Step1XEditReferences", positive=Given(positive), negative=Given(negative), vae=parts["vae"], size_level=64, **{"images.image0": picture})
+        outcome = host.encode(**{"references.reference0": picture}, reference_size=64)
     elif node == "crop":
         outcome = host.run("Step1XEditCrop", image=picture, mask=Given(MASK), context=0.5, min_size=16)
     elif node == "stitch":

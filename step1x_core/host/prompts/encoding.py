@@ -120,7 +120,7 @@ def add_references(conditionings: list[list], vae, images: list[Tensor], size_le
     for name, conditioning in zip(("positive", "negative"), conditionings):
         check_conditioning(conditioning, name)
     for image in images:
-        check_pictures(image, "images")
+        check_pictures(image, "references")
     # Its entry of the conditioning tells the layout: each version reads all its references resized in one way.
     is_v12 = any("text_ids" in extra for conditioning in conditionings for _, extra in conditioning)
     resize = to_working_size_v12 if is_v12 else to_working_size
