@@ -5,7 +5,7 @@ from ..step1x_core.errors import Step1XError
 from ..step1x_core.host.editing.batch import edit_batch
 from ..step1x_core.host.reasoning.rounds import failures
 from ..step1x_core.host.sampling.sampler import SAMPLERS
-from .widgets import check_widgets
+from .widgets import cfg_input, check_widgets, steps_input
 
 # What may come as a list; of everything else there is one.
 LISTS = ("images", "prompts", "seed")
@@ -39,9 +39,8 @@ class Step1XEditBatch(io.ComfyNode):
                              tooltip="Each picture is edited at about this many pixels squared, keeping its aspect ratio, and comes out at its own size."),
                 io.Int.Input("seed", default=42, min=0, max=0xffffffffffffffff, control_after_generate=True,
                              tooltip="The seed of the first edit; each further one takes the next number. Connect a list to choose them all."),
-                io.Int.Input("steps", default=0, min=0, max=200, tooltip="Number of denoising steps. 0 takes the version's default: 28, for v1.2 50."),
-                io.Float.Input("cfg", default=0.0, min=0.0, max=100.0, step=0.1, round=0.01,
-                               tooltip="How strongly the instructions are followed. 0 takes the version's default: 6, for v1.2-preview 4. 1 switches guidance off."),
+                steps_input(),
+                cfg_input(),
                 io.Combo.Input("sampler_name", options=SAMPLERS, default="euler", advanced=True, tooltip="The official code uses euler."),
             ],
             outputs=[

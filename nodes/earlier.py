@@ -30,16 +30,16 @@ class Earlier:
 
 
 EARLIER = {
-    "Step1XModelLoader": Earlier("Step1XEditLoadModel", "", "model version weight_dtype", 1),
-    "Step1XMLLMLoader": Earlier("Step1XEditLoadMLLM", "", "mllm device version", 1),
+    "Step1XModelLoader": Earlier("Step1XEditLoadModel", "", "model version weight_dtype", 1, renamed={"model": "unet_name"}),
+    "Step1XMLLMLoader": Earlier("Step1XEditLoadMLLM", "", "mllm device version", 1, renamed={"mllm": "clip_name"}),
     # The stock 'Load VAE': it lists no diffusers folders, whose VAE comes from 'Load Step1X-Edit Model'.
     "Step1XVAELoader": Earlier("VAELoader", "", "vae", 1, renamed={"vae": "vae_name"}),
     "Step1XLoraLoader": Earlier("Step1XEditLoadLora", "model", "lora_name strength", 1),
     "Step1XSampler": Earlier(
         "Step1XEditSampler", "model positive negative latent",
-        "seed + steps cfg sampler_name denoise", 1),
+        "seed + steps cfg sampler_name denoise", 1, renamed={"latent": "latent_image"}),
     "Step1XDecode": Earlier("Step1XEditDecode", "samples vae source", "", 1),
-    "Step1XScheduler": Earlier("Step1XEditScheduler", "latent", "steps denoise", 1),
+    "Step1XScheduler": Earlier("Step1XEditScheduler", "latent", "steps denoise", 1, renamed={"latent": "latent_image"}),
     "Step1XGuidance": Earlier("Step1XEditGuidance", "model", "truncate power", 1),
     "Step1XGuidanceInterval": Earlier("Step1XEditGuidanceInterval", "model", "start end", 1),
     "Step1XTeaCache": Earlier("Step1XEditTeaCache", "model", "threshold", 1),

@@ -40,3 +40,13 @@ def check_widgets(node: type[io.ComfyNode], **values) -> None:
     for entry in node.define_schema().inputs:
         if entry.id in values and not fits(entry, values[entry.id]):
             raise Step1XError(f"The input '{entry.id}' brings {str(values[entry.id])[:60]!r}, but it takes {wanted(entry)}. Correct it, or the node that it comes from.")
+
+
+def steps_input() -> io.Int.Input:
+    return io.Int.Input("steps", default=0, min=0, max=200,
+                        tooltip="0 uses the version's default: 28, or 50 for v1.2. Any other value is the number of denoising steps.")
+
+
+def cfg_input() -> io.Float.Input:
+    return io.Float.Input("cfg", default=0.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                          tooltip="0 uses the version's default: 6, or 4 for v1.2-preview. Higher values follow the instruction more strictly; 1 disables guidance.")

@@ -38,7 +38,7 @@ class Version:
     uncond_at_cfg1: bool = True
 
 
-VERSIONS = {
+VERSIONS: dict[str, Version] = {
     # The reference shares the target's positions; the network tells them apart by content.
     "v1.0": Version((0, 0, 0)),
     # The official position table starts from ones on all three axes (spec v1.md a.4).
@@ -47,3 +47,14 @@ VERSIONS = {
     "v1.2-preview": Version((1, 0, 0), "v1.2", 28, 4.0, GUIDANCE_TRUNCATE_V12, uncond_at_cfg1=False),
     "v1.2": Version((1, 0, 0), "v1.2", 50, 6.0, GUIDANCE_TRUNCATE_V12, uncond_at_cfg1=False),
 }
+
+
+def describe_settings(version: str, steps: int, cfg: float | None = None) -> str:
+    """Steps and CFG that sampling uses, in words: 0 stands for the default of this version, None leaves CFG out."""
+    defaults, origin = VERSIONS[version], f"of {version}"
+    if not steps and cfg == 0:
+        return f"{defaults.steps} steps, CFG {defaults.cfg:g} (defaults {origin})"
+    parts = [f"{steps} steps" if steps else f"{defaults.steps} steps (default {origin})"]
+    if cfg is not None:
+        parts.append(f"CFG {cfg:g}" if cfg else f"CFG {defaults.cfg:g} (default {origin})")
+    return ", ".join(parts)

@@ -41,7 +41,7 @@ def check(host, memory, outcome, expected):
 
 
 def load_model(host, **changes):
-    return host.run("Step1XEditLoadModel", **{"model": MODEL, "version": "auto", "weight_dtype": "default", **changes})
+    return host.run("Step1XEditLoadModel", **{"unet_name": MODEL, "version": "auto", "weight_dtype": "default", **changes})
 
 
 class Bomb:

@@ -121,7 +121,7 @@ class Host:
 
     def sample(self, **changes) -> Outcome:
         """One step of 'Step1X-Edit Sampler' on the good edit, with anything replaced."""
-        inputs = {"model": self.model, **dict(zip(("positive", "negative", "latent"), self.encoded))}
+        inputs = {"model": self.model, **dict(zip(("positive", "negative", "latent_image"), self.encoded))}
         widgets = {"seed": 1, "steps": 1, "cfg": 6.0, "sampler_name": "euler", "denoise": 1.0}
         return self.run("Step1XEditSampler", **{name: Given(value) for name, value in inputs.items()} | widgets | changes)
 
@@ -129,7 +129,7 @@ class Host:
         return self.run("Step1XEditDecode", **{"samples": Given(latent), "vae": Given(self.vae), "source": Given(self.picture)} | changes)
 
     def sampled_and_decoded(self, positive, negative, latent) -> torch.Tensor:
-        (sampled,) = self.sample(positive=Given(positive), negative=Given(negative), latent=Given(latent)).made()
+        (sampled,) = self.sample(positive=Given(positive), negative=Given(negative), latent_image=Given(latent)).made()
         return self.decode(sampled).made()[0]
 
     def still_edits(self, from_the_start: bool = False) -> None:

@@ -293,7 +293,7 @@ def repository(root, weights):
 @pytest.mark.parametrize("change, expected", FOLDERS.values(), ids=FOLDERS)
 def test_model_folders(host, repository, memory, change, expected):
     change(repository / "transformer")
-    check(host, memory, load_model(host, model="repository/"), expected)
+    check(host, memory, load_model(host, unet_name="repository/"), expected)
 
 
 CLASSES = {
@@ -307,7 +307,7 @@ CLASSES = {
 @pytest.mark.parametrize("text, expected", CLASSES.values(), ids=CLASSES)
 def test_repositories_of_another_class(host, repository, memory, text, expected):
     (repository / "model_index.json").write_text(text)
-    check(host, memory, load_model(host, model="repository/"), expected)
+    check(host, memory, load_model(host, unet_name="repository/"), expected)
 
 
 def test_links_of_the_users_own_are_followed(host, root, repository, tmp_path):
@@ -315,19 +315,19 @@ def test_links_of_the_users_own_are_followed(host, root, repository, tmp_path):
     shard = repository / "transformer" / FIRST
     shard.rename(tmp_path / "blob")
     os.symlink(tmp_path / "blob", shard)
-    load_model(host, model="repository/").made()
+    load_model(host, unet_name="repository/").made()
     os.symlink(root / "diffusion_models", root / "diffusion_models" / "loop")
     try:
-        load_model(host, model=tiny_models.V11_FILE).made()
+        load_model(host, unet_name=tiny_models.V11_FILE).made()
     finally:
         (root / "diffusion_models" / "loop").unlink()
     shutil.move(repository, tmp_path / "elsewhere")
     os.symlink(tmp_path / "elsewhere", repository)
     try:
-        load_model(host, model="repository/").made()
+        load_model(host, unet_name="repository/").made()
         for name in ("repository/../elsewhere/", "repository/../../elsewhere/", "repository/transformer/../../elsewhere/"):
-            check(host, peak_memory(), load_model(host, model=name), NOT_IN_LIST)
-            assert "Refresh the node list" in load_model(host, model=Given(name)).error[1]
+            check(host, peak_memory(), load_model(host, unet_name=name), NOT_IN_LIST)
+            assert "Refresh the node list" in load_model(host, unet_name=Given(name)).error[1]
     finally:
         repository.unlink()
         shutil.move(tmp_path / "elsewhere", repository)
@@ -337,8 +337,8 @@ NAMES = {"parent": "../../x.safetensors", "absolute": "/etc/passwd", "backslashe
          "parent_folder": "../", "parent_of_a_file": f"{tiny_models.V11_FILE}/../../x.safetensors", "absolute_folder": "/", "line_break": "a\nb", "lone_surrogate": "\ud800",
          "5000_letters": "a" * 5000, "folder_of_the_file": tiny_models.V11_FILE + "/"}
 LOADERS = {
-    "model": ("Step1XEditLoadModel", {"version": "auto", "weight_dtype": "default"}),
-    "mllm": ("Step1XEditLoadMLLM", {"device": "cpu", "version": "auto"}),
+    "unet_name": ("Step1XEditLoadModel", {"version": "auto", "weight_dtype": "default"}),
+    "clip_name": ("Step1XEditLoadMLLM", {"device": "cpu", "version": "auto"}),
     "lora_name": ("Step1XEditLoadLora", {"strength": 1.0}),
 }
 

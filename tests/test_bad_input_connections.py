@@ -13,15 +13,15 @@ import nodes
 from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
 from step1x_core.training.dataset import Cache, EditDataset
 
-TYPES = {"model": "MODEL", "clip": "CLIP", "vae": "VAE", "image": "IMAGE", "images": "IMAGE", "images.image0": "IMAGE", "source": "IMAGE", "edited": "IMAGE", "mask": "MASK",
-         "positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT", "samples": "LATENT", "stitch": "STEP1X_STITCH",
+TYPES = {"model": "MODEL", "clip": "CLIP", "vae": "VAE", "image": "IMAGE", "images": "IMAGE", "references.reference0": "IMAGE", "source": "IMAGE", "edited": "IMAGE",
+         "mask": "MASK", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT", "latent_image": "LATENT", "samples": "LATENT", "stitch": "STEP1X_STITCH",
          "target": "IMAGE", "dataset": "STEP1X_EDIT_DATASET", "pairs": "STEP1X_PAIRS", "proposals": "STEP1X_PROPOSAL", "bench": "STEP1X_BENCH", "items": "STEP1X_BENCH_ITEM"}
 EDIT = {"negative_prompt": "", "size_level": 64, "seed": 1, "steps": 1, "cfg": 2.0, "sampler_name": "euler"}
 NODES = {
     "Step1XEditEncode": (("clip", "vae", "image", "references.reference0"), {"prompt": "red", "negative_prompt": "", "size_level": 64}),
-    "Step1XEditSampler": (("model", "positive", "negative", "latent"), {"seed": 1, "steps": 1, "cfg": 2.0, "sampler_name": "euler", "denoise": 1.0}),
+    "Step1XEditSampler": (("model", "positive", "negative", "latent_image"), {"seed": 1, "steps": 1, "cfg": 2.0, "sampler_name": "euler", "denoise": 1.0}),
     "Step1XEditDecode": (("samples", "vae"), {}),
-    "Step1XEditScheduler": (("latent",), {"steps": 4, "denoise": 1.0}),
+    "Step1XEditScheduler": (("model", "latent_image"), {"steps": 4, "denoise": 1.0}),
     "Step1XEditGuidance": (("model",), {"truncate": -1.0, "power": 0.4}),
     "Step1XEditGuidanceInterval": (("model",), {"start": 0.0, "end": 0.7}),
     "Step1XEditTeaCache": (("model",), {"threshold": 0.2}),
@@ -134,7 +134,7 @@ def test_what_comes_through_a_node_without_types(host, things, node, name, wrong
 
 
 @pytest.mark.parametrize("link, expected", [(["nowhere", 0], NO_SUCH_NODE), (["a"], BAD_LINK), (["a", 0, 0], BAD_LINK), ([], BAD_LINK)])
-@pytest.mark.parametrize("node, name", [("Step1XEditEncode", "clip"), ("Step1XEditSampler", "latent"), ("Step1XEditBatch", "images")])
+@pytest.mark.parametrize("node, name", [("Step1XEditEncode", "clip"), ("Step1XEditSampler", "latent_image"), ("Step1XEditBatch", "images")])
 def test_links_that_lead_nowhere(host, things, node, name, link, expected):
     host.refuses(run(host, things, node, **{name: link}), expected)
 
@@ -175,7 +175,7 @@ def test_versions_inside_one_node(host, things, v12, node, part):
 
 
 def test_fitting_versions_are_made(host, v12):
-    (out,) = host.sample(model=Given(v12[0]), **dict(zip(("positive", "negative", "latent"), map(Given, v12[2])))).made()
+    (out,) = host.sample(model=Given(v12[0]), **dict(zip(("positive", "negative", "latent_image"), map(Given, v12[2])))).made()
     assert torch.isfinite(out["samples"]).all()
 
 

@@ -26,8 +26,8 @@ WIDGETS = {
     "Step1XEditReflectionLoop": {"prompt": "red", "negative_prompt": "", "size_level": 64, "seed": 1, "steps": 1, "cfg": 2.0, "rounds": 1, "think": False, "reflect": False,
                              "sampler_name": "euler"},
     "Step1XEditLoadLora": {"lora_name": "x", "strength": 1.0},
-    "Step1XEditLoadModel": {"model": "x", "version": "auto", "weight_dtype": "default"},
-    "Step1XEditLoadMLLM": {"mllm": "x", "device": "cpu", "version": "auto"},
+    "Step1XEditLoadModel": {"unet_name": "x", "version": "auto", "weight_dtype": "default"},
+    "Step1XEditLoadMLLM": {"clip_name": "x", "device": "cpu", "version": "auto"},
     "Step1XEditContentGate": {"action": "block", "classifier": "none", "unsafe_labels": "", "threshold": 0.5, "message": "", "prompt": "red", "words": "blood", "question": ""},
     "Step1XEditDataset": {"dataset": "x", "size_level": 64, "validation": 0},
     "Step1XEditTrainLora": {"name": "x", "steps": 1, "learning_rate": 0.1, "rank": 1, "alpha": 1.0, "batch_size": 1, "accumulation": 1, "seed": 1, "resume": True, "save_every": 0,
@@ -52,7 +52,7 @@ RANGES = {
     ("Step1XEditSampler", "steps"): STEPS,
     ("Step1XEditSampler", "cfg"): CFG,
     ("Step1XEditSampler", "denoise"): (0.0, 1.0),
-    ("Step1XEditScheduler", "steps"): (1, 200),
+    ("Step1XEditScheduler", "steps"): (0, 200),
     ("Step1XEditScheduler", "denoise"): (0.0, 1.0),
     ("Step1XEditGuidance", "truncate"): (-1.0, 1.0),
     ("Step1XEditGuidance", "power"): (0.0, 1.0),
@@ -138,16 +138,16 @@ def links(host):
     mask[:, 20:30, 20:30] = 1
     positive, negative, latent = host.encoded
     stitch = host.run("Step1XEditCrop", image=Given(host.picture), mask=Given(mask), context=0.5, min_size=16).made()[2]
-    return {"model": host.model, "clip": host.clip, "vae": host.vae, "image": host.picture, "images": host.picture, "images.image0": host.picture, "source": host.picture,
+    return {"model": host.model, "clip": host.clip, "vae": host.vae, "image": host.picture, "images": host.picture, "source": host.picture,
             "edited": host.picture, "target": host.picture, "pairs": (), "dataset": None, "bench": None,
-            "positive": positive, "negative": negative, "latent": latent, "mask": mask, "stitch": stitch}
+            "positive": positive, "negative": negative, "latent_image": latent, "mask": mask, "stitch": stitch}
 
 
 def names_of(node):
     found = {
         "Step1XEditEncode": "clip vae image",
-        "Step1XEditSampler": "model positive negative latent",
-        "Step1XEditScheduler": "latent",
+        "Step1XEditSampler": "model positive negative latent_image",
+        "Step1XEditScheduler": "model latent_image",
         "Step1XEditGuidance": "model",
         "Step1XEditTeaCache": "model",
         "Step1XEditThink": "clip image",
@@ -226,7 +226,7 @@ LIMITS = {
     ("Step1XEditSampler", "seed"): SEED,
     ("Step1XEditSampler", "cfg"): (0.0, 1.0, 100.0),
     ("Step1XEditSampler", "denoise"): (0.0, 0.01, 1.0),
-    ("Step1XEditScheduler", "steps"): (1, 200),
+    ("Step1XEditScheduler", "steps"): (0, 200),
     ("Step1XEditScheduler", "denoise"): (0.0, 1.0),
     ("Step1XEditGuidance", "truncate"): (-1.0, 1.0),
     ("Step1XEditGuidance", "power"): (0.0, 1.0),
@@ -283,7 +283,7 @@ def test_choices_that_there_are_not(host, links, node, name, value):
     sentence = OUT_OF_RANGE.format(name, "one of the entries of its list")
     if not isinstance(value, list) and not node.endswith("Loader"):
         assert run(host, links, node, **{name: value}).refused.startswith(NOT_IN_LIST)
-    files = {key: Given("x") for key in ("model", "mllm") if key in WIDGETS[node]}
+    files = {key: Given("x") for key in ("unet_name", "clip_name") if key in WIDGETS[node]}
     host.refuses(run(host, links, node, **files, **{name: Given(value)}), sentence)
 
 

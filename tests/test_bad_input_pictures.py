@@ -123,7 +123,7 @@ def test_files_of_every_kind_are_edited(host, tmp_path, monkeypatch, name, pictu
     picture.save(tmp_path / name, **options)
     image, _ = host.run("LoadImage", image=name).made()
     encoded = host.encode(image=Given(image)).made()
-    (latent,) = host.sample(**{key: Given(value) for key, value in zip(("positive", "negative", "latent"), encoded)}).made()
+    (latent,) = host.sample(**{key: Given(value) for key, value in zip(("positive", "negative", "latent_image"), encoded)}).made()
     (edited,) = host.decode(latent, source=Given(image)).made()
     assert edited.shape == (*image.shape[:3], 3) and edited.isfinite().all() and 0 <= edited.min() and edited.max() <= 1
     host.still_edits()
@@ -243,13 +243,13 @@ BAD_LATENTS = {
 @pytest.mark.parametrize("node", ["sample", "decode"])
 @pytest.mark.parametrize("latent, expected", BAD_LATENTS.values(), ids=BAD_LATENTS)
 def test_latents_are_refused(host, latent, expected, node):
-    host.refuses(host.sample(latent=Given(latent)) if node == "sample" else host.decode(latent), expected)
+    host.refuses(host.sample(latent_image=Given(latent)) if node == "sample" else host.decode(latent), expected)
 
 
 @pytest.mark.parametrize("name", ["empty_batch", "no_rows", "integers", "row", "number", "text", "no_samples", "nothing", "tensor"])
 def test_scheduler_refuses_latents(host, name):
     latent, expected = BAD_LATENTS[name]
-    host.refuses(host.run("Step1XEditScheduler", latent=Given(latent), steps=4, denoise=1.0), expected)
+    host.refuses(host.run("Step1XEditScheduler", model=Given(host.model), latent_image=Given(latent), steps=4, denoise=1.0), expected)
 
 
 BEFORE = {"sd": ({"samples": torch.rand(1, 4, 8, 8)}, "The latent has the shape"), "two": ({"samples": LATENT.repeat(2, 1, 1, 1)}, "The latent has the shape"),
@@ -267,10 +267,10 @@ FINE_LATENTS = {"empty_sd": torch.zeros(1, 4, 8, 8), "empty_flux2": torch.zeros(
 
 @pytest.mark.parametrize("samples", FINE_LATENTS.values(), ids=FINE_LATENTS)
 def test_sampler_takes_every_latent_of_the_model_and_empty_ones(host, samples):
-    (out,) = host.sample(latent=Given({"samples": samples})).made()
+    (out,) = host.sample(latent_image=Given({"samples": samples})).made()
     assert out["samples"].shape == (samples.shape[0], 16, *samples.shape[2:]) and torch.isfinite(out["samples"]).all()
 
 
 @pytest.mark.parametrize("mask", [torch.full((1, 1, 8, 8), NAN), torch.zeros(0, 1, 8, 8), torch.full((1, 1, 8, 8), INF)], ids=["nan", "empty", "infinite"])
 def test_noise_masks_are_refused(host, mask):
-    host.refuses(host.sample(latent=Given({**host.encoded[2], "noise_mask": mask})), "The noise mask of the latent, .* Look at the mask of 'Set Latent Noise Mask'")
+    host.refuses(host.sample(latent_image=Given({**host.encoded[2], "noise_mask": mask})), "The noise mask of the latent, .* Look at the mask of 'Set Latent Noise Mask'")

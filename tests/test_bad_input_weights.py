@@ -101,7 +101,7 @@ LANGUAGE_MODELS = {
 @pytest.mark.parametrize("change, expected", LANGUAGE_MODELS.values(), ids=LANGUAGE_MODELS)
 def test_language_models(host, root, memory, language_weights, change, expected):
     write(root / "text_encoders" / LANGUAGE, change(*language_weights))
-    check(host, memory, host.run("Step1XEditLoadMLLM", mllm=LANGUAGE, device="cpu", version="auto"), expected)
+    check(host, memory, host.run("Step1XEditLoadMLLM", clip_name=LANGUAGE, device="cpu", version="auto"), expected)
 
 
 VAES = {
@@ -131,7 +131,7 @@ def load_with_vae(host, root, content):
     if not (repository / "transformer" / MODEL).is_file():
         shutil.copy(root / "diffusion_models" / tiny_models.V11_FILE, repository / "transformer" / MODEL)
     write(repository / "vae" / VAE, content)
-    return load_model(host, model="bad-v1p1/", version="v1.1")
+    return load_model(host, unet_name="bad-v1p1/", version="v1.1")
 
 
 @pytest.mark.parametrize("change, expected", VAES.values(), ids=VAES)
@@ -238,7 +238,7 @@ def test_language_model_weights_that_are_no_numbers(host, root):
     config = tiny_models.TINY_MLLM
     broken = changed("model.norm.weight", lambda t: t * NAN)(tiny_models.random_weights(tiny_models.mllm_shapes(config), 2, torch.bfloat16))
     write(root / "text_encoders" / LANGUAGE, (broken, {CONFIG_KEY: json.dumps(config)}))
-    (loaded,) = host.run("Step1XEditLoadMLLM", mllm=LANGUAGE, device="cpu", version="auto").made()
+    (loaded,) = host.run("Step1XEditLoadMLLM", clip_name=LANGUAGE, device="cpu", version="auto").made()
     host.refuses(host.encode(clip=Given(loaded)), "The text encoder gave values that are no numbers .* Download")
     thought = host.run("Step1XEditThink", clip=Given(loaded), image=Given(host.picture), prompt="red", seed=1, temperature=0.7)
     host.refuses(thought, "The language model gave values that are no numbers .* Download", from_the_start=True)
