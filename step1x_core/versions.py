@@ -52,9 +52,10 @@ VERSIONS: dict[str, Version] = {
 def describe_settings(version: str, steps: int, cfg: float | None = None) -> str:
     """Steps and CFG that sampling uses, in words: 0 stands for the default of this version, None leaves CFG out."""
     defaults, origin = VERSIONS[version], f"of {version}"
+    count = f"{steps or defaults.steps} step{'s' if (steps or defaults.steps) != 1 else ''}"
     if not steps and cfg == 0:
-        return f"{defaults.steps} steps, CFG {defaults.cfg:g} (defaults {origin})"
-    parts = [f"{steps} steps" if steps else f"{defaults.steps} steps (default {origin})"]
+        return f"{count}, CFG {defaults.cfg:g} (defaults {origin})"
+    parts = [count if steps else f"{count} (default {origin})"]
     if cfg is not None:
         parts.append(f"CFG {cfg:g}" if cfg else f"CFG {defaults.cfg:g} (default {origin})")
     return ", ".join(parts)

@@ -37,7 +37,7 @@ def test_the_sampler_shows_what_zero_means(host, shown, caplog):
     with caplog.at_level("INFO"):
         host.sample(steps=1, cfg=0.0).made()
     (node, text), = shown
-    assert node.isdigit() and text == "1 steps, CFG 6 (default of v1.1)" and text in caplog.text
+    assert node.isdigit() and text == "1 step, CFG 6 (default of v1.1)" and text in caplog.text
 
 
 def test_the_scheduler_takes_the_steps_of_the_models_version(host, shown):
