@@ -1,6 +1,7 @@
 from comfy_api.latest import io
 
 from ..step1x_core.host.prompts.encoding import add_references, decode_edit, encode_edit
+from ..step1x_core.host.prompts.tiling import AUTO, TILING
 from .widgets import check_widgets
 
 CATEGORY = "model/conditioning/step1x"
@@ -58,7 +59,7 @@ class Step1XEditEncode(io.ComfyNode):
 
 
 class Step1XEditDecode(io.ComfyNode):
-    """The stock 'VAE Decode' followed by the official return to the source picture's size."""
+    """The stock 'VAE Decode', tiled when memory is short, followed by the official return to the source image's size."""
 
     @classmethod
     def define_schema(cls):
@@ -73,10 +74,14 @@ class Step1XEditDecode(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE that encoded the picture."),
                 io.Image.Input("source", optional=True,
                                tooltip="The picture you edited: the result gets exactly its size. Leave it unconnected to keep the working size."),
+                io.Combo.Input("tiling", options=list(TILING), default=AUTO, optional=True, advanced=True,
+                               tooltip="auto decodes in tiles when memory is short, on always does. off decodes in one piece unless ComfyUI runs out of memory. "
+                                       "Tiles need less VRAM but take longer."),
             ],
             outputs=[io.Image.Output()],
         )
 
     @classmethod
-    def execute(cls, samples, vae, source=None) -> io.NodeOutput:
-        return io.NodeOutput(decode_edit(vae, samples, source))
+    def execute(cls, samples, vae, source=None, tiling=AUTO) -> io.NodeOutput:
+        check_widgets(cls, tiling=tiling)
+        return io.NodeOutput(decode_edit(vae, samples, source, tiling))

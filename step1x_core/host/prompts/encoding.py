@@ -9,6 +9,7 @@ from ...checks import BAD_LATENT, check_conditioning, check_finite, check_latent
 from ...errors import Step1XError
 from ...images import to_output_size, to_working_size, to_working_size_v12
 from .text_encoder import Step1XTokenizer
+from .tiling import AUTO, decode
 
 LATENT_CHANNELS = 16
 # Pixels of the picture to one of its latent, on each side.
@@ -140,8 +141,10 @@ def merge_batch(parts: list[list]) -> list:
     return merged
 
 
-def decode_edit(vae, latent: dict, source: Tensor | None = None) -> Tensor:
+def decode_edit(vae, latent: dict, source: Tensor | None = None, tiling: str = AUTO) -> Tensor:
     """Latent dict -> pictures [B, H, W, 3] in 0..1, resized to the source picture's size where one is given.
+
+    tiling: one of `tiling.TILING`.
 
     The resize works on 8-bit values as the official code does; a result that has the size already keeps its full precision.
 
@@ -153,7 +156,7 @@ def decode_edit(vae, latent: dict, source: Tensor | None = None) -> Tensor:
     samples = latent_samples(latent)
     check_latent_shape(samples, LATENT_CHANNELS)
     check_finite(samples, BAD_LATENT)
-    pictures = vae.decode(samples.clone())
+    pictures = decode(vae, samples.clone(), tiling)
     check_finite(pictures, f"The VAE decoded to {BAD_VAE}")
     if source is None or source.shape[1:3] == pictures.shape[1:3]:
         return pictures
