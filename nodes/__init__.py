@@ -4,10 +4,10 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..step1x_core.host.network.model import register
 from .batch import Step1XEditBatch
-from .edit import Step1XEditDecode, Step1XEditEncode, Step1XEditReferences
+from .edit import Step1XEditDecode, Step1XEditEncode
 from .gate import Step1XEditContentGate
 from .gedit import GEDIT_NODES
-from .loaders import Step1XEditLoadLora, Step1XEditLoadMLLM, Step1XEditLoadModel, Step1XEditLoadVAE
+from .loaders import Step1XEditLoadLora, Step1XEditLoadMLLM, Step1XEditLoadModel
 from .local import Step1XEditCrop, Step1XEditStitch
 from .loop import LOOP_NODES
 from .pairs import PAIR_NODES
@@ -27,7 +27,6 @@ class Step1XEditExtension(ComfyExtension):
         return [
             Step1XEditLoadModel,
             Step1XEditLoadMLLM,
-            Step1XEditLoadVAE,
             Step1XEditLoadLora,
             Step1XEditEncode,
             Step1XEditSampler,
@@ -40,7 +39,6 @@ class Step1XEditExtension(ComfyExtension):
             *LOOP_NODES,
             Step1XEditCrop,
             Step1XEditStitch,
-            Step1XEditReferences,
             Step1XEditBatch,
             Step1XEditDataset,
             Step1XEditTrainLora,

@@ -5,7 +5,7 @@ from ..step1x_core.errors import Step1XError
 from ..step1x_core.host.editing.batch import edit_batch
 from ..step1x_core.host.reasoning.rounds import failures
 from ..step1x_core.host.sampling.sampler import SAMPLERS
-from .widgets import check_widgets
+from .widgets import cfg_input, check_widgets, steps_input
 
 # What may come as a list; of everything else there is one.
 LISTS = ("images", "prompts", "seed")
@@ -27,7 +27,7 @@ class Step1XEditBatch(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model from 'Load Step1X-Edit Model', with any LoRA or model patch."),
                 io.Clip.Input("clip", tooltip="The text encoder from 'Load Step1X-Edit MLLM'."),
-                io.Vae.Input("vae", tooltip="The FLUX VAE (ae.safetensors), from the stock 'Load VAE'."),
+                io.Vae.Input("vae", tooltip="The FLUX VAE: the stock 'Load VAE' with ae.safetensors, or the VAE output of 'Load Step1X-Edit Model' for a diffusers folder."),
                 io.Image.Input("images", tooltip="The pictures: one, a batch, or a list with pictures of different sizes, as the stock 'Create List' makes it."),
                 io.String.Input("prompts", multiline=True, dynamic_prompts=True, placeholder="make the jacket red\nmake the jacket green",
                                 tooltip="What to change: one instruction a line. Lists can be connected, too."),
@@ -39,9 +39,8 @@ class Step1XEditBatch(io.ComfyNode):
                              tooltip="Each picture is edited at about this many pixels squared, keeping its aspect ratio, and comes out at its own size."),
                 io.Int.Input("seed", default=42, min=0, max=0xffffffffffffffff, control_after_generate=True,
                              tooltip="The seed of the first edit; each further one takes the next number. Connect a list to choose them all."),
-                io.Int.Input("steps", default=0, min=0, max=200, tooltip="Number of denoising steps. 0 takes the version's default: 28, for v1.2 50."),
-                io.Float.Input("cfg", default=0.0, min=0.0, max=100.0, step=0.1, round=0.01,
-                               tooltip="How strongly the instructions are followed. 0 takes the version's default: 6, for v1.2-preview 4. 1 switches guidance off."),
+                steps_input(),
+                cfg_input(),
                 io.Combo.Input("sampler_name", options=SAMPLERS, default="euler", advanced=True, tooltip="The official code uses euler."),
             ],
             outputs=[

@@ -35,15 +35,16 @@ class Earlier:
 # Every step guided.
 GUIDED = {"mode.start_percent": 0.0, "mode.end_percent": 1.0}
 EARLIER = {
-    "Step1XModelLoader": Earlier("Step1XEditLoadModel", "", "model version weight_dtype", 1),
-    "Step1XMLLMLoader": Earlier("Step1XEditLoadMLLM", "", "mllm device version", 1),
-    "Step1XVAELoader": Earlier("Step1XEditLoadVAE", "", "vae", 1),
+    "Step1XModelLoader": Earlier("Step1XEditLoadModel", "", "model version weight_dtype", 1, renamed={"model": "unet_name"}),
+    "Step1XMLLMLoader": Earlier("Step1XEditLoadMLLM", "", "mllm device version", 1, renamed={"mllm": "clip_name"}),
+    # The stock 'Load VAE': it lists no diffusers folders, whose VAE comes from 'Load Step1X-Edit Model'.
+    "Step1XVAELoader": Earlier("VAELoader", "", "vae", 1, renamed={"vae": "vae_name"}),
     "Step1XLoraLoader": Earlier("Step1XEditLoadLora", "model", "lora_name strength", 1),
     "Step1XSampler": Earlier(
         "Step1XEditSampler", "model positive negative latent",
-        "seed + steps cfg sampler_name denoise", 1),
+        "seed + steps cfg sampler_name denoise", 1, renamed={"latent": "latent_image"}),
     "Step1XDecode": Earlier("Step1XEditDecode", "samples vae source", "", 1),
-    "Step1XScheduler": Earlier("Step1XEditScheduler", "latent", "steps denoise", 1),
+    "Step1XScheduler": Earlier("Step1XEditScheduler", "latent", "steps denoise", 1, renamed={"latent": "latent_image"}),
     "Step1XGuidance": Earlier("Step1XEditGuidance", "model", "truncate power", 1),
     "Step1XGuidanceInterval": Earlier(
         "Step1XEditSpeed", "model", "start end", 1, {"start": "mode.start_percent", "end": "mode.end_percent"},
@@ -65,9 +66,6 @@ EARLIER = {
         "prompt negative_prompt size_level seed + steps cfg rounds think reflect sampler_name", 4),
     "Step1XCrop": Earlier("Step1XEditCrop", "image mask", "context min_size", 3),
     "Step1XStitch": Earlier("Step1XEditStitch", "image stitch", "feather", 1),
-    "Step1XReferences": Earlier(
-        "Step1XEditReferences", "positive negative vae images.image0 images.image1 images.image2 images.image3 images.image4 images.image5 images.image6 images.image7",
-        "size_level", 2),
     "Step1XBatch": Earlier(
         "Step1XEditBatch", "model clip vae images",
         "prompts combine negative_prompt size_level seed + steps cfg sampler_name", 2),

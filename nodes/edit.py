@@ -1,11 +1,13 @@
 from comfy_api.latest import io
 
 from ..step1x_core.host.prompts.encoding import add_references, decode_edit, encode_edit
+from ..step1x_core.host.prompts.tiling import AUTO, TILING
 from .widgets import check_widgets
 
 CATEGORY = "model/conditioning/step1x"
 # More than a few are too much for the model, and for most graphics cards.
 MAX_REFERENCES = 8
+REFERENCE_SIZE = 512
 
 
 class Step1XEditEncode(io.ComfyNode):
@@ -22,7 +24,7 @@ class Step1XEditEncode(io.ComfyNode):
             search_aliases=["step1x", "image edit", "edit instruction", "text encode", "reference image"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder from 'Load Step1X-Edit MLLM'."),
-                io.Vae.Input("vae", tooltip="The FLUX VAE (ae.safetensors), from the stock 'Load VAE'."),
+                io.Vae.Input("vae", tooltip="The FLUX VAE: the stock 'Load VAE' with ae.safetensors, or the VAE output of 'Load Step1X-Edit Model' for a diffusers folder."),
                 io.Image.Input("image", tooltip="The picture to edit, of any size. A batch is edited picture by picture with the same instruction."),
                 io.String.Input("prompt", multiline=True, dynamic_prompts=True, placeholder="replace the modern sofa with a vintage leather couch",
                                 tooltip="What to change, in English or Chinese. Put words that are to appear in the picture in double quotes."),
@@ -32,6 +34,12 @@ class Step1XEditEncode(io.ComfyNode):
                              tooltip="The picture is edited at about this many pixels squared, keeping its aspect ratio. 1024 gives the best quality; 512 is much faster."),
                 io.Latent.Input("latent", optional=True,
                                 tooltip="To edit a result further without loss: the latent it was decoded from. The picture is then read by the language model only."),
+                io.Autogrow.Input("references", optional=True,
+                                  template=io.Autogrow.TemplatePrefix(io.Image.Input("reference"), prefix="reference", min=0, max=MAX_REFERENCES),
+                                  tooltip="Experimental: further images that the image model sees beside the edited one. It was trained with one image, "
+                                          "so results vary. Each slows sampling down."),
+                io.Int.Input("reference_size", default=REFERENCE_SIZE, min=64, max=2048, step=16, optional=True, advanced=True,
+                             tooltip="Each reference is scaled to about this many pixels squared. Larger shows more detail but costs time and VRAM."),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive"),
@@ -41,45 +49,17 @@ class Step1XEditEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip, vae, image, prompt, negative_prompt, size_level, latent=None) -> io.NodeOutput:
-        check_widgets(cls, prompt=prompt, negative_prompt=negative_prompt, size_level=size_level)
-        return io.NodeOutput(*encode_edit(clip, vae, image, prompt, negative_prompt, size_level, latent))
-
-
-class Step1XEditReferences(io.ComfyNode):
-    """Further reference pictures. The stock 'ReferenceLatent' adds one to one conditioning; it needs two for each picture, and scaling and encoding before them."""
-
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="Step1XEditReferences",
-            display_name="Step1X-Edit References",
-            category=CATEGORY,
-            description="Experimental: shows the model further pictures beside the one that is edited. It was trained with a single picture.",
-            search_aliases=["step1x", "reference image", "several images", "multiple references"],
-            is_experimental=True,
-            inputs=[
-                io.Conditioning.Input("positive", tooltip="The instruction, from 'Step1X-Edit Encode'."),
-                io.Conditioning.Input("negative", tooltip="The negative prompt, from 'Step1X-Edit Encode'."),
-                io.Vae.Input("vae", tooltip="The VAE that encoded the picture."),
-                io.Autogrow.Input("images", template=io.Autogrow.TemplatePrefix(io.Image.Input("image"), prefix="image", min=1, max=MAX_REFERENCES),
-                                  tooltip="Further pictures, of any size. Each makes sampling slower, about as much as the first."),
-                io.Int.Input("size_level", default=512, min=64, max=2048, step=16, tooltip="Each further picture is shown at about this many pixels squared."),
-            ],
-            outputs=[
-                io.Conditioning.Output(display_name="positive"),
-                io.Conditioning.Output(display_name="negative"),
-            ],
-        )
-
-    @classmethod
-    def execute(cls, positive, negative, vae, images, size_level) -> io.NodeOutput:
-        check_widgets(cls, size_level=size_level)
-        return io.NodeOutput(*add_references([positive, negative], vae, list(images.values()), size_level))
+    def execute(cls, clip, vae, image, prompt, negative_prompt, size_level, latent=None, references=None,
+                reference_size=REFERENCE_SIZE) -> io.NodeOutput:
+        check_widgets(cls, prompt=prompt, negative_prompt=negative_prompt, size_level=size_level, reference_size=reference_size)
+        positive, negative, latent = encode_edit(clip, vae, image, prompt, negative_prompt, size_level, latent)
+        if references:
+            positive, negative = add_references([positive, negative], vae, list(references.values()), reference_size)
+        return io.NodeOutput(positive, negative, latent)
 
 
 class Step1XEditDecode(io.ComfyNode):
-    """The stock 'VAE Decode' followed by the official return to the source picture's size."""
+    """The stock 'VAE Decode', tiled when memory is short, followed by the official return to the source image's size."""
 
     @classmethod
     def define_schema(cls):
@@ -94,10 +74,14 @@ class Step1XEditDecode(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE that encoded the picture."),
                 io.Image.Input("source", optional=True,
                                tooltip="The picture you edited: the result gets exactly its size. Leave it unconnected to keep the working size."),
+                io.Combo.Input("tiling", options=list(TILING), default=AUTO, optional=True, advanced=True,
+                               tooltip="auto decodes in tiles when memory is short, on always does. off decodes in one piece unless ComfyUI runs out of memory. "
+                                       "Tiles need less VRAM but take longer."),
             ],
             outputs=[io.Image.Output()],
         )
 
     @classmethod
-    def execute(cls, samples, vae, source=None) -> io.NodeOutput:
-        return io.NodeOutput(decode_edit(vae, samples, source))
+    def execute(cls, samples, vae, source=None, tiling=AUTO) -> io.NodeOutput:
+        check_widgets(cls, tiling=tiling)
+        return io.NodeOutput(decode_edit(vae, samples, source, tiling))

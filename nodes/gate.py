@@ -1,7 +1,8 @@
 from comfy_api.latest import io
 
 from ..step1x_core.gate.policy import ACTIONS, OFF
-from ..step1x_core.host.gate.gate import NONE, classifier_folders, gate, show_status
+from ..step1x_core.host.gate.gate import NONE, classifier_folders, gate
+from ..step1x_core.host.status import show_status
 from .widgets import check_widgets
 
 
@@ -16,7 +17,6 @@ class Step1XEditContentGate(io.ComfyNode):
             category="model/postprocessing/step1x",
             description="Between decode and save: checks pictures with a classifier of yours and the instruction by words or a question. All on this machine.",
             search_aliases=["step1x", "content filter", "safety checker", "nsfw", "moderation"],
-            hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Image.Input("images", tooltip="The pictures to check, one or a batch; each is treated by itself."),
                 io.Combo.Input("action", options=list(ACTIONS), default=OFF,
@@ -50,5 +50,5 @@ class Step1XEditContentGate(io.ComfyNode):
                       question=question)
         images, found, report = gate(images, action, classifier, unsafe_labels, threshold, message, prompt, words, question, clip)
         # On the node itself, so that nobody overlooks whether the gate is on.
-        show_status(report.splitlines()[0], cls.hidden.unique_id)
+        show_status(report.splitlines()[0])
         return io.NodeOutput(images, found, report)

@@ -3,7 +3,7 @@ import torch
 from comfy_api.latest import io
 
 from ..step1x_core.host.checkpoints.folders import choices, resolve
-from ..step1x_core.host.checkpoints.loading import load_model, load_text_encoder, load_vae
+from ..step1x_core.host.checkpoints.loading import load_model, load_own_vae, load_text_encoder
 from ..step1x_core.host.checkpoints.lora import apply_lora, load_lora_file
 from ..step1x_core.host.sampling.sampler import check_model
 from ..step1x_core.versions import LAYOUTS, VERSIONS
@@ -33,23 +33,27 @@ class Step1XEditLoadModel(io.ComfyNode):
             description="Loads a Step1X-Edit model: a single file (original, fp8 or scaled fp8) or a diffusers folder.",
             search_aliases=["step1x", "step1x-edit", "image edit model", "load diffusion model"],
             inputs=[
-                io.Combo.Input("model", options=list(choices("diffusion_models", "transformer")),
+                io.Combo.Input("unet_name", options=list(choices("diffusion_models", "transformer")),
                                tooltip="A file in models/diffusion_models, or a diffusers folder there or in models/diffusers, up to three levels deep (shown with a slash)."),
                 io.Combo.Input("version", options=["auto", *VERSIONS], default="auto",
                                tooltip="auto reads the version off the tensors, the repository's class or the file's name. Choose one for a renamed or converted file "
                                        "that tells none of it: v1.1 and v1.2-preview can be alike to the last tensor."),
-                io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default", advanced=True,
+                io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default",
                                tooltip="Precision the weights are kept in. default keeps the file's. fp8_scaled needs 16 GB in place of 25 and is the fastest on cards with "
                                        "fp8 tensor cores (RTX 40 series and later), at a small loss of quality. The others are the host's own: fp8 without scales."),
             ],
-            outputs=[io.Model.Output(tooltip="The model, with norm-limited guidance switched on.")],
+            outputs=[
+                io.Model.Output(tooltip="The model, with norm-limited guidance switched on."),
+                io.Vae.Output(tooltip="The VAE of a diffusers folder that has one. Empty for a single file: use the stock 'Load VAE'."),
+            ],
         )
 
     @classmethod
-    def execute(cls, model, version, weight_dtype) -> io.NodeOutput:
+    def execute(cls, unet_name, version, weight_dtype) -> io.NodeOutput:
         check_widgets(cls, version=version, weight_dtype=weight_dtype)
-        path = resolve(model, "diffusion_models", "transformer")
-        return io.NodeOutput(load_model(path, None if version == "auto" else version, **WEIGHT_DTYPES[weight_dtype]))
+        path = resolve(unet_name, "diffusion_models", "transformer")
+        loaded = load_model(path, None if version == "auto" else version, **WEIGHT_DTYPES[weight_dtype])
+        return io.NodeOutput(loaded, load_own_vae(path))
 
 
 class Step1XEditLoadMLLM(io.ComfyNode):
@@ -64,7 +68,7 @@ class Step1XEditLoadMLLM(io.ComfyNode):
             description="Loads Qwen2.5-VL-7B-Instruct, which reads the instruction and looks at the picture. The file that Qwen-Image uses fits, bf16 or scaled fp8.",
             search_aliases=["step1x", "qwen2.5-vl", "qwen_2.5_vl_7b", "text encoder", "load clip"],
             inputs=[
-                io.Combo.Input("mllm", options=list(choices("text_encoders", "text_encoder")),
+                io.Combo.Input("clip_name", options=list(choices("text_encoders", "text_encoder")),
                                tooltip="A file in models/text_encoders such as qwen_2.5_vl_7b.safetensors, or a Hugging Face folder (shown with a slash)."),
                 io.Combo.Input("device", options=["default", "cpu"], default="default", advanced=True,
                                tooltip="cpu keeps the text encoder off the graphics card: slower, but it needs no VRAM."),
@@ -76,34 +80,11 @@ class Step1XEditLoadMLLM(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, mllm, device, version="auto") -> io.NodeOutput:
+    def execute(cls, clip_name, device, version="auto") -> io.NodeOutput:
         check_widgets(cls, device=device, version=version)
-        path = resolve(mllm, "text_encoders", "text_encoder")
+        path = resolve(clip_name, "text_encoders", "text_encoder")
         options = {"load_device": torch.device("cpu"), "offload_device": torch.device("cpu")} if device == "cpu" else {}
         return io.NodeOutput(load_text_encoder(path, None if version == "auto" else version, options))
-
-
-class Step1XEditLoadVAE(io.ComfyNode):
-    """Loads the VAE of a Step1X-Edit repository. For a single file such as ae.safetensors the stock 'Load VAE' does the same."""
-
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="Step1XEditLoadVAE",
-            display_name="Load Step1X-Edit VAE",
-            category=CATEGORY,
-            description="Loads the FLUX VAE from the vae folder of a diffusers repository, or from a single file.",
-            search_aliases=["step1x", "vae", "load vae", "diffusers vae"],
-            inputs=[
-                io.Combo.Input("vae", options=list(choices("vae", "vae")),
-                               tooltip="A file in models/vae, or a diffusers repository there or in models/diffusers (shown with a slash)."),
-            ],
-            outputs=[io.Vae.Output()],
-        )
-
-    @classmethod
-    def execute(cls, vae) -> io.NodeOutput:
-        return io.NodeOutput(load_vae(resolve(vae, "vae", "vae")))
 
 
 class Step1XEditLoadLora(io.ComfyNode):

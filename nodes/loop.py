@@ -15,13 +15,13 @@ from ..step1x_core.host.prompts.encoding import check_vae
 from ..step1x_core.host.reasoning.rounds import HOST_KEEPS_RESULTS, Failure, Rounds, attempt, failures
 from ..step1x_core.host.reasoning.templates import template_fingerprint
 from ..step1x_core.host.reasoning.thinking import TEMPERATURE, check_instruction, check_thinking, judge, rules_version, single_picture
-from ..step1x_core.host.sampling.sampler import SAMPLERS, check_model
+from ..step1x_core.host.sampling.sampler import SAMPLERS, check_model, show_settings
 from ..step1x_core.reasoning.conversation import RULES
 from ..step1x_core.reasoning.reflection import MAX_ROUNDS, Loop, Thought
 from ..step1x_core.reasoning.report import report
 from .edit import Step1XEditDecode, Step1XEditEncode
 from .sampling import Step1XEditSampler
-from .widgets import check_widgets
+from .widgets import cfg_input, check_widgets, steps_input
 
 CATEGORY = "model/sampling/step1x"
 STATE = io.Custom("STEP1X_ROUNDS")
@@ -68,7 +68,7 @@ def add_edit(graph: GraphBuilder, name: str, inputs: dict, image, prompt, seed: 
     """Add the nodes of one edit to the graph -> the link to the picture, at the size of the source."""
     encode = graph.node(f"Step1XEditEncode{suffix}", f"{name}_encode", image=image, prompt=prompt,
                         **{key: inputs[key] for key in ("clip", "vae", "negative_prompt", "size_level")})
-    sampler = graph.node(f"Step1XEditSampler{suffix}", f"{name}_sampler", positive=encode.out(0), negative=encode.out(1), latent=encode.out(2), seed=seed, denoise=1.0,
+    sampler = graph.node(f"Step1XEditSampler{suffix}", f"{name}_sampler", positive=encode.out(0), negative=encode.out(1), latent_image=encode.out(2), seed=seed, denoise=1.0,
                          **{key: inputs[key] for key in ("model", "steps", "cfg", "sampler_name")})
     return graph.node(f"Step1XEditDecode{suffix}", f"{name}_decode", samples=sampler.out(0), vae=inputs["vae"], source=inputs["image"]).out(0)
 
@@ -91,7 +91,7 @@ class Step1XEditReflectionLoop(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model from 'Load Step1X-Edit Model', with any LoRA or model patch."),
                 io.Clip.Input("clip", tooltip="The text encoder from 'Load Step1X-Edit MLLM'. To think and to reflect its file needs a language-model head (lm_head)."),
-                io.Vae.Input("vae", tooltip="The FLUX VAE (ae.safetensors), from the stock 'Load VAE'."),
+                io.Vae.Input("vae", tooltip="The FLUX VAE: the stock 'Load VAE' with ae.safetensors, or the VAE output of 'Load Step1X-Edit Model' for a diffusers folder."),
                 io.Image.Input("image", tooltip="The picture to edit, exactly one, of any size."),
                 io.String.Input("prompt", multiline=True, dynamic_prompts=True, placeholder="this bread stayed in too long", tooltip="What to change, in English or Chinese."),
                 io.String.Input("negative_prompt", multiline=True, dynamic_prompts=True, default="", advanced=True,
@@ -99,9 +99,8 @@ class Step1XEditReflectionLoop(io.ComfyNode):
                 io.Int.Input("size_level", default=1024, min=64, max=2048, step=16, tooltip="The picture is edited at about this many pixels squared, keeping its aspect ratio."),
                 io.Int.Input("seed", default=42, min=0, max=0xffffffffffffffff, control_after_generate=True,
                              tooltip="The random seed of everything: round 1 samples with it, each later round with the next number, and every answer's seed is made of it."),
-                io.Int.Input("steps", default=0, min=0, max=200, tooltip="Number of denoising steps per round. 0 takes the version's default: 28, for v1.2 50."),
-                io.Float.Input("cfg", default=0.0, min=0.0, max=100.0, step=0.1, round=0.01,
-                               tooltip="How strongly the instruction is followed. 0 takes the version's default: 6, for v1.2-preview 4."),
+                steps_input(),
+                cfg_input(),
                 io.Int.Input("rounds", default=MAX_ROUNDS, min=1, max=ROUNDS_LIMIT, tooltip="How often to edit at most. A success ends the loop earlier."),
                 io.Boolean.Input("think", default=True, tooltip="Have the instruction rewritten first, once."),
                 io.Boolean.Input("reflect", default=True, tooltip="Judge each result and go on until it succeeds. Off: one round, nothing is judged."),
@@ -129,6 +128,7 @@ class Step1XEditReflectionLoop(io.ComfyNode):
         seed, think, reflect = values["seed"], values["think"], values["reflect"]
         # What would fail later would cost a thought or a picture.
         check_model(values["model"])
+        show_settings(values["model"], values["steps"], values["cfg"])
         check_vae(values["vae"])
         single_picture(values["image"], "image")
         if think or reflect:

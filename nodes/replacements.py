@@ -37,7 +37,7 @@ def replace(old: str, new: str, widgets: list[str], mapped: dict[str, str], valu
 
 
 def replacements() -> list[io.NodeReplace]:
-    out = [replace(old, LOADER, widgets, {"diffusion_model": "model"}, {"version": "auto", "weight_dtype": "default"}) for old, widgets in LOADERS.items()]
+    out = [replace(old, LOADER, widgets, {"diffusion_model": "unet_name"}, {"version": "auto", "weight_dtype": "default"}) for old, widgets in LOADERS.items()]
     for old, (widgets, model, image) in EDITS.items():
         mapped = {} if model is None else {model: "model"}
         # The widget behind the seed is none of the node's inputs.

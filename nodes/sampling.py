@@ -9,12 +9,13 @@ from ..step1x_core.host.sampling.sampler import (
     model_version,
     sample,
     set_norm_limiter,
+    show_settings,
     version_defaults,
     with_norm_limiter,
 )
 from ..step1x_core.sampling.guidance import NormLimiter
-from ..step1x_core.versions import DEFAULT_STEPS, GUIDANCE_NORM_POWER
-from .widgets import check_widgets
+from ..step1x_core.versions import GUIDANCE_NORM_POWER
+from .widgets import cfg_input, check_widgets, steps_input
 
 CATEGORY = "model/sampling/step1x"
 
@@ -34,24 +35,24 @@ class Step1XEditSampler(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model from 'Load Step1X-Edit Model', with any LoRA or model patch."),
                 io.Conditioning.Input("positive", tooltip="The instruction."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt."),
-                io.Latent.Input("latent", tooltip="The latent from 'Step1X-Edit Encode', or an empty latent for text to image."),
+                io.Latent.Input("latent_image", tooltip="The latent from 'Step1X-Edit Encode', or an empty latent for text to image."),
                 io.Int.Input("seed", default=42, min=0, max=0xffffffffffffffff, control_after_generate=True, tooltip="The random seed: same seed and inputs, same picture."),
-                io.Int.Input("steps", default=0, min=0, max=200, tooltip="Number of denoising steps. 0 takes the version's default: 28, for v1.2 50."),
-                io.Float.Input("cfg", default=0.0, min=0.0, max=100.0, step=0.1, round=0.01,
-                               tooltip="How strongly the instruction is followed. 0 takes the version's default: 6, for v1.2-preview 4. 1 switches guidance off."),
+                steps_input(),
+                cfg_input(),
                 io.Combo.Input("sampler_name", options=SAMPLERS, default="euler", advanced=True, tooltip="The official code uses euler."),
-                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
+                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01,
                                tooltip="Below 1 only the last part of the schedule is run, starting from the picture itself: less change. 0 returns the latent unchanged."),
             ],
             outputs=[io.Latent.Output()],
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, latent, seed, steps, cfg, sampler_name, denoise) -> io.NodeOutput:
+    def execute(cls, model, positive, negative, latent_image, seed, steps, cfg, sampler_name, denoise) -> io.NodeOutput:
         check_widgets(cls, seed=seed, steps=steps, cfg=cfg, sampler_name=sampler_name, denoise=denoise)
         check_model(model)
+        show_settings(model, steps, cfg)
         steps, cfg = version_defaults(model, steps, cfg)
-        latent = fit_latent(model, latent)
+        latent = fit_latent(model, latent_image)
         sigmas = flow_sigmas(steps, latent["samples"], denoise)
         return io.NodeOutput(sample(with_norm_limiter(model), positive, negative, latent, sigmas, cfg, seed, sampler_name))
 
@@ -68,17 +69,22 @@ class Step1XEditScheduler(io.ComfyNode):
             description="Noise levels of the official code for a latent's size, for the custom samplers.",
             search_aliases=["step1x", "sigmas", "flux shift", "scheduler"],
             inputs=[
-                io.Latent.Input("latent", tooltip="The latent that will be sampled; its size decides the shift of the schedule."),
-                io.Int.Input("steps", default=DEFAULT_STEPS, min=1, max=200, tooltip="Number of denoising steps. The official default is 28, for v1.2 50."),
+                io.Model.Input("model", tooltip="The model that will be sampled; its version decides the default number of steps."),
+                io.Latent.Input("latent_image", tooltip="The latent that will be sampled; its size decides the shift of the schedule."),
+                steps_input(),
                 io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="The part of the schedule that is run, counted from its end."),
             ],
             outputs=[io.Sigmas.Output()],
         )
 
     @classmethod
-    def execute(cls, latent, steps, denoise) -> io.NodeOutput:
+    def execute(cls, model, latent_image, steps, denoise) -> io.NodeOutput:
         check_widgets(cls, steps=steps, denoise=denoise)
-        return io.NodeOutput(flow_sigmas(steps, latent_samples(latent), denoise))
+        check_model(model)
+        samples = latent_samples(latent_image)
+        show_settings(model, steps)
+        steps, _ = version_defaults(model, steps, 0.0)
+        return io.NodeOutput(flow_sigmas(steps, samples, denoise))
 
 
 class Step1XEditGuidance(io.ComfyNode):

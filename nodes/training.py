@@ -41,7 +41,8 @@ class Step1XEditDataset(io.ComfyNode):
                 io.Clip.Input("clip",
                               tooltip="Text encoder from 'Load Step1X-Edit MLLM', for the model version to be "
                                       "trained."),
-                io.Vae.Input("vae", tooltip="FLUX VAE (ae.safetensors) from the stock 'Load VAE'."),
+                io.Vae.Input("vae", tooltip="FLUX VAE: the stock 'Load VAE' with ae.safetensors, or the VAE output of "
+                                          "'Load Step1X-Edit Model' for a diffusers folder."),
                 io.String.Input("dataset", default="", placeholder="my_pairs",
                                 tooltip="Name of a folder in ComfyUI's input folder with source/NAME.png, "
                                         "target/NAME.png and target/NAME.txt (the instruction), or of a JSON file in"

@@ -63,3 +63,13 @@ def check_choice(entry: io.DynamicCombo.Input, value, name: str) -> None:
                           "Choose one in the node; another node cannot hand it over.")
     for nested in opened[key]:
         check_widget(nested, value.get(nested.id), f"{name}.{nested.id}")
+
+
+def steps_input() -> io.Int.Input:
+    return io.Int.Input("steps", default=0, min=0, max=200,
+                        tooltip="0 uses the version's default: 28, or 50 for v1.2. Any other value is the number of denoising steps.")
+
+
+def cfg_input() -> io.Float.Input:
+    return io.Float.Input("cfg", default=0.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                          tooltip="0 uses the version's default: 6, or 4 for v1.2-preview. Higher values follow the instruction more strictly; 1 disables guidance.")

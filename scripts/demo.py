@@ -70,8 +70,8 @@ def choose_models(object_info: dict) -> dict[str, str] | None:
         return definition[0] if isinstance(definition[0], list) else definition[1]["options"]
 
     chosen = {
-        "Step1XEditLoadModel": pick(offered("Step1XEditLoadModel", "model"), "step1x-edit-v1p1", "step1x"),
-        "Step1XEditLoadMLLM": pick(offered("Step1XEditLoadMLLM", "mllm"), "qwen_2.5_vl_7b", "qwen2.5-vl-7b", "step1x"),
+        "Step1XEditLoadModel": pick(offered("Step1XEditLoadModel", "unet_name"), "step1x-edit-v1p1", "step1x"),
+        "Step1XEditLoadMLLM": pick(offered("Step1XEditLoadMLLM", "clip_name"), "qwen_2.5_vl_7b", "qwen2.5-vl-7b", "step1x"),
         "VAELoader": pick_vae(offered("VAELoader", "vae_name")),
     }
     return chosen if all(chosen.values()) else None

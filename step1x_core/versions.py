@@ -68,7 +68,7 @@ class Version:
     draws: bool = True
 
 
-VERSIONS = {
+VERSIONS: dict[str, Version] = {
     # The reference shares the target's positions; the network tells them apart by content.
     "v1.0": Version((0, 0, 0), draws=False),
     # The official position table starts from ones on all three axes (docs/model.md, Sequence and position ids).
@@ -78,3 +78,15 @@ VERSIONS = {
     "v1.2-preview": Version((1, 0, 0), LAYOUT_V12, 28, 4.0, GUIDANCE_TRUNCATE_V12, uncond_at_cfg1=False, coarse_time=True),
     "v1.2": Version((1, 0, 0), LAYOUT_V12, 50, 6.0, GUIDANCE_TRUNCATE_V12, uncond_at_cfg1=False, coarse_time=True),
 }
+
+
+def describe_settings(version: str, steps: int, cfg: float | None = None) -> str:
+    """Steps and CFG that sampling uses, in words: 0 stands for the default of this version, None leaves CFG out."""
+    defaults, origin = VERSIONS[version], f"of {version}"
+    count = f"{steps or defaults.steps} step{'s' if (steps or defaults.steps) != 1 else ''}"
+    if not steps and cfg == 0:
+        return f"{count}, CFG {defaults.cfg:g} (defaults {origin})"
+    parts = [count if steps else f"{count} (default {origin})"]
+    if cfg is not None:
+        parts.append(f"CFG {cfg:g}" if cfg else f"CFG {defaults.cfg:g} (default {origin})")
+    return ", ".join(parts)

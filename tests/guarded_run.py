@@ -55,6 +55,7 @@ def main(base: Path, report: Path) -> None:
     folder_paths.models_dir, folder_paths.input_directory, folder_paths.output_directory, folder_paths.temp_directory = (
         str(base / name) for name in ("models", "input", "output", "temp"))
     classes = node_classes(load_pack())
+    from step1x_core.host.checkpoints.loading import load_vae
     from step1x_core.host.gate.gate import gate
 
     def run(node: str, **inputs) -> tuple:
@@ -65,15 +66,15 @@ def main(base: Path, report: Path) -> None:
     starting = take()
     image = torch.rand(1, 72, 96, 3, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        vae, = run("Step1XEditLoadVAE", vae=tiny_models.VAE_FILE)
+        vae = load_vae(base / "models" / "vae" / tiny_models.VAE_FILE)
         for file, version, layout in ((tiny_models.V11_FILE, "auto", "v1.1"), ("shards-v1p1/", "auto", "v1.1"), (tiny_models.V12_FILE, "v1.2", "v1.2")):
-            model, = run("Step1XEditLoadModel", model=file, version=version, weight_dtype="default")
+            model, _ = run("Step1XEditLoadModel", unet_name=file, version=version, weight_dtype="default")
             if version == "auto":
                 model, = run("Step1XEditLoadLora", model=model, lora_name=tiny_models.LORA_FILE, strength=1.0)
-            clip, = run("Step1XEditLoadMLLM", mllm=tiny_models.MLLM_FILE, device="default", version=layout)
+            clip, = run("Step1XEditLoadMLLM", clip_name=tiny_models.MLLM_FILE, device="default", version=layout)
             prompt, _ = run("Step1XEditThink", clip=clip, image=image, prompt="make it red", seed=1, temperature=0.7)
             positive, negative, latent = run("Step1XEditEncode", clip=clip, vae=vae, image=image, prompt=prompt, negative_prompt="", size_level=64)
-            latent, = run("Step1XEditSampler", model=model, positive=positive, negative=negative, latent=latent, seed=1, steps=1, cfg=4.0, sampler_name="euler", denoise=1.0)
+            latent, = run("Step1XEditSampler", model=model, positive=positive, negative=negative, latent_image=latent, seed=1, steps=1, cfg=4.0, sampler_name="euler", denoise=1.0)
             picture, = run("Step1XEditDecode", samples=latent, vae=vae, source=image)
             assert picture.shape == image.shape and picture.isfinite().all()
         # Of the nodes that only compute.

@@ -122,10 +122,21 @@ VAES = {
 }
 
 
+def load_with_vae(host, root, content):
+    """The model of a diffusers folder whose VAE this is."""
+    repository = root / "diffusers" / "bad-v1p1"
+    for name in ("transformer", "vae"):
+        (repository / name).mkdir(parents=True, exist_ok=True)
+        (repository / name / "config.json").write_text("{}")
+    if not (repository / "transformer" / MODEL).is_file():
+        shutil.copy(root / "diffusion_models" / tiny_models.V11_FILE, repository / "transformer" / MODEL)
+    write(repository / "vae" / VAE, content)
+    return load_model(host, "bad-v1p1/", version="v1.1")
+
+
 @pytest.mark.parametrize("change, expected", VAES.values(), ids=VAES)
 def test_vaes(host, root, memory, vae_weights, change, expected):
-    write(root / "vae" / VAE, change(vae_weights))
-    check(host, memory, load(host, "Step1XEditLoadVAE", VAE), expected)
+    check(host, memory, load_with_vae(host, root, change(vae_weights)), expected)
 
 
 LAYER = "lora_unet_double_blocks_0_img_attn_qkv"
@@ -196,13 +207,13 @@ def test_pickled_lora_is_not_opened(host, root, memory):
 def test_model_weights_that_are_no_numbers_are_found_by_our_sampler(host, root, weights, key, value):
     """Reading 25 GB of weights to look for them would take as long as the edit."""
     write(root / "diffusion_models" / MODEL, changed(key, lambda t: torch.full_like(t, value))(weights))
-    (loaded,) = load_model(host).made()
+    loaded, _ = load_model(host).made()
     host.refuses(host.sample(model=Given(loaded)), "Sampling ended in values that are no numbers .* download the file again")
 
 
 def test_the_stock_sampler_goes_on_as_the_host_does(host, root, weights):
     write(root / "diffusion_models" / MODEL, changed(QKV, lambda t: t * NAN)(weights))
-    (loaded,) = load_model(host).made()
+    loaded, _ = load_model(host).made()
     inputs = {name: Given(value) for name, value in zip(("positive", "negative", "latent_image"), host.encoded)}
     (latent,) = host.run("KSampler", model=Given(loaded), **inputs, seed=1, steps=1, cfg=6.0, sampler_name="euler", scheduler="simple", denoise=1.0).made()
     assert latent["samples"].isnan().any()
@@ -218,8 +229,7 @@ def test_lora_weights_that_are_no_numbers(host, root, key, value):
 
 @pytest.mark.parametrize("part, says", [("taesd_encoder.", "The VAE made values that are no numbers"), ("taesd_decoder.", "The VAE decoded to values that are no numbers")])
 def test_vae_weights_that_are_no_numbers(host, root, vae_weights, part, says):
-    write(root / "vae" / VAE, {key: t * NAN if key.startswith(part) else t for key, t in vae_weights.items()})
-    (loaded,) = load(host, "Step1XEditLoadVAE", VAE).made()
+    _, loaded = load_with_vae(host, root, {key: t * NAN if key.startswith(part) else t for key, t in vae_weights.items()}).made()
     broken = host.encode(vae=Given(loaded)) if part == "taesd_encoder." else host.decode(host.encoded[2], vae=Given(loaded))
     host.refuses(broken, f"{says} .* Download the VAE again")
 
@@ -235,8 +245,6 @@ def test_language_model_weights_that_are_no_numbers(host, root):
 
 
 def test_good_files_load_and_edit_as_before_after_all_of_that(host, models, root):
-    loaded, = load_model(host, model=tiny_models.V11_FILE).made()
-    shutil.copy(models / "vae" / tiny_models.VAE_FILE, root / "vae")
-    own_vae, = load(host, "Step1XEditLoadVAE", tiny_models.VAE_FILE).made()
+    loaded, own_vae = load_with_vae(host, root, (models / "vae" / tiny_models.VAE_FILE).read_bytes()).made()
     (sampled,) = host.sample(model=Given(loaded)).made()
     assert torch.equal(host.decode(sampled, vae=Given(own_vae)).made()[0], host.expected)

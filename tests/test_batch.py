@@ -240,11 +240,10 @@ def test_references_node_takes_several_pictures(client, tmp_path):
     results = []
     for further in ((), (3,), (3, 5), (5, 3)):
         prompt = demo_prompt(client, "step1x_edit.json", LoadImage={"image": "1.png"}, Step1XEditEncode={"prompt": ""})
-        encode, vae, sampler = (find_nodes(prompt, name)[0] for name in ("Step1XEditEncode", "VAELoader", "Step1XEditSampler"))
+        encode, = find_nodes(prompt, "Step1XEditEncode")
         if further:
             loads = {f"load{index}": {"class_type": "LoadImage", "inputs": {"image": f"{index}.png"}} for index in further}
-            prompt |= loads | {"more": {"class_type": "Step1XEditReferences", "inputs": {
-                "positive": [encode, 0], "negative": [encode, 1], "vae": [vae, 0], "size_level": 128, **{f"images.image{i}": [name, 0] for i, name in enumerate(loads)}}}}
-            prompt[sampler]["inputs"] |= {"positive": ["more", 0], "negative": ["more", 1]}
+            prompt |= loads
+            prompt[encode]["inputs"] |= {"reference_size": 128, **{f"references.reference{i}": [name, 0] for i, name in enumerate(loads)}}
         results.append(images_of(client.run(prompt))[0])
     assert len({result.tobytes() for result in results}) == 4 and {result.shape for result in results} == {(128, 128, 3)}

@@ -74,7 +74,7 @@ def replaced(offer, object_info, widgets_values, links) -> dict:
 
 
 def test_every_node_of_the_earlier_packs_is_offered_one_of_ours(offers, object_info):
-    ours = {old for old, (first, *_) in offers.items() if first["new_node_id"].startswith("Step1X")}
+    ours = {old for old, (first, *_) in offers.items() if "Step1X" in first["new_node_id"] + old}
     assert ours == {*OLD_EDITS, *OLD_LOADERS, *EARLIER}
     for old in {*OLD_EDITS, *OLD_LOADERS}:
         (offer,) = offers[old]
@@ -137,7 +137,7 @@ def test_widgets_reach_the_inputs_that_they_belong_to(offers, object_info, old):
 
 
 def parts() -> dict:
-    return {"1": {"class_type": "LoadImage", "inputs": {"image": "scene.png"}}, "2": {"class_type": "Step1XEditLoadMLLM", "inputs": {"mllm": demo_model.MLLM_FILE,
+    return {"1": {"class_type": "LoadImage", "inputs": {"image": "scene.png"}}, "2": {"class_type": "Step1XEditLoadMLLM", "inputs": {"clip_name": demo_model.MLLM_FILE,
             "device": "default", "version": "auto"}}, "3": {"class_type": "VAELoader", "inputs": {"vae_name": demo_model.VAE_FILE}}}
 
 

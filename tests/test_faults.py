@@ -177,7 +177,7 @@ def edit_prompt(name: str = "v1.1", /, **loaders) -> dict:
     """Encode, sample and decode, with models that are handed out, or with the loaders given in their place."""
     return to_prompt(handed_out(model=f"model {name}", clip=f"clip {name.split()[0]}", vae="vae", image="image") | loaders | {
         "encode": ("Step1XEditEncode", {"clip": ["clip", 0], "vae": ["vae", 0], "image": ["image", 0], "prompt": "make it red", "negative_prompt": "", "size_level": 64}),
-        "sampler": ("Step1XEditSampler", {"model": ["model", 0], "positive": ["encode", 0], "negative": ["encode", 1], "latent": ["encode", 2], "seed": 3, "steps": STEPS,
+        "sampler": ("Step1XEditSampler", {"model": ["model", 0], "positive": ["encode", 0], "negative": ["encode", 1], "latent_image": ["encode", 2], "seed": 3, "steps": STEPS,
                                       "cfg": 4.0, "sampler_name": "euler", "denoise": 1.0}),
         "decode": ("Step1XEditDecode", {"samples": ["sampler", 0], "vae": ["vae", 0], "source": ["image", 0]}),
         "result": ("TestResult", {"value": ["decode", 0]}),
@@ -302,14 +302,13 @@ def test_an_edit_of_a_batch_that_runs_out_of_memory_costs_itself_alone(host, und
 
 
 LOADERS = {
-    "model": ("Step1XEditLoadModel", {"model": tiny_models.V11_FILE, "version": "v1.1", "weight_dtype": "default"}),
-    "shards": ("Step1XEditLoadModel", {"model": "shards-v1p1/", "version": "auto", "weight_dtype": "default"}),
-    "clip": ("Step1XEditLoadMLLM", {"mllm": tiny_models.MLLM_FILE, "device": "default", "version": "v1.1"}),
-    "vae": ("Step1XEditLoadVAE", {"vae": tiny_models.VAE_FILE}),
+    "model": ("Step1XEditLoadModel", {"unet_name": tiny_models.V11_FILE, "version": "v1.1", "weight_dtype": "default"}),
+    "shards": ("Step1XEditLoadModel", {"unet_name": "shards-v1p1/", "version": "auto", "weight_dtype": "default"}),
+    "clip": ("Step1XEditLoadMLLM", {"clip_name": tiny_models.MLLM_FILE, "device": "default", "version": "v1.1"}),
     "lora": ("Step1XEditLoadLora", {"model": ["plain", 0], "lora_name": tiny_models.LORA_FILE, "strength": 1.0}),
 }
 # By loader: the node of `edit_prompt` that it takes the place of.
-PLACES = {name: name if name in ("clip", "vae") else "model" for name in LOADERS}
+PLACES = {name: name if name == "clip" else "model" for name in LOADERS}
 
 
 def loading_prompt(loader: str) -> dict:
@@ -340,7 +339,7 @@ def test_faults_while_loading(monkeypatch, classes, things, folders, loader):
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_file_deleted_while_its_prompt_waits(host, folders, loader):
     prompt = loading_prompt(loader)
-    name = next(value for key, value in LOADERS[loader][1].items() if key in ("model", "mllm", "vae", "lora_name") and isinstance(value, str))
+    name = next(value for key, value in LOADERS[loader][1].items() if key in ("unet_name", "clip_name", "lora_name") and isinstance(value, str))
     path = next(folders.glob(f"*/{name}"))
     valid, *_ = asyncio.run(execution.validate_prompt("id", prompt, None))
     assert valid

@@ -82,8 +82,6 @@ def test_files_are_found_in_every_folder_and_load(host_folders, models, tmp_path
 
     expected = {kind: {name: str(folder / name) for name, folder in files.items()} for kind, files in places.items()}
     expected["diffusion_models"] |= {os.path.join("Step1x-Edit", "8.safetensors"): str(shared / "g" / "8.safetensors"), "Step1X-Edit-v1p2/": str(v12)}
-    # Earlier packs kept the VAE beside the model.
-    expected["vae"] |= {name: path for name, path in expected["diffusion_models"].items() if name.startswith("Step1x-Edit") and not name.endswith("/")}
     expected["text_encoders"] |= {os.path.join("MLLM", "9.safetensors"): str(shared / "h" / "9.safetensors"),
                                   "MLLM/Qwen2.5-VL-7B-Instruct/": str(host_folders / "MLLM" / "Qwen2.5-VL-7B-Instruct")}
     found = {kind: choices(kind, subfolder) for kind, subfolder in KINDS}
@@ -158,16 +156,17 @@ def test_a_file_that_is_gone_is_named_with_the_folders_that_were_searched(host_f
     for kind, subfolder in KINDS:
         with pytest.raises(Step1XError) as error:
             resolve("gone.safetensors", kind, subfolder)
-        for folder in (*folder_paths.get_folder_paths(kind), str(host_folders / ("MLLM" if kind == "text_encoders" else "Step1x-Edit"))):
+        earlier = {"diffusion_models": "Step1x-Edit", "text_encoders": "MLLM"}
+        for folder in (*folder_paths.get_folder_paths(kind), *(str(host_folders / earlier[kind]) for _ in range(kind in earlier))):
             assert folder in str(error.value)
 
 
 def test_names_cannot_leave_an_earlier_packs_folder(host_folders, models):
-    put(models / "vae" / tiny_models.VAE_FILE, host_folders / "Step1x-Edit" / "vae.safetensors")
+    put(models / "vae" / tiny_models.VAE_FILE, host_folders / "Step1x-Edit" / "model.safetensors")
     put(models / "vae" / tiny_models.VAE_FILE, host_folders / "secret.safetensors")
     for name in ("Step1x-Edit/../secret.safetensors", "../secret.safetensors", str(host_folders / "secret.safetensors")):
-        with pytest.raises(Step1XError, match="is not in the vae folder"):
-            resolve(name, "vae", "vae")
+        with pytest.raises(Step1XError, match="is not in the diffusion_models folder"):
+            resolve(name, "diffusion_models", "transformer")
 
 
 def test_a_running_host_offers_and_logs_them(models, tmp_path):
@@ -177,10 +176,10 @@ def test_a_running_host_offers_and_logs_them(models, tmp_path):
     name = os.path.join("Step1x-Edit", tiny_models.V11_FILE)
     with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), tmp_path, models) as server:
         client = Client(server.url)
-        options = client.get("/object_info/Step1XEditLoadModel")["Step1XEditLoadModel"]["input"]["required"]["model"]
+        options = client.get("/object_info/Step1XEditLoadModel")["Step1XEditLoadModel"]["input"]["required"]["unet_name"]
         offered = options[0] if isinstance(options[0], list) else options[1]["options"]
         assert name in offered and tiny_models.V12_FILE in offered
-        prompt = {"1": {"class_type": "Step1XEditLoadModel", "inputs": {"model": name, "version": "auto", "weight_dtype": "default"}},
+        prompt = {"1": {"class_type": "Step1XEditLoadModel", "inputs": {"unet_name": name, "version": "auto", "weight_dtype": "default"}},
                   "2": {"class_type": "ModelSave", "inputs": {"model": ["1", 0], "filename_prefix": "saved"}}}
         client.run(prompt)
         assert f"'{name}' is {path}" in server.log_text() and f"Step1X-Edit v1.1 from {path}" in server.log_text()

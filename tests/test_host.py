@@ -344,9 +344,9 @@ def test_reference_latent_node_and_text_only_encoder(client, prompt_of):
 def test_unload_and_load_another_version(client, prompt_of):
     first = pixels(client.run(prompt_of("step1x_edit.json")))
     client.free()
-    other = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"model": tiny_models.V10_FILE})))
+    other = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"unet_name": tiny_models.V10_FILE})))
     assert not np.array_equal(first, other)
-    forced = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"model": tiny_models.V10_FILE, "version": "v1.1"})))
+    forced = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"unet_name": tiny_models.V10_FILE, "version": "v1.1"})))
     assert not np.array_equal(other, forced)
     assert np.array_equal(first, pixels(client.run(prompt_of("step1x_edit.json"))))
 
@@ -368,11 +368,11 @@ def test_errors_are_sentences_and_the_next_run_works(server, client, prompt_of):
     folder = server.base / "models" / "diffusion_models"
     (folder / "page.safetensors").write_bytes(b"<html>404</html>")
     with pytest.raises(ExecutionError, match="page.safetensors is damaged, incomplete or no safetensors file") as error:
-        client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"model": "page.safetensors"}))
+        client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"unet_name": "page.safetensors"}))
     assert error.value.details["node_type"] == "Step1XEditLoadModel"
     # The host compares the name with the list the node offers; our own check is behind that (test_only_offered_names_are_resolved).
     with pytest.raises(ExecutionError, match="not in"):
-        client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"model": "../../secret.safetensors"}))
+        client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"unet_name": "../../secret.safetensors"}))
     with pytest.raises(ExecutionError, match="lays out prompts for another model"):
         prompt = prompt_of("step1x_edit.json")
         loader = find_nodes(prompt, "Step1XEditLoadMLLM")[0]
@@ -405,11 +405,11 @@ def write_clip_l(path):
 def test_diffusers_folder_is_offered_and_loads(server, client, prompt_of):
     source = server.base / "models" / "diffusion_models" / tiny_models.V11_FILE
     diffusers_repository(server.base / "models" / "diffusers" / "Step1X-Edit-v1p1-diffusers", to_diffusers(load_file(source)))
-    info = client.get("/object_info/Step1XEditLoadModel")["Step1XEditLoadModel"]["input"]["required"]["model"]
+    info = client.get("/object_info/Step1XEditLoadModel")["Step1XEditLoadModel"]["input"]["required"]["unet_name"]
     offered = info[0] if isinstance(info[0], list) else info[1]["options"]
     assert "Step1X-Edit-v1p1-diffusers/" in offered and not any("00001-of-00003" in name for name in offered)
     expected = pixels(client.run(prompt_of("step1x_edit.json")))
-    assert np.array_equal(pixels(client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"model": "Step1X-Edit-v1p1-diffusers/"}))), expected)
+    assert np.array_equal(pixels(client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"unet_name": "Step1X-Edit-v1p1-diffusers/"}))), expected)
 
 
 def test_only_offered_names_are_resolved(models, tmp_path, monkeypatch):

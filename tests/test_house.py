@@ -31,7 +31,7 @@ IN_HOST = {
     HOST: (),
     "host.prompts": ("host", "checkpoints", "network", "reasoning"),
     "host.network": ("host", "host.prompts", "checkpoints"),
-    "host.sampling": ("host.network",),
+    "host.sampling": ("host", "host.network"),
     "host.speed": ("host.network", "host.sampling"),
     "host.checkpoints": ("host.network", "host.prompts", "host.sampling"),
     "host.reasoning": ("host.checkpoints", "host.prompts", "prompts"),

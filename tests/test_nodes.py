@@ -71,12 +71,13 @@ def test_guidance_node_takes_the_limit_of_the_models_version(schemas, models):
 def test_prompts_from_before_v12_still_validate(schemas):
     """They name no version for the text encoder; the host refuses a prompt that lacks a required input."""
     required = {entry.id for entry in schemas["Step1XEditLoadMLLM"].inputs if not entry.optional}
-    assert required == {"mllm", "device"}
+    assert required == {"clip_name", "device"}
 
 
 def test_sampler_makes_its_schedule_for_the_fitted_latent(schemas, monkeypatch):
     module = node_module("sampling")
     monkeypatch.setattr(module, "check_model", lambda model: None)
+    monkeypatch.setattr(module, "show_settings", lambda model, steps, cfg: None)
     monkeypatch.setattr(module, "version_defaults", lambda model, steps, cfg: (steps, cfg))
     monkeypatch.setattr(module, "with_norm_limiter", lambda model: model)
     monkeypatch.setattr(module, "fit_latent", lambda model, latent: {"samples": torch.zeros(1, 16, 128, 128)})

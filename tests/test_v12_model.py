@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from step1x_core.checkpoints.detection import CONFIG_KEY, detect_config
 from step1x_core.errors import Step1XError
-from step1x_core.host.checkpoints.loading import load_model, load_text_encoder, load_vae
+from step1x_core.host.checkpoints.loading import load_model, load_own_vae, load_text_encoder, load_vae
 from step1x_core.host.network.transformer import official_time, position_bits
 from step1x_core.host.prompts.encoding import decode_edit, encode_edit
 from step1x_core.host.sampling.sampler import HOOKS, flow_sigmas, sample, version_defaults
@@ -159,12 +159,15 @@ def test_whole_repository_loads_from_its_folders(v12_file, models, vae, photo, v
     shutil.copy(models / "vae" / tiny_models.VAE_FILE, root / "vae" / "diffusion_pytorch_model.safetensors")
     (root / "vae" / "config.json").write_text("{}")
 
-    clip, own_vae, model = load_text_encoder(root), load_vae(root), load_model(root)
+    clip, own_vae, model = load_text_encoder(root), load_own_vae(root), load_model(root)
     assert clip.tokenizer.layout.name == "v1.2"
     found = run(model, encode_edit(clip, own_vae, photo, 'write "OPEN" on the cup', "", SIZE_LEVEL))
     assert torch.equal(found, run(v12, edit))
     assert load_text_encoder(source).tokenizer.layout.name == "v1.1"
     assert load_text_encoder(root, "v1.1").tokenizer.layout.name == "v1.1"
+    assert load_own_vae(v12_file) is None
+    (root / "vae" / "config.json").unlink()
+    assert load_own_vae(root) is None
     with pytest.raises(Step1XError, match="holds no VAE"):
         load_vae(v12_file)
 

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 FOLDER_DEPTH = 3
 # Folders of earlier packs in the models folder, and whose files they hold.
-EARLIER_FOLDERS = {"diffusion_models": "Step1x-Edit", "vae": "Step1x-Edit", "text_encoders": "MLLM"}
+EARLIER_FOLDERS = {"diffusion_models": "Step1x-Edit", "text_encoders": "MLLM"}
 # A folder that changed less than so long before it was read may change again without its time telling: file systems count in steps.
 SETTLED_NS = 2_000_000_000
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
@@ -65,7 +65,9 @@ def scan(root: Path, subfolder: str, times: dict[Path, int], depth: int = FOLDER
 
 def earlier_folders(folder_name: str) -> list[Path]:
     """The folders in which earlier packs kept such files: in the models folder, and those that extra_model_paths.yaml adds under that name."""
-    name = EARLIER_FOLDERS[folder_name]
+    name = EARLIER_FOLDERS.get(folder_name)
+    if name is None:
+        return []
     registered, _ = folder_paths.folder_names_and_paths.get(name, ([], set()))
     return list(dict.fromkeys([Path(folder_paths.models_dir, name), *map(Path, registered)]))
 

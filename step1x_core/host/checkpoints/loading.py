@@ -3,6 +3,7 @@
 import functools
 import logging
 from contextlib import contextmanager
+from pathlib import Path
 
 import comfy.diffusers_convert
 import comfy.model_management
@@ -25,7 +26,7 @@ from ...checkpoints.detection import (
     pipeline_layout,
     stored_config,
 )
-from ...checkpoints.files import Checkpoint, check_file, check_tensors, check_types, find_checkpoint
+from ...checkpoints.files import Checkpoint, check_file, check_tensors, check_types, find_checkpoint, is_model_folder
 from ...checkpoints.keys import diffusers_to_original, is_diffusers_layout
 from ...checkpoints.language_model import TEXT_KEY, VISION_KEY, MLLMConfig, detect_mllm_config, normalize_keys
 from ...checkpoints.markers import FILE_MARKER, lift_marker, marked_layers, merge_metadata, shorten_metadata
@@ -292,7 +293,8 @@ def load_vae(path) -> comfy.sd.VAE:
     with naming(checkpoint.path.name):
         vae = comfy.sd.VAE(sd=state_dict, metadata=metadata)
         if vae.first_stage_model is None:
-            raise Step1XError(f"{checkpoint.path.name} holds no VAE that ComfyUI knows. Choose the vae folder of a Step1X-Edit repository, or ae.safetensors.")
+            raise Step1XError(f"{checkpoint.path.name} holds no VAE that ComfyUI knows. Download the repository's vae folder again, or delete it and "
+                              "connect the stock 'Load VAE' with ae.safetensors.")
         # The host goes on with whatever was in memory in place of a missing tensor.
         check_weights(checkpoint.path.name, shapes(vae.first_stage_model.state_dict()), state_dict)
     if marked:
@@ -300,3 +302,12 @@ def load_vae(path) -> comfy.sd.VAE:
                           "ae.safetensors.")
     check_leftovers(checkpoint.path.name, state_dict, set())
     return vae
+
+
+def load_own_vae(path) -> comfy.sd.VAE | None:
+    """The VAE in the vae folder of a diffusers repository. None for a single file and for a folder without one.
+
+    Raises Step1XError as `load_vae` does.
+    """
+    folder = Path(path, "vae")
+    return load_vae(folder) if folder.is_dir() and is_model_folder(folder) else None

@@ -113,11 +113,3 @@ def gate(images: Tensor, action: str, classifier: str, unsafe_labels: str, thres
     log.warning("%s", report.splitlines()[0])
     out = torch.stack([treat(image, finding, action, message) for image, finding in zip(images, findings)])
     return out, sum(finding.flagged for finding in findings), report
-
-
-def show_status(text: str, node_id: str) -> None:
-    """Show a text on a node in the editor."""
-    # Only a running ComfyUI has a server.
-    from server import PromptServer
-
-    PromptServer.instance.send_progress_text(text, node_id)

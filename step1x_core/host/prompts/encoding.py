@@ -10,6 +10,7 @@ from ...errors import Step1XError
 from ...images import to_output_size, to_working_size, to_working_size_v12
 from ...versions import LAYOUT_V11, LAYOUT_V12, LAYOUTS
 from .text_encoder import Step1XTokenizer
+from .tiling import AUTO, decode
 
 LATENT_CHANNELS = 16
 # Pixels of the picture to one of its latent, on each side.
@@ -25,8 +26,11 @@ LAYOUT_KEY = "step1x_layout"
 
 def check_vae(vae) -> None:
     """Raise Step1XError unless the VAE makes latents like FLUX's; those of Wan and Qwen-Image have 16 channels, too, and a time axis."""
+    if vae is None:
+        raise Step1XError("The input 'vae' is empty: the model it comes from is a single file or a folder without a VAE. "
+                          "Connect the stock 'Load VAE' with ae.safetensors.")
     if not hasattr(vae, "latent_channels"):
-        raise Step1XError(f"There is no VAE in what is connected as one ({type(vae).__name__}); a checkpoint may come without. Load the FLUX VAE (ae.safetensors).")
+        raise Step1XError(f"The input 'vae' is not a VAE but {type(vae).__name__}. Connect the stock 'Load VAE' with ae.safetensors.")
     if vae.latent_dim != 2:
         raise Step1XError(f"This VAE makes latents with {vae.latent_dim} axes beside the channels, Step1X-Edit needs 2 (height and width). "
                           "Load the FLUX VAE (ae.safetensors), not that of Qwen-Image or a video model.")
@@ -118,7 +122,7 @@ def add_references(conditionings: list[list], vae, images: list[Tensor], size_le
     for name, conditioning in zip(("positive", "negative"), conditionings):
         check_conditioning(conditioning, name)
     for image in images:
-        check_pictures(image, "images")
+        check_pictures(image, "references")
     # Its entry of the conditioning tells the layout: each version reads all its references resized in one way.
     layout = LAYOUT_V12 if any("text_ids" in extra for conditioning in conditionings for _, extra in conditioning) else LAYOUT_V11
     resize = to_working_size_v12 if layout.resizes_floats else to_working_size
@@ -138,8 +142,10 @@ def merge_batch(parts: list[list]) -> list:
     return merged
 
 
-def decode_edit(vae, latent: dict, source: Tensor | None = None) -> Tensor:
+def decode_edit(vae, latent: dict, source: Tensor | None = None, tiling: str = AUTO) -> Tensor:
     """Latent dict -> pictures [B, H, W, 3] in 0..1, resized to the source picture's size where one is given.
+
+    tiling: one of `tiling.TILING`.
 
     The resize works on 8-bit values as the official code does; a result that has the size already keeps its full precision.
 
@@ -151,7 +157,7 @@ def decode_edit(vae, latent: dict, source: Tensor | None = None) -> Tensor:
     samples = latent_samples(latent)
     check_latent_shape(samples, LATENT_CHANNELS)
     check_finite(samples, BAD_LATENT)
-    pictures = vae.decode(samples.clone())
+    pictures = decode(vae, samples.clone(), tiling)
     check_finite(pictures, f"The VAE decoded to {BAD_VAE}")
     if source is None or source.shape[1:3] == pictures.shape[1:3]:
         return pictures

@@ -1,5 +1,6 @@
 """Sampling through the host's own sampler machinery."""
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +17,12 @@ from ...checks import BAD_LATENT, check_conditioning, check_finite, check_latent
 from ...errors import Step1XError
 from ...sampling.guidance import NormLimiter
 from ...sampling.schedule import image_to_image_start, latent_tokens, sigma_schedule
-from ...versions import VERSIONS, Version
+from ...versions import VERSIONS, Version, describe_settings
 from ..network.foreign import foreign_parts, refuse_shared, stand_alone
 from ..network.model import Step1XEditModel
+from ..status import show_status
+
+log = logging.getLogger(__name__)
 
 HOOKS = "sampler_pre_cfg_function"
 CFG1_KEY = "step1x_cfg1"
@@ -144,6 +148,13 @@ def version_defaults(model, steps: int, cfg: float) -> tuple[int, float]:
     """Steps and CFG with the defaults of the model's version where they are 0."""
     version = model_version(model)
     return steps or version.steps, cfg or version.cfg
+
+
+def show_settings(model, steps: int, cfg: float | None = None) -> None:
+    """Tell in the log and on the running node which steps and CFG are used; 0 stands for the version's default, None leaves CFG out."""
+    text = describe_settings(model.model.diffusion_model.version, steps, cfg)
+    log.info("Step1X-Edit samples with %s", text)
+    show_status(text)
 
 
 def flow_sigmas(steps: int, latent: Tensor, denoise: float = 1.0) -> Tensor:

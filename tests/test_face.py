@@ -1,0 +1,47 @@
+"""What the nodes show while they run, and how they are found."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from bad_input_host import Given, Host
+
+from step1x_core.versions import VERSIONS, describe_settings
+
+
+@pytest.fixture(scope="module")
+def host(model, clip, vae):
+    with pytest.MonkeyPatch.context() as patch:
+        yield Host(patch, model, clip, vae)
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What the editor is sent, as (node, text)."""
+    texts = []
+    instance = SimpleNamespace(send_progress_text=lambda text, node_id: texts.append((node_id, text)))
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=instance)))
+    return texts
+
+
+def test_settings_are_described_with_their_origin():
+    assert describe_settings("v1.1", 0, 0.0) == "28 steps, CFG 6 (defaults of v1.1)"
+    assert describe_settings("v1.2", 0, 4.5) == "50 steps (default of v1.2), CFG 4.5"
+    assert describe_settings("v1.2-preview", 20, 0.0) == "20 steps, CFG 4 (default of v1.2-preview)"
+    assert describe_settings("v1.1", 20, 4.0) == "20 steps, CFG 4"
+    assert describe_settings("v1.2", 0) == "50 steps (default of v1.2)" and describe_settings("v1.2", 3) == "3 steps"
+
+
+def test_the_sampler_shows_what_zero_means(host, shown, caplog):
+    with caplog.at_level("INFO"):
+        host.sample(steps=1, cfg=0.0).made()
+    (node, text), = shown
+    assert node.isdigit() and text == "1 step, CFG 6 (default of v1.1)" and text in caplog.text
+
+
+def test_the_scheduler_takes_the_steps_of_the_models_version(host, shown):
+    inputs = {"model": Given(host.model), "latent_image": Given({"samples": torch.zeros(1, 16, 8, 8)}), "denoise": 1.0}
+    (default,), (given,) = (host.run("Step1XEditScheduler", **inputs, steps=steps).made() for steps in (0, 5))
+    assert len(default) == VERSIONS["v1.1"].steps + 1 and len(given) == 6
+    assert [text for _, text in shown] == ["28 steps (default of v1.1)", "5 steps"]
