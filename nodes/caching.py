@@ -3,6 +3,7 @@ from comfy_api.latest import io
 from ..step1x_core.host.sampling.sampler import check_model
 from ..step1x_core.host.speed.teacache import apply_teacache
 from ..step1x_core.speed.teacache import DEFAULT_THRESHOLD
+from .categories import MAIN
 from .widgets import check_widgets
 
 
@@ -14,9 +15,9 @@ class Step1XEditTeaCache(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditTeaCache",
             display_name="Step1X-Edit TeaCache",
-            category="model/patch/step1x",
+            category=MAIN,
             description="Skips the transformer's blocks in steps whose input hardly changed: faster, with a small change of the picture.",
-            search_aliases=["step1x", "teacache", "cache", "speed"],
+            search_aliases=["teacache", "cache", "speed"],
             inputs=[
                 io.Model.Input("model", tooltip="A Step1X-Edit model."),
                 io.Float.Input("threshold", default=DEFAULT_THRESHOLD, min=0.0, max=2.0, step=0.05,

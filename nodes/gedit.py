@@ -7,9 +7,9 @@ from ..step1x_core.errors import Step1XError
 from ..step1x_core.gedit.dataset import LANGUAGES, unedited
 from ..step1x_core.gedit.scores import ALL
 from ..step1x_core.host.gedit.benchmark import Bench, bench_fingerprint, judge_bench, open_bench, report_images, save_edit, source_image
+from .categories import EVALUATION
 from .widgets import check_widgets
 
-CATEGORY = "model/evaluation/step1x"
 BENCH = io.Custom("STEP1X_BENCH")
 ITEM = io.Custom("STEP1X_BENCH_ITEM")
 JUDGE = "qwen2.5-vl-7b"
@@ -29,9 +29,9 @@ class Step1XEditGEditBench(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditGEditBench",
             display_name="Step1X-Edit GEdit-Bench",
-            category=CATEGORY,
+            category=EVALUATION,
             description="Opens the benchmark for edits by instruction, and says whose results are measured.",
-            search_aliases=["step1x", "gedit", "benchmark", "evaluation", "dataset"],
+            search_aliases=["gedit", "benchmark", "evaluation", "dataset"],
             inputs=[
                 io.String.Input("dataset", default="", tooltip="The name of a folder in ComfyUI's input folder with the dataset stepfun-ai/GEdit-Bench. "
                                                                "Empty: 22 drawn pictures to try it out."),
@@ -60,9 +60,9 @@ class Step1XEditGEditItems(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditGEditItems",
             display_name="Step1X-Edit GEdit-Bench Items",
-            category=CATEGORY,
+            category=EVALUATION,
             description="Hands out the next items that have no result yet, as lists of pictures and instructions. Queue it again and again for all.",
-            search_aliases=["step1x", "gedit", "benchmark", "next items"],
+            search_aliases=["gedit", "benchmark", "next items"],
             inputs=[
                 BENCH.Input("bench", tooltip="From 'Step1X-Edit GEdit-Bench'."),
                 io.Int.Input("count", default=1, min=1, max=1000,
@@ -95,9 +95,9 @@ class Step1XEditGEditSave(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditGEditSave",
             display_name="Step1X-Edit GEdit-Bench Save",
-            category=CATEGORY,
+            category=EVALUATION,
             description="Stores edited pictures where the official code of the benchmark looks for them.",
-            search_aliases=["step1x", "gedit", "benchmark", "save results"],
+            search_aliases=["gedit", "benchmark", "save results"],
             # As many pictures as items: the host itself would repeat the last one.
             is_input_list=True,
             is_output_node=True,
@@ -129,9 +129,9 @@ class Step1XEditGEditJudge(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditGEditJudge",
             display_name="Step1X-Edit GEdit-Bench Judge",
-            category=CATEGORY,
+            category=EVALUATION,
             description="Has the language model score every stored edit that it has not scored yet. May be cancelled at any time; the next run goes on.",
-            search_aliases=["step1x", "gedit", "benchmark", "viescore", "score edits"],
+            search_aliases=["gedit", "benchmark", "viescore", "score edits"],
             is_output_node=True,
             inputs=[
                 BENCH.Input("bench", tooltip="From 'Step1X-Edit GEdit-Bench', or from 'Step1X-Edit GEdit-Bench Save' to judge what was just edited."),
@@ -160,9 +160,9 @@ class Step1XEditGEditReport(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditGEditReport",
             display_name="Step1X-Edit GEdit-Bench Report",
-            category=CATEGORY,
+            category=EVALUATION,
             description="Writes the official tables, the means and the plots of what has been judged, and shows them.",
-            search_aliases=["step1x", "gedit", "benchmark", "scores", "radar chart", "contact sheet"],
+            search_aliases=["gedit", "benchmark", "scores", "radar chart", "contact sheet"],
             is_output_node=True,
             inputs=[
                 BENCH.Input("bench", tooltip="From 'Step1X-Edit GEdit-Bench Judge', or from 'Step1X-Edit GEdit-Bench' for what was judged before."),

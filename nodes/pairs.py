@@ -9,9 +9,9 @@ from ..step1x_core.pairs.makers import ORDER_KINDS
 from ..step1x_core.pairs.propose import PROPOSED, Proposal
 from ..step1x_core.pairs.record import KINDS
 from ..step1x_core.pairs.review import Thresholds, sift
+from .categories import TRAINING
 from .widgets import check_widgets
 
-CATEGORY = "model/training/step1x"
 PAIRS = io.Custom("STEP1X_PAIRS")
 PROPOSAL = io.Custom("STEP1X_PROPOSAL")
 LIMITS = Thresholds()
@@ -31,9 +31,9 @@ class Step1XEditPairPropose(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditPairPropose",
             display_name="Step1X-Edit Propose Edits",
-            category=CATEGORY,
+            category=TRAINING,
             description="Has the language model list what is in a picture, and makes instructions of it in English and Chinese, as lists for the nodes that make the edits.",
-            search_aliases=["step1x", "edit pairs", "propose", "instructions", "caption", "training data"],
+            search_aliases=["edit pairs", "propose", "instructions", "caption", "training data"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder from 'Load Step1X-Edit MLLM'. Its file needs a language-model head (lm_head)."),
                 io.Image.Input("image", tooltip="The picture, exactly one; of a list each in turn."),
@@ -65,9 +65,9 @@ class Step1XEditPairCompute(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditPairCompute",
             display_name="Step1X-Edit Computed Pairs",
-            category=CATEGORY,
+            category=TRAINING,
             description="Makes pairs that need no model: weather, light, restoration, style, colour and text, with instructions in English and Chinese.",
-            search_aliases=["step1x", "edit pairs", "algorithmic", "synthetic", "training data", "augmentation"],
+            search_aliases=["edit pairs", "algorithmic", "synthetic", "training data", "augmentation"],
             is_input_list=True,
             inputs=[
                 io.Image.Input("images", tooltip="The pictures: one, a batch, or a list with pictures of different sizes."),
@@ -117,9 +117,9 @@ class Step1XEditPairRecord(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditPairRecord",
             display_name="Step1X-Edit Record Pairs",
-            category=CATEGORY,
+            category=TRAINING,
             description="Takes in what any other nodes made of a picture (segmentation, inpainting, filters, an edit model) as pairs with instruction, kind and origin.",
-            search_aliases=["step1x", "edit pairs", "record pair", "inpainting pair", "training data"],
+            search_aliases=["edit pairs", "record pair", "inpainting pair", "training data"],
             # As many targets as proposals: the host itself would repeat the last one.
             is_input_list=True,
             inputs=[
@@ -160,9 +160,9 @@ class Step1XEditPairJudge(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditPairJudge",
             display_name="Step1X-Edit Judge Pairs",
-            category=CATEGORY,
+            category=TRAINING,
             description="Has the language model score every pair: is the instruction followed and the rest kept, and is the target natural and clean?",
-            search_aliases=["step1x", "edit pairs", "judge", "score", "quality", "viescore"],
+            search_aliases=["edit pairs", "judge", "score", "quality", "viescore"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder from 'Load Step1X-Edit MLLM'. Its file needs a language-model head (lm_head)."),
                 PAIRS.Input("pairs", tooltip="The pairs. Those that have scores keep them."),
@@ -187,9 +187,9 @@ class Step1XEditPairFilter(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditPairFilter",
             display_name="Step1X-Edit Filter Pairs",
-            category=CATEGORY,
+            category=TRAINING,
             description="Keeps the pairs that reach the scores and change neither too little nor too much of the picture.",
-            search_aliases=["step1x", "edit pairs", "filter", "threshold", "quality"],
+            search_aliases=["edit pairs", "filter", "threshold", "quality"],
             inputs=[
                 PAIRS.Input("pairs", tooltip="The pairs, from 'Step1X-Edit Judge Pairs' where scores shall count."),
                 io.Float.Input("min_semantics", default=LIMITS.semantics, min=0.0, max=10.0, step=0.5,
@@ -223,9 +223,9 @@ class Step1XEditPairSheet(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditPairSheet",
             display_name="Step1X-Edit Pairs Contact Sheet",
-            category=CATEGORY,
+            category=TRAINING,
             description="Shows pairs on one picture, source and target side by side, and counts them by kind.",
-            search_aliases=["step1x", "edit pairs", "contact sheet", "statistics", "overview"],
+            search_aliases=["edit pairs", "contact sheet", "statistics", "overview"],
             inputs=[
                 PAIRS.Input("pairs", tooltip="The pairs, at any point of the way."),
                 io.Int.Input("limit", default=24, min=1, max=200, tooltip="At most so many pairs on the sheet; the kinds take turns."),
@@ -249,9 +249,9 @@ class Step1XEditPairSave(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditPairSave",
             display_name="Step1X-Edit Save Pairs",
-            category=CATEGORY,
+            category=TRAINING,
             description="Adds pairs to a dataset in output/edit_pairs, in the JSON layout of the official training code. Pairs that look the same are stored once.",
-            search_aliases=["step1x", "edit pairs", "save dataset", "training data", "json"],
+            search_aliases=["edit pairs", "save dataset", "training data", "json"],
             is_output_node=True,
             inputs=[
                 PAIRS.Input("pairs", tooltip="The pairs to add."),

@@ -3,6 +3,7 @@ from comfy_api.latest import io
 from ..step1x_core.host.sampling.sampler import check_model
 from ..step1x_core.host.speed.region import apply_region
 from ..step1x_core.speed.region import RegionSettings
+from .categories import MAIN
 from .widgets import check_widgets
 
 
@@ -15,10 +16,10 @@ class Step1XEditRegion(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditRegion",
             display_name="Step1X-Edit Region Denoising",
-            category="model/patch/step1x",
+            category=MAIN,
             description="Finds out in the first steps which part of the picture the instruction changes, and computes only that part in most of the others. "
                         "Faster for local edits; takes memory.",
-            search_aliases=["step1x", "regione", "region", "local", "speed"],
+            search_aliases=["regione", "region", "local", "speed"],
             inputs=[
                 io.Model.Input("model", tooltip="A Step1X-Edit model."),
                 io.Float.Input("similarity", default=default.similarity, min=-1.0, max=1.0, step=0.01,

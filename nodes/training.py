@@ -14,9 +14,9 @@ from ..step1x_core.images import from_uint8
 from ..step1x_core.training.dataset import EditDataset, dataset_fingerprint, read_pairs
 from ..step1x_core.training.loss_curve import draw_progress
 from ..step1x_core.training.objective import ALPHA, CONSTANT, LEARNING_RATE, RANK, SCHEDULES, Settings
+from .categories import TRAINING
 from .widgets import check_widgets
 
-CATEGORY = "model/training/step1x"
 DATASET = io.Custom("STEP1X_EDIT_DATASET")
 # Steps between two pictures of the curve.
 SHOW_EVERY = 5
@@ -31,10 +31,10 @@ class Step1XEditDataset(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditDataset",
             display_name="Step1X-Edit Dataset",
-            category=CATEGORY,
+            category=TRAINING,
             description="Reads pairs of pictures before and after an edit, with instructions, and encodes them for 'Step1X-Edit Train LoRA'. "
                         "What is encoded stays on disk.",
-            search_aliases=["step1x", "dataset", "edit pairs", "training data", "cache latents", "lora"],
+            search_aliases=["dataset", "edit pairs", "training data", "cache latents", "lora"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder from 'Load Step1X-Edit MLLM', of the version that is trained."),
                 io.Vae.Input("vae", tooltip="The FLUX VAE: the stock 'Load VAE' with ae.safetensors, or the VAE output of 'Load Step1X-Edit Model' for a diffusers folder."),
@@ -75,9 +75,9 @@ class Step1XEditTrainLora(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditTrainLora",
             display_name="Step1X-Edit Train LoRA",
-            category=CATEGORY,
+            category=TRAINING,
             description="Trains a LoRA on pairs of pictures. It can be cancelled and goes on where it was. The result is also a file in output/step1x_training.",
-            search_aliases=["step1x", "train lora", "fine-tuning", "finetune", "training"],
+            search_aliases=["train lora", "fine-tuning", "finetune", "training"],
             inputs=[
                 io.Model.Input("model",
                                tooltip="The model from 'Load Step1X-Edit Model', in any precision; fp8 halves the memory. "
