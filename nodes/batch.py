@@ -5,6 +5,7 @@ from ..step1x_core.errors import Step1XError
 from ..step1x_core.host.editing.batch import edit_batch
 from ..step1x_core.host.reasoning.rounds import failures
 from ..step1x_core.host.sampling.sampler import SAMPLERS
+from .categories import MAIN
 from .widgets import cfg_input, check_widgets, steps_input
 
 # What may come as a list; of everything else there is one.
@@ -19,9 +20,9 @@ class Step1XEditBatch(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditBatch",
             display_name="Step1X-Edit Batch",
-            category="model/sampling/step1x",
+            category=MAIN,
             description="Edits many pictures of any sizes, or one picture in many ways. An edit that fails is reported and the others come out.",
-            search_aliases=["step1x", "batch edit", "bulk edit", "image list", "many images", "variants"],
+            search_aliases=["batch edit", "bulk edit", "image list", "many images", "variants"],
             is_input_list=True,
             hidden=[io.Hidden.unique_id],
             inputs=[

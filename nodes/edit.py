@@ -2,9 +2,11 @@ from comfy_api.latest import io
 
 from ..step1x_core.host.prompts.encoding import add_references, decode_edit, encode_edit
 from ..step1x_core.host.prompts.tiling import AUTO, TILING
+from .categories import MAIN
 from .widgets import check_widgets
 
-CATEGORY = "model/conditioning/step1x"
+# What people type who do not know the name; the blueprint's file has the same.
+EDIT_ALIASES = ["edit image", "edit picture", "edit photo", "image edit", "edit by instruction"]
 # More than a few are too much for the model, and for most graphics cards.
 MAX_REFERENCES = 8
 REFERENCE_SIZE = 512
@@ -19,9 +21,9 @@ class Step1XEditEncode(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditEncode",
             display_name="Step1X-Edit Encode",
-            category=CATEGORY,
+            category=MAIN,
             description="Encodes a picture and an editing instruction. The outputs go to 'Step1X-Edit Sampler', KSampler or any other sampler.",
-            search_aliases=["step1x", "image edit", "edit instruction", "text encode", "reference image"],
+            search_aliases=["step1x", *EDIT_ALIASES, "text encode", "reference image", "several images"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder from 'Load Step1X-Edit MLLM'."),
                 io.Vae.Input("vae", tooltip="The FLUX VAE: the stock 'Load VAE' with ae.safetensors, or the VAE output of 'Load Step1X-Edit Model' for a diffusers folder."),
@@ -66,9 +68,9 @@ class Step1XEditDecode(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditDecode",
             display_name="Step1X-Edit Decode",
-            category=CATEGORY,
+            category=MAIN,
             description="Decodes the result and brings it to the size of the source picture.",
-            search_aliases=["step1x", "vae decode", "restore size"],
+            search_aliases=["step1x", "vae decode", "vae decode tiled", "restore size"],
             inputs=[
                 io.Latent.Input("samples", tooltip="The sampled latent."),
                 io.Vae.Input("vae", tooltip="The VAE that encoded the picture."),

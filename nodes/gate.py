@@ -3,6 +3,7 @@ from comfy_api.latest import io
 from ..step1x_core.gate.policy import ACTIONS, OFF
 from ..step1x_core.host.gate.gate import NONE, classifier_folders, gate
 from ..step1x_core.host.status import show_status
+from .categories import MAIN
 from .widgets import check_widgets
 
 
@@ -14,9 +15,9 @@ class Step1XEditContentGate(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditContentGate",
             display_name="Step1X-Edit Content Gate",
-            category="model/postprocessing/step1x",
+            category=MAIN,
             description="Between decode and save: checks pictures with a classifier of yours and the instruction by words or a question. All on this machine.",
-            search_aliases=["step1x", "content filter", "safety checker", "nsfw", "moderation"],
+            search_aliases=["content filter", "safety checker", "nsfw", "moderation"],
             inputs=[
                 io.Image.Input("images", tooltip="The pictures to check, one or a batch; each is treated by itself."),
                 io.Combo.Input("action", options=list(ACTIONS), default=OFF,

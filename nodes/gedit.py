@@ -7,9 +7,9 @@ from ..step1x_core.errors import Step1XError
 from ..step1x_core.gedit.dataset import LANGUAGES, unedited
 from ..step1x_core.gedit.scores import ALL
 from ..step1x_core.host.gedit.benchmark import Bench, bench_fingerprint, judge_bench, open_bench, report_images, save_edit, source_image
+from .categories import EVALUATION
 from .widgets import check_widgets
 
-CATEGORY = "model/evaluation/step1x"
 BENCH = io.Custom("STEP1X_BENCH")
 ITEM = io.Custom("STEP1X_BENCH_ITEM")
 JUDGE = "qwen2.5-vl-7b"
@@ -25,10 +25,10 @@ class Step1XEditGEditItems(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditGEditItems",
             display_name="Step1X-Edit GEdit-Bench Items",
-            category=CATEGORY,
+            category=EVALUATION,
             description="Opens GEdit-Bench, a benchmark for instruction-based editing, and outputs the next items without a result, "
                         "as lists of images and instructions. Queue repeatedly until all items are done.",
-            search_aliases=["step1x", "gedit", "benchmark", "evaluation", "dataset", "next items"],
+            search_aliases=["gedit", "benchmark", "evaluation", "dataset", "next items"],
             inputs=[
                 io.String.Input("dataset", default="",
                                 tooltip="Name of a folder in ComfyUI's input folder that holds the dataset stepfun-ai/GEdit-Bench. "
@@ -75,9 +75,9 @@ class Step1XEditGEditSave(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditGEditSave",
             display_name="Step1X-Edit GEdit-Bench Save",
-            category=CATEGORY,
+            category=EVALUATION,
             description="Stores edited images where the official code of the benchmark expects them.",
-            search_aliases=["step1x", "gedit", "benchmark", "save results"],
+            search_aliases=["gedit", "benchmark", "save results"],
             # As many images as items: the host itself would repeat the last one.
             is_input_list=True,
             is_output_node=True,
@@ -109,10 +109,10 @@ class Step1XEditGEditReport(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditGEditReport",
             display_name="Step1X-Edit GEdit-Bench Report",
-            category=CATEGORY,
+            category=EVALUATION,
             description="Scores every stored edit that has no score yet with a language model, then writes the official tables, means and plots. "
                         "Can be cancelled and resumed.",
-            search_aliases=["step1x", "gedit", "benchmark", "viescore", "score edits", "scores", "radar chart", "contact sheet"],
+            search_aliases=["gedit", "benchmark", "viescore", "score edits", "scores", "radar chart", "contact sheet"],
             is_output_node=True,
             inputs=[
                 BENCH.Input("bench", tooltip="From 'Step1X-Edit GEdit-Bench Items', or from 'Step1X-Edit GEdit-Bench Save' to judge what was just edited."),

@@ -7,9 +7,8 @@ from ..step1x_core.host.checkpoints.loading import load_model, load_own_vae, loa
 from ..step1x_core.host.checkpoints.lora import apply_lora, load_lora_file
 from ..step1x_core.host.sampling.sampler import check_model
 from ..step1x_core.versions import LAYOUTS, VERSIONS
+from .categories import MAIN
 from .widgets import check_widgets
-
-CATEGORY = "model/loaders/step1x"
 
 WEIGHT_DTYPES = {
     "default": {},
@@ -29,9 +28,9 @@ class Step1XEditLoadModel(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditLoadModel",
             display_name="Load Step1X-Edit Model",
-            category=CATEGORY,
+            category=MAIN,
             description="Loads a Step1X-Edit model: a single file (original, fp8 or scaled fp8) or a diffusers folder.",
-            search_aliases=["step1x", "step1x-edit", "image edit model", "load diffusion model"],
+            search_aliases=["step1x", "step1x-edit", "load diffusion model", "unet loader", "image edit model"],
             inputs=[
                 io.Combo.Input("unet_name", options=list(choices("diffusion_models", "transformer")),
                                tooltip="A file in models/diffusion_models, or a diffusers folder there or in models/diffusers, up to three levels deep (shown with a slash)."),
@@ -64,9 +63,9 @@ class Step1XEditLoadMLLM(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditLoadMLLM",
             display_name="Load Step1X-Edit MLLM",
-            category=CATEGORY,
+            category=MAIN,
             description="Loads Qwen2.5-VL-7B-Instruct, which reads the instruction and looks at the picture. The file that Qwen-Image uses fits, bf16 or scaled fp8.",
-            search_aliases=["step1x", "qwen2.5-vl", "qwen_2.5_vl_7b", "text encoder", "load clip"],
+            search_aliases=["qwen2.5-vl", "qwen_2.5_vl_7b", "text encoder", "load clip"],
             inputs=[
                 io.Combo.Input("clip_name", options=list(choices("text_encoders", "text_encoder")),
                                tooltip="A file in models/text_encoders such as qwen_2.5_vl_7b.safetensors, or a Hugging Face folder (shown with a slash)."),
@@ -96,9 +95,9 @@ class Step1XEditLoadLora(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditLoadLora",
             display_name="Load Step1X-Edit LoRA",
-            category=CATEGORY,
+            category=MAIN,
             description="Applies a LoRA to a Step1X-Edit model. Several can be chained.",
-            search_aliases=["step1x", "lora", "load lora"],
+            search_aliases=["lora", "load lora"],
             inputs=[
                 io.Model.Input("model", tooltip="A Step1X-Edit model."),
                 io.Combo.Input("lora_name", options=folder_paths.get_filename_list("loras"),

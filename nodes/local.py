@@ -1,9 +1,9 @@
 from comfy_api.latest import io
 
 from ..step1x_core.editing.local_edit import cut_out, paste
+from .categories import MAIN
 from .widgets import check_widgets
 
-CATEGORY = "image/step1x"
 STITCH = io.Custom("STEP1X_STITCH")
 
 
@@ -15,10 +15,10 @@ class Step1XEditCrop(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditCrop",
             display_name="Step1X-Edit Crop",
-            category=CATEGORY,
+            category=MAIN,
             description="Cuts the masked part out of a picture, with its surroundings, so that a small part is edited at the model's full resolution. "
                         "'Step1X-Edit Stitch' puts the result back.",
-            search_aliases=["step1x", "inpaint crop", "crop and stitch", "masked edit", "local edit"],
+            search_aliases=["inpaint crop", "crop and stitch", "masked edit", "local edit"],
             inputs=[
                 io.Image.Input("image", tooltip="The picture to edit, of any size. For a batch one crop is made around the masks of all pictures."),
                 io.Mask.Input("mask", tooltip="What may change, from the mask editor or any other node: the same size as the picture, or the same shape. Not empty."),
@@ -49,9 +49,9 @@ class Step1XEditStitch(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditStitch",
             display_name="Step1X-Edit Stitch",
-            category=CATEGORY,
+            category=MAIN,
             description="Puts an edited crop back into its picture. Every pixel outside the mask stays exactly as it was.",
-            search_aliases=["step1x", "inpaint stitch", "crop and stitch", "paste back", "uncrop"],
+            search_aliases=["inpaint stitch", "crop and stitch", "paste back", "uncrop"],
             inputs=[
                 io.Image.Input("image", tooltip="The edited crop, of any size. Several versions of one crop give several pictures."),
                 STITCH.Input("stitch", tooltip="From the 'Step1X-Edit Crop' that made the crop."),

@@ -19,11 +19,11 @@ from ..step1x_core.host.sampling.sampler import SAMPLERS, check_model, show_sett
 from ..step1x_core.reasoning.conversation import RULES
 from ..step1x_core.reasoning.reflection import MAX_ROUNDS, Loop, Thought
 from ..step1x_core.reasoning.report import report
+from .categories import MAIN
 from .edit import Step1XEditDecode, Step1XEditEncode
 from .sampling import Step1XEditSampler
 from .widgets import cfg_input, check_widgets, steps_input
 
-CATEGORY = "model/sampling/step1x"
 STATE = io.Custom("STEP1X_ROUNDS")
 GUARDED = "Guarded"
 # The most that the loop offers.
@@ -81,9 +81,9 @@ class Step1XEditReflectionLoop(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditReflectionLoop",
             display_name="Step1X-Edit Reflection Loop",
-            category=CATEGORY,
+            category=MAIN,
             description="Edits, has the language model judge the result, and edits again until it is satisfied. Returns the best picture and all the others.",
-            search_aliases=["step1x", "thinking", "reflection", "reasonedit", "edit loop", "best of"],
+            search_aliases=["thinking", "reflection", "reasonedit", "edit loop", "best of"],
             # One loop belongs to one picture; a list would run a loop within a loop for each of its entries.
             is_input_list=True,
             enable_expand=True,
@@ -163,7 +163,7 @@ class Step1XEditLoopStart(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XEditLoopStart", category=CATEGORY, is_dev_only=True, description="Part of 'Step1X-Edit Reflection Loop': the state before the first round.",
+            node_id="Step1XEditLoopStart", category=MAIN, is_dev_only=True, description="Part of 'Step1X-Edit Reflection Loop': the state before the first round.",
             inputs=[io.String.Input("prompt"), io.Combo.Input("version", options=list(RULES)), io.String.Input("instruction", optional=True)],
             outputs=[STATE.Output()],
         )
@@ -179,7 +179,7 @@ class Step1XEditLoopStep(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XEditLoopStep", category=CATEGORY, is_dev_only=True, description="Part of 'Step1X-Edit Reflection Loop': what the next round edits, and how.",
+            node_id="Step1XEditLoopStep", category=MAIN, is_dev_only=True, description="Part of 'Step1X-Edit Reflection Loop': what the next round edits, and how.",
             inputs=[STATE.Input("state"), io.Image.Input("source"), io.Image.Input("latest")],
             outputs=[io.Image.Output(), io.String.Output()],
         )
@@ -197,7 +197,7 @@ class Step1XEditLoopJudge(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XEditLoopJudge", category=CATEGORY, is_dev_only=True, hidden=[io.Hidden.unique_id],
+            node_id="Step1XEditLoopJudge", category=MAIN, is_dev_only=True, hidden=[io.Hidden.unique_id],
             description="Part of 'Step1X-Edit Reflection Loop': 'Step1X-Edit Reflect' for a round's picture; an error is put on record.",
             inputs=[STATE.Input("state"), io.Clip.Input("clip"), io.Image.Input("source"), io.Image.Input("edited"), io.Int.Input("seed")],
             outputs=[STATE.Output()],
@@ -223,7 +223,7 @@ class Step1XEditLoopResult(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="Step1XEditLoopResult",
-            category=CATEGORY,
+            category=MAIN,
             is_dev_only=True,
             description="Part of 'Step1X-Edit Reflection Loop': asks for round after round and gives the result.",
             # Without kept results each round asked for later would run all rounds before it again.

@@ -11,9 +11,9 @@ from ..step1x_core.pairs.orders import ORDER_KINDS
 from ..step1x_core.pairs.propose import PROPOSED, Proposal
 from ..step1x_core.pairs.record import KINDS
 from ..step1x_core.pairs.review import Thresholds
+from .categories import TRAINING
 from .widgets import check_widgets
 
-CATEGORY = "model/training/step1x"
 PAIRS = io.Custom("STEP1X_PAIRS")
 PROPOSAL = io.Custom("STEP1X_PROPOSAL")
 LIMITS = Thresholds()
@@ -64,10 +64,10 @@ class Step1XEditPairPropose(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditPairPropose",
             display_name="Step1X-Edit Propose Edits",
-            category=CATEGORY,
+            category=TRAINING,
             description="Has the language model list what is in an image, and writes edit instructions from that in "
                         "English and Chinese. Outputs lists for the nodes that make the edits.",
-            search_aliases=["step1x", "edit pairs", "propose", "instructions", "caption", "training data"],
+            search_aliases=["edit pairs", "propose", "instructions", "caption", "training data"],
             inputs=[
                 io.Clip.Input("clip",
                               tooltip="Text encoder from 'Load Step1X-Edit MLLM'. The file must include a "
@@ -106,10 +106,10 @@ class Step1XEditPairCompute(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditPairCompute",
             display_name="Step1X-Edit Compute Pairs",
-            category=CATEGORY,
+            category=TRAINING,
             description="Makes pairs without any model: weather, light, restoration, style, colour and text, with "
                         "instructions in English and Chinese.",
-            search_aliases=["step1x", "edit pairs", "algorithmic", "synthetic", "training data", "augmentation"],
+            search_aliases=["edit pairs", "algorithmic", "synthetic", "training data", "augmentation"],
             is_input_list=True,
             inputs=[
                 io.Image.Input("images", tooltip="An image, a batch, or a list of images of different sizes."),
@@ -143,10 +143,10 @@ class Step1XEditPairRecord(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditPairRecord",
             display_name="Step1X-Edit Record Pairs",
-            category=CATEGORY,
+            category=TRAINING,
             description="Turns what any other nodes made of an image (inpainting, filters, an edit model) into pairs "
                         "with an instruction, a kind and an origin.",
-            search_aliases=["step1x", "edit pairs", "record pair", "inpainting pair", "training data"],
+            search_aliases=["edit pairs", "record pair", "inpainting pair", "training data"],
             # As many targets as proposals: the host itself would repeat the last one.
             is_input_list=True,
             inputs=[
@@ -199,10 +199,10 @@ class Step1XEditPairJudge(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditPairJudge",
             display_name="Step1X-Edit Judge Pairs",
-            category=CATEGORY,
+            category=TRAINING,
             description="Has the language model score every pair, and keeps those that reach the minimum scores and "
                         "change neither too little nor too much of the image. Without a text encoder it filters only.",
-            search_aliases=["step1x", "edit pairs", "judge", "score", "quality", "viescore", "filter", "threshold"],
+            search_aliases=["edit pairs", "judge", "score", "quality", "viescore", "filter", "threshold"],
             inputs=[
                 PAIRS.Input("pairs", tooltip="Pairs to judge. Scores they already have are kept."),
                 io.Float.Input("min_semantics", default=LIMITS.semantics, min=0.0, max=10.0, step=0.5,
@@ -251,10 +251,10 @@ class Step1XEditPairSave(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditPairSave",
             display_name="Step1X-Edit Save Pairs",
-            category=CATEGORY,
+            category=TRAINING,
             description="Adds pairs to a dataset in output/edit_pairs, in the JSON layout of the official training "
                         "code, and shows them on a contact sheet. Pairs that look the same are stored once.",
-            search_aliases=["step1x", "edit pairs", "save dataset", "training data", "json", "contact sheet", "statistics",
+            search_aliases=["edit pairs", "save dataset", "training data", "json", "contact sheet", "statistics",
                             "preview"],
             is_output_node=True,
             inputs=[

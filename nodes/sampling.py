@@ -15,9 +15,8 @@ from ..step1x_core.host.sampling.sampler import (
 )
 from ..step1x_core.sampling.guidance import NormLimiter
 from ..step1x_core.versions import GUIDANCE_NORM_POWER
+from .categories import MAIN
 from .widgets import cfg_input, check_widgets, steps_input
-
-CATEGORY = "model/sampling/step1x"
 
 
 class Step1XEditSampler(io.ComfyNode):
@@ -28,7 +27,7 @@ class Step1XEditSampler(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditSampler",
             display_name="Step1X-Edit Sampler",
-            category=CATEGORY,
+            category=MAIN,
             description="Edits with the schedule and guidance of the official code. KSampler works as well; its schedulers do not know the picture's size.",
             search_aliases=["step1x", "ksampler", "sampler", "edit sampler"],
             inputs=[
@@ -65,9 +64,9 @@ class Step1XEditScheduler(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditScheduler",
             display_name="Step1X-Edit Scheduler",
-            category=CATEGORY,
+            category=MAIN,
             description="Noise levels of the official code for a latent's size, for the custom samplers.",
-            search_aliases=["step1x", "sigmas", "flux shift", "scheduler"],
+            search_aliases=["sigmas", "flux shift", "scheduler"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be sampled; its version decides the default number of steps."),
                 io.Latent.Input("latent_image", tooltip="The latent that will be sampled; its size decides the shift of the schedule."),
@@ -95,10 +94,10 @@ class Step1XEditGuidance(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditGuidance",
             display_name="Step1X-Edit Guidance",
-            category=CATEGORY,
+            category=MAIN,
             description="Sets the norm limiter of Step1X-Edit's guidance. 'Load Step1X-Edit Model' switches the official one on; "
                         "add this node to change it, or to give it to a model from the stock loader.",
-            search_aliases=["step1x", "cfg norm", "norm limiter", "process norm"],
+            search_aliases=["cfg norm", "norm limiter", "process norm"],
             inputs=[
                 io.Model.Input("model", tooltip="A Step1X-Edit model."),
                 io.Float.Input("truncate", default=-1.0, min=-1.0, max=1.0, step=0.01,

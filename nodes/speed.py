@@ -5,6 +5,7 @@ from ..step1x_core.host.speed.presets import apply_speed, settings_of
 from ..step1x_core.speed.presets import ALL_STEPS, BALANCED, EXACT, FAST, REGION, TEACACHE
 from ..step1x_core.speed.region import RegionSettings
 from ..step1x_core.speed.teacache import DEFAULT_THRESHOLD
+from .categories import MAIN
 from .widgets import check_widgets
 
 
@@ -67,11 +68,11 @@ class Step1XEditSpeed(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditSpeed",
             display_name="Step1X-Edit Speed",
-            category="model/patch/step1x",
+            category=MAIN,
             description="Makes sampling faster by leaving work out: TeaCache, region denoising, guidance in a part of the "
                         "steps, fp8 attention. Choose a preset, or a custom mode for the single settings. The log says "
                         "what was chosen for this graphics card.",
-            search_aliases=["step1x", "speed", "faster", "teacache", "cache", "region", "guidance interval",
+            search_aliases=["speed", "faster", "teacache", "cache", "region", "guidance interval",
                             "fp8 attention"],
             inputs=[
                 io.Model.Input("model", tooltip="A Step1X-Edit model."),

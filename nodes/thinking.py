@@ -4,9 +4,8 @@ from ..step1x_core.host.reasoning.templates import template_fingerprint
 from ..step1x_core.host.reasoning.thinking import TEMPERATURE, judge, rewrite
 from ..step1x_core.reasoning.conversation import RULES
 from ..step1x_core.reasoning.report import describe_reflection
+from .categories import MAIN
 from .widgets import check_widgets
-
-CATEGORY = "model/conditioning/step1x"
 
 
 class Step1XEditThink(io.ComfyNode):
@@ -17,9 +16,9 @@ class Step1XEditThink(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditThink",
             display_name="Step1X-Edit Think",
-            category=CATEGORY,
+            category=MAIN,
             description="Has the language model look at the picture and rewrite the instruction as a clear edit. The prompt goes to 'Step1X-Edit Encode'.",
-            search_aliases=["step1x", "thinking", "reasonedit", "rewrite prompt", "prompt enhance"],
+            search_aliases=["thinking", "reasonedit", "rewrite prompt", "prompt enhance"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder from 'Load Step1X-Edit MLLM'. Its file needs a language-model head (lm_head)."),
                 io.Image.Input("image", tooltip="The picture to edit, exactly one."),
@@ -53,9 +52,9 @@ class Step1XEditReflect(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditReflect",
             display_name="Step1X-Edit Reflect",
-            category=CATEGORY,
+            category=MAIN,
             description="Has the language model compare source and edited picture: did the edit succeed, should it be refined, or done again?",
-            search_aliases=["step1x", "reflection", "reasonedit", "judge edit", "score image"],
+            search_aliases=["reflection", "reasonedit", "judge edit", "score image"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder from 'Load Step1X-Edit MLLM'. Its file needs a language-model head (lm_head)."),
                 io.Image.Input("source", tooltip="The picture before any edit, exactly one."),

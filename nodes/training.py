@@ -15,9 +15,9 @@ from ..step1x_core.training.cache import EditDataset
 from ..step1x_core.training.dataset import dataset_fingerprint, read_pairs
 from ..step1x_core.training.loss_curve import draw_progress
 from ..step1x_core.training.objective import ALPHA, CONSTANT, LEARNING_RATE, RANK, SCHEDULES, Settings
+from .categories import TRAINING
 from .widgets import check_widgets
 
-CATEGORY = "model/training/step1x"
 DATASET = io.Custom("STEP1X_EDIT_DATASET")
 # Steps between two pictures of the curve.
 SHOW_EVERY = 5
@@ -33,10 +33,10 @@ class Step1XEditDataset(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditDataset",
             display_name="Step1X-Edit Dataset",
-            category=CATEGORY,
+            category=TRAINING,
             description="Reads pairs of images before and after an edit, with instructions, and encodes them for "
                         "'Step1X-Edit Train LoRA'. The encoded pairs are cached on disk.",
-            search_aliases=["step1x", "dataset", "edit pairs", "training data", "cache latents", "lora"],
+            search_aliases=["dataset", "edit pairs", "training data", "cache latents", "lora"],
             inputs=[
                 io.Clip.Input("clip",
                               tooltip="Text encoder from 'Load Step1X-Edit MLLM', for the model version to be "
@@ -87,10 +87,10 @@ class Step1XEditTrainLora(io.ComfyNode):
         return io.Schema(
             node_id="Step1XEditTrainLora",
             display_name="Step1X-Edit Train LoRA",
-            category=CATEGORY,
+            category=TRAINING,
             description="Trains a LoRA on pairs of images. Can be cancelled and resumed. The LoRA is also saved in "
                         "output/step1x_training.",
-            search_aliases=["step1x", "train lora", "fine-tuning", "finetune", "training"],
+            search_aliases=["train lora", "fine-tuning", "finetune", "training"],
             inputs=[
                 io.Model.Input("model",
                                tooltip="Model from 'Load Step1X-Edit Model', in any precision. fp8 halves the VRAM "

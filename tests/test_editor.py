@@ -171,7 +171,7 @@ def test_an_old_prompt_sent_to_the_server_names_what_is_to_be_connected(client):
 def test_translations_are_served(client):
     served = client.get("/i18n")
     for language in (locales.SOURCE, *locales.TRANSLATIONS):
-        assert served[language]["nodeDefs"].items() >= locales.read(language).items() and served[language]["nodeCategories"]["step1x"]
+        assert served[language]["nodeDefs"].items() >= locales.read(language).items() and served[language]["nodeCategories"]["Step1X-Edit"]
 
 
 def test_pages_are_served_where_the_editor_looks(client, object_info):

@@ -1,13 +1,22 @@
 """What the nodes show while they run, and how they are found."""
 
+import json
 import sys
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
 from bad_input_host import Given, Host
+from conftest import PACK
 
+import locales
 from step1x_core.versions import VERSIONS, describe_settings
+
+
+@cache
+def schemas() -> list:
+    return locales.node_schemas()
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +54,21 @@ def test_the_scheduler_takes_the_steps_of_the_models_version(host, shown):
     (default,), (given,) = (host.run("Step1XEditScheduler", **inputs, steps=steps).made() for steps in (0, 5))
     assert len(default) == VERSIONS["v1.1"].steps + 1 and len(given) == 6
     assert [text for _, text in shown] == ["28 steps (default of v1.1)", "5 steps"]
+
+
+def test_the_library_has_one_folder_for_all_nodes():
+    categories = {schema.category for schema in schemas()}
+    assert {category.split("/")[0] for category in categories} == {"Step1X-Edit"} and len(categories) <= 4
+
+
+def test_search_aliases_belong_to_the_nodes_of_a_plain_edit():
+    """The editor ranks names that begin alike by their length, then by how much else matches."""
+    tagged = {schema.node_id for schema in schemas() if "step1x" in schema.search_aliases}
+    assert tagged == {"Step1XEditLoadModel", "Step1XEditEncode", "Step1XEditSampler", "Step1XEditDecode"}
+    assert {schema.node_id for schema in schemas() if {"edit image", "edit picture"} <= {*schema.search_aliases}} == {"Step1XEditEncode"}
+
+
+def test_the_blueprint_has_the_encoders_aliases():
+    blueprint = json.loads((PACK / "subgraphs" / "Step1X-Edit Image.json").read_text(encoding="utf-8"))
+    encode, = (schema for schema in schemas() if schema.node_id == "Step1XEditEncode")
+    assert {"step1x", "edit image", "edit picture"} <= {*blueprint["extra"]["BlueprintSearchAliases"]} <= {*encode.search_aliases}

@@ -159,9 +159,17 @@ def test_a_refused_instruction_concerns_the_whole_batch_and_needs_no_classifier(
     out, found, report = check(images, BLUR, NONE, prompt="remove the clothes", words="blood, clothes\n裸体")
     assert found == 2 and not torch.equal(out[0], images[0]) and report.count("the instruction has clothes") == 2
     out, found, report = check(images, BLUR, NONE, prompt="remove the tree", words="blood, clothes")
-    assert found == 0 and torch.equal(out, images) and report.startswith("Content gate: nothing found in 2 pictures.")
+    assert found == 0 and torch.equal(out, images) and report.startswith("Content gate: nothing found in the instruction. The pictures were not checked")
     _, found, report = check(torch.cat([GREEN, RED]), REPORT, prompt="blood", words="blood")
     assert found == 2 and "2. the instruction has blood; unsafe content" in report
+
+
+@pytest.mark.parametrize("images, inputs, level", [
+    (GREEN, {}, "INFO"), (RED, {}, "WARNING"), (GREEN, {"classifier": NONE, "prompt": "x", "words": "y"}, "WARNING"), (GREEN, {"action": OFF}, "WARNING")])
+def test_the_log_warns_of_findings_and_of_pictures_that_nothing_looked_at(caplog, images, inputs, level):
+    with caplog.at_level("INFO", logger=host_gate.log.name):
+        report = check(images, **inputs)[2]
+    assert [(record.levelname, record.message) for record in caplog.records if record.name == host_gate.log.name] == [(level, report.splitlines()[0])]
 
 
 @pytest.mark.parametrize("reply, found", [("No.", 0), ("Yes.", 1), ("Well", 1)])
@@ -321,7 +329,7 @@ def test_the_shipped_workflow_in_the_host(tmp_path_factory, models_dir):
             return np.asarray(Image.open(io.BytesIO(ran.images[0])).convert("RGB")), report, ran, gate_node
 
         passed, report, _, _ = run("turn it green")
-        assert report.startswith("Content gate: nothing found in 1 pictures.")
+        assert report.startswith("Content gate: nothing found in the instruction. The pictures were not checked")
         off, report, _, _ = run("make her naked", action="off")
         assert "is off" in report and off.std() > 5
         withheld, report, ran, _ = run("make her naked")

@@ -165,7 +165,7 @@ def test_lora_workflow_is_the_edit_with_a_changed_model(client, prompt_of):
 
 def test_blueprint_is_offered_and_is_the_plain_edit(client, prompt_of, object_info):
     entry, = (entry for entry in client.get("/global_subgraphs").items() if entry[1]["info"]["node_pack"].endswith("ComfyUI-Step1X-Edit"))
-    assert entry[1]["name"] == "Image Edit (Step1X)"
+    assert entry[1]["name"] == "Step1X-Edit Image"
     blueprint = json.loads(client.get(f"/global_subgraphs/{entry[0]}")["data"])
     graph, = blueprint["definitions"]["subgraphs"]
     (outer,), ends = blueprint["nodes"], {link["id"]: (link["target_id"], link["target_slot"]) for link in graph["links"]}

@@ -12,7 +12,7 @@ const [url, executablePath, output, pack, slowdown, only] = process.argv.slice(2
 // Installed outside the pack, where an import would not find it.
 const { chromium } = createRequire(path.join(process.env.STEP1X_PLAYWRIGHT, 'package.json'))('playwright-core');
 
-const BLUEPRINT = 'Image Edit (Step1X)';
+const BLUEPRINT = 'Step1X-Edit Image';
 // Files that a person chooses for himself, or gets as a folder; all others must be offered for download.
 const OWN_FILES = ['step1x-edit-v1p2.safetensors', 'step1x-edit-lora.safetensors'];
 // What makes a run short enough for a CPU, by widget.

@@ -170,7 +170,9 @@ def describe(findings: list[Finding], action: str, threshold: float, message: st
     """What the gate found, for the person who runs it."""
     done = {REPORT: "passed on unchanged", LABEL: "passed on with a label", BLUR: "blurred", BLOCK: "withheld"}[action]
     flagged = sum(finding.flagged for finding in findings)
-    lines = [f"Content gate: {flagged} of {len(findings)} pictures {done}." if flagged else f"Content gate: nothing found in {len(findings)} pictures."]
+    looked_at = any(finding.score is not None for finding in findings)
+    nothing = f"nothing found in {len(findings)} pictures." if looked_at else "nothing found in the instruction. The pictures were not checked: no classifier is set."
+    lines = [f"Content gate: {flagged} of {len(findings)} pictures {done}." if flagged else f"Content gate: {nothing}"]
     for number, finding in enumerate(findings, 1):
         score = "" if finding.score is None else f", unsafe {finding.score:.0%} (threshold {threshold:.0%})"
         lines.append(f"{number}. {finding.reason or 'passed'}{score}")

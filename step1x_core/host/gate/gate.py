@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 FOLDER = "image_classification"
 NONE = "none"
 ANSWER_TOKENS = 8
+UNCHECKED = "The content gate is off: nothing was checked."
 
 
 def classifier_folders() -> dict[str, Path]:
@@ -84,7 +85,8 @@ def gate(images: Tensor, action: str, classifier: str, unsafe_labels: str, thres
         raise Step1XError(f"The content gate has no action {action!r}. Set 'action' to one of {', '.join(ACTIONS)}.")
     check_pictures(images, "images")
     if action == OFF:
-        return images, 0, "The content gate is off: nothing was checked."
+        log.warning("%s", UNCHECKED)
+        return images, 0, UNCHECKED
     # They would be black to the classifier, and something else to whatever saves them.
     check_finite(images, "The input 'images' of the content gate holds values that are no numbers (NaN or infinity), so nothing can be said about them. "
                          "Look at the node that made them; a VAE whose precision is too low needs ComfyUI started with --fp32-vae.")
@@ -110,6 +112,8 @@ def gate(images: Tensor, action: str, classifier: str, unsafe_labels: str, thres
             reasons.append(f"unsafe content {score:.0%}")
         findings.append(Finding(score, "; ".join(reasons)))
     report = describe(findings, action, threshold, message)
-    log.warning("%s", report.splitlines()[0])
+    # A warning is what a person should act on: a finding, or pictures that nothing looked at.
+    level = logging.WARNING if classifier == NONE or any(finding.flagged for finding in findings) else logging.INFO
+    log.log(level, "%s", report.splitlines()[0])
     out = torch.stack([treat(image, finding, action, message) for image, finding in zip(images, findings)])
     return out, sum(finding.flagged for finding in findings), report
