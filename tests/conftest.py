@@ -1,48 +1,65 @@
-"""The tests run in a ComfyUI source tree named by STEP1X_COMFYUI; scripts/test.py sets it up."""
+"""The tests run in a ComfyUI source tree named by STEP1X_COMFYUI, those in pure/ without any; scripts/test.py sets it up and runs both."""
 
 import os
 import random
 import signal
 import sys
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
 PACK = Path(__file__).absolute().parent.parent
-
-if "STEP1X_COMFYUI" not in os.environ:
-    pytest.exit("STEP1X_COMFYUI does not name a ComfyUI folder. Run the tests with: python scripts/test.py", returncode=2)
+TESTS = PACK / "tests"
+# The parts of the suite are its folders, to be run by path or with `-m`. pure/ needs no ComfyUI and runs once, the others in every ComfyUI.
+PARTS = ("pure", "host", "parity", "server", "stress")
 
 # The fixtures stop what they started when the tests are terminated, too.
 signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
 # The servers that tests start are on this machine, whatever proxy a developer has.
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"
 
-sys.path += [str(PACK / folder) for folder in ("scripts/support", "scripts", "scripts/dev", "tests", "tests/support", "tests/parity")]
-import environment  # noqa: E402
-
-environment.use_host_in_process()
-
-import comfy.utils  # noqa: E402
-import tiny_models  # noqa: E402
-import utils.extra_config  # noqa: E402, F401  (as main.py: the host's `nodes` puts a folder with another utils in front)
-
-comfy.utils.set_progress_bar_enabled(False)
-
-# The parts of the suite, to be run with `-m`, and their files; all others are of the part "model".
-PARTS = {
-    "server": ("test_batch.py", "test_browser_states.py", "test_demo_model.py", "test_editor.py", "test_gate.py", "test_gedit_host.py", "test_host.py", "test_local_edit.py",
-               "test_lora_training_host.py", "test_pairs_host.py"),
-    "files": ("test_convert.py", "test_download.py", "test_environment.py", "test_folders.py", "test_install.py"),
-    "training": ("test_demo_lora.py", "test_edit_pairs.py", "test_lora_training.py", "test_pair_dataset.py", "test_pairs.py", "test_scenes.py",
-                 "test_training.py", "test_training_memory.py"),
-    "stress": ("test_bad_input_*.py", "test_faults.py", "test_security.py", "test_soak.py"),
-}
+# Tests may use what another one has: every folder with tests is searched.
+sys.path += [str(PACK / folder) for folder in ("scripts/support", "scripts", "scripts/dev", "tests/support")]
+sys.path += sorted({str(path.parent) for path in TESTS.rglob("test_*.py")})
 
 
-def part_of(name: str) -> str:
-    return next((part for part, patterns in PARTS.items() if any(fnmatch(name, pattern) for pattern in patterns)), "model")
+def part_of(path: Path) -> str:
+    """The part that a file of the suite is in."""
+    return path.relative_to(TESTS).parts[0]
+
+
+class Absent:
+    """Makes modules unimportable, as on a system that lacks them."""
+
+    def __init__(self, *packages: str):
+        self.packages = packages
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.packages:
+            raise ModuleNotFoundError(f"No module named {name!r}: tests/pure runs without ComfyUI and Triton. What needs them belongs to tests/host.", name=name)
+
+
+def is_pure(config) -> bool:
+    """Whether nothing but tests of tests/pure is asked for."""
+    asked = [Path(config.invocation_params.dir, argument.split("::")[0]).absolute() for argument in config.args]
+    return bool(asked) and all(path.is_relative_to(TESTS / "pure") for path in asked)
+
+
+def pytest_configure(config):
+    """Before any test is imported: the host, or the lack of it."""
+    if is_pure(config):
+        sys.path.append(str(PACK))
+        sys.meta_path.insert(0, Absent("comfy", "comfy_api", "comfy_extras", "folder_paths", "nodes", "execution", "server", "triton"))
+        return
+    if "STEP1X_COMFYUI" not in os.environ:
+        pytest.exit("STEP1X_COMFYUI does not name a ComfyUI folder. Run the tests with: python scripts/test.py", returncode=2)
+    import environment
+
+    environment.use_host_in_process()
+    import comfy.utils
+    import utils.extra_config  # noqa: F401  (as main.py: the host's `nodes` puts a folder with another utils in front)
+
+    comfy.utils.set_progress_bar_enabled(False)
 
 
 def pytest_addoption(parser):
@@ -63,7 +80,7 @@ def in_random_order(items: list, seed: int) -> list:
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        item.add_marker(part_of(item.path.name))
+        item.add_marker(part_of(item.path))
     seed = config.getoption("--random-order")
     if seed is not None:
         items[:] = in_random_order(items, seed)
@@ -72,6 +89,8 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
     """A models folder with tiny checkpoints of v1.0 and v1.1, a language model and a VAE. Not to be changed by tests."""
+    import tiny_models
+
     folder = tmp_path_factory.mktemp("models")
     tiny_models.write_all(folder)
     return folder
@@ -89,6 +108,8 @@ def photo():
 
 @pytest.fixture(scope="session")
 def clip(models):
+    import tiny_models
+
     from step1x_core.host.checkpoints.loading import load_text_encoder
 
     return load_text_encoder(models / "text_encoders" / tiny_models.MLLM_FILE)
@@ -97,12 +118,15 @@ def clip(models):
 @pytest.fixture(scope="session")
 def vae(models):
     import comfy.sd
+    import tiny_models
 
     return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(models / "vae" / tiny_models.VAE_FILE)))
 
 
 @pytest.fixture(scope="session")
 def model(models):
+    import tiny_models
+
     from step1x_core.host.checkpoints.loading import load_model
 
     return load_model(models / "diffusion_models" / tiny_models.V11_FILE)
@@ -111,6 +135,7 @@ def model(models):
 @pytest.fixture(scope="session")
 def float_file(tmp_path_factory):
     """The tiny language model in float32."""
+    import tiny_models
     import torch
 
     path = tmp_path_factory.mktemp("mllm") / "float.safetensors"
@@ -121,6 +146,7 @@ def float_file(tmp_path_factory):
 @pytest.fixture(scope="session")
 def transformers_model(float_file):
     """Hugging Face's own Qwen2.5-VL with the same weights, without its head."""
+    import tiny_models
     from safetensors.torch import load_file
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 

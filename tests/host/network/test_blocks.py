@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import comfy.model_management
 import pytest
@@ -11,6 +10,7 @@ import torch
 from comfy.ldm.flux.layers import DoubleStreamBlock, EmbedND, SingleStreamBlock
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.ops import disable_weight_init
+from conftest import PACK
 from tiny_models import write_transformer
 
 from step1x_core.host.checkpoints.loading import load_model
@@ -141,6 +141,6 @@ def test_compiling_breaks_no_graph_and_only_new_shapes_compile_again(double, sin
 def test_triton_kernels_agree_with_torch():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     pytest.importorskip("triton", reason="Triton, which is published for Linux only, is not installed")
-    done = subprocess.run([sys.executable, Path(__file__).parent / "kernel_checks.py"], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, PACK / "tests" / "support" / "kernel_checks.py"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "kernels agree" in done.stdout

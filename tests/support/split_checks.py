@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Edits split over two devices against plain ones, with each node of the pack: `python tests/split_checks.py` on a machine with two graphics cards.
+"""Edits split over two devices against plain ones, with each node of the pack: `python tests/support/split_checks.py` on a machine with two graphics cards.
 
 test_multigpu.py does the same with two names of the CPU, which cannot show a tensor on the wrong card.
 """
@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).absolute().parent.parent / "scripts" / "support")]
+    sys.path[:0] = [str(Path(__file__).absolute().parents[2] / "scripts" / "support")]
     import environment
 
     environment.reexecute_in_host(__file__)

@@ -2,11 +2,11 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import golden_checks_reflection
 import golden_files
 import pytest
+from conftest import PACK
 
 from step1x_core.reasoning.conversation import LAYOUTS, MAX_TRIES, RULES
 from step1x_core.reasoning.reflection import Loop, Reflection, Step, reflect, think, unjudged
@@ -14,7 +14,7 @@ from step1x_core.reasoning.replies import BadReply
 from step1x_core.reasoning.report import report
 from step1x_core.reasoning.templates import LANGUAGES, load_templates
 
-GOLDENS = Path(__file__).parent / "parity" / "goldens" / "v12"
+GOLDENS = PACK / "tests" / "parity" / "goldens" / "v12"
 FINAL, PREVIEW = RULES["v1.2"], RULES["v1.2-preview"]
 
 GOOD = {

@@ -4,7 +4,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts" / "support"))
+sys.path.insert(0, str(Path(__file__).absolute().parents[2] / "scripts" / "support"))
 import environment
 
 environment.use_host_in_process()

@@ -511,7 +511,7 @@ def rows() -> list[list[str]]:
 
 
 def test_page_names_nodes_and_tests_that_exist():
-    sources = [path.read_text(encoding="utf-8") for path in (PACK / "tests").glob("test_*.py")]
+    sources = [path.read_text(encoding="utf-8") for path in (PACK / "tests").rglob("test_*.py")]
     tests = {node.name for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)}
     proven = set()
     for node, verdict, _, test in rows():

@@ -96,7 +96,7 @@ def run(tmp_path_factory):
         (base / "input" / "pairs" / part).mkdir(parents=True)
         Image.new("RGB", (64, 64), "green").save(base / "input" / "pairs" / part / "1.png")
     (base / "input" / "pairs" / "target" / "1.txt").write_text("nothing")
-    command = [sys.executable, str(PACK / "tests" / "guarded_run.py"), str(base), str(base / "report.json")]
+    command = [sys.executable, str(PACK / "tests" / "support" / "guarded_run.py"), str(base), str(base / "report.json")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads((base / "report.json").read_text(encoding="utf-8")), base
@@ -109,7 +109,7 @@ def outside(paths: list[str], *folders) -> list[str]:
 
 def test_the_guard_stops_a_connection():
     code = "import sys, socket; sys.path.insert(0, sys.argv[1]); import guarded_run; sys.addaudithook(guarded_run.hook); socket.create_connection(('127.0.0.1', 9))"
-    result = subprocess.run([sys.executable, "-c", code, str(PACK / "tests")], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code, str(PACK / "tests" / "support")], capture_output=True, text=True)
     assert "PermissionError: no network: socket." in result.stderr
 
 

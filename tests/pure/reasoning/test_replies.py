@@ -5,11 +5,11 @@ import math
 import random
 import sys
 import time
-from pathlib import Path
 
 import golden_checks_reflection
 import golden_files
 import pytest
+from conftest import PACK
 
 from step1x_core.reasoning import replies
 from step1x_core.reasoning.conversation import RULES, Rules
@@ -18,7 +18,7 @@ from step1x_core.reasoning.replies import BadReply
 from step1x_core.reasoning.report import report
 from step1x_core.reasoning.templates import LANGUAGES, load_templates
 
-GOLDENS = Path(__file__).parent / "parity" / "goldens" / "v12"
+GOLDENS = PACK / "tests" / "parity" / "goldens" / "v12"
 
 GOOD = {
     "rewrite": "Make the cup red.",

@@ -1,0 +1,41 @@
+"""The parts of the suite: every file is in one, and in the right one."""
+
+from itertools import groupby
+from pathlib import Path
+from types import SimpleNamespace
+
+from conftest import PARTS, TESTS, in_random_order, part_of
+
+FILES = sorted(TESTS.rglob("test_*.py"))
+ROOMS = {path.name for path in (TESTS.parent / "step1x_core").iterdir() if path.is_dir()}
+# Beside the rooms of the core: the nodes' schemas, the scripts, the miniature model, and what holds for the whole repository.
+FURTHER = {"nodes", "scripts", "miniature", "house"}
+
+
+def test_every_test_has_one_part(request):
+    assert [line.split(":")[0] for line in request.config.getini("markers")] == list(PARTS)
+    for item in request.session.items:
+        assert [mark.name for mark in item.iter_markers() if mark.name in PARTS] == [part_of(item.path)]
+
+
+def test_every_file_is_in_a_part_and_in_a_room_of_the_house():
+    for path in FILES:
+        part, *rooms = path.relative_to(TESTS).parts[:-1]
+        assert part in PARTS and {*rooms} <= ROOMS | FURTHER, path
+    names = [path.name for path in FILES]
+    assert len(names) == len({*names}), "tests use each other's helpers by the file's name"
+
+
+def test_a_server_is_started_by_the_parts_that_may():
+    sources = [(part_of(path), path.read_text(encoding="utf-8")) for path in FILES if path.name != "test_parts.py"]
+    assert {part for part, source in sources if "ComfyServer(" in source or "demo_client(" in source} == {"server", "stress"}
+
+
+def test_a_random_order_has_every_test_once_and_keeps_files_together():
+    items = [SimpleNamespace(path=Path(f"test_{file}.py"), name=f"{file}{i}") for file in "abcdef" for i in range(10)]
+    names = {seed: [item.name for item in in_random_order(items, seed)] for seed in (1, 1, 2)}
+    assert [item.name for item in in_random_order(list(reversed(items)), 1)] != [item.name for item in items]
+    assert names[1] == [item.name for item in in_random_order(items, 1)] != names[2]
+    for order in names.values():
+        assert sorted(order) == sorted(item.name for item in items) != order
+        assert len([file for file, _ in groupby(order, key=lambda name: name[0])]) == 6
