@@ -259,7 +259,7 @@ def edit(options) -> int:
     with comfyui(options) as client, tempfile.TemporaryDirectory(prefix="step1x-gedit-") as folder:
         workflow = load_workflow(options.workflow, client, options)
         if options.batch > 1 and workflow.batch_node is None:
-            raise Step1XError("--batch needs a workflow with Step1X-Edit Batch, like step1x_batch.json.")
+            raise Step1XError("--batch needs a workflow with Step1X-Edit Batch, like step1x_edit_batch.json.")
         check_settings(options, workflow)
         # A group that fails is tried again item by item.
         groups = [waiting[start:start + options.batch] for start in range(0, len(waiting), options.batch)]

@@ -161,11 +161,11 @@ def on_the_wall(studio, workflow, prompt):
 
 
 def crop_and_stitch(studio):
-    return sheet(on_the_wall(studio, "step1x_crop_and_stitch", "Please color the orange circle blue"), 2, "a small part\nof a large picture")
+    return sheet(on_the_wall(studio, "step1x_local_edit", "Please color the orange circle blue"), 2, "a small part\nof a large picture")
 
 
 def crop_stitch_upscale(studio):
-    source, large = on_the_wall(studio, "step1x_crop_stitch_upscale", "Please color the orange circle green")
+    source, large = on_the_wall(studio, "step1x_local_edit_upscale", "Please color the orange circle green")
     width, height = large.size
     return sheet([source, large.crop((width // 3, height // 3, 2 * width // 3, 2 * height // 3))], 2, "edit a small part,\nthen enlarge the whole")
 
@@ -173,7 +173,7 @@ def crop_stitch_upscale(studio):
 def batch(studio):
     sources = [scene("recolour", index).source for index in (7, 1)]
     prompts = "give the picture a black background\nturn the picture into a negative"
-    made = studio.run("step1x_batch", [studio.upload(source) for source in sources], Step1XEditBatch={"prompts": prompts})
+    made = studio.run("step1x_edit_batch", [studio.upload(source) for source in sources], Step1XEditBatch={"prompts": prompts})
     tiles = [picture for i, source in enumerate(sources) for picture in (Image.fromarray(source), *made[2 * i:2 * i + 2])]
     return sheet(tiles, 3, "every instruction on every picture")
 
@@ -195,7 +195,7 @@ def building_material(studio):
     pair = scene("recolour", 2)
     mask = spread(pair.region, 6)
     prompts = [f"Turn the orange square in the top left corner {colour}" for colour in ("red", "blue")]
-    return sheet([marked(pair.source, mask), *studio.run("step1x_building_material", [studio.upload(pair.source, mask)], prompts)], 3, "one surface in two materials")
+    return sheet([marked(pair.source, mask), *studio.run("step1x_interior_material", [studio.upload(pair.source, mask)], prompts)], 3, "one surface in two materials")
 
 
 def text_to_image(studio):
@@ -237,19 +237,19 @@ MAKERS = {
     "step1x_edit_v12_loop": loop,
     "step1x_text_to_image": text_to_image,
     "step1x_masked_edit": masked,
-    "step1x_crop_and_stitch": crop_and_stitch,
-    "step1x_crop_stitch_upscale": crop_stitch_upscale,
-    "step1x_batch": batch,
+    "step1x_local_edit": crop_and_stitch,
+    "step1x_local_edit_upscale": crop_stitch_upscale,
+    "step1x_edit_batch": batch,
     "step1x_product_variants": product_variants,
     "step1x_social_media_set": social_media_set,
-    "step1x_building_material": building_material,
+    "step1x_interior_material": building_material,
     "step1x_lora": lora,
     "step1x_train_lora": train_lora,
     "step1x_make_pairs": make_pairs,
     "step1x_propose_pairs": propose_pairs,
     "step1x_low_vram": lambda studio: plain(studio, "step1x_low_vram", "text", 1, "for little VRAM:\nfp8, smaller, in tiles"),
     "step1x_fast": lambda studio: plain(studio, "step1x_fast", "text", 5, "fast: fp8, TeaCache,\nfewer steps"),
-    "step1x_content_gate": lambda studio: plain(studio, "step1x_edit", "recolour", 3, "a content gate\nbefore the picture is saved"),
+    "step1x_gated_edit": lambda studio: plain(studio, "step1x_edit", "recolour", 3, "a content gate\nbefore the picture is saved"),
     "step1x_gedit_edit": lambda studio: plain(studio, "step1x_edit", "replace", 2, "GEdit-Bench:\nedit its pictures"),
     "step1x_gedit_judge": lambda studio: plain(studio, "step1x_edit", "replace", 4, "GEdit-Bench:\njudge and report"),
     "step1x_region": lambda studio: plain(studio, "step1x_region", "recolour", 0, "only the edited region\nis computed"),

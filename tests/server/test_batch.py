@@ -162,7 +162,7 @@ def upload(client, tmp_path, name, pixels):
 
 def workflow_prompt(client, names, **changes):
     """The shipped batch workflow with these pictures."""
-    prompt = demo_prompt(client, "step1x_batch.json", Step1XEditBatch=changes)
+    prompt = demo_prompt(client, "step1x_edit_batch.json", Step1XEditBatch=changes)
     for node, name in zip(find_nodes(prompt, "LoadImage"), names, strict=True):
         prompt[node]["inputs"]["image"] = name
     return prompt

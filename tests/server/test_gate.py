@@ -316,7 +316,7 @@ def test_the_shipped_workflow_in_the_host(tmp_path_factory, models_dir):
         options = info["Step1XEditContentGate"]["input"]["required"]["classifier"]
         assert (options[0] if isinstance(options[0], list) else options[1]["options"]) == ["none", "served"]
         assert "image_classification" in client.get("/models")
-        shipped = to_api(json.loads((PACK / "workflows" / "step1x_content_gate.json").read_text(encoding="utf-8")), info)
+        shipped = to_api(json.loads((PACK / "workflows" / "step1x_gated_edit.json").read_text(encoding="utf-8")), info)
 
         def run(instruction, **changes):
             prompt = json.loads(json.dumps(shipped))

@@ -27,7 +27,7 @@ command = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(command)
 
 FAST = ["--set", "Step1XEditEncode.size_level=64", "--set", "Step1XEditSampler.steps=1"]
-BATCH = ["--workflow", str(PACK / "workflows" / "step1x_batch.json"), "--set", "Step1XEditBatch.size_level=64", "--set", "Step1XEditBatch.steps=1"]
+BATCH = ["--workflow", str(PACK / "workflows" / "step1x_edit_batch.json"), "--set", "Step1XEditBatch.size_level=64", "--set", "Step1XEditBatch.steps=1"]
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_mistakes_on_the_command_line_are_told_before_anything_runs(server, data
     assert re.search(message, capsys.readouterr().err) and not list(tmp_path.rglob("*.png"))
 
 
-@pytest.mark.parametrize("name", ["step1x_edit.json", "step1x_edit_v12_thinking.json", "step1x_edit_v12_loop.json", "step1x_masked_edit.json", "step1x_batch.json"])
+@pytest.mark.parametrize("name", ["step1x_edit.json", "step1x_edit_v12_thinking.json", "step1x_edit_v12_loop.json", "step1x_masked_edit.json", "step1x_edit_batch.json"])
 def test_shipped_workflows_are_understood(client, name):
     """Which nodes get picture and instruction, without running them."""
     options = command.arguments(["edit", "--data", "d", "--method", "m", "--workflow", str(PACK / "workflows" / name)])

@@ -103,14 +103,14 @@ def test_workflows_are_offered_as_templates(client):
 
 EDITED = (600, 400)
 SHIPPED = [("step1x_edit.json", EDITED), ("step1x_edit_custom_sampler.json", EDITED), ("step1x_text_to_image.json", (256, 192)), ("step1x_edit_v12.json", EDITED),
-           ("step1x_edit_v12_thinking.json", EDITED), ("step1x_masked_edit.json", EDITED), ("step1x_crop_and_stitch.json", EDITED), ("step1x_edit_in_turns.json", EDITED),
-           ("step1x_crop_stitch_upscale.json", (1200, 800)), ("step1x_building_material.json", EDITED), ("step1x_lora.json", EDITED), ("step1x_low_vram.json", EDITED),
+           ("step1x_edit_v12_thinking.json", EDITED), ("step1x_masked_edit.json", EDITED), ("step1x_local_edit.json", EDITED), ("step1x_edit_in_turns.json", EDITED),
+           ("step1x_local_edit_upscale.json", (1200, 800)), ("step1x_interior_material.json", EDITED), ("step1x_lora.json", EDITED), ("step1x_low_vram.json", EDITED),
            ("step1x_fast.json", EDITED), ("step1x_region.json", EDITED)]
 # Sizes in the order of the Save Image nodes.
 SHIPPED_BATCHES = {"step1x_product_variants.json": [EDITED] * 4, "step1x_social_media_set.json": [(1080, 1080)] * 3 + [(1080, 1350)] * 3 + [(1080, 1920)] * 3}
 LOOP = "step1x_edit_v12_loop.json"
 # Run in test_batch.py.
-BATCH = "step1x_batch.json"
+BATCH = "step1x_edit_batch.json"
 
 
 @pytest.mark.parametrize("name, size", SHIPPED)
@@ -145,7 +145,7 @@ def test_every_shipped_workflow_is_tested():
 
 
 def test_materials_are_two_edits_of_one_picture_inside_the_mask(client, prompt_of):
-    run = client.run(prompt_of("step1x_building_material.json", LoadImage={"image": "masked.png"}))
+    run = client.run(prompt_of("step1x_interior_material.json", LoadImage={"image": "masked.png"}))
     first, second = (np.asarray(Image.open(io.BytesIO(image)).convert("RGB")) for image in run.images)
     with Image.open(PHOTO) as photo:
         source = np.asarray(photo.convert("RGB"))

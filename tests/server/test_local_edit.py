@@ -270,7 +270,7 @@ def run_masked(client, tmp_path, pixels, mask, workflow, **changes):
 def test_crop_and_stitch_workflow(client, tmp_path, wall):
     pixels, pairs = wall
     mask = scene_mask(4)[0].numpy() > 0
-    picture = run_masked(client, tmp_path, pixels, mask, "step1x_crop_and_stitch.json",
+    picture = run_masked(client, tmp_path, pixels, mask, "step1x_local_edit.json",
                          Step1XEditCrop={"context": 1 / 6, "min_size": 64}, Step1XEditEncode={"prompt": pairs[4].instruction})
     assert judge(pairs[4], picture[128:, 128:256]).success
 
@@ -300,4 +300,4 @@ def test_an_empty_mask_ends_the_workflow_with_a_sentence(client, tmp_path, wall)
     Image.fromarray(wall[0]).save(tmp_path / "plain.png")
     client.upload_image(tmp_path / "plain.png", "plain.png")
     with pytest.raises(ExecutionError, match="The mask is empty: there is nothing to edit. Paint over"):
-        client.run(demo_prompt(client, "step1x_crop_and_stitch.json", LoadImage={"image": "plain.png"}))
+        client.run(demo_prompt(client, "step1x_local_edit.json", LoadImage={"image": "plain.png"}))
