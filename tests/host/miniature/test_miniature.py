@@ -169,6 +169,7 @@ def test_resumed_training_goes_on_where_it_stopped(tmp_path, tokenizer):
     assert exported[:5].any(dim=1).all() and not exported[5:].any()
 
 
+@pytest.mark.once
 def test_smoke_run_learns_and_its_files_load(tmp_path):
     """The command that CI runs; then the exported files go through the ordinary loaders and make the same edit as the training code."""
     run, models = tmp_path / "run", tmp_path / "models"

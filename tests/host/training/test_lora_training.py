@@ -390,6 +390,7 @@ def test_validation_pairs_are_edited_with_the_lora_so_far(model, vae, dataset, t
 
 # Meaning. `benchmarks/lora_demo.py` is the same at length.
 
+@pytest.mark.once
 def test_the_demo_model_begins_to_learn_a_new_edit(tmp_path):
     """A red line across the picture."""
     with torch.inference_mode():
