@@ -64,6 +64,7 @@ def pytest_configure(config):
 
 def pytest_addoption(parser):
     parser.addoption("--random-order", metavar="SEED", type=int, help="run the files, and the tests within each, in an order drawn from SEED")
+    parser.addoption("--once-elsewhere", action="store_true", help="leave out the tests marked `once`: they run in another ComfyUI")
 
 
 def in_random_order(items: list, seed: int) -> list:
@@ -81,6 +82,10 @@ def in_random_order(items: list, seed: int) -> list:
 def pytest_collection_modifyitems(config, items):
     for item in items:
         item.add_marker(part_of(item.path))
+    if config.getoption("--once-elsewhere"):
+        elsewhere = [item for item in items if item.get_closest_marker("once")]
+        config.hook.pytest_deselected(items=elsewhere)
+        items[:] = [item for item in items if item not in elsewhere]
     seed = config.getoption("--random-order")
     if seed is not None:
         items[:] = in_random_order(items, seed)

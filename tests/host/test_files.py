@@ -12,10 +12,9 @@ from test_edit_pairs import write_folder, write_json
 
 from step1x_core import files
 from step1x_core.errors import Step1XError
-from step1x_core.files import check_name, safe_path, write_file
+from step1x_core.files import safe_path, write_file
 from step1x_core.gedit.dataset import read_dataset
-from step1x_core.host.training.folders import run_folder
-from step1x_core.training import dataset as edit_pairs
+from step1x_core.training import cache
 from step1x_core.training.cache import Cache, write_tensors
 from step1x_core.training.dataset import CAPTION, REFERENCE, dataset_fingerprint, read_pairs
 
@@ -113,21 +112,6 @@ def test_two_pictures_of_one_name_are_refused(root, side):
 
 # Names.
 
-@pytest.mark.parametrize("name", ["CON", "nul", "nul.", "NUL.txt", "con.tar.gz", "Aux", "COM1", "lpt9.png", "COM¹", "CONIN$", "aux .x", "a.", "a ", " a", "", ".", "..",
-                                  "a/b", "a\\b", "a:b", "a\nb", "a\x7f", "图" * 150, "é" * 101, "\U0001f600" * 51, "\udcff", "x" * 201])
-def test_names_that_some_system_cannot_store_are_refused(name):
-    with pytest.raises(Step1XError, match="cannot be a name of a dataset"):
-        check_name(name, "name of a dataset")
-    with pytest.raises(Step1XError, match="cannot be the name of a training"):
-        run_folder(name)
-
-
-@pytest.mark.parametrize("name", ["my_pairs", "图" * 40, "console", "null", "com", "com10", "a.b-c 1", "é" * 60])
-def test_names_that_every_system_can_store_are_taken_and_files_of_them_written(tmp_path, name):
-    assert check_name(name, "key") == name and run_folder(name).name == name
-    write_file(tmp_path / f"{name}.png", b"x")
-    write_tensors(tmp_path / name / f"{name}.safetensors", {"a": torch.zeros(1)})
-
 
 # A disk that is full.
 
@@ -136,7 +120,7 @@ class FullDisk:
 
     def __init__(self, monkeypatch):
         monkeypatch.setattr(files, "_write", self.write)
-        monkeypatch.setattr(edit_pairs, "save_file", lambda tensors, path, metadata=None: self.write(path, b"12345678"))
+        monkeypatch.setattr(cache, "save_file", lambda tensors, path, metadata=None: self.write(path, b"12345678"))
 
     @staticmethod
     def write(path, content):
@@ -156,17 +140,18 @@ def test_a_full_disk_leaves_the_earlier_file_and_nothing_half_written(tmp_path, 
 
 # The cache.
 
+
 def test_the_cache_keeps_what_is_used_and_of_the_rest_the_latest(tmp_path):
-    cache = Cache(tmp_path)
+    kept = Cache(tmp_path)
     for number in range(6):
-        cache.store(f"{number}x", {"a": torch.zeros(100)})
-        os.utime(cache.path(f"{number}x"), (number + 1000, number + 1000))
-    half = cache.path("0x").with_name("0x.safetensors.1.part")
+        kept.store(f"{number}x", {"a": torch.zeros(100)})
+        os.utime(kept.path(f"{number}x"), (number + 1000, number + 1000))
+    half = kept.path("0x").with_name("0x.safetensors.1.part")
     half.write_bytes(b"x")
     os.utime(half, (1000, 1000))
-    cache.prune({"0x", "1x"}, spare=0)
-    assert [number for number in range(6) if f"{number}x" in cache] == [0, 1, 4, 5] and not half.exists()
-    cache.prune({"5x"}, spare=10**6)
-    assert [number for number in range(6) if f"{number}x" in cache] == [0, 1, 4, 5]
+    kept.prune({"0x", "1x"}, spare=0)
+    assert [number for number in range(6) if f"{number}x" in kept] == [0, 1, 4, 5] and not half.exists()
+    kept.prune({"5x"}, spare=10**6)
+    assert [number for number in range(6) if f"{number}x" in kept] == [0, 1, 4, 5]
     shutil.rmtree(tmp_path)
-    cache.prune({"5x"})
+    kept.prune({"5x"})

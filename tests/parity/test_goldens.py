@@ -32,6 +32,7 @@ def parity(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(PACK / "scripts" / "parity.py"), *map(str, arguments)], capture_output=True, text=True, env=os.environ)
 
 
+@pytest.mark.once
 def test_parity_runner_prints_a_line_per_file_and_fails_on_wrong_and_unknown_files(tmp_path):
     shutil.copy(GOLDENS / "resize.json", tmp_path / "resize.json")
     good = parity(tmp_path)
@@ -71,6 +72,7 @@ def test_ids_are_compared_exactly_times_nearly_and_nan_never_passes(tmp_path, fi
     assert not golden_runner.check_file(tmp_path / file) <= TOLERANCE
 
 
+@pytest.mark.once
 def test_parity_runner_fails_on_a_folder_without_goldens(tmp_path):
     empty = parity(tmp_path)
     assert empty.returncode == 1 and empty.stdout.startswith("FAIL ") and "max_err=inf" in empty.stdout

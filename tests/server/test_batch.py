@@ -12,7 +12,7 @@ from PIL import Image
 
 from miniature.edits import invert
 from miniature.scenes import judge, pair_at
-from step1x_core.editing.batches import ALL, PAIRS, SEEDS, lay_out
+from step1x_core.editing.batches import ALL, PAIRS, lay_out
 from step1x_core.errors import Step1XError
 from step1x_core.host.editing import batch as host_batch
 from step1x_core.host.editing.batch import edit_batch
@@ -34,30 +34,6 @@ def recolouring(index):
 def batch(demo, items, **changes):
     settings = {"negative_prompt": "", "size_level": demo_model.SIZE_LEVEL, "steps": STEPS, "cfg": demo_model.CFG, "sampler_name": "euler", **changes}
     return edit_batch("test", demo.model, demo.clip, demo.vae, items, **settings)
-
-
-def plan(items):
-    return [(item.number, item.prompt, item.seed) for item in items]
-
-
-def test_one_instruction_on_many_pictures_and_many_on_one():
-    three, one = [torch.zeros(2, 8, 8, 3), torch.ones(1, 4, 6, 3)], [torch.zeros(1, 8, 8, 3)]
-    assert plan(lay_out(three, ["red"], [7])) == [(1, "red", 7), (2, "red", 8), (3, "red", 9)]
-    assert plan(lay_out(one, ["red\n\n  blue \n", "green"], [7])) == [(1, "red", 7), (1, "blue", 8), (1, "green", 9)]
-    assert plan(lay_out(three, ["a", "b", "c"], [5, 5, SEEDS - 1], PAIRS)) == [(1, "a", 5), (2, "b", 5), (3, "c", SEEDS - 1)]
-    assert plan(lay_out(three[1:] + one, ["a", "b"], [SEEDS - 1], ALL)) == [(1, "a", SEEDS - 1), (1, "b", 0), (2, "a", 1), (2, "b", 2)]
-    assert [item.picture.shape for item in lay_out(three, ["red"], [7])] == [(1, 8, 8, 3), (1, 8, 8, 3), (1, 4, 6, 3)]
-
-
-@pytest.mark.parametrize("images, prompts, seeds, message", [
-    ([torch.zeros(0, 8, 8, 3)], ["red"], [1], "There is no picture to edit"),
-    ([torch.zeros(1, 8, 8, 3)], [" \n", ""], [1], "There is no instruction"),
-    ([torch.zeros(3, 8, 8, 3)], ["red", "blue"], [1], "3 pictures and 2 instructions do not make pairs"),
-    ([torch.zeros(3, 8, 8, 3)], ["red"], [1, 2], "There are 2 seeds for 3 edits"),
-])
-def test_what_does_not_go_together_is_refused(images, prompts, seeds, message):
-    with pytest.raises(Step1XError, match=message):
-        lay_out(images, prompts, seeds)
 
 
 def test_each_edit_is_the_single_one_with_its_seed_and_a_bad_picture_costs_no_other(demo):

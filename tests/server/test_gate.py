@@ -19,7 +19,7 @@ from conftest import PACK
 from PIL import Image
 
 from step1x_core.errors import Step1XError
-from step1x_core.gate.policy import ACTIONS, BLOCK, BLUR, LABEL, OFF, REPORT, Finding, find_labels, forbidden_words, read_answer, treat, unsafe_scores
+from step1x_core.gate.policy import ACTIONS, BLOCK, BLUR, LABEL, OFF, REPORT, Finding, treat, unsafe_scores
 from step1x_core.host.gate import gate as host_gate
 from step1x_core.host.gate.gate import NONE, classifier_folders, gate
 
@@ -101,15 +101,6 @@ def test_threshold_and_labels_decide():
         check(RED, labels=" ,\n")
 
 
-def test_scores_of_labels_that_exclude_each_other_are_added_and_others_are_not():
-    logits = torch.tensor([[0.0, 0.0, 0.0], [9.0, -9.0, -9.0]])
-    assert unsafe_scores(logits, [1, 2, 1], False).tolist() == pytest.approx([2 / 3, 0], abs=1e-4)
-    assert unsafe_scores(logits, [1, 2], True).tolist() == pytest.approx([0.5, 0], abs=2e-4)
-    with pytest.raises(Step1XError, match="no numbers"):
-        unsafe_scores(torch.tensor([[0.0, float("nan")]]), [1], False)
-    assert find_labels({0: "a", 1: "B"}, ["b", "A"], "x") == [1, 0]
-
-
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("action", [LABEL, BLUR, BLOCK])
 def test_a_found_picture_keeps_its_shape_and_type_and_the_source_is_not_touched(action, channels):
@@ -136,22 +127,6 @@ def test_a_notice_says_its_message_and_nothing_of_the_picture():
     assert torch.equal(first, second) and not torch.equal(first, treat(torch.rand(256, 256, 3), FLAGGED, BLOCK, "Something else."))
     # Neither tiny pictures nor letters that the font lacks are a problem.
     assert treat(torch.rand(1, 3, 3), FLAGGED, BLOCK, "已被拦截").shape == (1, 3, 3) and treat(torch.rand(2, 2, 3), FLAGGED, LABEL, MESSAGE).shape == (2, 2, 3)
-
-
-@pytest.mark.parametrize("prompt, words, found", [
-    ("make the Nude figure blue", ["nude"], ["nude"]), ("a denuded hill", ["nude"], []), ("NUDE", ["nude", "blood"], ["nude"]), ("nu\u200bde", ["nude"], ["nude"]),
-    ("ｎｕｄｅ", ["nude"], ["nude"]), ("take   off\nher clothes", ["take off her clothes"], ["take off her clothes"]), ("nude.", ["nude"], ["nude"]), ("nudes", ["nude"], []),
-    ("让她裸体", ["裸体"], ["裸体"]), ("把nude改掉", ["nude"], ["nude"]), ("nudenude nude", ["nude"], ["nude"]), ("Straße", ["STRASSE"], ["STRASSE"]), ("x", ["\u200b"], []),
-    ("c++ code", ["c++"], ["c++"]), ("", ["nude"], []),
-])
-def test_words_are_found_as_words_whatever_their_looks(prompt, words, found):
-    assert forbidden_words(prompt, words) == found
-
-
-@pytest.mark.parametrize("reply, answer", [("Yes", True), ("yes, it does", True), ('"No."', False), ("no\n", False), ("是的", True), ("不是", False), ("否", False),
-                                           ("", None), ("maybe", None), ("nothing", None), ("yesterday", None), ("I cannot say", None)])
-def test_only_a_clear_answer_counts(reply, answer):
-    assert read_answer(reply) is answer
 
 
 def test_a_refused_instruction_concerns_the_whole_batch_and_needs_no_classifier():

@@ -180,6 +180,7 @@ def test_the_command_runs_batches_and_falls_back_to_single_items(server, data, t
     assert sum(np.array_equal(Image.open(singles / name), Image.open(batches / name)) for name in names) == 3
 
 
+@pytest.mark.once
 def test_the_command_starts_a_comfyui_of_its_own_and_a_local_judge_answers(server, data, tmp_path, capsys):
     choice = ["--data", str(data), "--results", str(tmp_path), "--method", "own", "--tasks", "ps_human", "--languages", "en"]
     assert command.main(["edit", *choice, "--models", str(server.base / "models"), *FAST]) == 0

@@ -107,6 +107,7 @@ def command(models, data, out, *options):
             *(str(part) for pair in files.items() for part in pair), *options]
 
 
+@pytest.mark.once
 def test_the_command_goes_on_after_a_kill(models, tmp_path):
     data = write_folder(tmp_path / "pairs", 3)
     killed = subprocess.Popen(command(models, data, tmp_path / "killed", "--steps", "100000", "--save-every", "1"), stderr=subprocess.DEVNULL)
@@ -124,6 +125,7 @@ def test_the_command_goes_on_after_a_kill(models, tmp_path):
     assert all(torch.equal(tensor, whole[name]) for name, tensor in killed.items())
 
 
+@pytest.mark.once
 def test_the_command_shows_the_pairs_for_validation_after_the_last_step(models, tmp_path):
     data = write_folder(tmp_path / "pairs", 3)
     sizes = []
@@ -134,6 +136,7 @@ def test_the_command_shows_the_pairs_for_validation_after_the_last_step(models, 
     assert sizes[1][1] > sizes[0][1]
 
 
+@pytest.mark.once
 def test_the_command_says_what_is_wrong(models, tmp_path):
     result = subprocess.run(command(models, tmp_path / "nothing", tmp_path / "out"), capture_output=True, text=True)
     assert result.returncode == 1 and "There is no dataset" in result.stderr and "Traceback" not in result.stderr

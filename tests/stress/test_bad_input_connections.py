@@ -51,7 +51,9 @@ def host(model, clip, vae, root):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("input", "output"):
             patch.setattr(folder_paths, f"{name}_directory", str(root / name))
-        yield Host(patch, model, clip, vae)
+        host = Host(patch, model, clip, vae)
+        yield host
+        host.still_edits(from_the_start=True)
 
 
 def test_no_type_of_socket_is_without_a_sentence():

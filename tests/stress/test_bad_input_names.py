@@ -25,7 +25,9 @@ def host(model, clip, vae, tmp_path_factory):
         for name in ("input", "output"):
             (root / name).mkdir()
             patch.setattr(folder_paths, f"{name}_directory", str(root / name))
-        yield Host(patch, model, clip, vae)
+        host = Host(patch, model, clip, vae)
+        yield host
+        host.still_edits(from_the_start=True)
 
 
 def test_every_kind_of_name_is_there():

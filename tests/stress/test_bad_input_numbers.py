@@ -19,7 +19,9 @@ CHOICES = [entry for entry in entries() if isinstance(entry.input, io.Combo.Inpu
 @pytest.fixture(scope="module")
 def host(model, clip, vae):
     with pytest.MonkeyPatch.context() as patch:
-        yield Host(patch, model, clip, vae)
+        host = Host(patch, model, clip, vae)
+        yield host
+        host.still_edits(from_the_start=True)
 
 
 def whole(entry) -> bool:

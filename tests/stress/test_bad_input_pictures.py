@@ -22,7 +22,9 @@ MASK[:, 20:30, 20:30] = 1
 @pytest.fixture(scope="module")
 def host(model, clip, vae):
     with pytest.MonkeyPatch.context() as patch:
-        yield Host(patch, model, clip, vae)
+        host = Host(patch, model, clip, vae)
+        yield host
+        host.still_edits(from_the_start=True)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,9 @@ def host(root, models, model, clip, vae):
     with pytest.MonkeyPatch.context() as patch:
         use_models(patch, root)
         shutil.copy(models / "diffusion_models" / tiny_models.V11_FILE, root / "diffusion_models")
-        yield Host(patch, model, clip, vae)
+        host = Host(patch, model, clip, vae)
+        yield host
+        host.still_edits(from_the_start=True)
 
 
 @pytest.fixture(scope="module")

@@ -348,6 +348,7 @@ def test_a_cut_conversion_leaves_no_file(source, files, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out.safetensors"] and (tmp_path / "out.safetensors").read_bytes() == old
 
 
+@pytest.mark.once
 def test_the_command_prints_the_checksum_and_writes_it(source, tmp_path):
     def run(*arguments):
         return subprocess.run([sys.executable, PACK / "scripts" / "convert.py", source, *arguments], capture_output=True, text=True)

@@ -158,14 +158,10 @@ def test_requirements_bring_nothing_beyond_the_host():
     assert all(not line.strip() or line.startswith("#") for line in lines)
 
 
-# Quick files of the suite: what no ComfyUI is needed for, the blocks that ask for the kernels, and this one.
-PURE_FILES = ("test_blocks.py", "test_images.py", "test_nodes.py", "test_replies.py", "test_shortcuts.py")
-
-
-def test_the_pure_part_of_the_suite_runs_where_triton_is_not_installed():
-    """As on Windows and macOS."""
-    arguments = ["--rootdir", "tests", "-c", "tests/pytest.ini", "-p", "no:cacheprovider",
-                 "-k", "not triton and not twenty_thousand", *(f"tests/{name}" for name in PURE_FILES)]
+@pytest.mark.once
+def test_the_blocks_run_where_triton_is_not_installed():
+    """As on Windows and macOS. tests/pure never has it."""
+    arguments = ["--rootdir", "tests", "-c", "tests/pytest.ini", "-p", "no:cacheprovider", "-k", "not triton", "tests/host/network/test_blocks.py"]
     result = subprocess.run([sys.executable, "-c", f"{HIDDEN_TRITON}import pytest; sys.exit(pytest.main({arguments!r}))"], capture_output=True, text=True, cwd=PACK)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert " passed" in result.stdout

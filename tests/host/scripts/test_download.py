@@ -25,6 +25,8 @@ from safetensors.torch import load_file
 from step1x_core.host.checkpoints.folders import choices
 from step1x_core.host.checkpoints.loading import load_model, load_text_encoder, load_vae
 
+pytestmark = pytest.mark.once
+
 OFFICIAL, QWEN, V12 = "stepfun-ai/Step1X-Edit", "Comfy-Org/Qwen-Image_ComfyUI", "stepfun-ai/Step1X-Edit-v1p2"
 IN_FP8, COMMUNITY = "meimeilook/Step1X-Edit-FP8", "someone/Community"
 LORA = "lora/step1x-edit-lora-hands.safetensors"

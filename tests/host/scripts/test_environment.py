@@ -9,6 +9,8 @@ import pytest
 import yaml
 from conftest import PACK
 
+pytestmark = pytest.mark.once
+
 REQUIREMENTS = """comfyui-frontend-package==9.9.9
 comfyui_workflow_templates==8.8.8
 torch

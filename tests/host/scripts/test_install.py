@@ -14,6 +14,8 @@ from conftest import PACK
 from diffusers_layout import diffusers_repository, to_diffusers
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.once
+
 spec = importlib.util.spec_from_file_location("install", PACK / "install.py")
 install = importlib.util.module_from_spec(spec)
 sys.modules["install"] = install

@@ -19,7 +19,7 @@ from step1x_core.host.sampling.sampler import flow_sigmas, sample, set_guidance_
 from step1x_core.host.speed.region import WRAPPER_KEY, apply_region, region_denoiser
 from step1x_core.host.speed.teacache import apply_teacache
 from step1x_core.images import from_uint8, truncate_uint8
-from step1x_core.speed.region import RegionRun, RegionSettings, edited_tokens, full_steps, token_rows
+from step1x_core.speed.region import RegionRun, RegionSettings, edited_tokens, full_steps
 
 STEPS = 8
 # The tiny models draw noise: a tenth of their tokens is less alike to the source than this, about half are near one of those.
@@ -62,14 +62,6 @@ def stream(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_plan_at_28_steps_and_at_any_other_number():
-    assert [i for i, full in enumerate(full_steps(28, RegionSettings())) if full] == [0, 1, 2, 3, 4, 5, 15, 26, 27]
-    for steps in range(1, 101):
-        full = full_steps(steps, RegionSettings())
-        assert len(full) == steps and full[0] and full[-1] and full.count(False) == pytest.approx((1 - 0.2 - 2 / 28) * steps - 1, abs=1.5)
-    assert all(full_steps(20, RegionSettings(warmup=1.0, refreshes=20))) and full_steps(20, RegionSettings(refreshes=0)).count(False) == 15
-
-
 def test_an_object_is_found_with_a_border_and_a_speck_is_not():
     source, result = stream(1, 16, 128, 128, seed=1), stream(1, 16, 128, 128, seed=1)
     result[..., 40:60, 80:100] *= -1
@@ -88,13 +80,6 @@ def test_the_mask_limits_the_region_and_no_edit_means_everywhere():
     mask[:, :, :7, 16:] = 1
     edited = edited_tokens(result, source, 0.88, mask)
     assert edited[0].sum() == 4 and edited[0, :4, 8].all() and edited[1].all()
-
-
-def test_rows_are_filled_up_with_a_token_of_the_same_picture():
-    edited = torch.tensor([[[0, 1], [0, 1]], [[0, 0], [1, 0]]]).bool()
-    assert token_rows(edited, 3).tolist() == [[1, 3], [2, 2]]
-    edited[1] = True
-    assert token_rows(edited, 3).tolist() == [[1, 3, 1, 1, 1, 1, 1], [0, 1, 2, 3, 4, 5, 6]]
 
 
 def test_velocity_is_carried_on_at_the_rate_of_the_run():

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_edit_pairs import cached, write_folder, write_picture
+from test_cached_pairs import cached
+from test_edit_pairs import write_folder, write_picture
 
 from step1x_core.errors import Step1XError
 from step1x_core.host.training import train as training

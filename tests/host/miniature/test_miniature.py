@@ -1,6 +1,5 @@
-"""The training code's networks against the product's modules, the sampler's parts, and a short training run."""
+"""The miniature's networks against the product's modules, and its training command."""
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -12,32 +11,23 @@ import pytest
 import torch
 from conftest import PACK
 from safetensors.torch import save_file
-from tiny_models import TransformerSize, mllm_shapes, random_weights, transformer_shapes, vae_shapes
+from test_training import SIZE, SMALL, as_the_product, shapes_of
+from tiny_models import random_weights
 from torch import nn
 
 import miniature.mllm
 from miniature.autoencoder import Autoencoder, channel_statistics, fold_normalization
 from miniature.data import BLOCK, PairStream, Pool, Tokenizer, find_tokenizer
-from miniature.mllm import DemoMLLM, vision_pictures
-from miniature.model import DemoSize, DemoTransformer, GroundingHeads, folded_attention, parameter_bytes, to_tokens
-from miniature.sampling import edit, guided_velocity
+from miniature.mllm import DemoMLLM
+from miniature.model import DemoTransformer
+from miniature.sampling import edit
 from miniature.scenes import pair_at
-from miniature.train import load_autoencoder, load_networks, sample_times
+from miniature.train import load_autoencoder, load_networks
 from miniature.trainer import Trainer, averaged_weights
 from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
 from step1x_core.host.prompts.encoding import decode_edit, encode_edit
 from step1x_core.host.sampling.sampler import flow_sigmas, sample
-from step1x_core.images import to_vision_size
 from step1x_core.prompts.v11 import prompt_ids
-from step1x_core.sampling.guidance import NormLimiter
-from step1x_core.sampling.schedule import sigma_schedule
-
-SIZE = DemoSize()
-SMALL = dataclasses.replace(SIZE, hidden=64, depth=1, depth_single=2, text_kv_heads=1, vision=64, vision_full_attention=(1, 2))
-
-
-def shapes_of(module):
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def seeded(module, seed=0):
@@ -45,18 +35,6 @@ def seeded(module, seed=0):
     weights = random_weights(shapes_of(module), seed)
     module.load_state_dict(weights)
     return module.eval(), weights
-
-
-def test_tensor_names_and_shapes_are_the_real_ones():
-    size = TransformerSize(hidden=SIZE.hidden, head_dim=SIZE.head_dim, depth=SIZE.depth, depth_single=SIZE.depth_single, text=SIZE.text,
-                           connector=SIZE.connector, connector_depth=SIZE.connector_depth, vector=SIZE.vector)
-    assert shapes_of(DemoTransformer(SIZE)) == transformer_shapes("v1.1", size)
-    assert shapes_of(DemoMLLM(SIZE)) == mllm_shapes(SIZE.mllm_config(), lm_head=False)
-    assert shapes_of(Autoencoder()) == vae_shapes()
-
-
-def test_all_files_together_stay_below_30_megabytes():
-    assert parameter_bytes(DemoTransformer(SIZE), DemoMLLM(SIZE), Autoencoder()) < 29.5e6
 
 
 @pytest.fixture(scope="module", params=[SIZE, SMALL], ids=["default", "small"])
@@ -92,11 +70,6 @@ def text_encoders(request, tmp_path_factory):
     return ours, load_text_encoder(path, model_options={"dtype": torch.float32})
 
 
-def as_the_product(picture):
-    """uint8 [S, S, 3] -> whole values as float [3, s, s]."""
-    return to_vision_size(picture.float() / 255).float().movedim(-1, 0)
-
-
 PROMPTS = ["make the red circle blue", "", "delete the star!", "把文字“OPEN”改成“SALE”。", 'change the text "TEA" to "BUS"']
 
 
@@ -117,12 +90,6 @@ def test_text_encoder_equals_the_products(text_encoders, monkeypatch):
         assert torch.allclose(cond[i], expected[0], atol=1e-4)
     short, short_mask = ours(pictures, ids, lengths, total=304)
     assert torch.equal(short, cond[:, :304]) and torch.equal(short_mask, mask[:, :304])
-
-
-def test_pictures_are_resized_as_pillow_does():
-    pixels = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (1, 128, 128, 3), dtype=np.uint8))
-    difference = (vision_pictures(pixels)[0] - as_the_product(pixels[0])).abs()
-    assert difference.max() <= 2 and difference.mean() < 0.01
 
 
 @torch.no_grad()
@@ -148,21 +115,6 @@ def test_folding_normalises_every_channel():
     assert torch.allclose(mean, torch.zeros(16), atol=1e-3) and torch.allclose(std, torch.ones(16), atol=1e-3)
 
 
-@pytest.mark.parametrize("t", [0.97, 0.5])
-def test_guidance_equals_the_products(t):
-    cond, uncond, x = torch.randn(3, 1, 16, 16, 16, generator=torch.Generator().manual_seed(4))
-    sigma = torch.tensor([t])
-    denoised = NormLimiter()({"conds": [1, 1], "conds_out": [x - t * cond, x - t * uncond], "sigma": sigma})
-    expected = (x - (denoised[1] + 6 * (denoised[0] - denoised[1]))) / t
-    assert torch.allclose(guided_velocity(cond, uncond, t, 6.0), expected, atol=1e-4)
-
-
-def test_times_follow_the_samplers_schedule():
-    times = sample_times(100_000, 64, torch.device("cpu"), torch.Generator().manual_seed(0))
-    expected = sigma_schedule(10, 64).flip(0)
-    assert torch.allclose(times.quantile(torch.linspace(0, 1, 11)), expected, atol=0.01)
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer(find_tokenizer(None))
@@ -175,34 +127,6 @@ def test_workers_deliver_the_same_pairs_as_the_main_process(tokenizer):
             assert np.array_equal(stream.get(), reference.get())
     finally:
         stream.close()
-
-
-def test_attention_with_the_bias_as_features_equals_the_plain_one():
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 2, 5, 24, 32, generator=generator)
-    bias = torch.zeros(2, 1, 1, 24)
-    bias[0, ..., 10:14], bias[1, ..., 20:] = 4.61, -1e4
-    expected = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(-1, 5, 24, -1))
-    assert torch.allclose(folded_attention(q, k, v, bias), expected, atol=1e-5)
-    assert not torch.allclose(folded_attention(q, k, v, bias * 0), expected, atol=1e-2)
-
-
-def test_grounding_heads_learn_where_the_edit_takes_place():
-    """Tokens that hold the region's cells, pooled as their grids demand: the loss goes to zero, and only for the right places."""
-    torch.manual_seed(0)
-    heads = GroundingHeads(SMALL)
-    region = (torch.rand(4, 16, 16) < 0.3).float()
-    tokens = torch.zeros(4, 256, SMALL.connector)
-    tokens[..., 0] = region.flatten(1)
-    seen = torch.zeros(4, 64, SMALL.hidden)
-    seen[..., :4] = to_tokens(region[:, None])
-    optimizer = torch.optim.Adam(heads.parameters(), 0.3)
-    for _ in range(150):
-        optimizer.zero_grad()
-        heads(tokens, seen, region).sum().backward()
-        optimizer.step()
-    assert heads(tokens, seen, region).max() < 0.05
-    assert heads(tokens, seen, region.flip(1)).min() > 1
 
 
 def test_pool_drops_the_oldest_pairs(tokenizer):
@@ -245,6 +169,7 @@ def test_resumed_training_goes_on_where_it_stopped(tmp_path, tokenizer):
     assert exported[:5].any(dim=1).all() and not exported[5:].any()
 
 
+@pytest.mark.once
 def test_smoke_run_learns_and_its_files_load(tmp_path):
     """The command that CI runs; then the exported files go through the ordinary loaders and make the same edit as the training code."""
     run, models = tmp_path / "run", tmp_path / "models"
