@@ -3,19 +3,19 @@
 from comfy_api.latest import ComfyExtension, io
 
 from ..step1x_core.host.network.model import register
-from .batch import Step1XEditBatch
+from .batch import Step1XEditBatchImages
 from .edit import Step1XEditDecode, Step1XEditEncode
 from .gate import Step1XEditContentGate
 from .gedit import GEDIT_NODES
 from .loaders import Step1XEditLoadLora, Step1XEditLoadMLLM, Step1XEditLoadModel
-from .local import Step1XEditCrop, Step1XEditStitch
+from .local import Step1XEditCropToMask, Step1XEditStitchCrop
 from .loop import LOOP_NODES
 from .pairs import PAIR_NODES
 from .replacements import register_replacements
 from .sampling import Step1XEditGuidance, Step1XEditSampler, Step1XEditScheduler
-from .speed import Step1XEditSpeed
-from .thinking import Step1XEditReflect, Step1XEditThink
-from .training import Step1XEditDataset, Step1XEditTrainLora
+from .speed import Step1XEditSpeedPreset
+from .thinking import Step1XEditReflectOnEdit, Step1XEditThinkPrompt
+from .training import Step1XEditTrainDataset, Step1XEditTrainLora
 
 
 class Step1XEditExtension(ComfyExtension):
@@ -33,14 +33,14 @@ class Step1XEditExtension(ComfyExtension):
             Step1XEditDecode,
             Step1XEditScheduler,
             Step1XEditGuidance,
-            Step1XEditSpeed,
-            Step1XEditThink,
-            Step1XEditReflect,
+            Step1XEditSpeedPreset,
+            Step1XEditThinkPrompt,
+            Step1XEditReflectOnEdit,
             *LOOP_NODES,
-            Step1XEditCrop,
-            Step1XEditStitch,
-            Step1XEditBatch,
-            Step1XEditDataset,
+            Step1XEditCropToMask,
+            Step1XEditStitchCrop,
+            Step1XEditBatchImages,
+            Step1XEditTrainDataset,
             Step1XEditTrainLora,
             Step1XEditContentGate,
             *GEDIT_NODES,

@@ -12,14 +12,14 @@ from .widgets import cfg_input, check_widgets, steps_input
 LISTS = ("images", "prompts", "seed")
 
 
-class Step1XEditBatch(io.ComfyNode):
+class Step1XEditBatchImages(io.ComfyNode):
     """Many edits in one node. The other nodes take lists, too, but there one bad picture ends everything, and the models take turns in memory."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XEditBatch",
-            display_name="Step1X-Edit Batch",
+            node_id="Step1XEditBatchImages",
+            display_name="Step1X-Edit Batch Images",
             category=MAIN,
             description="Edits many pictures of any sizes, or one picture in many ways. An edit that fails is reported and the others come out.",
             search_aliases=["batch edit", "bulk edit", "image list", "many images", "variants"],

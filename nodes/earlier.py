@@ -47,28 +47,29 @@ EARLIER = {
     "Step1XScheduler": Earlier("Step1XEditScheduler", "latent", "steps denoise", 1, renamed={"latent": "latent_image"}),
     "Step1XGuidance": Earlier("Step1XEditGuidance", "model", "truncate power", 1),
     "Step1XGuidanceInterval": Earlier(
-        "Step1XEditSpeed", "model", "start end", 1, {"start": "mode.start_percent", "end": "mode.end_percent"},
+        "Step1XEditSpeedPreset", "model", "start end", 1, {"start": "mode.start_percent", "end": "mode.end_percent"},
         {"mode": "custom: nothing skipped", "mode.attention": "exact"}),
     "Step1XTeaCache": Earlier(
-        "Step1XEditSpeed", "model", "threshold", 1, {"threshold": "mode.threshold"},
+        "Step1XEditSpeedPreset", "model", "threshold", 1, {"threshold": "mode.threshold"},
         {"mode": "custom: TeaCache", "mode.attention": "exact"} | GUIDED),
     "Step1XFp8Attention": Earlier(
-        "Step1XEditSpeed", "model", "", 1,
+        "Step1XEditSpeedPreset", "model", "", 1,
         values={"mode": "custom: nothing skipped", "mode.attention": "fp8"} | GUIDED),
     "Step1XRegion": Earlier(
-        "Step1XEditSpeed", "model", "similarity warmup refreshes reuse", 1,
+        "Step1XEditSpeedPreset", "model", "similarity warmup refreshes reuse", 1,
         {name: f"mode.{name}" for name in ("similarity", "warmup", "refreshes", "reuse")},
         {"mode": "custom: region"} | GUIDED),
-    "Step1XThink": Earlier("Step1XEditThink", "clip image", "prompt seed + temperature", 2),
-    "Step1XReflect": Earlier("Step1XEditReflect", "clip source edited", "prompt seed + version", 4),
+    "Step1XThink": Earlier("Step1XEditThinkPrompt", "clip image", "prompt seed + temperature", 2),
+    "Step1XReflect": Earlier("Step1XEditReflectOnEdit", "clip source edited", "prompt seed + version", 4),
     "Step1XReflectionLoop": Earlier(
         "Step1XEditReflectionLoop", "model clip vae image",
         "prompt negative_prompt size_level seed + steps cfg rounds think reflect sampler_name", 4),
-    "Step1XCrop": Earlier("Step1XEditCrop", "image mask", "context min_size", 3),
-    "Step1XStitch": Earlier("Step1XEditStitch", "image stitch", "feather", 1),
+    "Step1XCrop": Earlier("Step1XEditCropToMask", "image mask", "context min_size", 3),
+    "Step1XStitch": Earlier("Step1XEditStitchCrop", "image stitch", "feather", 1),
     "Step1XBatch": Earlier(
-        "Step1XEditBatch", "model clip vae images",
+        "Step1XEditBatchImages", "model clip vae images",
         "prompts combine negative_prompt size_level seed + steps cfg sampler_name", 2),
+    "Step1XEditDataset": Earlier("Step1XEditTrainDataset", "clip vae", "dataset size_level validation", 2),
     "Step1XTrainLora": Earlier(
         "Step1XEditTrainLora", "model dataset vae",
         "name steps learning_rate rank alpha batch_size accumulation seed + resume save_every validate_every schedule warmup ema gradient_checkpointing", 4),

@@ -7,17 +7,17 @@ from .widgets import check_widgets
 STITCH = io.Custom("STEP1X_STITCH")
 
 
-class Step1XEditCrop(io.ComfyNode):
+class Step1XEditCropToMask(io.ComfyNode):
     """Cuts out what is to be edited. The stock 'Crop Image' takes numbers, not a mask, and nothing puts its result back."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XEditCrop",
-            display_name="Step1X-Edit Crop",
+            node_id="Step1XEditCropToMask",
+            display_name="Step1X-Edit Crop to Mask",
             category=MAIN,
             description="Cuts the masked part out of a picture, with its surroundings, so that a small part is edited at the model's full resolution. "
-                        "'Step1X-Edit Stitch' puts the result back.",
+                        "'Step1X-Edit Stitch Crop' puts the result back.",
             search_aliases=["inpaint crop", "crop and stitch", "masked edit", "local edit"],
             inputs=[
                 io.Image.Input("image", tooltip="The picture to edit, of any size. For a batch one crop is made around the masks of all pictures."),
@@ -30,7 +30,7 @@ class Step1XEditCrop(io.ComfyNode):
             outputs=[
                 io.Image.Output(display_name="image", tooltip="The crop. It is the picture to edit, and the source for 'Step1X-Edit Decode'."),
                 io.Mask.Output(display_name="mask", tooltip="The same part of the mask, for the stock 'Set Latent Noise Mask'."),
-                STITCH.Output(display_name="stitch", tooltip="For 'Step1X-Edit Stitch'."),
+                STITCH.Output(display_name="stitch", tooltip="For 'Step1X-Edit Stitch Crop'."),
             ],
         )
 
@@ -41,20 +41,20 @@ class Step1XEditCrop(io.ComfyNode):
         return io.NodeOutput(cutout.part(image), cutout.part(cutout.mask), cutout)
 
 
-class Step1XEditStitch(io.ComfyNode):
+class Step1XEditStitchCrop(io.ComfyNode):
     """Pastes an edited crop back. The stock 'ImageCompositeMasked' does so without a soft edge, at a place given by numbers."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XEditStitch",
-            display_name="Step1X-Edit Stitch",
+            node_id="Step1XEditStitchCrop",
+            display_name="Step1X-Edit Stitch Crop",
             category=MAIN,
             description="Puts an edited crop back into its picture. Every pixel outside the mask stays exactly as it was.",
             search_aliases=["inpaint stitch", "crop and stitch", "paste back", "uncrop"],
             inputs=[
                 io.Image.Input("image", tooltip="The edited crop, of any size. Several versions of one crop give several pictures."),
-                STITCH.Input("stitch", tooltip="From the 'Step1X-Edit Crop' that made the crop."),
+                STITCH.Input("stitch", tooltip="From the 'Step1X-Edit Crop to Mask' that made the crop."),
                 io.Int.Input("feather", default=16, min=0, max=512,
                              tooltip="Width of the soft edge in pixels of the whole picture. It lies inside the mask, so paint a little beyond what is to change."),
             ],

@@ -140,7 +140,7 @@ class Step1XEditReflectionLoop(io.ComfyNode):
         graph = GraphBuilder()
         image, prompt, thought, text = inputs["image"], inputs["prompt"], {}, report(Loop(values["prompt"]))
         if think:
-            rewritten = graph.node("Step1XEditThink", "think", clip=inputs["clip"], image=image, prompt=prompt, seed=seed, temperature=TEMPERATURE)
+            rewritten = graph.node("Step1XEditThinkPrompt", "think", clip=inputs["clip"], image=image, prompt=prompt, seed=seed, temperature=TEMPERATURE)
             thought, prompt, text = {"instruction": prompt}, rewritten.out(0), rewritten.out(1)
         picture = add_edit(graph, "round_1", inputs, image, prompt, seed)
         if not reflect:

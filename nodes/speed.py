@@ -48,7 +48,7 @@ def region() -> list[io.Input]:
     ]
 
 
-class Step1XEditSpeed(io.ComfyNode):
+class Step1XEditSpeedPreset(io.ComfyNode):
     """Everything that saves work in sampling: presets, and the knobs behind them.
 
     One level of choices, with what is skipped in the choice itself: combinations that cannot work together cannot be
@@ -66,7 +66,7 @@ class Step1XEditSpeed(io.ComfyNode):
             ALL_STEPS: [*attention(), *guided_part()],
         }
         return io.Schema(
-            node_id="Step1XEditSpeed",
+            node_id="Step1XEditSpeedPreset",
             display_name="Step1X-Edit Speed",
             category=MAIN,
             description="Makes sampling faster by leaving work out: TeaCache, region denoising, guidance in a part of the "

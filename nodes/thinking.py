@@ -8,14 +8,14 @@ from .categories import MAIN
 from .widgets import check_widgets
 
 
-class Step1XEditThink(io.ComfyNode):
+class Step1XEditThinkPrompt(io.ComfyNode):
     """The official rewriting of an instruction. The stock 'Generate Text' works with this text encoder, too, but takes its texts from you."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XEditThink",
-            display_name="Step1X-Edit Think",
+            node_id="Step1XEditThinkPrompt",
+            display_name="Step1X-Edit Rewrite Prompt",
             category=MAIN,
             description="Has the language model look at the picture and rewrite the instruction as a clear edit. The prompt goes to 'Step1X-Edit Encode'.",
             search_aliases=["thinking", "reasonedit", "rewrite prompt", "prompt enhance"],
@@ -44,13 +44,13 @@ class Step1XEditThink(io.ComfyNode):
         return io.NodeOutput(*rewrite(clip, image, prompt, seed, temperature))
 
 
-class Step1XEditReflect(io.ComfyNode):
+class Step1XEditReflectOnEdit(io.ComfyNode):
     """The official judgement on an edit, for graphs of your own. 'Step1X-Edit Reflection Loop' does the rounds by itself."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XEditReflect",
+            node_id="Step1XEditReflectOnEdit",
             display_name="Step1X-Edit Reflect",
             category=MAIN,
             description="Has the language model compare source and edited picture: did the edit succeed, should it be refined, or done again?",
@@ -60,7 +60,7 @@ class Step1XEditReflect(io.ComfyNode):
                 io.Image.Input("source", tooltip="The picture before any edit, exactly one."),
                 io.Image.Input("edited", tooltip="The edited picture, exactly one."),
                 io.String.Input("prompt", multiline=True, dynamic_prompts=True,
-                                tooltip="The instruction to judge by: the one from 'Step1X-Edit Think' if you use it."),
+                                tooltip="The instruction to judge by: the one from 'Step1X-Edit Rewrite Prompt' if you use it."),
                 io.Int.Input("seed", default=42, min=0, max=0xffffffffffffffff, control_after_generate=True, tooltip="The random seed: same seed and inputs, same judgement."),
                 io.Combo.Input("version", options=list(RULES), default="v1.2", advanced=True,
                                tooltip="v1.2 also asks for scores; v1.2-preview leaves them out, which saves two calls of five."),

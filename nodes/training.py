@@ -24,14 +24,14 @@ SHOW_EVERY = 5
 PREVIEW_FORMAT, PREVIEW_SIZE = "JPEG", 1024
 
 
-class Step1XEditDataset(io.ComfyNode):
+class Step1XEditTrainDataset(io.ComfyNode):
     """The stock dataset nodes read images with captions. Here are two images and an instruction, and the language model
     sees one of the images."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XEditDataset",
+            node_id="Step1XEditTrainDataset",
             display_name="Step1X-Edit Dataset",
             category=TRAINING,
             description="Reads pairs of images before and after an edit, with instructions, and encodes them for "

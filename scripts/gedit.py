@@ -57,7 +57,7 @@ def arguments(argv=None) -> argparse.Namespace:
     edit.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE",
                       help="change a widget; NODE is a node's type or number, e.g. Step1XEditSampler.steps=20")
     edit.add_argument("--seed", type=int, default=42, help="the seed of every edit")
-    edit.add_argument("--batch", type=int, default=1, help="items in one run, for a workflow with Step1X-Edit Batch")
+    edit.add_argument("--batch", type=int, default=1, help="items in one run, for a workflow with Step1X-Edit Batch Images")
     edit.add_argument("--image-node", help="number of the node that loads the picture, where there are several")
     edit.add_argument("--prompt-node", help="number of the node with the instruction, where there are several")
     edit.add_argument("--output-node", help="number of the node that saves the result, where there are several")
@@ -109,7 +109,7 @@ class Workflow:
         self.keep_what_leads_to(output)
         # A preview: it leaves nothing in the output folder of the person's ComfyUI, and its pixels are the same.
         prompt[output] = {"class_type": "PreviewImage", "inputs": {"images": prompt[output]["inputs"]["images"]}, "_meta": {"title": OUTPUT}}
-        self.batch_node = next((name for name in prompt if prompt[name]["class_type"] == "Step1XEditBatch"), None)
+        self.batch_node = next((name for name in prompt if prompt[name]["class_type"] == "Step1XEditBatchImages"), None)
         if self.batch_node:
             # It gets a list of our own.
             prompt[self.batch_node]["inputs"] |= {"images": "", "combine": "pairs"}
@@ -170,7 +170,7 @@ class Workflow:
         return hashlib.sha256(json.dumps(blank, sort_keys=True).encode()).hexdigest()
 
     def filled(self, images: list[str], instructions: list[str]) -> dict:
-        """The workflow with these pictures (names in the input folder) and instructions; several need Step1X-Edit Batch."""
+        """The workflow with these pictures (names in the input folder) and instructions; several need Step1X-Edit Batch Images."""
         prompt = json.loads(json.dumps(self.prompt))
         target = prompt[self.prompt_node]
         name = self.prompt_input(target)
@@ -259,7 +259,7 @@ def edit(options) -> int:
     with comfyui(options) as client, tempfile.TemporaryDirectory(prefix="step1x-gedit-") as folder:
         workflow = load_workflow(options.workflow, client, options)
         if options.batch > 1 and workflow.batch_node is None:
-            raise Step1XError("--batch needs a workflow with Step1X-Edit Batch, like step1x_edit_batch.json.")
+            raise Step1XError("--batch needs a workflow with Step1X-Edit Batch Images, like step1x_edit_batch.json.")
         check_settings(options, workflow)
         # A group that fails is tried again item by item.
         groups = [waiting[start:start + options.batch] for start in range(0, len(waiting), options.batch)]

@@ -83,8 +83,8 @@ class Studio:
         sampling = {"steps": demo_model.STEPS, "cfg": demo_model.CFG}
         size = {"size_level": demo_model.SIZE_LEVEL}
         settings = {"Step1XEditLoadModel": {"unet_name": demo_model.MODEL_FILE}, "Step1XEditLoadMLLM": {"clip_name": demo_model.MLLM_FILE},
-                    "VAELoader": {"vae_name": demo_model.VAE_FILE}, "Step1XEditEncode": size, "Step1XEditSampler": sampling, "Step1XEditBatch": {**size, **sampling},
-                    "CFGGuider": {"cfg": demo_model.CFG}, "Step1XEditScheduler": {"steps": demo_model.STEPS}, "Step1XEditStitch": {"feather": 4},
+                    "VAELoader": {"vae_name": demo_model.VAE_FILE}, "Step1XEditEncode": size, "Step1XEditSampler": sampling, "Step1XEditBatchImages": {**size, **sampling},
+                    "CFGGuider": {"cfg": demo_model.CFG}, "Step1XEditScheduler": {"steps": demo_model.STEPS}, "Step1XEditStitchCrop": {"feather": 4},
                     "Step1XEditLoadLora": {"lora_name": LORA}, "UpscaleModelLoader": {"model_name": UPSCALER}}
         for values in (settings, changes):
             for class_type, inputs in values.items():
@@ -139,7 +139,7 @@ def train_lora(studio):
     write_dataset(studio.folder / "input" / "lines", [line_pair(0, index, "train") for index in range(9)])
     training = {"steps": 100, "learning_rate": 3e-3, "rank": 8, "alpha": 8.0, "batch_size": 2, "validate_every": 100}
     dataset = {"dataset": "lines", "size_level": demo_model.SIZE_LEVEL, "validation": 1}
-    return sheet(studio.run("step1x_train_lora", Step1XEditDataset=dataset, Step1XEditTrainLora=training), 1, "from pairs of pictures\nto a LoRA")
+    return sheet(studio.run("step1x_train_lora", Step1XEditTrainDataset=dataset, Step1XEditTrainLora=training), 1, "from pairs of pictures\nto a LoRA")
 
 
 def in_turns(studio):
@@ -157,7 +157,7 @@ def masked(studio):
 def on_the_wall(studio, workflow, prompt):
     """The wall with a frame around the mask, and the result."""
     source, mask = wall()
-    return [marked(source, mask), *studio.run(workflow, [studio.upload(source, mask)], [prompt], Step1XEditCrop={"context": 1 / 3, "min_size": 128})]
+    return [marked(source, mask), *studio.run(workflow, [studio.upload(source, mask)], [prompt], Step1XEditCropToMask={"context": 1 / 3, "min_size": 128})]
 
 
 def crop_and_stitch(studio):
@@ -173,7 +173,7 @@ def crop_stitch_upscale(studio):
 def batch(studio):
     sources = [scene("recolour", index).source for index in (7, 1)]
     prompts = "give the picture a black background\nturn the picture into a negative"
-    made = studio.run("step1x_edit_batch", [studio.upload(source) for source in sources], Step1XEditBatch={"prompts": prompts})
+    made = studio.run("step1x_edit_batch", [studio.upload(source) for source in sources], Step1XEditBatchImages={"prompts": prompts})
     tiles = [picture for i, source in enumerate(sources) for picture in (Image.fromarray(source), *made[2 * i:2 * i + 2])]
     return sheet(tiles, 3, "every instruction on every picture")
 
@@ -182,13 +182,13 @@ def product_variants(studio):
     source = scene("recolour", 4).source
     prompts = ["Please color the orange circle blue", "Please color the orange circle purple", "The orange circle should become a star",
                "give the picture a black background", "make the background light green"]
-    made = studio.run("step1x_product_variants", [studio.upload(source)], Step1XEditBatch={"prompts": "\n".join(prompts)})
+    made = studio.run("step1x_product_variants", [studio.upload(source)], Step1XEditBatchImages={"prompts": "\n".join(prompts)})
     return sheet([Image.fromarray(source), *made], 3, "one product, many variants")
 
 
 def social_media_set(studio):
     names = [studio.upload(scene("recolour", index).source) for index in (6, 7, 3)]
-    return sheet(studio.run("step1x_social_media_set", names, Step1XEditBatch={"prompts": "give the picture a black background"}), 3, "one look in three formats")
+    return sheet(studio.run("step1x_social_media_set", names, Step1XEditBatchImages={"prompts": "give the picture a black background"}), 3, "one look in three formats")
 
 
 def building_material(studio):

@@ -138,7 +138,7 @@ def upload(client, tmp_path, name, pixels):
 
 def workflow_prompt(client, names, **changes):
     """The shipped batch workflow with these pictures."""
-    prompt = demo_prompt(client, "step1x_edit_batch.json", Step1XEditBatch=changes)
+    prompt = demo_prompt(client, "step1x_edit_batch.json", Step1XEditBatchImages=changes)
     for node, name in zip(find_nodes(prompt, "LoadImage"), names, strict=True):
         prompt[node]["inputs"]["image"] = name
     return prompt
@@ -165,7 +165,7 @@ def test_batch_workflow_makes_every_instruction_on_every_picture(client, tmp_pat
     assert [picture.shape for picture in others] == [wide.shape] * 2 and not np.array_equal(*others)
     report = report_of(run, prompt)
     assert report.startswith("4 of 4 edits made.") and '3. picture 2, seed 44, "' in report
-    node, = find_nodes(prompt, "Step1XEditBatch")
+    node, = find_nodes(prompt, "Step1XEditBatchImages")
     values, total = [value for value, _ in run.progress(node)], 4 * (ENCODING_STEPS + STEPS + 1)
     assert values == sorted(values) and values[-1] == total and {most for _, most in run.progress(node)} == {total} and len(set(values)) >= 4 * STEPS
     assert not client.run(prompt).executed
@@ -180,7 +180,7 @@ def test_a_bad_picture_is_reported_and_tried_again_in_the_next_run(client, tmp_p
     assert np.abs(inverted.astype(int) - invert(recolouring(3).source)).mean() < 20
     report = report_of(run, prompt)
     assert "1 of 2 edits made." in report and "1. picture 1" in report and "too narrow" in report
-    node, = find_nodes(prompt, "Step1XEditBatch")
+    node, = find_nodes(prompt, "Step1XEditBatchImages")
     again = client.run(prompt)
     assert node in again.executed and "1 of 2 edits made." in report_of(again, prompt) and "is not tried again as it is" in report_of(again, prompt)
     # It always fails: once more is enough, until something changes.
@@ -196,7 +196,7 @@ def test_cancel_in_mid_batch_and_run_again(client, tmp_path):
     upload(client, tmp_path, "scene.png", recolouring(3).source)
     prompt = workflow_prompt(client, ("scene.png", "scene.png"), prompts="make it red", combine=PAIRS, steps=40)
     cancelled = client.run(prompt, interrupt_at=2 * ENCODING_STEPS + 3)
-    node, = find_nodes(prompt, "Step1XEditBatch")
+    node, = find_nodes(prompt, "Step1XEditBatchImages")
     assert cancelled.interrupted and not cancelled.images and cancelled.progress(node)[-1][0] < 40
     assert len(client.run(workflow_prompt(client, ("scene.png", "scene.png"), prompts="make it red", combine=PAIRS, steps=1)).images) == 2
 
@@ -205,7 +205,7 @@ def test_only_pictures_prompts_and_seeds_may_be_lists(client, tmp_path):
     upload(client, tmp_path, "scene.png", recolouring(3).source)
     prompt = workflow_prompt(client, ("scene.png", "scene.png"), prompts="make it red", combine=PAIRS)
     prompt["vaes"] = {"class_type": "CreateList", "inputs": {f"inputs.input{i}": [find_nodes(prompt, "VAELoader")[0], 0] for i in range(2)}}
-    prompt[find_nodes(prompt, "Step1XEditBatch")[0]]["inputs"]["vae"] = ["vaes", 0]
+    prompt[find_nodes(prompt, "Step1XEditBatchImages")[0]]["inputs"]["vae"] = ["vaes", 0]
     with pytest.raises(ExecutionError, match="The input 'vae' brings a list of 2"):
         client.run(prompt)
 

@@ -27,7 +27,7 @@ command = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(command)
 
 FAST = ["--set", "Step1XEditEncode.size_level=64", "--set", "Step1XEditSampler.steps=1"]
-BATCH = ["--workflow", str(PACK / "workflows" / "step1x_edit_batch.json"), "--set", "Step1XEditBatch.size_level=64", "--set", "Step1XEditBatch.steps=1"]
+BATCH = ["--workflow", str(PACK / "workflows" / "step1x_edit_batch.json"), "--set", "Step1XEditBatchImages.size_level=64", "--set", "Step1XEditBatchImages.steps=1"]
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_the_command_starts_a_comfyui_of_its_own_and_a_local_judge_answers(serve
     (["--set", "Step1XEditSampler.speed=9"], "has no such node or input"),
     (["--workflow", str(PACK / "workflows" / "step1x_edit_in_turns.json")], "not clear which node of the workflow saves the result; found: .*--output-node"),
     (["--workflow", "nothing.json"], "The workflow nothing.json cannot be read"),
-    (["--batch", "2"], "--batch needs a workflow with Step1X-Edit Batch"),
+    (["--batch", "2"], "--batch needs a workflow with Step1X-Edit Batch Images"),
     (["--set", "Step1XEditLoadModel.unet_name=nothing.safetensors"], "ComfyUI refuses the workflow"),
     (["--set", "Step1XEditEncode.size_level=1024", "--set", "Step1XEditSampler.sampler_name=euler", "--method", "a/b"], "cannot be a name of a method"),
 ])

@@ -57,7 +57,7 @@ def prompt_of(object_info):
         prompt = to_api(json.loads((WORKFLOWS / name).read_text(encoding="utf-8")), object_info)
         small = {"LoadImage": {"image": "coffee.jpg"}, "Step1XEditEncode": {"size_level": 256}, "Step1XEditSampler": {"steps": 4}, "Step1XEditScheduler": {"steps": 4},
                  "EmptySD3LatentImage": {"width": 256, "height": 192}, "Step1XEditReflectionLoop": {"size_level": 256, "steps": 4, "rounds": 2},
-                 "Step1XEditBatch": {"size_level": 256, "steps": 2}}
+                 "Step1XEditBatchImages": {"size_level": 256, "steps": 2}}
         for settings in (small, changes):
             for class_type, values in settings.items():
                 for node in find_nodes(prompt, class_type):
@@ -198,10 +198,10 @@ def text_of(run, prompt) -> str:
 
 
 def test_thinking_workflow_edits_by_what_it_shows(client, prompt_of):
-    prompt = prompt_of("step1x_edit_v12_thinking.json", Step1XEditThink={"seed": 1}, Step1XEditSampler={"seed": 1})
+    prompt = prompt_of("step1x_edit_v12_thinking.json", Step1XEditThinkPrompt={"seed": 1}, Step1XEditSampler={"seed": 1})
     run = client.run(prompt)
     rewritten = text_of(run, prompt).split("Rewritten: ")[1].split("\n\nAsked, system:")[0]
-    assert rewritten != prompt[find_nodes(prompt, "Step1XEditThink")[0]]["inputs"]["prompt"]
+    assert rewritten != prompt[find_nodes(prompt, "Step1XEditThinkPrompt")[0]]["inputs"]["prompt"]
     plain = prompt_of("step1x_edit_v12.json", Step1XEditSampler={"seed": 1}, Step1XEditEncode={"prompt": rewritten})
     assert np.array_equal(pixels(client.run(plain)), pixels(run))
 
@@ -357,7 +357,7 @@ def test_weight_dtypes_and_model_patches_run(client, prompt_of):
     assert not np.array_equal(exact, fp8)
     prompt = prompt_of("step1x_edit.json")
     loader = find_nodes(prompt, "Step1XEditLoadModel")[0]
-    prompt["cache"] = {"class_type": "Step1XEditSpeed", "inputs": {
+    prompt["cache"] = {"class_type": "Step1XEditSpeedPreset", "inputs": {
         "model": [loader, 0], "mode": "custom: TeaCache", "mode.threshold": 2.0, "mode.attention": "exact",
         "mode.start_percent": 0.0, "mode.end_percent": 1.0}}
     prompt[sampler_of(prompt)]["inputs"]["model"] = ["cache", 0]

@@ -215,7 +215,7 @@ def run_masked(client, tmp_path, pixels, mask, workflow, **changes):
     """The workflow on a picture with a mask, bool [H, W], as the mask editor saves it -> uint8 [H, W, 3]."""
     Image.fromarray(np.dstack([pixels, np.where(mask, 0, 255).astype(np.uint8)])).save(tmp_path / "masked.png")
     client.upload_image(tmp_path / "masked.png", f"{workflow}.png")
-    run = client.run(demo_prompt(client, workflow, LoadImage={"image": f"{workflow}.png"}, Step1XEditStitch={"feather": 4}, **changes))
+    run = client.run(demo_prompt(client, workflow, LoadImage={"image": f"{workflow}.png"}, Step1XEditStitchCrop={"feather": 4}, **changes))
     picture = np.asarray(Image.open(io.BytesIO(run.images[0])).convert("RGB"))
     assert np.array_equal(picture[~mask], pixels[~mask])
     return picture
@@ -225,7 +225,7 @@ def test_crop_and_stitch_workflow(client, tmp_path, wall):
     pixels, pairs = wall
     mask = scene_mask(4)[0].numpy() > 0
     picture = run_masked(client, tmp_path, pixels, mask, "step1x_local_edit.json",
-                         Step1XEditCrop={"context": 1 / 6, "min_size": 64}, Step1XEditEncode={"prompt": pairs[4].instruction})
+                         Step1XEditCropToMask={"context": 1 / 6, "min_size": 64}, Step1XEditEncode={"prompt": pairs[4].instruction})
     assert judge(pairs[4], picture[128:, 128:256]).success
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_edit_pairs import write_folder
 
-SMALL = {"Step1XEditDataset": {"size_level": 64, "validation": 1}, "Step1XEditTrainLora": {"steps": 12, "rank": 4, "validate_every": 6, "save_every": 4}}
+SMALL = {"Step1XEditTrainDataset": {"size_level": 64, "validation": 1}, "Step1XEditTrainLora": {"steps": 12, "rank": 4, "validate_every": 6, "save_every": 4}}
 STATE, LORA = "state.safetensors", "lora.safetensors"
 
 
@@ -47,7 +47,7 @@ def steps_done(folder):
 
 def test_the_shipped_workflow_trains_is_cancelled_and_goes_on(client, prompt, base):
     data = write_folder(base / "input" / "my_pairs", 4)
-    (trainer,), (reader,) = find_nodes(prompt, "Step1XEditTrainLora"), find_nodes(prompt, "Step1XEditDataset")
+    (trainer,), (reader,) = find_nodes(prompt, "Step1XEditTrainLora"), find_nodes(prompt, "Step1XEditTrainDataset")
     run_folder = base / "output" / "step1x_training" / "my_lora"
     prompt[trainer]["inputs"]["steps"] = 1000  # so many that the cancel comes in time on every machine
     # Reading the pairs counts to 8.
@@ -87,7 +87,7 @@ def test_what_is_trained_fits_the_stock_nodes(client):
                                               ("bad.json", "could not be read as JSON")])
 def test_bad_datasets_are_one_sentence_in_the_editor(client, prompt, base, dataset, message):
     (base / "input" / "bad.json").write_text("{", encoding="utf-8")
-    prompt[find_nodes(prompt, "Step1XEditDataset")[0]]["inputs"]["dataset"] = dataset
+    prompt[find_nodes(prompt, "Step1XEditTrainDataset")[0]]["inputs"]["dataset"] = dataset
     with pytest.raises(ExecutionError, match=message):
         client.run(prompt)
 

@@ -111,12 +111,12 @@ def test_what_is_saved_is_trained_on_where_it_lies(server, client, prompt_of):
     """In one run through the output of the node that saves, and later by its name."""
     prompt = prompt_of("step1x_make_pairs.json", Step1XEditPairSave={"name": "trained"}, Step1XEditPairCompute={"count": 2, "kinds": "text_change"})
     save, = find_nodes(prompt, "Step1XEditPairSave")
-    training = prompt_of("step1x_train_lora.json", Step1XEditDataset={"size_level": 64, "validation": 0},
+    training = prompt_of("step1x_train_lora.json", Step1XEditTrainDataset={"size_level": 64, "validation": 0},
                          Step1XEditTrainLora={"name": "on_made_pairs", "steps": 1, "rank": 2, "validate_every": 0})
     for key, node in training.items():
         inputs = {name: [f"train{value[0]}", value[1]] if isinstance(value, list) else value for name, value in node["inputs"].items()}
         prompt[f"train{key}"] = {**node, "inputs": inputs}
-    reader, = find_nodes(prompt, "Step1XEditDataset")
+    reader, = find_nodes(prompt, "Step1XEditTrainDataset")
     prompt[reader]["inputs"]["dataset"] = [save, 0]
     prompt["report"] = {"class_type": "PreviewAny", "inputs": {"source": [reader, 1]}}
     made = server.base / "output" / "edit_pairs" / "trained"

@@ -27,7 +27,7 @@ NO_VAE = "There is no VAE in what is connected as one .* Load the FLUX VAE"
 REFUSALS = {"MODEL": NO_MODEL, "CLIP": NO_ENCODER, "VAE": NO_VAE, "IMAGE": "brings no picture but .* Connect an output of the type IMAGE",
             "MASK": "brings no mask but .* Connect an output of the type MASK", "LATENT": "There is no latent in what is connected as one .* Connect an output of the type LATENT",
             "CONDITIONING": "brings no conditioning, or an empty one. Connect that of 'Step1X-Edit Encode'",
-            "STEP1X_STITCH": "The input 'stitch' brings .* Connect the output 'stitch' of 'Step1X-Edit Crop'",
+            "STEP1X_STITCH": "The input 'stitch' brings .* Connect the output 'stitch' of 'Step1X-Edit Crop to Mask'",
             "STEP1X_EDIT_DATASET": "The input 'dataset' brings .* Connect the output of 'Step1X-Edit Dataset'",
             "STEP1X_PAIRS": "The input 'pairs' brings .* Connect the output of 'Step1X-Edit Computed Pairs' or 'Step1X-Edit Record Pairs'",
             "STEP1X_PROPOSAL": "The input 'proposals' brings .* Connect the output of 'Step1X-Edit Propose Edits'",
@@ -76,7 +76,7 @@ def test_what_comes_through_a_node_without_types(host, entry, wrong):
 
 
 @pytest.mark.parametrize("link, expected", [(["nowhere", 0], NO_SUCH_NODE), (["a"], BAD_LINK), (["a", 0, 0], BAD_LINK), ([], BAD_LINK)])
-@pytest.mark.parametrize("node, kind", [("Step1XEditEncode", "CLIP"), ("Step1XEditSampler", "LATENT"), ("Step1XEditBatch", "IMAGE")])
+@pytest.mark.parametrize("node, kind", [("Step1XEditEncode", "CLIP"), ("Step1XEditSampler", "LATENT"), ("Step1XEditBatchImages", "IMAGE")])
 def test_links_that_lead_nowhere(host, node, kind, link, expected):
     host.refuses(host.call(node, **{socket(node, kind): link}), expected)
 
@@ -104,11 +104,11 @@ def test_versions_of_model_and_conditioning(host, v12, of_model, of_positive, of
     host.refuses(outcome, OTHER_LAYOUT)
 
 
-@pytest.mark.parametrize("node", ["Step1XEditBatch", "Step1XEditReflectionLoop"])
+@pytest.mark.parametrize("node", ["Step1XEditBatchImages", "Step1XEditReflectionLoop"])
 @pytest.mark.parametrize("kind", ["MODEL", "CLIP"])
 def test_versions_inside_one_node(host, v12, node, kind):
     outcome = host.call(node, **{socket(node, kind): Given(v12[0] if kind == "MODEL" else v12[1], kind)})
-    if node == "Step1XEditBatch":
+    if node == "Step1XEditBatchImages":
         # It tells of each edit in a line of its own.
         assert outcome.error[0].endswith("Step1XError") and "None of the edits could be made" in outcome.error[1] and "Set the version of" in outcome.error[1]
         host.still_edits()

@@ -71,9 +71,9 @@ def test_numbers_beyond_their_range(host, number, entry):
 
 
 # What a limit of these would cost is time or files, and nothing else: full-size pictures, 200 steps, written texts, trainings, datasets.
-SLOW_NODES = ("Step1XEditThink", "Step1XEditReflect", "Step1XEditContentGate")
+SLOW_NODES = ("Step1XEditThinkPrompt", "Step1XEditReflectOnEdit", "Step1XEditContentGate")
 SLOW_FOLDERS = ("loaders", "training", "evaluation")
-SLOW_AT_MOST = ("size_level", "Step1XEditSampler.steps", "Step1XEditBatch.steps", "Step1XEditReflectionLoop.steps")
+SLOW_AT_MOST = ("size_level", "Step1XEditSampler.steps", "Step1XEditBatchImages.steps", "Step1XEditReflectionLoop.steps")
 
 
 def limits(entry) -> list:
@@ -133,7 +133,7 @@ def test_choices_that_there_are_not(host, entry, value):
 @pytest.mark.parametrize("value, expected", [(Many([1, 2, 3]), "There are 3 seeds for 1 edits. Connect one seed"), (Many([1, -1]), OUT_OF_RANGE.format("seed", "a whole number")),
                                              (Many([]), "There are 0 seeds for 1 edits. Connect one seed")], ids=["three", "one_of_two", "none"])
 def test_lists_of_seeds(host, value, expected):
-    host.refuses(host.call("Step1XEditBatch", seed=Given(value, "INT")), expected)
+    host.refuses(host.call("Step1XEditBatchImages", seed=Given(value, "INT")), expected)
 
 
 WRITING = {"do_sample": True, "max_length": 2, "temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.0, "repetition_penalty": 1.05, "seed": 1}

@@ -149,7 +149,7 @@ def test_every_node_with_a_picture_refuses(host, entry, name):
 
 
 def test_two_pictures_to_think_about(host):
-    host.refuses(host.call("Step1XEditThink", image=Given(PICTURE.repeat(2, 1, 1, 1))), "brings 2 pictures; .* Choose one with the stock 'ImageFromBatch'")
+    host.refuses(host.call("Step1XEditThinkPrompt", image=Given(PICTURE.repeat(2, 1, 1, 1))), "brings 2 pictures; .* Choose one with the stock 'ImageFromBatch'")
 
 
 NO_MASK = "The input 'mask' brings no mask but .* Connect an output of the type MASK"
@@ -174,7 +174,7 @@ BAD_MASKS = {
 
 @pytest.mark.parametrize("mask, expected", BAD_MASKS.values(), ids=BAD_MASKS)
 def test_crop_refuses_masks(host, mask, expected):
-    host.refuses(host.call("Step1XEditCrop", image=Given(PICTURE), mask=Given(mask)), expected)
+    host.refuses(host.call("Step1XEditCropToMask", image=Given(PICTURE), mask=Given(mask)), expected)
 
 
 FINE_MASKS = {"without_batch_axis": MASK[0], "with_channel_axis": MASK[:, None], "bool": MASK > 0, "integers": MASK.long(), "float16": MASK.half(), "above_one": MASK * 255,
@@ -183,22 +183,22 @@ FINE_MASKS = {"without_batch_axis": MASK[0], "with_channel_axis": MASK[:, None],
 
 @pytest.mark.parametrize("mask", FINE_MASKS.values(), ids=FINE_MASKS)
 def test_crop_takes_every_kind_of_mask(host, mask):
-    crops = [host.call("Step1XEditCrop", image=Given(PICTURE), mask=Given(given)).made() for given in (mask, MASK)]
+    crops = [host.call("Step1XEditCropToMask", image=Given(PICTURE), mask=Given(given)).made() for given in (mask, MASK)]
     assert torch.equal(crops[0][0], crops[1][0]) and torch.equal(crops[0][1], crops[1][1])
 
 
 @pytest.mark.parametrize("result", [PICTURE[:, :1, :1], PICTURE[..., :1], PICTURE * NAN, torch.rand(1, 1, 20000, 3), PICTURE.repeat(5, 1, 1, 1)],
                          ids=["one_pixel", "grey", "nan", "20000_wide", "five"])
 def test_stitch_keeps_the_rest_whatever_comes_back(host, result):
-    stitch = host.call("Step1XEditCrop", image=Given(PICTURE), mask=Given(MASK)).made()[2]
-    (whole,) = host.call("Step1XEditStitch", image=Given(result), stitch=Given(stitch)).made()
+    stitch = host.call("Step1XEditCropToMask", image=Given(PICTURE), mask=Given(MASK)).made()[2]
+    (whole,) = host.call("Step1XEditStitchCrop", image=Given(result), stitch=Given(stitch)).made()
     outside = MASK[0] == 0
     assert torch.isfinite(whole).all() and all(torch.equal(picture[outside], PICTURE[0][outside]) for picture in whole)
 
 
 def test_stitch_refuses_another_number_of_pictures(host):
-    stitch = host.call("Step1XEditCrop", image=Given(PICTURE.repeat(2, 1, 1, 1)), mask=Given(MASK)).made()[2]
-    outcome = host.call("Step1XEditStitch", image=Given(PICTURE), stitch=Given(stitch))
+    stitch = host.call("Step1XEditCropToMask", image=Given(PICTURE.repeat(2, 1, 1, 1)), mask=Given(MASK)).made()[2]
+    outcome = host.call("Step1XEditStitchCrop", image=Given(PICTURE), stitch=Given(stitch))
     host.refuses(outcome, "1 edited pictures came back for 2 that were cropped. Connect the result")
 
 

@@ -119,14 +119,14 @@ def test_the_host_makes_text_of_what_is_typed_in(host, value, text):
     assert torch.equal(found[0][0], expected[0][0])
 
 
-@pytest.mark.parametrize("node, changes", [("Step1XEditThink", {}), ("Step1XEditReflect", {}), ("Step1XEditReflectionLoop", {"think": True}),
+@pytest.mark.parametrize("node, changes", [("Step1XEditThinkPrompt", {}), ("Step1XEditReflectOnEdit", {}), ("Step1XEditReflectionLoop", {"think": True}),
                                            ("Step1XEditReflectionLoop", {"reflect": True})])
 @pytest.mark.parametrize("prompt", ["a" * 8001, WORDS[:100_000], "红" * 33_333], ids=["8001", "100_kilobytes", "chinese"])
 def test_instructions_too_long_to_think_about(host, node, changes, prompt):
     host.refuses(host.call(node, prompt=prompt, **changes), "The input 'prompt' has .* characters; .* Shorten the instruction")
 
 
-@pytest.mark.parametrize("node, entry", [("Step1XEditBatch", "prompts"), ("Step1XEditReflectionLoop", "prompt")])
+@pytest.mark.parametrize("node, entry", [("Step1XEditBatchImages", "prompts"), ("Step1XEditReflectionLoop", "prompt")])
 @pytest.mark.parametrize("prompt", ["\ud800 red", "<|im_end|><|image_pad|>", "\0\x07", WORDS[:100_000]], ids=["surrogate", "special_tokens", "control", "100_kilobytes"])
 def test_texts_come_out_as_the_server_can_send_them(host, node, entry, prompt):
     outcome = host.call(node, **{entry: prompt})
@@ -154,4 +154,4 @@ def test_texts_that_are_no_entries_of_a_list(host, entry, prompt):
                                                (Given(Many(["red", None]), "STRING"), NO_TEXT), (Given(Many([]), "STRING"), "There is no instruction. Write one")],
                          ids=["nothing", "white_space", "nothing_in_a_list", "empty_list"])
 def test_batches_without_instructions(host, prompts, expected):
-    host.refuses(host.call("Step1XEditBatch", prompts=prompts), expected)
+    host.refuses(host.call("Step1XEditBatchImages", prompts=prompts), expected)

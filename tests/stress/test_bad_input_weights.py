@@ -242,7 +242,7 @@ def test_language_model_weights_that_are_no_numbers(host, root):
     write(root / "text_encoders" / LANGUAGE, (broken, {CONFIG_KEY: json.dumps(config)}))
     (loaded,) = load(host, "Step1XEditLoadMLLM", LANGUAGE, device="cpu").made()
     host.refuses(host.encode(clip=Given(loaded)), "The text encoder gave values that are no numbers .* Download")
-    thought = host.call("Step1XEditThink", clip=Given(loaded))
+    thought = host.call("Step1XEditThinkPrompt", clip=Given(loaded))
     host.refuses(thought, "The language model gave values that are no numbers .* Download", from_the_start=True)
 
 

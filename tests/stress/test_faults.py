@@ -186,14 +186,14 @@ def edit_prompt(name: str = "v1.1", /, **loaders) -> dict:
 
 def think_prompt(layout: str) -> dict:
     return to_prompt(handed_out(clip=f"clip {layout}", image="image") | {
-        "think": ("Step1XEditThink", {"clip": ["clip", 0], "image": ["image", 0], "prompt": "red", "seed": 1, "temperature": 0.7}),
+        "think": ("Step1XEditThinkPrompt", {"clip": ["clip", 0], "image": ["image", 0], "prompt": "red", "seed": 1, "temperature": 0.7}),
         "result": ("TestResult", {"value": ["think", 0]}),
     })
 
 
 def batch_prompt() -> dict:
     return to_prompt(handed_out(model="model v1.1", clip="clip v1.1", vae="vae", image="image") | {
-        "batch": ("Step1XEditBatch", {"model": ["model", 0], "clip": ["clip", 0], "vae": ["vae", 0], "images": ["image", 0], "prompts": "red\ngreen", "combine": "all",
+        "batch": ("Step1XEditBatchImages", {"model": ["model", 0], "clip": ["clip", 0], "vae": ["vae", 0], "images": ["image", 0], "prompts": "red\ngreen", "combine": "all",
                                   "negative_prompt": "", "size_level": 64, "seed": 1, "steps": STEPS, "cfg": 4.0, "sampler_name": "euler"}),
         "result": ("TestResult", {"value": ["batch", 0]}),
         "report": ("TestResult", {"value": ["batch", 1]}),

@@ -58,9 +58,14 @@ def demo_prompt(client, workflow: str, **changes) -> dict:
     """A shipped workflow in API form, set to the demo model."""
     prompt = to_api(json.loads((PACK / "workflows" / workflow).read_text(encoding="utf-8")), client.get("/object_info"))
     sampling = {"steps": STEPS, "cfg": demo_model.CFG}
-    settings = {"Step1XEditLoadModel": {"unet_name": demo_model.MODEL_FILE}, "Step1XEditLoadMLLM": {"clip_name": demo_model.MLLM_FILE},
-                "VAELoader": {"vae_name": demo_model.VAE_FILE},
-                "Step1XEditEncode": {"size_level": demo_model.SIZE_LEVEL}, "Step1XEditSampler": sampling, "Step1XEditBatch": {"size_level": demo_model.SIZE_LEVEL, **sampling}}
+    settings = {
+        "Step1XEditLoadModel": {"unet_name": demo_model.MODEL_FILE},
+        "Step1XEditLoadMLLM": {"clip_name": demo_model.MLLM_FILE},
+        "VAELoader": {"vae_name": demo_model.VAE_FILE},
+        "Step1XEditEncode": {"size_level": demo_model.SIZE_LEVEL},
+        "Step1XEditSampler": sampling,
+        "Step1XEditBatchImages": {"size_level": demo_model.SIZE_LEVEL, **sampling},
+    }
     for values in (settings, changes):
         for class_type, inputs in values.items():
             for node in find_nodes(prompt, class_type):

@@ -72,30 +72,30 @@ def main(base: Path, report: Path) -> None:
             if version == "auto":
                 model, = run("Step1XEditLoadLora", model=model, lora_name=tiny_models.LORA_FILE, strength=1.0)
             clip, = run("Step1XEditLoadMLLM", clip_name=tiny_models.MLLM_FILE, device="default", version=layout)
-            prompt, _ = run("Step1XEditThink", clip=clip, image=image, prompt="make it red", seed=1, temperature=0.7)
+            prompt, _ = run("Step1XEditThinkPrompt", clip=clip, image=image, prompt="make it red", seed=1, temperature=0.7)
             positive, negative, latent = run("Step1XEditEncode", clip=clip, vae=vae, image=image, prompt=prompt, negative_prompt="", size_level=64)
             latent, = run("Step1XEditSampler", model=model, positive=positive, negative=negative, latent_image=latent, seed=1, steps=1, cfg=4.0, sampler_name="euler", denoise=1.0)
             picture, = run("Step1XEditDecode", samples=latent, vae=vae, source=image)
             assert picture.shape == image.shape and picture.isfinite().all()
         # Of the nodes that only compute.
-        run("Step1XEditSpeed", model=model, mode={"mode": "fast"})
+        run("Step1XEditSpeedPreset", model=model, mode={"mode": "fast"})
         guided = {"start_percent": 0.0, "end_percent": 0.5}
-        run("Step1XEditSpeed", model=model, mode={"mode": "custom: region", "similarity": 0.9, "warmup": 0.2,
+        run("Step1XEditSpeedPreset", model=model, mode={"mode": "custom: region", "similarity": 0.9, "warmup": 0.2,
                                                   "refreshes": 1, "reuse": 0.0, **guided})
         mode = {"mode": "custom: nothing skipped", "attention": "exact", **guided}
-        patched, = run("Step1XEditSpeed", model=model, mode=mode)
-        crop, _, stitch = run("Step1XEditCrop", image=image, mask=(image[..., 0] > 0.5).float(), context=0.5, min_size=16)
-        run("Step1XEditStitch", image=crop, stitch=stitch, feather=2)
+        patched, = run("Step1XEditSpeedPreset", model=model, mode=mode)
+        crop, _, stitch = run("Step1XEditCropToMask", image=image, mask=(image[..., 0] > 0.5).float(), context=0.5, min_size=16)
+        run("Step1XEditStitchCrop", image=crop, stitch=stitch, feather=2)
         one = {"model": patched, "clip": clip, "vae": vae, "prompts": "red", "images": image, "combine": "pairs", "negative_prompt": "", "size_level": 64, "seed": 1, "steps": 1,
                "cfg": 2.0, "sampler_name": "euler"}
-        run("Step1XEditBatch", **{name: [value] for name, value in one.items()})
+        run("Step1XEditBatchImages", **{name: [value] for name, value in one.items()})
         _, found, _ = gate(image, "block", "classifier", "LABEL_0, LABEL_1", 0.0, "", prompt="red", question="Is it bad?", clip=clip)
         assert found == 1
     editing = take()
 
     # And of those that keep what they made.
     with torch.inference_mode():
-        dataset, _ = run("Step1XEditDataset", clip=clip, vae=vae, dataset="pairs", size_level=64, validation=0)
+        dataset, _ = run("Step1XEditTrainDataset", clip=clip, vae=vae, dataset="pairs", size_level=64, validation=0)
         run("Step1XEditTrainLora", model=model, dataset=dataset, name="lora", steps=1, learning_rate=0.01, rank=2, alpha=1.0, batch_size=1, accumulation=1, seed=1, resume=True,
             save_every=1, validate_every=0, schedule="constant", warmup=0, ema=0.0, gradient_checkpointing=True)
         pairs, _ = run("Step1XEditPairCompute", images=[image], kinds=[""], count=[4], seed=[1], max_side=[0])

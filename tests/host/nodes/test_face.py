@@ -72,3 +72,19 @@ def test_the_blueprint_has_the_encoders_aliases():
     blueprint = json.loads((PACK / "subgraphs" / "Step1X-Edit Image.json").read_text(encoding="utf-8"))
     encode, = (schema for schema in schemas() if schema.node_id == "Step1XEditEncode")
     assert {"step1x", "edit image", "edit picture"} <= {*blueprint["extra"]["BlueprintSearchAliases"]} <= {*encode.search_aliases}
+
+
+def test_the_search_for_step1x_lists_the_plain_edit_first():
+    """The editor sorts what begins with the words that are typed by the length of the id or of the shown name, whichever is shorter.
+
+    So the ids and names of all other nodes are longer than the sampler's id, and than the blueprint's name; only 'Step1X-Edit Speed', which is part of
+    a plain edit that shall be fast, is as long.
+    """
+    def rank(schema):
+        return min(len(name) for name in (schema.node_id, schema.display_name) if name.startswith("Step1X"))
+
+    nodes = {schema.node_id: rank(schema) for schema in schemas()}
+    first = {"Step1XEditEncode", "Step1XEditDecode", "Step1XEditSampler"}
+    longest = max(nodes[name] for name in first)
+    assert {name for name, length in nodes.items() if length <= longest} == {*first, "Step1XEditSpeedPreset"}
+    assert len("Step1X-Edit Image") <= longest

@@ -55,7 +55,7 @@ def test_defaults_are_the_official_ones(schemas):
     inputs = {f"{name}.{entry.id}": entry for name, schema in schemas.items() for entry in schema.inputs}
     # 0 stands for the version's own.
     assert all(inputs[f"{name}.steps"].default == inputs[f"{name}.cfg"].default == 0 for name in ("Step1XEditSampler", "Step1XEditReflectionLoop"))
-    assert inputs["Step1XEditReflectionLoop.rounds"].default == 3 and inputs["Step1XEditThink.temperature"].default == 0.7
+    assert inputs["Step1XEditReflectionLoop.rounds"].default == 3 and inputs["Step1XEditThinkPrompt.temperature"].default == 0.7
     assert inputs["Step1XEditEncode.size_level"].default == 1024 and inputs["Step1XEditGuidance.truncate"].default == -1
 
 

@@ -49,7 +49,7 @@ def fingerprinted(classes) -> list[str]:
 
 def test_connected_inputs_do_not_make_a_node_run_every_time(classes, fingerprint):
     names = fingerprinted(classes)
-    assert {"Step1XEditBatch", "Step1XEditGEditItems", "Step1XEditPairSave", "Step1XEditDataset", "Step1XEditThink", "Step1XEditReflectionLoop"} <= set(names)
+    assert {"Step1XEditBatchImages", "Step1XEditGEditItems", "Step1XEditPairSave", "Step1XEditTrainDataset", "Step1XEditThinkPrompt", "Step1XEditReflectionLoop"} <= set(names)
     for name in names:
         first = fingerprint(name)
         # NaN, which the host takes where a fingerprint fails, equals nothing.

@@ -263,21 +263,25 @@ def test_what_cannot_work_is_refused_before_anything_is_asked_or_sampled(host, s
     template.parent.mkdir(parents=True)
     template.write_text("{score}", encoding="utf-8")
     refused("reflection.user.txt lacks")
-    for node in ("Step1XEditThink", "Step1XEditReflect"):
+    for node in ("Step1XEditThinkPrompt", "Step1XEditReflectOnEdit"):
         with pytest.raises(Step1XError, match="no language-model head"):
-            inputs = {"image": things["image"], "temperature": 0.7} if node == "Step1XEditThink" else {"source": things["image"], "edited": things["image"], "version": "v1.2"}
+            inputs = (
+                {"image": things["image"], "temperature": 0.7}
+                if node == "Step1XEditThinkPrompt"
+                else {"source": things["image"], "edited": things["image"], "version": "v1.2"}
+            )
             classes[node].execute(clip=mute, prompt="p", seed=1, **inputs)
 
 
 def test_think_node(script, classes, things):
     model = script(rewrite="  Change the crust to black.\n")
-    prompt, report = classes["Step1XEditThink"].execute(things["clip"], things["image"], "bread too long", 7, 0.3).result
+    prompt, report = classes["Step1XEditThinkPrompt"].execute(things["clip"], things["image"], "bread too long", 7, 0.3).result
     (name, content, tokens, _, temperature), = model.asked
     assert (name, tokens, temperature) == ("rewrite", 512, 0.3) and torch.equal(content[0], things["image"][0]) and "bread too long" in content[1]
     assert prompt == "Change the crust to black."
     assert report.startswith("Instruction: bread too long\nRewritten: Change the crust to black.\n") and content[1].splitlines()[0] in report
     with pytest.raises(Step1XError, match="'image' brings 2 pictures"):
-        classes["Step1XEditThink"].execute(things["clip"], things["image"].repeat(2, 1, 1, 1), "bread", 7, 0.7)
+        classes["Step1XEditThinkPrompt"].execute(things["clip"], things["image"].repeat(2, 1, 1, 1), "bread", 7, 0.7)
 
 
 @pytest.mark.parametrize("reply, verdict, refined", [(GOOD["reflection"], "success", ""), (REFINE, "refine", "Make it darker."), (FAILED, "failed", ""),
@@ -285,15 +289,15 @@ def test_think_node(script, classes, things):
 def test_reflect_node(script, classes, things, reply, verdict, refined):
     script(reflection=reply, edit_score=scores(4))
     other = torch.zeros(1, 30, 40, 3)
-    out = classes["Step1XEditReflect"].execute(things["clip"], things["image"], other, "make it red", 7, "v1.2").result
+    out = classes["Step1XEditReflectOnEdit"].execute(things["clip"], things["image"], other, "make it red", 7, "v1.2").result
     assert out[:3] == (verdict, refined, 32.0) and f"Verdict: {verdict}" in out[3] and "A red cup." in out[3]
     with pytest.raises(Step1XError, match="'edited' brings 2 pictures"):
-        classes["Step1XEditReflect"].execute(things["clip"], things["image"], other.repeat(2, 1, 1, 1), "make it red", 7, "v1.2")
+        classes["Step1XEditReflectOnEdit"].execute(things["clip"], things["image"], other.repeat(2, 1, 1, 1), "make it red", 7, "v1.2")
 
 
 def test_reflect_node_without_scores(script, classes, things):
     model = script()
-    out = classes["Step1XEditReflect"].execute(things["clip"], things["image"], things["image"], "make it red", 7, "v1.2-preview").result
+    out = classes["Step1XEditReflectOnEdit"].execute(things["clip"], things["image"], things["image"], "make it red", 7, "v1.2-preview").result
     assert out[:3] == ("success", "", 0.0) and [name for name, *_ in model.asked] == ["description", "consistency", "reflection"]
 
 

@@ -159,7 +159,7 @@ def host(model, clip, vae):
 
 
 def choice(host) -> io.DynamicCombo.Input:
-    entry, = (entry for entry in nodes.NODE_CLASS_MAPPINGS["Step1XEditSpeed"].GET_SCHEMA().inputs if entry.id == "mode")
+    entry, = (entry for entry in nodes.NODE_CLASS_MAPPINGS["Step1XEditSpeedPreset"].GET_SCHEMA().inputs if entry.id == "mode")
     return entry
 
 
@@ -170,7 +170,7 @@ def defaults(host, mode) -> dict:
 
 
 def speed(host, **inputs):
-    return host.run("Step1XEditSpeed", model=Given(host.model), **inputs)
+    return host.run("Step1XEditSpeedPreset", model=Given(host.model), **inputs)
 
 
 def test_the_first_choice_is_what_a_new_node_has_and_the_modes_are_those_of_the_table(host):
@@ -250,7 +250,7 @@ def test_the_values_of_the_four_nodes_before_it_arrive(host, old):
     prompt = {"1": {"class_type": old, "inputs": {"model": ["0", 0], **values}, "_meta": {"title": ""}},
               "2": {"class_type": "Step1XEditSampler", "inputs": {"model": ["1", 0]}, "_meta": {"title": ""}}}
     manager.apply_replacements(prompt)
-    assert prompt["1"]["class_type"] == "Step1XEditSpeed" and prompt["2"]["inputs"]["model"] == ["1", 0]
+    assert prompt["1"]["class_type"] == "Step1XEditSpeedPreset" and prompt["2"]["inputs"]["model"] == ["1", 0]
     inputs = prompt["1"]["inputs"]
     assert inputs.pop("model") == ["0", 0]
     assert inputs == {"mode": mode} | {f"mode.{name}": value for name, value in expected.items()}

@@ -13,10 +13,6 @@ PAGES = [PACK / "README.md", *sorted(PACK.glob("docs/*.md")), *sorted(PACK.glob(
 QUOTING = re.compile(r'^(?:- \*\*(?P<entry>".*?)\*\*|\| (?P<row>".*?) \|)', re.MULTILINE)
 LEFT_OPEN = re.compile(r"\.\.\.|'[^']*'|\d+|\w+_\w+")
 
-# Nodes that go into others; an offer may lead to one of them only as long as it is there.
-MERGED = {f"Step1XEdit{name}" for name in ("LoadVAE", "References", "TeaCache", "Fp8Attention", "GuidanceInterval", "Region", "GEditBench", "GEditJudge", "PairFilter", "PairSheet")
-          if (PACK / "web" / "docs" / f"Step1XEdit{name}.md").is_file()}
-
 
 def sentences() -> list[str]:
     """All texts of the source, with a NUL in place of what is filled in."""
@@ -114,9 +110,9 @@ def test_the_table_of_earlier_ids_is_that_of_the_code():
     section = page.split("## Nodes of 0.1.0")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (.*)\|$", section, re.MULTILINE)
     by_hand = {old for old, _, note in rows if note.startswith("by hand")}
-    assert len({old for old, *_ in rows}) == len(rows) == 33 and by_hand == {"Step1XReferences"}
+    assert len({old for old, *_ in rows}) == len(rows) == 34 and by_hand == {"Step1XReferences"}
     assert {old for old, *_ in rows} - by_hand == offers().keys() - by_hand
-    assert [(old, new) for old, new, _ in rows if old not in by_hand and offers()[old] not in (new, *MERGED)] == []
+    assert {old: new for old, new, _ in rows if old not in by_hand} == offers()
 
 
 def test_the_install_page_names_everything_that_install_downloads():
