@@ -13,8 +13,8 @@ const [url, executablePath, output, pack, slowdown, only] = process.argv.slice(2
 const { chromium } = createRequire(path.join(process.env.STEP1X_PLAYWRIGHT, 'package.json'))('playwright-core');
 
 const BLUEPRINT = 'Step1X-Edit Image';
-// Files that a person chooses for himself, or gets as a folder; all others must be offered for download.
-const OWN_FILES = ['step1x-edit-v1p2.safetensors', 'step1x-edit-lora.safetensors'];
+// Files that a person chooses for himself; all others must be offered for download.
+const OWN_FILES = ['step1x-edit-lora.safetensors'];
 // What makes a run short enough for a CPU, by widget.
 const SHORT = { size_level: 256, steps: 3, rounds: 1 };
 const SMALL_LATENT = { width: 256, height: 256 };

@@ -5,6 +5,7 @@ The pictures they make are meaningless; they let the whole path run on a machine
 
 import argparse
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ V11_FILE = "step1x-edit-v1p1-official.safetensors"
 V12_FILE = "step1x-edit-v1p2.safetensors"
 MLLM_FILE = "qwen_2.5_vl_7b.safetensors"
 MLLM_FP8_FILE = "qwen_2.5_vl_7b_fp8_scaled.safetensors"
+V12_FOLDER = "Step1X-Edit-v1p2"
 VAE_FILE = "ae.safetensors"
 LORA_FILE = "step1x-edit-lora.safetensors"
 UPSCALER_FILE = "RealESRGAN_x4plus.safetensors"
@@ -350,6 +352,19 @@ def write_all(models: Path, prefix: str = "", terse: bool = False) -> None:
             partial = path.with_suffix(".part")
             write(partial)
             partial.replace(path)
+    if not prefix:
+        write_repository(models)
+
+
+def write_repository(models: Path) -> None:
+    """The diffusers folder of v1.2 that the shipped workflows name, of the files beside it: the names of tensors need not be those of diffusers."""
+    folder = models / "diffusers" / V12_FOLDER
+    for source, part, name in (("diffusion_models", "transformer", V12_FILE), ("text_encoders", "text_encoder", MLLM_FILE), ("vae", "vae", VAE_FILE)):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / part / "config.json").write_text("{}", encoding="utf-8")
+        if not (folder / part / name).exists():
+            shutil.copy(models / source / name, folder / part / name)
+    (folder / "model_index.json").write_text('{"_class_name": "Step1XEditPipelineV1P2"}', encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from conftest import PACK
 from PIL import Image
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
-# A person's own choice, and a version that is published as a folder only: there is no file to offer.
-OWN_FILES = {"step1x-edit-lora.safetensors", "step1x-edit-v1p2.safetensors"}
+# A person's own choice: there is no file to offer.
+OWN_FILES = {"step1x-edit-lora.safetensors"}
 TITLE = 30
 
 
