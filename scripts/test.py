@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Set up what is missing and run all tests: `python scripts/test.py [pytest arguments]`.
 
-Outside a ComfyUI installation the tests run in ComfyUI 0.30.0 and 0.18.2, both at once where there is more than one core, inside one in that one.
+Outside a ComfyUI installation the tests run in ComfyUI 0.30.0 and 0.18.2, inside one in that one. The parts of the suite (folders of tests/)
+run side by side, one for each core; tests/pure, which needs no ComfyUI, and tests marked `once` run in the first ComfyUI only.
 `--comfyui FOLDER` runs them in the ComfyUI of that folder instead, a checkout of a newer one for instance: with the packages that its
 requirements.txt pins, in an environment of its own, which is built once. So does STEP1X_COMFYUI where the Python that runs this has no torch.
-What pytest prints is in output/tests, too, in a file for each ComfyUI.
+`--browser` also runs the workflows in Chromium (scripts/dev/browser_test.py --install). All output is in output/tests, too, in a file for each part.
 """
 
 import argparse
@@ -12,6 +13,8 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).absolute().parent / "support"))  # missing in an embedded Python
@@ -26,15 +29,51 @@ def python_m(host: environment.Host, tools: Path | None, module: str, *arguments
     return [str(host.python), "-c", code, *arguments]
 
 
-class Run(threading.Thread):
-    """pytest in one host. Its output is written to a log and shown line by line, each with the host's name in front."""
+# The folders of tests/ that run in every ComfyUI, the longest first: what starts last should be short.
+PARTS = {"host": ("tests/host", "tests/parity"), "stress": ("tests/stress",), "server": ("tests/server",)}
+# More at once need more memory than a small machine has.
+MOST_TOGETHER = 4
+# pytest's exit status where no test was selected, as with -k or -m.
+NO_TESTS = 5
 
-    def __init__(self, host: environment.Host, tools: Path | None, threads: int, arguments: list[str]):
-        super().__init__(name=host.tree.name)
-        command = python_m(host, tools, "pytest", "--rootdir", "tests", "-c", "tests/pytest.ini", "tests", *arguments)
-        variables = {**os.environ, "STEP1X_COMFYUI": str(host.tree), "PYTHONUNBUFFERED": "1"}
+
+@dataclass(frozen=True)
+class Job:
+    """A command of its own and what it needs to know. name: of its log, and in front of its lines."""
+
+    name: str
+    command: list[str]
+    tree: Path
+
+    def variables(self, threads: int) -> dict[str, str]:
+        variables = {**os.environ, "STEP1X_COMFYUI": str(self.tree), "PYTHONUNBUFFERED": "1"}
         variables.setdefault("OMP_NUM_THREADS", str(threads))
-        self.child = subprocess.Popen(command, cwd=environment.PACK, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
+        return variables
+
+
+def pytest_jobs(hosts: list[environment.Host], tools: Path | None, arguments: list[str]) -> list[Job]:
+    """The parts in every host, part by part, and at the end what needs none."""
+    def job(host: environment.Host, part: str, *what: str) -> Job:
+        command = python_m(host, tools, "pytest", "--rootdir", "tests", "-c", "tests/pytest.ini", *what, *arguments)
+        return Job(f"{host.tree.name}-{part}" if part != "pure" else part, command, host.tree)
+
+    jobs = [job(host, part, *folders, *(["--once-elsewhere"] if number else []))
+            for part, folders in PARTS.items() for number, host in enumerate(hosts)]
+    return [*jobs, job(hosts[0], "pure", "tests/pure")]
+
+
+def browser_job(host: environment.Host) -> Job:
+    return Job("browser", [str(host.python), str(environment.PACK / "scripts" / "dev" / "browser_test.py"), "--install"], host.tree)
+
+
+class Run(threading.Thread):
+    """A job that runs. Its output is written to a log and shown line by line, each with the job's name in front."""
+
+    def __init__(self, job: Job, threads: int):
+        super().__init__(name=job.name)
+        self.started = time.monotonic()
+        self.child = subprocess.Popen(job.command, cwd=environment.PACK, env=job.variables(threads), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                      encoding="utf-8", errors="replace")
         self.start()
 
     def run(self) -> None:
@@ -42,39 +81,43 @@ class Run(threading.Thread):
             for line in self.child.stdout:
                 log.write(line)
                 print(f"[{self.name}] {line}", end="", flush=True)
+        self.child.wait()
 
-    def succeeded(self) -> bool:
+    def status(self) -> int:
         """Waits for the end."""
-        status = self.child.wait()
         self.join()
-        return status == 0
+        environment.say(f"{self.name} ended after {time.monotonic() - self.started:.0f} s")
+        return self.child.returncode
 
 
-def run_pytest(hosts: list[environment.Host], tools: Path | None, arguments: list[str]) -> bool:
-    """Whether all tests passed in all hosts. Cancelled, it stops what it started."""
+def run_jobs(jobs: list[Job]) -> list[int]:
+    """The exit status of every job, as they end. Cancelled, it stops what it started."""
     cores = os.cpu_count() or 1
-    together = len(hosts) if cores >= len(hosts) else 1
+    together = max(1, min(cores, len(jobs), MOST_TOGETHER))
     LOGS.mkdir(parents=True, exist_ok=True)
-    succeeded = True
-    for first in range(0, len(hosts), together):
-        runs = []
-        try:
-            for host in hosts[first:first + together]:
-                runs.append(Run(host, tools, cores // together, arguments))
-            succeeded &= all([run.succeeded() for run in runs])
-        except SystemExit:
-            for run in runs:
-                run.child.terminate()
-            raise
-        finally:
-            for run in runs:
-                run.child.wait()  # Ctrl-C reaches the child as well, and it cleans up.
-    return succeeded
+    waiting, running, found = list(jobs), [], []
+    try:
+        while waiting or running:
+            while waiting and len(running) < together:
+                running.append(Run(waiting.pop(0), max(1, cores // together)))
+            time.sleep(0.1)
+            ended = [run for run in running if not run.is_alive()]
+            running = [run for run in running if run not in ended]
+            found += [run.status() for run in ended]
+    except SystemExit:
+        for run in running:
+            run.child.terminate()
+        raise
+    finally:
+        for run in running:
+            run.child.wait()  # Ctrl-C reaches the child as well, and it cleans up.
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--comfyui", metavar="FOLDER", help="the ComfyUI source tree to run in")
+    parser.add_argument("--browser", action="store_true", help="run the shipped workflows in Chromium, too")
     options, arguments = parser.parse_known_args()
     named = environment.tree_host(options.comfyui)
     hosts = [named] if named else environment.prepare(environment.CURRENT, environment.OLDEST)
@@ -82,7 +125,8 @@ def main() -> int:
     environment.say("ruff")
     failed = environment.call(python_m(hosts[0], tools, "ruff", "check", "."), cwd=environment.PACK) != 0
     environment.say(f"pytest with the ComfyUI in {' and '.join(str(host.tree) for host in hosts)}")
-    failed |= not run_pytest(hosts, tools, arguments)
+    found = run_jobs([*([browser_job(hosts[0])] if options.browser else []), *pytest_jobs(hosts, tools, arguments)])
+    failed |= any(status not in (0, NO_TESTS) for status in found) or all(status == NO_TESTS for status in found)
     environment.say("FAILED" if failed else "all tests passed")
     return int(failed)
 
