@@ -24,8 +24,9 @@ sys.path += sorted({str(path.parent) for path in TESTS.rglob("test_*.py")})
 
 
 def part_of(path: Path) -> str:
-    """The part that a file of the suite is in."""
-    return path.relative_to(TESTS).parts[0]
+    """The part that a file of the suite is in. One that lies in no folder is taken for "host", and test_parts.py tells."""
+    folder = path.relative_to(TESTS).parts[0]
+    return folder if folder in PARTS else "host"
 
 
 class Absent:

@@ -20,6 +20,8 @@ TITLE = 30
 # Around the nodes of a group; its own title is above them.
 PADDING, HEAD = 20, 85
 GAP, BETWEEN_COLUMNS, BETWEEN_GROUPS, BETWEEN_ROWS = 30, 40, 30, 50
+# What a node shows below its widgets once it has run, in units: the sampler's settings take two lines.
+SHOWN_LATER = {"Step1XEditSampler": 110}
 # What the editor shows at first: zoom, and where the upper left corner of the graph lies, in units.
 VIEW = {"scale": 0.7, "offset": [130, 130]}
 
@@ -42,7 +44,7 @@ class Block:
             top = y + HEAD
             for node in column:
                 node["pos"] = [left, top]
-                top += node["size"][1] + TITLE + GAP
+                top += node["size"][1] + SHOWN_LATER.get(node["type"], 0) + TITLE + GAP
             left += max(node["size"][0] for node in column) + BETWEEN_COLUMNS
             lowest = max(lowest, top - TITLE - GAP + PADDING)
         if self.group:

@@ -12,7 +12,7 @@ import demo_model
 import numpy as np
 import torch
 from comfy_server import Client, ComfyServer, find_nodes, install_pack, to_api
-from conftest import PACK
+from environment import PACK
 
 from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
 from step1x_core.host.prompts.encoding import decode_edit, encode_edit

@@ -8,7 +8,7 @@ import sys
 
 import comfy.model_management
 import execution
-from conftest import PACK
+from environment import PACK
 
 import nodes
 import step1x_core

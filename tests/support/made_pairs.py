@@ -1,7 +1,7 @@
 """A photograph, and pairs made of it, for the tests of training pairs."""
 
 import numpy as np
-from conftest import PACK
+from environment import PACK
 from PIL import Image
 
 from step1x_core.pairs.orders import MAKERS, carry_out, orders

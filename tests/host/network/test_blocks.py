@@ -138,6 +138,7 @@ def test_compiling_breaks_no_graph_and_only_new_shapes_compile_again(double, sin
             img=stream(2, IMAGE, WIDTH, seed=1), txt=stream(2, TEXT, WIDTH, seed=2), vec=vec, pe=positions(TEXT + IMAGE), **options)
 
 
+@pytest.mark.once
 def test_triton_kernels_agree_with_torch():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     pytest.importorskip("triton", reason="Triton, which is published for Linux only, is not installed")

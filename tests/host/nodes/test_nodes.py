@@ -74,16 +74,18 @@ def test_prompts_from_before_v12_still_validate(schemas):
     assert required == {"clip_name", "device"}
 
 
-def test_sampler_makes_its_schedule_for_the_fitted_latent(schemas, monkeypatch):
-    module = node_module("sampling")
-    monkeypatch.setattr(module, "check_model", lambda model: None)
-    monkeypatch.setattr(module, "show_settings", lambda model, steps, cfg: None)
-    monkeypatch.setattr(module, "version_defaults", lambda model, steps, cfg: (steps, cfg))
-    monkeypatch.setattr(module, "with_norm_limiter", lambda model: model)
-    monkeypatch.setattr(module, "fit_latent", lambda model, latent: {"samples": torch.zeros(1, 16, 128, 128)})
-    monkeypatch.setattr(module, "sample", lambda model, positive, negative, latent, sigmas, *rest: sigmas)
-    sigmas = module.Step1XEditSampler.execute(None, [], [], {"samples": torch.zeros(1, 128, 64, 64)}, 0, 4, 6.0, "euler", 1.0).result[0]
-    assert torch.equal(sigmas, module.flow_sigmas(4, torch.zeros(1, 16, 128, 128)))
+def test_sampler_makes_its_schedule_for_the_fitted_latent(schemas, model, clip, vae):
+    """An empty latent of FLUX.2 becomes larger where the host knows its scale, and the schedule depends on the size."""
+    from step1x_core.host.prompts.encoding import encode_edit
+    from step1x_core.host.sampling.sampler import fit_latent, flow_sigmas, sample
+
+    with torch.inference_mode():
+        positive, negative, _ = encode_edit(clip, vae, torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0)), "red", "", 64)
+        empty = {"samples": torch.zeros(1, 128, 8, 8), "downscale_ratio_spacial": 16}
+        fitted = fit_latent(model, empty)
+        expected = sample(model, positive, negative, fitted, flow_sigmas(3, fitted["samples"]), 2.0, 5, callback=lambda *args: None)
+        found = node_module("sampling").Step1XEditSampler.execute(model, positive, negative, empty, 5, 3, 2.0, "euler", 1.0).result[0]
+    assert torch.equal(found["samples"], expected["samples"])
 
 
 def test_every_node_has_a_documentation_page(schemas):
