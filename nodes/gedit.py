@@ -8,7 +8,7 @@ from ..step1x_core.gedit.dataset import LANGUAGES, unedited
 from ..step1x_core.gedit.scores import ALL
 from ..step1x_core.host.gedit.benchmark import Bench, bench_fingerprint, judge_bench, open_bench, report_images, save_edit, source_image
 from .categories import EVALUATION
-from .widgets import check_widgets
+from .widgets import NOT_CONNECTED, check_widgets
 
 BENCH = io.Custom("STEP1X_BENCH")
 ITEM = io.Custom("STEP1X_BENCH_ITEM")
@@ -133,10 +133,10 @@ class Step1XEditGEditReport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, bench, judge, seed, again, clip=None) -> io.NodeOutput:
+    def execute(cls, bench, judge, seed, again, clip=NOT_CONNECTED) -> io.NodeOutput:
         check_widgets(cls, judge=judge, seed=seed, again=again)
         check_bench(bench)
-        if clip is not None:
+        if clip is not NOT_CONNECTED:
             judge_bench(bench, clip, judge, seed, again)
         report, images = report_images(bench, judge)
         return io.NodeOutput(report.text, *images)

@@ -12,13 +12,11 @@ from ..step1x_core.pairs.propose import PROPOSED, Proposal
 from ..step1x_core.pairs.record import KINDS
 from ..step1x_core.pairs.review import Thresholds
 from .categories import TRAINING
-from .widgets import check_widgets
+from .widgets import NOT_CONNECTED, check_widgets
 
 PAIRS = io.Custom("STEP1X_PAIRS")
 PROPOSAL = io.Custom("STEP1X_PROPOSAL")
 LIMITS = Thresholds()
-# Of an optional input without a wire. A loader that finds no text encoder gives None, which must not pass for it.
-NOT_CONNECTED = object()
 
 
 def seed_input(tooltip: str) -> io.Int.Input:

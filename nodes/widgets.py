@@ -6,6 +6,9 @@ from comfy_api.latest import io
 
 from ..step1x_core.errors import Step1XError
 
+# Of an optional input without a wire. A loader that finds no text encoder gives None, which must not pass for it.
+NOT_CONNECTED = object()
+
 
 def fits(entry: io.Input, value) -> bool:
     if isinstance(entry, io.Boolean.Input):

@@ -23,13 +23,13 @@ def parametrize_by(kind):
 
 NO_MODEL = "This is not a Step1X-Edit model but .* Connect the model from 'Load Step1X-Edit Model'"
 NO_ENCODER = "This text encoder lays out prompts for another model. Use the one from 'Load Step1X-Edit MLLM'"
-NO_VAE = "There is no VAE in what is connected as one .* Load the FLUX VAE"
+NO_VAE = "The input 'vae' is (empty: .*|not a VAE but .*)Connect the stock 'Load VAE' with ae.safetensors"
 REFUSALS = {"MODEL": NO_MODEL, "CLIP": NO_ENCODER, "VAE": NO_VAE, "IMAGE": "brings no picture but .* Connect an output of the type IMAGE",
             "MASK": "brings no mask but .* Connect an output of the type MASK", "LATENT": "There is no latent in what is connected as one .* Connect an output of the type LATENT",
             "CONDITIONING": "brings no conditioning, or an empty one. Connect that of 'Step1X-Edit Encode'",
             "STEP1X_STITCH": "The input 'stitch' brings .* Connect the output 'stitch' of 'Step1X-Edit Crop to Mask'",
             "STEP1X_EDIT_DATASET": "The input 'dataset' brings .* Connect the output of 'Step1X-Edit Dataset'",
-            "STEP1X_PAIRS": "The input 'pairs' brings .* Connect the output of 'Step1X-Edit Computed Pairs' or 'Step1X-Edit Record Pairs'",
+            "STEP1X_PAIRS": "The input 'pairs' brings .* Connect the output of 'Step1X-Edit Compute Pairs' or 'Step1X-Edit Record Pairs'",
             "STEP1X_PROPOSAL": "The input 'proposals' brings .* Connect the output of 'Step1X-Edit Propose Edits'",
             "STEP1X_BENCH": "The input 'bench' brings .* Connect the output of 'Step1X-Edit GEdit-Bench Items'",
             "STEP1X_BENCH_ITEM": "The input 'items' brings .* Connect the output of 'Step1X-Edit GEdit-Bench Items'"}

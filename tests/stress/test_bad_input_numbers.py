@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from node_inputs import called, classes, entries, numbers, widgets
 
 from step1x_core.errors import Step1XError
+from step1x_core.speed.presets import ALL_STEPS, REGION, TEACACHE
 
 NAN, INF = float("nan"), float("inf")
 OUT_OF_RANGE = "The input '{}' brings .*, but it takes {}.*Correct it, or the node that it comes from"
@@ -72,12 +73,14 @@ def test_numbers_beyond_their_range(host, number, entry):
 
 # What a limit of these would cost is time or files, and nothing else: full-size pictures, 200 steps, written texts, trainings, datasets.
 SLOW_NODES = ("Step1XEditThinkPrompt", "Step1XEditReflectOnEdit", "Step1XEditContentGate")
-SLOW_FOLDERS = ("loaders", "training", "evaluation")
+SLOW_FOLDERS = ("training", "evaluation")
 SLOW_AT_MOST = ("size_level", "Step1XEditSampler.steps", "Step1XEditBatchImages.steps", "Step1XEditReflectionLoop.steps")
 
 
 def limits(entry) -> list:
     """The values at the ends of the range that are tried."""
+    if any(other.is_file for other in entries(entry.node)):
+        return []  # Files are bad_input_weights' and bad_input_checkpoints' business.
     if entry.node in SLOW_NODES or any(name in classes()[entry.node].GET_SCHEMA().category.split("/") for name in SLOW_FOLDERS):
         return []
     slow = entry.name in SLOW_AT_MOST or f"{entry.node}.{entry.name}" in SLOW_AT_MOST
@@ -104,11 +107,11 @@ def test_limits_are_part_of_the_range(host, entry, value):
     [
         ("Step1XEditGuidance", {"power": 1.0, "truncate": 0.0}),
         ("Step1XEditGuidance", {"power": 0.0}),
-        ("Step1XEditTeaCache", {"threshold": 2.0}),
-        ("Step1XEditRegion", {"warmup": 0.0, "refreshes": 20, "reuse": 1.0}),
-        ("Step1XEditRegion", {"similarity": 1.0, "warmup": 1.0}),
-        ("Step1XEditGuidanceInterval", {"start": 1.0, "end": 1.0}),
-        ("Step1XEditGuidanceInterval", {"start": 0.0, "end": 0.0}),
+        ("Step1XEditSpeedPreset", {"mode": TEACACHE, "mode.threshold": 2.0}),
+        ("Step1XEditSpeedPreset", {"mode": REGION, "mode.warmup": 0.0, "mode.refreshes": 20, "mode.reuse": 1.0}),
+        ("Step1XEditSpeedPreset", {"mode": REGION, "mode.similarity": 1.0, "mode.warmup": 1.0}),
+        ("Step1XEditSpeedPreset", {"mode": ALL_STEPS, "mode.start_percent": 1.0, "mode.end_percent": 1.0}),
+        ("Step1XEditSpeedPreset", {"mode": ALL_STEPS, "mode.start_percent": 0.0, "mode.end_percent": 0.0}),
     ],
 )
 def test_models_patched_at_the_limits_draw_pictures(host, node, values):
@@ -118,7 +121,8 @@ def test_models_patched_at_the_limits_draw_pictures(host, node, values):
 
 
 def test_an_interval_that_ends_before_it_starts(host):
-    host.refuses(host.call("Step1XEditGuidanceInterval", start=1.0, end=0.7), "The guidance would start at 1 of the steps and end at 0.7, .* Set start to at most end")
+    host.refuses(host.call("Step1XEditSpeedPreset", **{"mode": ALL_STEPS, "mode.start_percent": 1.0, "mode.end_percent": 0.7}),
+                 "The guidance would start at 1 of the steps and end at 0.7, .* Set start_percent to at most end_percent")
 
 
 @pytest.mark.parametrize("entry", CHOICES, ids=str)

@@ -139,15 +139,14 @@ def test_texts_come_out_as_the_server_can_send_them(host, node, entry, prompt):
 def test_texts_of_pairs_are_stored_and_drawn(host, tmp_path, monkeypatch, entry, prompt):
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     pairs, _ = host.call("Step1XEditPairRecord", **{entry: prompt}).made()
-    sheet, _ = host.call("Step1XEditPairSheet", pairs=Given(pairs)).made()
-    folder, _ = host.call("Step1XEditPairSave", writes=tmp_path, pairs=Given(pairs)).made()
+    folder, sheet, _ = host.call("Step1XEditPairSave", writes=tmp_path, pairs=Given(pairs)).made()
     assert torch.isfinite(sheet).all() and json.loads((Path(folder) / "en-00000.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("entry", [entry for entry in TEXTS if entry.name in ("kinds", "task_types")], ids=str)
 @pytest.mark.parametrize("prompt", [prompt for prompt in FINE.values() if prompt.strip()], ids=[name for name, prompt in FINE.items() if prompt.strip()])
 def test_texts_that_are_no_entries_of_a_list(host, entry, prompt):
-    host.refuses(host.call(entry.node, **{entry.name: prompt}), "is no kind that can be made here; .* Correct the input|has no task type .* Correct the input")
+    host.refuses(host.call(entry.node, **{entry.name: prompt}), "is not a kind that can be made here; .* Correct the input|has no task type .* Correct the input")
 
 
 @pytest.mark.parametrize("prompts, expected", [("", "There is no instruction. Write one"), (" \n\t\n ", "There is no instruction. Write one"),

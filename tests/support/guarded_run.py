@@ -41,7 +41,7 @@ def take() -> dict[str, list[str]]:
 
 
 def main(base: Path, report: Path) -> None:
-    sys.path[:0] = [str(Path(__file__).absolute().parent), str(Path(__file__).absolute().parents[2] / "scripts" / "support")]
+    sys.path[:0] = [str(Path(__file__).absolute().parent), str(Path(__file__).absolute().parents[1]), str(Path(__file__).absolute().parents[2] / "scripts" / "support")]
     import environment
 
     environment.use_host_in_process()

@@ -17,7 +17,7 @@ TINY = {
     "min_size": 16, "feather": 2, "max_side": 64, "count": 1, "limit": 1, "validation": 0,
     "rank": 1, "alpha": 1.0, "learning_rate": 0.1, "save_every": 0, "validate_every": 0,
     "name": "x", "method": "x", "judge": "x", "maker": "x", "prompts": "red", "prompt": "red", "english": "red",
-    "action": "block", "question": "Is it bad?", "Step1XEditTrainDataset.dataset": "pairs", "end": 1.0,
+    "action": "block", "question": "Is it bad?", "Step1XEditTrainDataset.dataset": "pairs",
 }
 FILE = "x"
 

@@ -10,7 +10,7 @@ from made_pairs import pairs_of, photograph
 from PIL import Image
 
 from step1x_core.errors import Step1XError
-from step1x_core.pairs.hashing import Index, fingerprint
+from step1x_core.pairs.hashing import STRUCTURE, Index, fingerprint
 from step1x_core.pairs.makers.lettering import CONTRAST, INKS, readable
 from step1x_core.pairs.makers.pixels import LUMA
 from step1x_core.pairs.orders import MAKERS, carry_out, orders, shrink
@@ -130,6 +130,21 @@ def test_different_edits_of_one_picture_are_no_duplicates(picture):
     for number, print_ in enumerate(prints):
         assert index.find("g", print_) is None, number
         index.add("g", print_, str(number))
+
+
+def test_one_part_that_looks_different_is_enough_for_another_pair(picture):
+    """Source, what was changed before and after: each has to look the same in structure, and all in colour."""
+    print_ = fingerprint(picture, 255 - picture)
+    index = Index()
+    index.add("g", print_, "first")
+    assert index.find("g", print_) == "first" and index.find("h", print_) is None
+    for part in range(3):
+        other = print_.copy()
+        other[part * STRUCTURE:(part + 1) * STRUCTURE] ^= 255
+        assert index.find("g", other) is None
+    other = print_.copy()
+    other[-1] ^= 255
+    assert index.find("g", other) is None
 
 
 def pair_with_word(picture, word):

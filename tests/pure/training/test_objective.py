@@ -1,12 +1,15 @@
 """The training objective: noise levels, order, learning rate and loss curve, without ComfyUI."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tiny_models
 import torch
 
+from step1x_core.errors import Step1XError
 from step1x_core.training.loss_curve import draw_losses, draw_progress, smooth
-from step1x_core.training.objective import COSINE, TARGET, Settings, add_noise, draw, flow_loss, learning_rate, pair_at, shift_noise_level
+from step1x_core.training.objective import COSINE, TARGET, Settings, add_noise, check_resumed, draw, flow_loss, learning_rate, pair_at, shift_noise_level
 
 
 def test_noise_levels_are_shifted_to_the_noisy_end():
@@ -54,3 +57,12 @@ def test_curve_shows_single_losses_and_their_mean():
     pictures = [np.asarray(draw_losses(losses)) for losses in ([0.0], [1.0], [1.0, 0.5, 0.25], [0.25, 0.5, 1.0])]
     assert all(picture.shape == pictures[0].shape for picture in pictures) and not np.array_equal(pictures[2], pictures[3])
     assert draw_progress([1.0], [np.zeros((64, 192, 3), np.uint8)]).height > pictures[0].shape[0]
+
+
+@pytest.mark.parametrize("name, value", [("rank", 2), ("alpha", 3.0), ("seed", 7), ("batch", 2), ("accumulation", 4), ("ema", 0.5)])
+def test_a_training_goes_on_only_with_what_its_state_was_made_with(name, value):
+    settings = Settings(steps=5)
+    stored = dataclasses.asdict(settings)
+    check_resumed(stored, dataclasses.replace(settings, steps=9, learning_rate=0.5, schedule=COSINE, warmup=3), "x")
+    with pytest.raises(Step1XError, match=f"begun with {name} .* now it is {value}"):
+        check_resumed(stored, dataclasses.replace(settings, **{name: value}), "x")
