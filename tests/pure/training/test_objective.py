@@ -64,5 +64,5 @@ def test_a_training_goes_on_only_with_what_its_state_was_made_with(name, value):
     settings = Settings(steps=5)
     stored = dataclasses.asdict(settings)
     check_resumed(stored, dataclasses.replace(settings, steps=9, learning_rate=0.5, schedule=COSINE, warmup=3), "x")
-    with pytest.raises(Step1XError, match=f"begun with {name} .* now it is {value}"):
+    with pytest.raises(Step1XError, match=f"uses {name} .* but {name} is now {value}"):
         check_resumed(stored, dataclasses.replace(settings, **{name: value}), "x")
