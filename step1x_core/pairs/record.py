@@ -1,6 +1,5 @@
 """A pair of pictures for training: before and after an edit, with its instruction in two languages and where it comes from (docs/model.md, Training pairs)."""
 
-import hashlib
 import json
 import math
 import random
@@ -13,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import Step1XError
+from ..files import content_key
 from ..prompts.v11 import clean_prompt
 from ..reasoning.judge import Verdict
 from ..tasks import TASK_TYPES
@@ -76,11 +76,7 @@ def changed_pixels(source: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 def digest(*parts: bytes | str) -> str:
     """A name of 20 characters that changes with any of the parts."""
-    state = hashlib.sha256()
-    for part in parts:
-        data = part if isinstance(part, bytes) else part.encode()
-        state.update(len(data).to_bytes(8, "little") + data)
-    return state.hexdigest()[:20]
+    return content_key(*parts)[:20]
 
 
 @cache
