@@ -194,8 +194,10 @@ def items_of(model: Model, source: str, repository: str, folder: Path, folder_pa
             chosen.append(file)
     if not any(file.path.endswith(".safetensors") for file in chosen):
         others = ", ".join(file.path for file in files if file.path.endswith(".safetensors")) or "none"
-        raise hub.HubError(f"{repository} on {source} does not have the files of {model.title}; its safetensors files: {others}. "
-                           "Name the repository that has them with --repo.")
+        raise hub.HubError(
+            f"{repository} on {source} does not contain the files of {model.title}; its safetensors files: {others}. "
+            "Name another repository with --repo."
+        )
     if model.whole:
         return [download.Item(file, folder / PurePosixPath(repository).name / file.path) for file in chosen]
     items = []
@@ -223,7 +225,7 @@ def run_download(names: list[str], source: str, repository: str | None, folder: 
     for name in dict.fromkeys(names):
         model = MODELS[name]
         place = repository or model.repository
-        print(f"Asking {source} what {place} holds", flush=True)
+        print(f"Listing the files of {place} on {source}", flush=True)
         try:
             items = items_of(model, source, place, folder or download_folder(folder_paths, model.folder), folder_paths)
         except hub.HubError as error:
@@ -240,7 +242,7 @@ def run_download(names: list[str], source: str, repository: str | None, folder: 
     for failure in failures:
         print(failure, file=sys.stderr)
     if not failures:
-        print("Everything is in place. Press R in ComfyUI to refresh the lists of the loaders.")
+        print("All files are in place. In ComfyUI, press R to refresh the lists of the loaders.")
     return int(bool(failures))
 
 
@@ -259,7 +261,7 @@ def main() -> int:
         for line in advise(host_root()):
             print(f"[Step1X-Edit] {line}", flush=True)
     except Exception as error:  # whatever it may be, advice must not make an installation fail
-        print(f"[Step1X-Edit] The advice stopped early: {error!r}")
+        print(f"[Step1X-Edit] The setup advice failed: {error!r}")
     return 0
 
 

@@ -26,13 +26,16 @@ def name_fault(name: str) -> str | None:
     if not isinstance(name, str) or not name.strip(". "):
         return "it is empty"
     if any(char < " " or char == "\x7f" or "\ud800" <= char <= "\udfff" for char in name) or FORBIDDEN & set(name):
-        return f"it must be a file name without any of {' '.join(sorted(FORBIDDEN))}"
+        return f"it contains a control character or one of {' '.join(sorted(FORBIDDEN))}"
     if name != name.strip() or name.endswith("."):
-        return "a file name does not begin with a space or end with a space or dot"
+        return "a file name must not start with a space, or end with a space or a dot"
     if name.split(".")[0].strip().lower() in DEVICES:
-        return "Windows keeps that name for a device"
+        return "Windows reserves that name for a device"
     if len(name.encode()) > LONGEST_NAME:
-        return f"it takes {len(name.encode())} bytes, and file systems have room for {LONGEST_NAME} (letters of other alphabets take up to four)"
+        return (
+            f"it is {len(name.encode())} bytes long; the limit is {LONGEST_NAME} (a character of another alphabet "
+            "takes up to four)"
+        )
     return None
 
 
@@ -61,11 +64,17 @@ def safe_path(base: Path, name: str | Path, root: Path | None, place: str) -> Pa
     foreign = os.name != "nt" and ("\\" in text and ".." in windows.parts or windows.drive and not text.startswith("/"))
     path = os.path.abspath(os.path.join(base, text)) if "\0" not in text else ""
     if "\0" in text or root is not None and (foreign or not _inside(path, os.path.abspath(root))):
-        raise Step1XError(f"{place} names a picture outside of its folder: {text[:200]!r} lies outside of {root}. Put the pictures there.")
+        raise Step1XError(
+            f"{place} names an image outside its folder: {text[:200]!r} is not inside {root}. Move the images into "
+            "that folder."
+        )
     if root is not None:
         real = os.path.realpath(path)
         if not any(_inside(real, os.path.realpath(folder)) for folder in (root, base)):
-            raise Step1XError(f"{place} names the file {text[:200]!r}, a link that leads outside of {root}. Put the file itself there.")
+            raise Step1XError(
+                f"{place} names the file {text[:200]!r}, a link that points outside {root}. Replace the link with the "
+                "file itself."
+            )
     return Path(path)
 
 
@@ -90,7 +99,9 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def unwritable(what: Path | str, problem: Exception) -> Step1XError:
-    return Step1XError(f"{what} cannot be written ({problem}). Free space on the disk, or correct the rights of that folder.")
+    return Step1XError(
+        f"{what} cannot be written ({problem}). Free disk space, or check the permissions of that folder."
+    )
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -112,7 +123,7 @@ def open_picture(content: bytes | Path, name: str) -> Image.Image:
             return ImageOps.exif_transpose(picture).convert("RGB")
     # The decoders raise many things on damaged files: SyntaxError, struct.error, ...
     except Exception as problem:
-        raise Step1XError(f"{name} cannot be read as a picture ({problem}). Get the file again.") from problem
+        raise Step1XError(f"{name} cannot be read as an image ({problem}). Replace the file.") from problem
 
 
 def is_picture(path: Path) -> bool:
@@ -133,7 +144,7 @@ def png(picture: Image.Image) -> bytes:
 
 def save_picture(path: Path, content: bytes) -> None:
     """Write a picture file. Raises Step1XError for content that is no picture."""
-    open_picture(content, f"The picture for {path}")
+    open_picture(content, f"The image for {path}")
     write_file(path, content)
 
 

@@ -43,8 +43,10 @@ def working_size(width: int, height: int, size_level: int) -> tuple[int, int]:
         w = math.ceil(h * ratio)
     w, h = (side // SIZE_MULTIPLE * SIZE_MULTIPLE for side in (w, h))
     if w == 0 or h == 0:
-        raise Step1XError(f"A picture of {width}x{height} pixels is too narrow to edit at size level {size_level}: one side would shrink "
-                          f"below {SIZE_MULTIPLE} pixels. Crop the picture or raise the size level.")
+        raise Step1XError(
+            f"An image of {width}x{height} pixels is too narrow to edit at size level {size_level}: one side would be "
+            f"smaller than {SIZE_MULTIPLE} pixels. Crop the image or raise the size level."
+        )
     return w, h
 
 
@@ -67,8 +69,10 @@ def vision_sizes(width: int, height: int, limits=(HELPER_LIMITS, PROCESSOR_LIMIT
     sizes, size = [], (width, height)
     for low, high in limits:
         if max(size) / min(size) > MAX_ASPECT_RATIO:
-            raise Step1XError(f"A picture of {width}x{height} pixels is too long for the language model: its sides may differ by a factor of "
-                              f"{MAX_ASPECT_RATIO} at most. Crop the picture.")
+            raise Step1XError(
+                f"An image of {width}x{height} pixels is too elongated for the language model, which accepts aspect "
+                f"ratios up to {MAX_ASPECT_RATIO}. Crop the image."
+            )
         size = _fit_cells(*size, low, high)
         sizes.append(size)
     return sizes

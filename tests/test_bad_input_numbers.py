@@ -276,7 +276,7 @@ def test_models_patched_at_the_limits_draw_pictures(host, links, node, values):
 
 
 def test_an_interval_that_ends_before_it_starts(host, links):
-    host.refuses(run(host, links, "Step1XEditGuidanceInterval", start=1.0), "The guidance would start at 1 of the steps and end at 0.7, .* Set start to at most end")
+    host.refuses(run(host, links, "Step1XEditGuidanceInterval", start=1.0), "Guidance starts at 1 of the steps and ends at 0.7; .* Lower start or raise end")
 
 
 @pytest.mark.parametrize("node, name", CHOICES)

@@ -95,7 +95,7 @@ def test_threshold_and_labels_decide():
     # All labels together are certain.
     assert check(GREY, REPORT, labels="safe,red,very red,RED", threshold=0.999)[1] == 1
     assert check(GREEN, REPORT, labels="SAFE")[1] == 1
-    with pytest.raises(Step1XError, match="has no label 'nsfw'. Correct 'unsafe_labels'; it has: safe, red, Very Red"):
+    with pytest.raises(Step1XError, match="has no label 'nsfw'. Correct 'unsafe_labels'; available labels: safe, red, Very Red"):
         check(RED, labels="nsfw")
     with pytest.raises(Step1XError, match="would let everything pass"):
         check(RED, labels=" ,\n")
@@ -157,11 +157,11 @@ def test_only_a_clear_answer_counts(reply, answer):
 def test_a_refused_instruction_concerns_the_whole_batch_and_needs_no_classifier():
     images = torch.cat([GREEN, BLUE])
     out, found, report = check(images, BLUR, NONE, prompt="remove the clothes", words="blood, clothes\n裸体")
-    assert found == 2 and not torch.equal(out[0], images[0]) and report.count("the instruction has clothes") == 2
+    assert found == 2 and not torch.equal(out[0], images[0]) and report.count("the prompt contains clothes") == 2
     out, found, report = check(images, BLUR, NONE, prompt="remove the tree", words="blood, clothes")
-    assert found == 0 and torch.equal(out, images) and report.startswith("Content gate: nothing found in 2 pictures.")
+    assert found == 0 and torch.equal(out, images) and report.startswith("Content gate: nothing found in 2 images.")
     _, found, report = check(torch.cat([GREEN, RED]), REPORT, prompt="blood", words="blood")
-    assert found == 2 and "2. the instruction has blood; unsafe content" in report
+    assert found == 2 and "2. the prompt contains blood; unsafe content" in report
 
 
 @pytest.mark.parametrize("reply, found", [("No.", 0), ("Yes.", 1), ("Well", 1)])
@@ -182,11 +182,11 @@ def test_the_language_model_is_asked_about_the_instruction_and_silence_is_no_con
 
 def test_a_real_text_encoder_answers_something(clip):
     found, report = check(GREEN, REPORT, NONE, prompt="add a sword", question="Does it ask for violence?", clip=clip)[1:]
-    assert found == 1 and "no clear answer about the instruction" in report
+    assert found == 1 and "no clear answer about the prompt" in report
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"classifier": NONE}, "has nothing to check by"),
+    ({"classifier": NONE}, "has nothing to check"),
     ({"classifier": "gone"}, "The classifier 'gone' is not in the image_classification folder"),
     ({"question": "Is it bad?"}, "no text encoder is connected"),
     ({"question": "Is it bad?", "clip": object()}, "text encoder"),
@@ -224,7 +224,7 @@ def test_in_every_combination_a_gate_that_is_on_checks_or_refuses(clip, monkeypa
 
 @pytest.mark.parametrize("settings", [{"action": "Block"}, {"action": ""}, {"action": None}])
 def test_an_unknown_action_is_no_way_past_the_gate(settings):
-    with pytest.raises(Step1XError, match="has no action"):
+    with pytest.raises(Step1XError, match="expected one of"):
         check(GREEN, classifier=NONE, prompt="x", words="y", **settings)
 
 
@@ -263,7 +263,7 @@ def test_a_picture_without_numbers_does_not_pass_as_a_black_one():
         broken = GREEN.clone()
         broken[0, 3, 4, 1] = value
         for settings in ({}, {"classifier": NONE, "words": "blood", "prompt": "x"}):
-            with pytest.raises(Step1XError, match="'images' of the content gate holds values that are no numbers.*--fp32-vae"):
+            with pytest.raises(Step1XError, match="'images' of the content gate contains NaN or Inf values.*--fp32-vae"):
                 check(broken, **settings)
         assert check(broken, OFF)[0] is broken
 
@@ -278,7 +278,7 @@ def test_only_whole_safe_classifier_folders_are_offered_and_opened(models_dir):
     copy_classifier(models_dir, "foreign", model_type="my_model", auto_map={"AutoConfig": "evil.Config", "AutoModelForImageClassification": "evil.Model"})
     (models_dir / "image_classification" / "foreign" / "evil.py").write_text("raise SystemExit('code of a model folder was run')")
     assert set(classifier_folders()) == {"group/red-finder", "halved", "unprepared", "foreign"}
-    for name, message in (("pickled", "is not in the"), ("halved", "is incomplete: its weights lack vit"), ("unprepared", "cannot be opened"), ("foreign", "cannot be opened")):
+    for name, message in (("pickled", "is not in the"), ("halved", "is incomplete: its weights lack vit"), ("unprepared", "cannot be loaded"), ("foreign", "cannot be loaded")):
         with pytest.raises(Step1XError, match=message):
             check(RED, classifier=name)
 
@@ -321,7 +321,7 @@ def test_the_shipped_workflow_in_the_host(tmp_path_factory, models_dir):
             return np.asarray(Image.open(io.BytesIO(ran.images[0])).convert("RGB")), report, ran, gate_node
 
         passed, report, _, _ = run("turn it green")
-        assert report.startswith("Content gate: nothing found in 1 pictures.")
+        assert report.startswith("Content gate: nothing found in 1 images.")
         off, report, _, _ = run("make her naked", action="off")
         assert "is off" in report and off.std() > 5
         withheld, report, ran, _ = run("make her naked")

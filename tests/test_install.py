@@ -123,7 +123,7 @@ def test_a_python_without_packages_is_advised(comfyui):
 ])
 def test_a_broken_host_never_fails_the_installation(comfyui, name, content, python):
     (comfyui / name).write_bytes(content)
-    assert "The advice stopped early" in advice(comfyui, *python).splitlines()[-1]
+    assert "The setup advice failed" in advice(comfyui, *python).splitlines()[-1]
 
 
 def test_outside_a_host_the_place_is_named(tmp_path):

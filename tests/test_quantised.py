@@ -228,7 +228,7 @@ def test_what_looks_like_a_scale_and_is_not_understood_is_refused(model_weights,
         | {QKV + key: tensor for key, tensor in extra.items()}
     )
     with pytest.raises(
-        Step1XError, match=rf"holds {QKV}\w+ .* beside {QKV}weight .*looks like its scale.*Take the bf16 file"
+        Step1XError, match=rf"holds {QKV}\w+ .* beside {QKV}weight .*looks like its scale.*Use the bf16 file"
     ):
         model_state(tmp_path, stored)
 
@@ -288,7 +288,7 @@ def test_integers_without_a_scale_are_refused(model_weights, tmp_path, dtype):
 
 def test_a_scale_that_is_no_number_is_refused(model_weights, tmp_path):
     stored, _ = unmarked(model_weights, [QKV + "weight"])
-    with pytest.raises(Step1XError, match="infinite or no numbers"):
+    with pytest.raises(Step1XError, match="contains NaN or Inf values"):
         model_state(tmp_path, stored | {QKV + "weight_scale": torch.tensor(float("nan"))})
 
 

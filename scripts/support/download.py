@@ -105,7 +105,10 @@ def check_answer(item: Item, response: requests.Response, have: int) -> None:
     else:
         announced, expected = response.headers.get("Content-Length", str(size)), str(size)
     if announced != expected:
-        raise HubError(f"The server sends {announced} for {item.file.path} where {expected} is due. Is there a proxy or a login page in between?")
+        raise HubError(
+            f"The server sent {announced} for {item.file.path}, expected {expected}. Check for a proxy or a login page "
+            "in between."
+        )
 
 
 def fetch(item: Item, progress: Progress, cancelled: threading.Event) -> None:
@@ -142,15 +145,17 @@ def fetch(item: Item, progress: Progress, cancelled: threading.Event) -> None:
             failures = 0 if have > furthest else failures + 1
             furthest = max(have, furthest)
             if failures >= hub.ATTEMPTS:
-                raise HubError(f"The connection for {item.file.path} breaks again and again. Run the same command again later; what has arrived is kept.")
+                raise HubError(f"The connection for {item.file.path} keeps failing. Rerun the command later to resume.")
             if have < size and cancelled.wait(hub.FIRST_WAIT * 2**failures):
                 raise Cancelled
         part.flush()
         os.fsync(part.fileno())
     if digest.hexdigest() != item.file.checksum:
         item.part.unlink()
-        raise HubError(f"{item.file.path} arrived with a wrong checksum and was deleted. Run the same command again; "
-                       "if that does not help, try the other --source.")
+        raise HubError(
+            f"{item.file.path} has a wrong checksum and was deleted. Rerun the command; if it fails again, try the "
+            "other --source."
+        )
     os.replace(item.part, item.ready)
 
 
@@ -158,7 +163,10 @@ def obtain(item: Item, progress: Progress, cancelled: threading.Event) -> None:
     """Make the ready file of an item, unless it is there or the file itself is. Raises HubError where another file is in its place."""
     if item.target.exists():
         if item.target.stat().st_size != item.file.size or not check(item, item.target, progress, cancelled):
-            raise HubError(f"{item.target} is there already, but is not the hub's {item.file.path}. Delete it or move it away to have it downloaded.")
+            raise HubError(
+                f"{item.target} already exists, but differs from {item.file.path} of the hub. Delete it or move it "
+                "away to download the file."
+            )
     elif item.ready.exists():
         progress.add(item.file.size)
     else:
@@ -190,8 +198,10 @@ def check_disk(items: list[Item]) -> None:
     for device, count in needed.items():
         free = shutil.disk_usage(folders[device]).free
         if count > free:
-            raise HubError(f"{gigabytes(count)} are to come, but the disk of {folders[device]} has {gigabytes(free)} free. "
-                           "Free some space, or name another folder with --dir.")
+            raise HubError(
+                f"{gigabytes(count)} to download, but the disk of {folders[device]} has {gigabytes(free)} free. Free "
+                "disk space, or name another folder with --dir."
+            )
 
 
 @contextlib.contextmanager
@@ -208,7 +218,7 @@ def locked(items: list[Item]):
             try:
                 lock.acquire(timeout=0)
             except filelock.Timeout as error:
-                raise HubError(f"{item.target} is being downloaded already. Wait for that to end.") from error
+                raise HubError(f"{item.target} is already being downloaded. Wait until that download ends.") from error
             stack.callback(unlock, lock)
         yield
 
@@ -232,7 +242,9 @@ def download(groups: list[list[Item]]) -> list[str]:
         try:
             item.target.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise HubError(f"The folder {item.target.parent} cannot be made ({error.strerror}). Name another one with --dir.") from error
+            raise HubError(
+                f"The folder {item.target.parent} cannot be created ({error.strerror}). Name another one with --dir."
+            ) from error
     check_disk(items)
     cancelled = threading.Event()
     progress = Progress(sum(item.file.size for item in items))

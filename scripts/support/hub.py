@@ -53,7 +53,9 @@ class HubFile:
             return hashlib.sha256()
         if len(self.checksum) == 40:
             return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
-        raise HubError(f"The hub gives no checksum for {self.path}, so it is not downloaded. Try the other --source.")
+        raise HubError(
+            f"The hub provides no checksum for {self.path}, so it is not downloaded. Try the other --source."
+        )
 
 
 def retry_after(response: requests.Response) -> float | None:
@@ -79,20 +81,22 @@ def get(url: str, cancelled: threading.Event, start: int = 0) -> requests.Respon
         except (requests.ConnectionError, requests.Timeout) as error:
             failure = str(error).rpartition("Caused by ")[2]  # requests names the address again in front of it
         except requests.RequestException as error:
-            raise HubError(f"{url} cannot be read ({error}). Check the address of the hub and your proxy settings.") from error
+            raise HubError(
+                f"{url} cannot be read ({error}). Check the hub's address and your proxy settings."
+            ) from error
         else:
             if response.status_code < 400 or response.status_code == 416:
                 return response
             response.close()
             if response.status_code in MISSING:
-                raise NotOnHub(f"{url} is not there or not public (HTTP {response.status_code}).")
+                raise NotOnHub(f"{url} does not exist or is not public (HTTP {response.status_code}).")
             failure = f"HTTP {response.status_code}"
             if response.status_code not in RETRIED:
                 break
             delay = retry_after(response) or delay
         if attempt < ATTEMPTS - 1 and cancelled.wait(min(delay, LONGEST_WAIT)):
             raise Cancelled
-    raise HubError(f"{url} cannot be read ({failure}). Run the same command again later, or try the other --source; what has arrived is kept.")
+    raise HubError(f"{url} cannot be read ({failure}). Rerun the command later to resume, or try the other --source.")
 
 
 def get_json(url: str) -> dict:
@@ -100,7 +104,9 @@ def get_json(url: str) -> dict:
         try:
             return response.json()
         except ValueError as error:
-            raise HubError(f"{url} answers with something else than a list of files. Check the address of the hub and your proxy settings.") from error
+            raise HubError(
+                f"{url} did not return a list of files. Check the hub's address and your proxy settings."
+            ) from error
 
 
 def huggingface(repository: str) -> list[HubFile]:
@@ -131,10 +137,18 @@ def list_files(source: str, repository: str) -> list[HubFile]:
     try:
         files = SOURCES[source](repository)
     except NotOnHub as error:
-        raise NotOnHub(f"{source} has no public repository {repository}. Name another one with --repo, or the other hub with --source.") from error
+        raise NotOnHub(
+            f"{source} has no public repository {repository}. Name another one with --repo, or the other hub with "
+            "--source."
+        ) from error
     except (KeyError, TypeError) as error:
-        raise HubError(f"{source} lists the files of {repository} in a form that is not known here ({error!r}). Try the other hub with --source.") from error
+        raise HubError(
+            f"{source} lists the files of {repository} in an unknown format ({error!r}). Try the other hub with "
+            "--source."
+        ) from error
     for file in files:
         if any(part in ("", ".", "..") or "\\" in part or ":" in part for part in file.path.split("/")):
-            raise HubError(f"{repository} on {source} lists '{file.path}', a name that leads outside its folder. Do not use this repository.")
+            raise HubError(
+                f"{repository} on {source} lists '{file.path}', a path outside its folder. Do not use this repository."
+            )
     return files

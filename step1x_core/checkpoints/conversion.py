@@ -157,19 +157,23 @@ class Weights:
 
         scales = [key for key in empty if key.split(".")[-1] in SCALES or is_weight_scale(key)]
         if scales or "_quantization_metadata" in self.metadata:
-            raise Step1XError(f"{name} is quantised with scales already. Convert the bf16 file, or a plain fp8 one.")
+            raise Step1XError(f"{name} is already quantised with scales. Convert the bf16 file, or a plain fp8 file.")
         self.stored = {CONFIG_KEY: self._load(CONFIG_KEY)} if empty.pop(CONFIG_KEY, None) else {}
         for key, (dtype, _) in empty.items():
             if dtype not in READABLE:
-                raise Step1XError(f"{name} cannot be converted: {key} is of the type {dtype}. Convert a bf16 or plain fp8 file.")
+                raise Step1XError(
+                    f"{name} cannot be converted: {key} has dtype {dtype}. Convert a bf16 or plain fp8 file."
+                )
 
         if CONNECTOR_KEY in empty:
             self.kind, self._native = "model", diffusers_to_original if is_diffusers_layout(empty) else dict
         elif TEXT_KEY in normalize_keys(empty):
             self.kind, self._native = "mllm", host_mllm_names
         else:
-            raise Step1XError(f"{name} is neither a Step1X-Edit model (it has no {CONNECTOR_KEY}) nor a Qwen2.5-VL (no {TEXT_KEY}). "
-                              "Choose another file or folder.")
+            raise Step1XError(
+                f"{name} is neither a Step1X-Edit model ({CONNECTOR_KEY} is missing) nor a Qwen2.5-VL model "
+                f"({TEXT_KEY} is missing). Choose another file or folder."
+            )
         self.shapes = self._native({key: torch.empty(shape, dtype=READABLE[dtype], device="meta") for key, (dtype, shape) in empty.items()})
         # Numbers in place of the tensors show what each native tensor is made of.
         keys = list(empty)
@@ -203,7 +207,7 @@ def converted(name: str, tensor: Tensor, form: str, full_precision: bool) -> dic
     module = name.removesuffix("weight")
     out = {module + kind: value for kind, value in quantise(tensor).items()}
     if not tensor.is_meta and not all(value.float().isfinite().all() for kind, value in out.items() if "weight_scale" in kind):
-        raise Step1XError(f"{name} holds values that are infinite or no numbers. The file is damaged; download it again.")
+        raise Step1XError(f"{name} contains NaN or Inf values. The file may be damaged; download it again.")
     return out | {module + "comfy_quant": marker(host_format, full_precision)}
 
 
@@ -216,7 +220,9 @@ def plan(weights: Weights, form: str, keep: list[str], modulation: bool, weights
     Raises Step1XError for weights_only with int8.
     """
     if weights_only and form == "int8":
-        raise Step1XError("ComfyUI rounds the inputs of int8 layers whatever the file says, so --weights-only has no effect. Leave it out, or choose fp8.")
+        raise Step1XError(
+            "ComfyUI always rounds the inputs of int8 layers, so --weights-only has no effect. Omit it, or choose fp8."
+        )
     layers = MODEL_LAYERS if weights.kind == "model" else MLLM_LAYERS
     chosen, rest = {}, {}
     for name, tensor in weights.shapes.items():
@@ -246,14 +252,14 @@ def header(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 def check_output(weights: Weights, out: Path, force: bool) -> None:
     """Raise Step1XError unless the file can be written without harm."""
     if not is_safetensors(out):
-        raise Step1XError(f"{out.name} is no name for the result. Let it end with .safetensors.")
+        raise Step1XError(f"{out.name} does not end with .safetensors. Add that suffix to the output name.")
     if not out.parent.is_dir():
-        raise Step1XError(f"There is no folder {out.parent} for the result. Make it, or choose another place.")
+        raise Step1XError(f"The output folder {out.parent} does not exist. Create it, or choose another path.")
     if out.exists():
         if any(out.samefile(path) for path in weights.files.values()):
-            raise Step1XError(f"{out} is the file that is to be converted. Choose another name for the result.")
+            raise Step1XError(f"{out} is the input file. Choose another name for the output.")
         if not force or not out.is_file():
-            raise Step1XError(f"{out} exists already. Choose another name, or overwrite it with --force.")
+            raise Step1XError(f"{out} already exists. Choose another name, or overwrite it with --force.")
 
 
 def convert(weights: Weights, out: Path, form: str, extra: dict[str, Tensor], metadata: dict[str, str], keep=(), modulation=False, weights_only=False,
@@ -275,7 +281,10 @@ def convert(weights: Weights, out: Path, form: str, extra: dict[str, Tensor], me
     total = len(head) + sum(tensor.numel() * tensor.element_size() for tensor in laid_out.values())
     free = shutil.disk_usage(out.parent).free
     if free < total:
-        raise Step1XError(f"{out.parent} has {free / 1e9:.1f} GB free, the result needs {total / 1e9:.1f} GB. Make room, or choose another place.")
+        raise Step1XError(
+            f"{out.parent} has {free / 1e9:.1f} GB free, but the output needs {total / 1e9:.1f} GB. Free disk space, "
+            "or choose another path."
+        )
 
     partial_file, digest, done = out.with_name(out.name + ".part"), hashlib.sha256(), 0
 

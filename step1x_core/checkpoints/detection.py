@@ -80,7 +80,9 @@ def parse_config(text: str | bytes) -> dict:
     except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
-        raise Step1XError(f"The file's entry {CONFIG_KEY}, from which the model's configuration is read, is damaged. Download the file again.")
+        raise Step1XError(
+            f"The model configuration stored in the file ({CONFIG_KEY}) is damaged. Download the file again."
+        )
     return values
 
 
@@ -101,8 +103,10 @@ def check_overrides(config: "Step1XConfig", head_dim: int, names: Iterable[str])
     }
     for name in fits.keys() & names:
         if not fits[name]:
-            raise Step1XError(f"The configuration stored with the weights has {name} = {getattr(config, name)!r}, which does not fit them. "
-                              "Download the file, or the config.json of its folder, again.")
+            raise Step1XError(
+                f"The configuration stored with the weights has {name} = {getattr(config, name)!r}, which does not "
+                "match them. Download the file, or the config.json of its folder, again."
+            )
 
 
 def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
@@ -159,10 +163,15 @@ def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
             setattr(config, name, overrides[name])
     check_overrides(config, head_dim, overrides)
     if not isinstance(config.version, str) or config.version not in VERSIONS:
-        raise Step1XError(f"Unknown Step1X-Edit version '{config.version}'. Choose one of: {', '.join(VERSIONS)}.")
+        raise Step1XError(
+            f"Version '{config.version}' of Step1X-Edit is unknown. Choose one of: {', '.join(VERSIONS)}."
+        )
     for key, found, layout, owner in ((SCALE_FACTOR_KEY, scale_factor, LAYOUT_V11, "v1.0"), (TEXT_MAPPING_KEY, mapping, LAYOUT_V12, "v1.2")):
         if found and VERSIONS[config.version].layout is not layout:
-            raise Step1XError(f"This model cannot be {config.version}: it has {key}, which only {owner} has. Set the version to auto or to {owner}.")
+            raise Step1XError(
+                f"The version is set to {config.version}, but the weights contain {key}, which only {owner} has. Set "
+                f"the version to auto or to {owner}."
+            )
     return config
 
 
@@ -180,8 +189,10 @@ def pipeline_layout(checkpoint: Checkpoint) -> PromptLayout | None:
     if checkpoint.pipeline is None:
         return None
     if not isinstance(checkpoint.pipeline, str) or checkpoint.pipeline not in PIPELINE_LAYOUTS:
-        raise Step1XError(f"{checkpoint.path} belongs to the pipeline {checkpoint.pipeline}, which this node pack does not run. "
-                          f"Supported: {', '.join(PIPELINE_LAYOUTS)}.")
+        raise Step1XError(
+            f"{checkpoint.path} belongs to the pipeline {checkpoint.pipeline}, which this node pack does not support. "
+            f"Choose a model of one of these pipelines: {', '.join(PIPELINE_LAYOUTS)}."
+        )
     return PIPELINE_LAYOUTS[checkpoint.pipeline]
 
 
@@ -201,16 +212,25 @@ def choose_version(checkpoint: Checkpoint, state_dict) -> str:
     names = checkpoint.path.parts[:-3:-1]
     if SCALE_FACTOR_KEY in state_dict:
         if layout is not None:
-            raise Step1XError(f"{checkpoint.path} contradicts itself: the pipeline {checkpoint.pipeline} is no v1.0, but {SCALE_FACTOR_KEY} is in v1.0 only. "
-                              "Set the version by hand, or download the folder again.")
+            raise Step1XError(
+                f"{checkpoint.path} is inconsistent: the pipeline {checkpoint.pipeline} is not v1.0, but the weights "
+                f"contain {SCALE_FACTOR_KEY}, which only v1.0 has. Choose the version in the loader, or download the "
+                "folder again."
+            )
         return "v1.0"
     if TEXT_MAPPING_KEY in state_dict:
         if layout is LAYOUT_V11:
-            raise Step1XError(f"{checkpoint.path} contradicts itself: the pipeline {checkpoint.pipeline} is v1.1, but {TEXT_MAPPING_KEY} is in v1.2 only. "
-                              "Set the version by hand, or download the folder again.")
+            raise Step1XError(
+                f"{checkpoint.path} is inconsistent: the pipeline {checkpoint.pipeline} is v1.1, but the weights "
+                f"contain {TEXT_MAPPING_KEY}, which only v1.2 has. Choose the version in the loader, or download the "
+                "folder again."
+            )
         return "v1.2-preview" if any("preview" in name.lower() for name in names) else "v1.2"
     layout = layout or named_layout(names)
     if layout is not None:
         return "v1.2-preview" if layout is LAYOUT_V12 else "v1.1"
-    raise Step1XError(f"{checkpoint.path.name} is Step1X-Edit v1.1 or v1.2-preview; their tensors are alike, and neither its name nor a model_index.json tells which. "
-                      "Choose the version in 'Load Step1X-Edit Model' instead of auto.")
+    raise Step1XError(
+        f"{checkpoint.path.name} is Step1X-Edit v1.1 or v1.2-preview: their tensors have the same names and shapes, "
+        "and neither the file name nor a model_index.json identifies the version. Choose the version in 'Load "
+        "Step1X-Edit Model' instead of auto."
+    )

@@ -59,8 +59,10 @@ def check_config(config: MLLMConfig) -> None:
     }
     for name, fit in fits.items():
         if not fit:
-            raise Step1XError(f"The configuration of the text encoder has {name} = {getattr(config, name)!r}, which does not fit its weights. "
-                              "Download it again, with its config.json.")
+            raise Step1XError(
+                f"The configuration of the text encoder has {name} = {getattr(config, name)!r}, which does not match "
+                "its weights. Download it again, with its config.json."
+            )
 
 
 def detect_mllm_config(state_dict, hf_config: dict) -> MLLMConfig:

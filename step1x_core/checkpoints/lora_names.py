@@ -128,8 +128,8 @@ def layers_of(lora: dict[str, Tensor], layers: dict) -> tuple[dict[str, dict[str
         if target is None:
             if split is None and unknown_kind(key, layers):
                 raise Step1XError(
-                    f"This LoRA could not be loaded: nothing is known about the kind of its tensor {key}, and without it the rest would be wrong. "
-                    "Export the LoRA in the layout of kohya, PEFT or LyCORIS, or choose another file."
+                    f"This LoRA contains the tensor {key}, whose kind is unknown. Without it the LoRA would be applied "
+                    "wrongly. Export the LoRA in the layout of kohya, PEFT or LyCORIS, or choose another file."
                 )
             unknown.append(key)
             continue
@@ -137,8 +137,8 @@ def layers_of(lora: dict[str, Tensor], layers: dict) -> tuple[dict[str, dict[str
         tensors = out.setdefault(layer, {})
         if kind in tensors or targets.setdefault(target, layer) != layer:
             raise Step1XError(
-                f"This LoRA could not be loaded: it holds more than one change of the same layer ({key} and another under a similar name), as files with "
-                "several adapters do. Export one adapter, or choose another file."
+                f"This LoRA contains more than one change of the same layer ({key} and another under a similar name), "
+                "as files with several adapters do. Export a single adapter, or choose another file."
             )
         tensors[kind] = tensor
     return out, unknown
@@ -156,8 +156,8 @@ def check_complete(layer: str, tensors: dict[str, Tensor]) -> None:
     )
     if not complete or {"diff_b", "lora_bias"} <= kinds or "lora_bias" in kinds and "lora_down.weight" not in kinds:
         raise Step1XError(
-            f"This LoRA does not fit together: for {layer} it holds only {', '.join(sorted(kinds))}, which is no complete change of a layer. The file is "
-            "incomplete or in a layout that is not known here; choose another file."
+            f"This LoRA is incomplete or in an unknown layout: for {layer} it contains only "
+            f"{', '.join(sorted(kinds))}. Choose another file."
         )
 
 

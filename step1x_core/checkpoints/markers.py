@@ -29,9 +29,8 @@ def stored_layers(name: str, text: str) -> dict:
         layers.items()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise Step1XError(
-            f"{name} could not be loaded: the {METADATA_KEY} in its head is no list of layers "
-            f"({type(error).__name__}: {error}). "
-            "Download it again, or choose another file."
+            f"{name} could not be loaded: {METADATA_KEY} in its metadata is not a list of layers "
+            f"({type(error).__name__}: {error}). Download it again, or choose another file."
         ) from error
     return layers
 

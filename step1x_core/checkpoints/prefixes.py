@@ -46,7 +46,10 @@ def transformer_names(name: str, keys: Iterable[str], anchors: Iterable[str] = (
     found = {short[:-len(anchor)] for short in plain.values() for anchor in anchors if short.endswith(anchor)}
     prefixes = sorted(prefix for prefix in found if is_transformer_prefix(prefix))
     if len(prefixes) > 1:
-        raise Step1XError(f"{name} holds {len(prefixes)} transformers, under {' and '.join(repr(prefix) for prefix in prefixes)}. Choose a file with one.")
+        raise Step1XError(
+            f"{name} contains {len(prefixes)} transformers, under {' and '.join(repr(prefix) for prefix in prefixes)}; "
+            "expected one. Choose another file."
+        )
     return {key: short[len(prefixes[0]):] for key, short in plain.items() if short.startswith(prefixes[0])} if prefixes else {}
 
 

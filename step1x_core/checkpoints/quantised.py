@@ -72,7 +72,7 @@ FOREIGN_METHODS = {
 }
 
 INSTEAD = (
-    "Take the bf16 file, one in ComfyUI's scaled fp8, or make a smaller one of the bf16 file with scripts/convert.py."
+    "Use the bf16 file, a file in ComfyUI's scaled fp8 format, or convert the bf16 file with scripts/convert.py."
 )
 
 
@@ -104,8 +104,8 @@ def check_foreign(name: str, state_dict: dict[str, Tensor], config: dict) -> Non
         is_narrow(tensor) or (not tensor.is_floating_point() and tensor.ndim > 1) for tensor in state_dict.values()
     ):
         raise Step1XError(
-            f"{name} is quantised by {FOREIGN_METHODS[method]} (so says its config.json), "
-            f"a format that this node pack does not read. {INSTEAD}"
+            f"{name} is quantised with {FOREIGN_METHODS[method]} according to its config.json, a format that this node "
+            f"pack does not support. {INSTEAD}"
         )
     for tool, pattern in FOREIGN.items():
         # A layer with ComfyUI's marker may have parts of any name.
@@ -114,7 +114,8 @@ def check_foreign(name: str, state_dict: dict[str, Tensor], config: dict) -> Non
         )
         if key is not None:
             raise Step1XError(
-                f"{name} is quantised by {tool} ({key} is in it), a format that this node pack does not read. {INSTEAD}"
+                f"{name} is quantised with {tool} (it contains {key}), a format that this node pack does not support. "
+                f"{INSTEAD}"
             )
 
 
@@ -125,10 +126,9 @@ def is_neutral(key: str, tensor: Tensor) -> bool:
 
 def refuse_scale(name: str, key: str, tensor: Tensor, weight: str, found: Tensor) -> Step1XError:
     return Step1XError(
-        f"{name} holds {key} ({dtype_name(tensor)} {list(tensor.shape)}) beside "
-        f"{weight} ({dtype_name(found)} {list(found.shape)}), "
-        f"which looks like "
-        f"its scale in a form that this node pack does not read; without it the weight is noise. {INSTEAD}"
+        f"{name} contains {key} ({dtype_name(tensor)} {list(tensor.shape)}) next to {weight} ({dtype_name(found)} "
+        f"{list(found.shape)}). It looks like a scale in an unsupported format; without it the weight would be noise. "
+        f"{INSTEAD}"
     )
 
 
@@ -225,8 +225,7 @@ def multiply_layer(
         raise refuse_scale(name, scales[-1], state_dict[scales[-1]], weight_key, weight)
     if not layout[0].isfinite().all():
         raise Step1XError(
-            f"{name} holds {scales[0]} with values that are infinite or no numbers. "
-            "The file is damaged; download it again."
+            f"{name} contains NaN or Inf values in {scales[0]}. The file may be damaged; download it again."
         )
     state_dict[weight_key] = multiplied(weight, *layout)
     del state_dict[scales[0]]
@@ -243,8 +242,8 @@ def check_stock(state_dict: dict[str, Tensor], node: str) -> None:
         weight = state_dict.get(f"{layer_of(key)}.weight")
         if layer_of(key) not in marked and weight is not None and is_narrow(weight):
             raise Step1XError(
-                f"This file holds {key}, a scale that ComfyUI's own loaders ignore, "
-                f"since the file lacks ComfyUI's marker. Load it with '{node}', which multiplies it out."
+                f"This file contains {key}, a scale that ComfyUI's own loaders ignore because the file lacks ComfyUI's "
+                f"marker. Load it with '{node}', which applies the scale."
             )
 
 
@@ -256,8 +255,8 @@ def check_lora(name: str, lora: dict[str, Tensor]) -> None:
     whole = next(iter(integers), scale)
     if whole is not None:
         raise Step1XError(
-            f"{name} is a quantised LoRA ({whole} is in it, {dtype_name(lora[whole])}), which this node pack does not "
-            "read. Take it in bf16, fp16 or fp32."
+            f"{name} is a quantised LoRA (it contains {whole} as {dtype_name(lora[whole])}), which this node pack does "
+            "not support. Use a bf16, fp16 or fp32 file."
         )
 
 
@@ -271,8 +270,8 @@ def check_leftovers(name: str, state_dict: dict[str, Tensor], marked: Collection
             raise refuse_scale(name, key, tensor, weight, state_dict[weight])
         if key == weight and tensor.dtype in (torch.int8, torch.uint8):
             raise Step1XError(
-                f"{name} holds {key} as {dtype_name(tensor)} without a scale beside it; "
-                f"without one the weight is noise. {INSTEAD}"
+                f"{name} stores {key} as {dtype_name(tensor)} without a scale; without one the weight would be noise. "
+                f"{INSTEAD}"
             )
 
 

@@ -48,10 +48,15 @@ def load_classifier(folder: Path) -> Classifier:
     # Whatever is wrong with the files of a folder: what transformers raises for it has no common class.
     except Exception as problem:
         detail = f"{type(problem).__name__}: {problem}".splitlines()[0][:200]
-        raise Step1XError(f"The classifier in {folder} cannot be opened ({detail}). It must be a whole folder as transformers saves it: config.json, "
-                          "preprocessor_config.json and weights as safetensors.") from problem
+        raise Step1XError(
+            f"The classifier in {folder} cannot be loaded ({detail}). Choose a complete folder in the transformers "
+            "layout: config.json, preprocessor_config.json and safetensors weights."
+        ) from problem
     if info["missing_keys"]:
-        raise Step1XError(f"The classifier in {folder} is incomplete: its weights lack {min(info['missing_keys'])}. Download the folder again.")
+        raise Step1XError(
+            f"The classifier in {folder} is incomplete: its weights lack {min(info['missing_keys'])}. Download the "
+            "folder again."
+        )
     labels = {int(index): str(name) for index, name in model.config.id2label.items()}
     return Classifier(model.eval().float(), processor, labels, model.config.problem_type == "multi_label_classification")
 

@@ -34,11 +34,16 @@ def find_labels(names: dict[int, str], wanted: list[str], classifier: str) -> li
     indices = {str(name).casefold(): index for index, name in names.items()}
     offered = ", ".join(str(names[index]) for index in sorted(names))
     if not wanted:
-        raise Step1XError("No label counts as unsafe, so the gate would let everything pass. "
-                          f"Name some of those of '{classifier}' in 'unsafe_labels': {offered}.")
+        raise Step1XError(
+            f"'unsafe_labels' lists no label, so the gate would let everything pass. List labels of '{classifier}': "
+            f"{offered}."
+        )
     for name in wanted:
         if name.casefold() not in indices:
-            raise Step1XError(f"The classifier '{classifier}' has no label {name!r}. Correct 'unsafe_labels'; it has: {offered}.")
+            raise Step1XError(
+                f"The classifier '{classifier}' has no label {name!r}. Correct 'unsafe_labels'; available labels: "
+                f"{offered}."
+            )
     return [indices[name.casefold()] for name in wanted]
 
 
@@ -50,8 +55,10 @@ def unsafe_scores(logits: Tensor, unsafe: list[int], independent: bool) -> Tenso
     Raises Step1XError for scores that are no numbers.
     """
     if not torch.isfinite(logits).all():
-        raise Step1XError("The classifier of the content gate gives scores that are no numbers (NaN or infinity), so nothing can pass. "
-                          "Choose another classifier.")
+        raise Step1XError(
+            "The classifier of the content gate returned NaN or Inf scores, so no image can pass. Choose another "
+            "classifier."
+        )
     logits = logits.float()
     if independent:
         return logits.sigmoid()[:, unsafe].amax(dim=1)
@@ -170,7 +177,8 @@ def describe(findings: list[Finding], action: str, threshold: float, message: st
     """What the gate found, for the person who runs it."""
     done = {REPORT: "passed on unchanged", LABEL: "passed on with a label", BLUR: "blurred", BLOCK: "withheld"}[action]
     flagged = sum(finding.flagged for finding in findings)
-    lines = [f"Content gate: {flagged} of {len(findings)} pictures {done}." if flagged else f"Content gate: nothing found in {len(findings)} pictures."]
+    found = f"{flagged} of {len(findings)} images {done}" if flagged else f"nothing found in {len(findings)} images"
+    lines = [f"Content gate: {found}."]
     for number, finding in enumerate(findings, 1):
         score = "" if finding.score is None else f", unsafe {finding.score:.0%} (threshold {threshold:.0%})"
         lines.append(f"{number}. {finding.reason or 'passed'}{score}")

@@ -112,7 +112,9 @@ class Conversation:
             else:
                 call.problem = ""
                 return result
-        raise BadReply(f"The language model gave no usable answer to the call '{name}' in {call.tries} tries. Last problem: {call.problem}.")
+        raise BadReply(
+            f"The language model gave no usable reply to '{name}' in {call.tries} tries. Last problem: {call.problem}."
+        )
 
     def retried(self, name: str, read: Callable, **values: str):
         """What `read` makes of the first good reply to a call. Raises BadReply when every try failed; `ask` may raise it, too."""

@@ -38,12 +38,14 @@ def read_template(path: Path, name: str) -> str:
         # Editors on Windows may put a byte order mark first.
         text = path.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as problem:
-        raise Step1XError(f"The template {path} cannot be read ({problem}). Save it as a UTF-8 text file or remove it.") from problem
+        raise Step1XError(
+            f"The template {path} cannot be read ({problem}). Save it as a UTF-8 text file, or remove it."
+        ) from problem
     found, allowed = set(_FIELD.findall(text)), FIELDS[name]
     listed = ", ".join(f"{{{field}}}" for field in allowed) or "no fields at all"
     for problem, fields in (("lacks", set(allowed) - found), ("has the unknown field", found - set(allowed))):
         if fields:
-            raise Step1XError(f"The template {path} {problem} {{{min(fields)}}}. It must use exactly these fields: {listed}.")
+            raise Step1XError(f"The template {path} {problem} {{{min(fields)}}}. Its fields must be exactly: {listed}.")
     return text
 
 
@@ -60,7 +62,9 @@ def load_templates(language: str, overrides: Path | None = None) -> dict[str, st
     Raises Step1XError for a folder that does not exist and for a faulty file.
     """
     if overrides is not None and not overrides.is_dir():
-        raise Step1XError(f"The template folder {overrides} does not exist. Correct its name or leave the input empty.")
+        raise Step1XError(
+            f"The template folder {overrides} does not exist. Correct the path, or leave the input empty."
+        )
     texts = {}
     for name in FIELDS:
         own = overrides / language / f"{name}.txt" if overrides is not None else None

@@ -23,11 +23,16 @@ class Sampling:
 
     def __post_init__(self):
         if not self.repetition_penalty > 0:
-            raise Step1XError(f"The repetition penalty is {self.repetition_penalty}; it must be above 0. Set it to 1 to switch it off.")
+            raise Step1XError(
+                f"Setting repetition_penalty is {self.repetition_penalty}; it must be above 0. Set it to 1 to disable "
+                "it."
+            )
         for name, low, high in (("temperature", 0, math.inf), ("top_p", 0, 1), ("min_p", 0, 1), ("seed", -2**63, 2**64 - 1)):
             # NaN fails every comparison.
             if not low <= getattr(self, name) <= high:
-                raise Step1XError(f"The setting {name} is {getattr(self, name)}; it must lie between {low} and {high}. Correct it.")
+                raise Step1XError(
+                    f"Setting {name} is {getattr(self, name)}; it must be from {low} to {high}. Correct the value."
+                )
 
 
 def penalise(scores: Tensor, seen: Tensor, replied: Tensor, sampling: Sampling) -> Tensor:
@@ -73,7 +78,10 @@ class TokenChooser:
         """Scores [V] of the next token -> its id. Raises Step1XError for NaN among them."""
         scores = penalise(scores.float(), self.seen, self.replied, self.sampling)
         if scores.isnan().any():
-            raise Step1XError("The language model gave values that are no numbers (NaN): its file is damaged. Download the file of 'Load Step1X-Edit MLLM' again.")
+            raise Step1XError(
+                "The language model returned NaN values; its file may be damaged. Download the file of 'Load "
+                "Step1X-Edit MLLM' again."
+            )
         if self.sampling.temperature == 0:
             token = int(scores.argmax())
         else:

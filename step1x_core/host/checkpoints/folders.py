@@ -100,9 +100,11 @@ def resolve(name: str, folder_name: str, subfolder: str) -> str:
     found = choices(folder_name, subfolder)
     if not isinstance(name, str) or name not in found:
         searched = (*folder_paths.get_folder_paths(folder_name), *folder_paths.get_folder_paths("diffusers"), *earlier_folders(folder_name))
-        raise Step1XError(f"'{name}' is not in the {folder_name} folder (any more); searched: {', '.join(map(str, searched))}. "
-                          "Refresh the node list and choose the model again.")
-    log.info("Step1X-Edit: '%s' is %s", name, found[name])
+        raise Step1XError(
+            f"'{name}' is not in the {folder_name} folder; searched: {', '.join(map(str, searched))}. Press R to "
+            "refresh the node list, then choose the model again."
+        )
+    log.info("Step1X-Edit: '%s' resolves to %s", name, found[name])
     return found[name]
 
 

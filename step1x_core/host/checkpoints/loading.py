@@ -67,8 +67,11 @@ def naming(name: str):
         if isinstance(error, Step1XError) or comfy.model_management.is_oom(error):
             raise
         detail = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise Step1XError(f"{name} could not be loaded ({detail}). The file may be damaged or hold something else, or this ComfyUI or this pack does not know its "
-                          "format. Try another file; if one that is known to be good fails too, update both and report the error.") from error
+        raise Step1XError(
+            f"{name} could not be loaded ({detail}). The file may be damaged or of another kind, or this version of "
+            "ComfyUI or of this node pack may not support its format. Try another file; if a known good file also "
+            "fails, update both and report the error."
+        ) from error
 
 
 def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], dict]:
@@ -104,7 +107,10 @@ def without_scales(checkpoint: Checkpoint, state_dict, marked: set[str]) -> None
     name, check = checkpoint.path.name, comfy.model_management.throw_exception_if_processing_interrupted
     count = multiply_out(name, state_dict, marked, checkpoint.config, check)
     if count:
-        log.info("%s: the scales of %d weights, without ComfyUI's marker, were multiplied out to bfloat16", name, count)
+        log.info(
+            "%s: applied the scales of %d weights without ComfyUI's marker; these weights are bfloat16 now",
+            name, count,
+        )
 
 
 def check_extra(name: str, expected: dict[str, tuple[int, ...]], state_dict, marked: set[str]) -> None:
@@ -113,7 +119,10 @@ def check_extra(name: str, expected: dict[str, tuple[int, ...]], state_dict, mar
     unknown = unknown_tensors(state_dict, expected, marked)
     if unknown:
         first = ", ".join(unknown[:3]) + (", ..." if unknown[3:] else "")
-        log.warning("%s holds %d tensors that the model does not have, and which are left out: %s", name, len(unknown), first)
+        log.warning(
+            "%s contains %d tensors that the model does not have; they are ignored: %s",
+            name, len(unknown), first,
+        )
 
 
 def shapes(state_dict) -> dict[str, tuple[int, ...]]:
@@ -152,8 +161,14 @@ def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tupl
     # The connector has the same names in both layouts: a foreign file is refused before the conversion copies it.
     if CONNECTOR_KEY not in state_dict:
         if any(all(key in state_dict for key in keys) for keys in FLUX_KEYS):
-            raise Step1XError(f"{name} is a FLUX model: it has no Step1X-Edit connector. Load it with 'Load Diffusion Model', or choose a Step1X-Edit file here.")
-        raise Step1XError(f"{name} is not a Step1X-Edit model: {CONNECTOR_KEY} is not in it. Choose a file such as step1x-edit-v1p1-official.safetensors.")
+            raise Step1XError(
+                f"{name} is a FLUX model: it has no Step1X-Edit connector. Load it with 'Load Diffusion Model', or "
+                "choose a Step1X-Edit file here."
+            )
+        raise Step1XError(
+            f"{name} is not a Step1X-Edit model: {CONNECTOR_KEY} is missing. Choose a file such as "
+            "step1x-edit-v1p1-official.safetensors."
+        )
     marked = marked_layers(name, state_dict, metadata)
     without_scales(checkpoint, state_dict, marked)
     if is_diffusers_layout(state_dict):
@@ -169,15 +184,19 @@ def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tupl
         try:
             config = detect_config(state_dict)
         except KeyError as error:
-            raise Step1XError(f"{name} lacks the tensor {error.args[0]}. The file is incomplete; download it again.") from error
+            raise Step1XError(
+                f"{name} lacks the tensor {error.args[0]}. The file may be incomplete; download it again."
+            ) from error
         expected = model_shapes(config)
     check_weights(name, expected, state_dict)
     if is_diffusers_layout(state_dict):
         # What the conversion left over: scales of matrices that it stacked.
-        raise Step1XError(f"{name} is a quantised file in the diffusers layout, which cannot be read. Choose a scaled file in the original layout, or the unquantised "
-                          "one with an fp8 weight_dtype.")
+        raise Step1XError(
+            f"{name} is quantised in the diffusers layout, which is not supported. Choose a scaled file in the "
+            "original layout, or the unquantised file with an fp8 weight_dtype."
+        )
     check_extra(name, expected, state_dict, marked)
-    log.info("Step1X-Edit %s from %s", config.version, checkpoint.path)
+    log.info("Loaded Step1X-Edit %s from %s", config.version, checkpoint.path)
     return state_dict, metadata
 
 
@@ -217,8 +236,10 @@ def load_model(path, version: str | None = None, model_options={}, disable_dynam
     with naming(checkpoint.path.name):
         patcher = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=model_options, metadata=metadata, disable_dynamic=disable_dynamic)
     if patcher is None:
-        raise Step1XError(f"ComfyUI does not know {checkpoint.path.name} for a Step1X-Edit model. Restart ComfyUI; if that does not help, report it with "
-                          "ComfyUI's version and the name of the file.")
+        raise Step1XError(
+            f"ComfyUI does not recognise {checkpoint.path.name} as a Step1X-Edit model. Restart ComfyUI; if that does "
+            "not help, report it with the version of ComfyUI and the name of the file."
+        )
     patcher.cached_patcher_init = (functools.partial(load_model, fp8=fp8), (path, version, model_options))
     return with_norm_limiter(patcher)
 
@@ -236,20 +257,29 @@ def mllm_state_dict(checkpoint: Checkpoint) -> tuple[dict, MLLMConfig]:
     metadata = shorten_metadata(name, metadata, state_dict, normalize_keys)
     state_dict, metadata = comfy.utils.convert_old_quants(state_dict, model_prefix="", metadata=metadata)
     if TEXT_KEY not in state_dict:
-        raise Step1XError(f"{name} is not a Qwen2.5-VL model: {TEXT_KEY} is not in it. Choose a file such as qwen_2.5_vl_7b.safetensors.")
+        raise Step1XError(
+            f"{name} is not a Qwen2.5-VL model: {TEXT_KEY} is missing. Choose a file such as "
+            "qwen_2.5_vl_7b.safetensors."
+        )
     if VISION_KEY not in state_dict:
-        raise Step1XError(f"{name} has no vision tower ({VISION_KEY}); Step1X-Edit must see the picture. Choose the full Qwen2.5-VL-7B-Instruct.")
+        raise Step1XError(
+            f"{name} has no vision tower ({VISION_KEY} is missing), which Step1X-Edit needs to read the image. Choose "
+            "the full Qwen2.5-VL-7B-Instruct."
+        )
     marked = marked_layers(name, state_dict, {})
     without_scales(checkpoint, state_dict, marked)
     with naming(name):
         try:
             config = detect_mllm_config(state_dict, checkpoint.config or parse_config(metadata.get(CONFIG_KEY, "{}")))
         except KeyError as error:
-            raise Step1XError(f"{name} lacks the tensor {error.args[0]}. The file is incomplete or another model; choose the full Qwen2.5-VL-7B-Instruct.") from error
+            raise Step1XError(
+                f"{name} lacks the tensor {error.args[0]}. It may be incomplete or another model; choose the full "
+                "Qwen2.5-VL-7B-Instruct."
+            ) from error
         expected = mllm_shapes(config)
     check_weights(name, expected, state_dict)
     check_extra(name, expected, state_dict, marked)
-    log.info("Step1X-Edit text encoder from %s", checkpoint.path)
+    log.info("Loaded the Step1X-Edit text encoder from %s", checkpoint.path)
     return state_dict, config
 
 
@@ -292,11 +322,16 @@ def load_vae(path) -> comfy.sd.VAE:
     with naming(checkpoint.path.name):
         vae = comfy.sd.VAE(sd=state_dict, metadata=metadata)
         if vae.first_stage_model is None:
-            raise Step1XError(f"{checkpoint.path.name} holds no VAE that ComfyUI knows. Choose the vae folder of a Step1X-Edit repository, or ae.safetensors.")
+            raise Step1XError(
+                f"{checkpoint.path.name} does not contain a VAE that ComfyUI recognises. Choose the vae folder of a "
+                "Step1X-Edit repository, or ae.safetensors."
+            )
         # The host goes on with whatever was in memory in place of a missing tensor.
         check_weights(checkpoint.path.name, shapes(vae.first_stage_model.state_dict()), state_dict)
     if marked:
-        raise Step1XError(f"{checkpoint.path.name} is a quantised VAE, which ComfyUI does not read: it would ignore the scales. Take the VAE in bf16 or fp32, such as "
-                          "ae.safetensors.")
+        raise Step1XError(
+            f"{checkpoint.path.name} is a quantised VAE. ComfyUI does not support it and would ignore the scales. Use "
+            "a bf16 or fp32 VAE, such as ae.safetensors."
+        )
     check_leftovers(checkpoint.path.name, state_dict, set())
     return vae

@@ -57,14 +57,15 @@ def load_lora_file(path) -> dict[str, Tensor]:
     path = Path(path)
     if not is_safetensors(path):
         raise Step1XError(
-            f"{path.name} is not a safetensors file. Only safetensors files are loaded; get the LoRA in that format."
+            f"{path.name} is not a safetensors file. Only safetensors files are supported; download the LoRA in that "
+            "format."
         )
     check_file(path)
     lora = comfy.utils.load_torch_file(str(path), safe_load=True)
     comfy.model_management.throw_exception_if_processing_interrupted()
     check_types(path.name, lora, lora)
     check_lora(path.name, lora)
-    log.info("Step1X-Edit LoRA from %s", path)
+    log.info("Loaded a Step1X-Edit LoRA from %s", path)
     return lora
 
 
@@ -136,7 +137,8 @@ def bias_patches(layer: str, target, tensors: dict[str, Tensor], biases) -> dict
     name = f"{name.rpartition('.')[0]}.bias"
     if name not in biases:
         raise Step1XError(
-            f"This LoRA does not fit the Step1X-Edit model: it changes the bias of {layer}, which has none here; choose another file."
+            f"This LoRA does not fit the Step1X-Edit model: it changes the bias of {layer}, but that layer has no "
+            "bias. Choose another file."
         )
     return {(name, *rest) if rest else name: ("diff", (change,))}
 
@@ -232,8 +234,9 @@ def check_patches(model, patches: dict) -> None:
         if not fits:
             tensors = [list(t.shape) for t in flat_tensors(patch)]
             raise Step1XError(
-                f"This LoRA does not fit the Step1X-Edit model: for {name} it has tensors of the shapes {tensors} where the layer is "
-                f"{list(shape or [])}. It belongs to a model of another size, or is damaged; choose another file."
+                f"This LoRA does not fit the Step1X-Edit model: its tensors for {name} have the shapes {tensors}, but "
+                f"the layer is {list(shape or [])}. It may belong to a model of another size, or be damaged. Choose "
+                "another file."
             )
 
 
@@ -261,13 +264,13 @@ def apply_lora(model, lora: dict[str, Tensor], strength: float):
         patches, unknown = host_patches(model, comfy.lora_convert.convert_lora(lora))
     if not patches:
         raise Step1XError(
-            f"This LoRA fits no layer of the Step1X-Edit model; its names are {summary(list(lora))}. It was made for another model, or is in a "
-            "layout that is not known here. Choose another file."
+            f"This LoRA matches no layer of the Step1X-Edit model; its tensor names are {summary(list(lora))}. It may "
+            "belong to another model, or use an unknown layout. Choose another file."
         )
     check_patches(model, patches)
     if unknown:
         log.warning(
-            "%d of the %d tensors of this LoRA are for none of the model's layers and have no effect: %s.",
+            "%d of the %d tensors of this LoRA match no layer of the model and have no effect: %s.",
             len(unknown),
             len(lora),
             summary(unknown),

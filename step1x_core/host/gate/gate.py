@@ -42,8 +42,10 @@ def open_classifier(name: str) -> Classifier:
     folders = classifier_folders()
     if name not in folders:
         searched = ", ".join(folder_paths.get_folder_paths(FOLDER))
-        raise Step1XError(f"The classifier '{name}' is not in the {FOLDER} folder (any more); searched: {searched}. "
-                          "Refresh the node list and choose it again.")
+        raise Step1XError(
+            f"The classifier '{name}' is not in the {FOLDER} folder; searched: {searched}. Press R to refresh the node "
+            "list, then choose it again."
+        )
     return load_classifier(folders[name])
 
 
@@ -54,19 +56,21 @@ def refusal(prompt: str, words: str, question: str, clip) -> str:
     """
     if (entries(words) or plain(question)) and not plain(prompt):
         # An input that is not connected is an empty one, too, and then nothing would ever be found.
-        raise Step1XError("The content gate is to check the instruction by 'words' or 'question', but 'prompt' is empty, so everything would pass. "
-                          "Connect to 'prompt' what goes to the encoder; or empty 'words' and 'question'.")
+        raise Step1XError(
+            "The content gate checks 'prompt' by 'words' or 'question', but 'prompt' is empty, so everything would "
+            "pass. Connect the encoder's prompt to 'prompt', or clear 'words' and 'question'."
+        )
     found = forbidden_words(prompt, entries(words))
     if found:
-        return f"the instruction has {', '.join(found)}"
+        return f"the prompt contains {', '.join(found)}"
     if plain(question):
         check_instruction(prompt)
         reply = generate_text(clip, QUESTION_SYSTEM, [f"{question.strip()}\n\nThe instruction:\n{prompt}"], ANSWER_TOKENS, 0, temperature=0.0)
         answer = read_answer(reply)
         if answer is None:
-            return f"the language model gave no clear answer about the instruction ({reply[:40]!r})"
+            return f"the language model gave no clear answer about the prompt ({reply[:40]!r})"
         if answer:
-            return "the language model objects to the instruction"
+            return "the language model objects to the prompt"
     return ""
 
 
@@ -81,20 +85,26 @@ def gate(images: Tensor, action: str, classifier: str, unsafe_labels: str, thres
     """
     prompt, words, question = prompt or "", words or "", question or ""
     if action not in ACTIONS:
-        raise Step1XError(f"The content gate has no action {action!r}. Set 'action' to one of {', '.join(ACTIONS)}.")
+        raise Step1XError(f"Input 'action' is {action!r}; expected one of {', '.join(ACTIONS)}. Choose one of these.")
     check_pictures(images, "images")
     if action == OFF:
         return images, 0, "The content gate is off: nothing was checked."
     # They would be black to the classifier, and something else to whatever saves them.
-    check_finite(images, "The input 'images' of the content gate holds values that are no numbers (NaN or infinity), so nothing can be said about them. "
-                         "Look at the node that made them; a VAE whose precision is too low needs ComfyUI started with --fp32-vae.")
+    check_finite(
+        images,
+        "Input 'images' of the content gate contains NaN or Inf values, so it cannot be judged. Check the node that made "
+        "the images. If it is a VAE with too little precision, start ComfyUI with --fp32-vae.",
+    )
     if classifier == NONE and not entries(words) and not plain(question):
-        raise Step1XError("The content gate is on but has nothing to check by. Choose a classifier, or list words or a question for the instruction; "
-                          "or set 'action' to off.")
+        raise Step1XError(
+            "The content gate is on but has nothing to check. Choose a classifier, enter 'words' or a 'question', or "
+            "set 'action' to off."
+        )
     if plain(question):
         if clip is None:
-            raise Step1XError("The content gate is to ask a question about the instruction, but no text encoder is connected. "
-                              "Connect 'clip' or empty 'question'.")
+            raise Step1XError(
+                "Input 'question' is set, but no text encoder is connected. Connect 'clip', or clear 'question'."
+            )
         check_can_generate(clip)
     refused = refusal(prompt, words, question, clip)
     scores = [None] * len(images)

@@ -48,7 +48,10 @@ def kernels_on(device: torch.device):
         x = torch.zeros((1, 1, 16), device=device)
         kernels.add_gated(x, x.clone(), x)
     except Exception as error:
-        log.warning("Triton builds no kernels here (%s); sampling goes on without them, a little slower.", error)
+        log.warning(
+            "Triton cannot build kernels on this machine (%s); sampling continues without them, slightly slower.",
+            error,
+        )
         return None
     return kernels
 
@@ -222,7 +225,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, transformer_options: dict, mask: Ten
     """Attention of q [B, S, H, D], k and v [B, S + R, H, D] -> [B, S, H * D]. mask: the host's for S keys."""
     if FP8_ATTENTION in transformer_options:
         if mask is not None:
-            raise Step1XError("'Step1X-Edit fp8 Attention' cannot work together with a node that gives the attention a mask. Remove one of the two.")
+            raise Step1XError(
+                "'Step1X-Edit fp8 Attention' cannot be combined with a node that masks the attention. Remove one of "
+                "the two."
+            )
         return transformer_options[FP8_ATTENTION](q, k, v)
     text, repeats = transformer_options.get(REPEATED_TEXT, (0, 0))
     if mask is not None and mask.shape[-1] > 1 and repeats:

@@ -46,8 +46,11 @@ def check_alone(transformer, transformer_options: dict) -> None:
 def refuse_shared(node: str, parts) -> None:
     """Raise Step1XError if there are any such parts."""
     if parts:
-        raise Step1XError(f"'{node}' cannot work together with another node pack that runs the transformer's blocks in its own way (it replaces {', '.join(sorted(parts))}), "
-                          "as another TeaCache or First Block Cache does: both decide what a step computes. Remove one of the two.")
+        raise Step1XError(
+            f"'{node}' cannot be combined with another node pack that runs the transformer's blocks itself (it "
+            f"replaces {', '.join(sorted(parts))}), such as another TeaCache or First Block Cache: both decide what a "
+            "step computes. Remove one of the two."
+        )
 
 
 def runs_own_blocks(transformer) -> bool:
@@ -65,5 +68,8 @@ def check_own_forward(transformer) -> None:
     """
     methods = any(bound_forward(block) for block in (*transformer.double_blocks, *transformer.single_blocks))
     if VERSIONS[transformer.version].layout.text_positions and (methods or "forward_orig" in vars(transformer)):
-        raise Step1XError(f"Another node pack has replaced the forward pass of this Step1X-Edit {transformer.version} model by one for FLUX, as raylight's sequence "
-                          "parallelism does, which would place the text wrongly. Use v1.1 there, or 'MultiGPU CFG Split' to use two graphics cards.")
+        raise Step1XError(
+            f"Another node pack has replaced the forward pass of this Step1X-Edit {transformer.version} model with "
+            "FLUX's, as raylight's sequence parallelism does. It would give the text wrong positions. Use v1.1 there, "
+            "or 'MultiGPU CFG Split' to use two GPUs."
+        )

@@ -26,18 +26,28 @@ LAYOUT_KEY = "step1x_layout"
 def check_vae(vae) -> None:
     """Raise Step1XError unless the VAE makes latents like FLUX's; those of Wan and Qwen-Image have 16 channels, too, and a time axis."""
     if not hasattr(vae, "latent_channels"):
-        raise Step1XError(f"There is no VAE in what is connected as one ({type(vae).__name__}); a checkpoint may come without. Load the FLUX VAE (ae.safetensors).")
+        raise Step1XError(
+            f"Expected a VAE, but found a value of type '{type(vae).__name__}'; a checkpoint may contain no VAE. Load "
+            "the FLUX VAE (ae.safetensors)."
+        )
     if vae.latent_dim != 2:
-        raise Step1XError(f"This VAE makes latents with {vae.latent_dim} axes beside the channels, Step1X-Edit needs 2 (height and width). "
-                          "Load the FLUX VAE (ae.safetensors), not that of Qwen-Image or a video model.")
+        raise Step1XError(
+            f"This VAE's latents have {vae.latent_dim} axes besides the channels; Step1X-Edit needs 2 (height and "
+            "width). Load the FLUX VAE (ae.safetensors), not that of Qwen-Image or a video model."
+        )
     if vae.latent_channels != LATENT_CHANNELS:
-        raise Step1XError(f"This VAE makes latents of {vae.latent_channels} channels, Step1X-Edit needs {LATENT_CHANNELS}. Load the FLUX VAE (ae.safetensors).")
+        raise Step1XError(
+            f"This VAE's latents have {vae.latent_channels} channels; Step1X-Edit needs {LATENT_CHANNELS}. Load the "
+            "FLUX VAE (ae.safetensors)."
+        )
 
 
 def check_text_encoder(clip) -> None:
     """Raise Step1XError unless the text encoder is ours."""
     if not isinstance(getattr(clip, "tokenizer", None), Step1XTokenizer):
-        raise Step1XError("This text encoder lays out prompts for another model. Use the one from 'Load Step1X-Edit MLLM'.")
+        raise Step1XError(
+            "This text encoder formats prompts for another model. Use the one from 'Load Step1X-Edit MLLM'."
+        )
 
 
 def check_latent(samples: Tensor, pictures: Tensor) -> None:
@@ -45,8 +55,11 @@ def check_latent(samples: Tensor, pictures: Tensor) -> None:
     batch, height, width = pictures.shape[:3]
     expected = [batch, LATENT_CHANNELS, height // LATENT_FACTOR, width // LATENT_FACTOR]
     if list(samples.shape) != expected:
-        raise Step1XError(f"The latent has the shape {list(samples.shape)}, but this picture is edited at {expected}. Connect the sampler's latent of the turn before, "
-                          "and the picture that 'Step1X-Edit Decode' makes of it with its source connected; keep the size level.")
+        raise Step1XError(
+            f"The latent has shape {list(samples.shape)}, but this image is edited at {expected}. Connect the "
+            "sampler's latent of the previous turn, and the image that 'Step1X-Edit Decode' made from it with its "
+            "source connected; keep the size level."
+        )
     check_finite(samples, BAD_LATENT)
 
 

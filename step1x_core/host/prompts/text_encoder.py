@@ -29,9 +29,16 @@ TEXT_ENCODER_NAME = "qwen25_7b"
 def say_cut(prompt: str, tokens: int, picture_tokens: int = 0) -> None:
     """Log, once for each prompt, how many tokens of its end are cut, and of the picture behind it. Numbers below 1 say that nothing is."""
     if tokens > 0:
-        log.warning("The prompt is too long: its last %d tokens are cut and have no effect. Shorten it. It begins: %s", tokens, prompt[:60])
+        log.warning(
+            "The prompt is too long: its last %d tokens are cut off and have no effect. Shorten it. It begins: %s",
+            tokens, prompt[:60],
+        )
     elif picture_tokens > 0:
-        log.warning("The prompt is so long that the language model's view of the image loses %d tokens. Shorten it. It begins: %s", picture_tokens, prompt[:60])
+        log.warning(
+            "The prompt is so long that the language model does not see the last %d tokens of the image. Shorten it. "
+            "It begins: %s",
+            picture_tokens, prompt[:60],
+        )
 
 
 class Step1XTextModel(sd1_clip.SDClipModel):
@@ -63,8 +70,11 @@ class Step1XTextModel(sd1_clip.SDClipModel):
     def check_can_generate(self) -> None:
         """Raise Step1XError for weights without a language-model head."""
         if not self.transformer.can_generate:
-            raise Step1XError("This text encoder cannot write text: its file has no language-model head (lm_head.weight). "
-                              "Load the full Qwen2.5-VL-7B-Instruct, or for v1.2 the text_encoder folder of the Step1X-Edit v1.2 repository.")
+            raise Step1XError(
+                "This text encoder cannot generate text: its file has no language-model head (lm_head.weight). Load "
+                "the full Qwen2.5-VL-7B-Instruct, or for v1.2 the text_encoder folder of the Step1X-Edit v1.2 "
+                "repository."
+            )
 
     def generate(self, tokens, do_sample, max_length, temperature, top_k, top_p, min_p, repetition_penalty, seed, presence_penalty=0.0):
         """The host's token structure of one prompt -> ids of the reply. The settings are those of Hugging Face's `generate`.
@@ -133,7 +143,10 @@ class Step1XTokenizer(sd1_clip.SD1Tokenizer):
         Raises Step1XError for video and sound.
         """
         if video is not None or audio is not None:
-            raise Step1XError("Step1X-Edit's text encoder reads pictures, not video or sound. Connect the frames to the image input.")
+            raise Step1XError(
+                "The text encoder of Step1X-Edit reads images, not video or audio. Connect the frames to the image "
+                "input."
+            )
         pictures = [] if image is None else list(image)
         return self.tokenize_chat(*(untemplated(text, pictures) if skip_template else chat(None, [*pictures, text])))
 
@@ -154,7 +167,9 @@ class Step1XTokenizer(sd1_clip.SD1Tokenizer):
         if "skip_template" in kwargs:
             return self.tokenize_request(text, kwargs["skip_template"], kwargs.get("image"), kwargs.get("video"), kwargs.get("audio"))
         if len(images) > 1:
-            raise Step1XError(f"Step1X-Edit reads one picture with the instruction, not {len(images)}. Connect a single picture.")
+            raise Step1XError(
+                f"Step1X-Edit reads one image with the prompt, but {len(images)} are connected. Connect a single image."
+            )
         picture = images[0][0] if len(images) > 0 else torch.zeros(BLACK_PICTURE, BLACK_PICTURE, 3)
         sequence = SEQUENCES[self.layout](text, picture, size_level, self.token_ids)
         say_cut(text, sequence.cut, sequence.cut_picture)

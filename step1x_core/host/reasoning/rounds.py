@@ -43,7 +43,7 @@ def attempt(node_id: str, task: str, function, *args, **kwargs):
     except comfy.model_management.InterruptProcessingException:
         raise
     except Exception as problem:
-        log.warning("A part of the run failed; the rest is kept.", exc_info=True)
+        log.warning("Part of the run failed; the other results are kept.", exc_info=True)
         if comfy.model_management.is_oom(problem):
             comfy.model_management.unload_all_models()
         reason, key = f"{type(problem).__name__}: {problem}", (node_id, task, type(problem))
@@ -51,7 +51,7 @@ def attempt(node_id: str, task: str, function, *args, **kwargs):
         if _repeats[key] < TRIES:
             _failures[node_id] += 1
             return Failure(reason)
-        return Failure(f"{reason} (This failed {_repeats[key]} times and is not tried again as it is: change an input.)")
+        return Failure(f"{reason} (This failed {_repeats[key]} times and is not retried until an input changes.)")
     for key in [key for key in _repeats if key[:2] == (node_id, task)]:
         del _repeats[key]
     return result

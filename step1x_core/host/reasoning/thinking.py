@@ -51,15 +51,20 @@ def single_picture(image: Tensor, name: str) -> Tensor:
     """The one picture [H, W, C] of a batch of one. name: the input, for the error. Raises Step1XError for any other batch."""
     check_pictures(image, name)
     if image.shape[0] != 1:
-        raise Step1XError(f"The input '{name}' brings {image.shape[0]} pictures; thinking and reflection take exactly one at a time. "
-                          "Choose one with the stock 'ImageFromBatch'.")
+        raise Step1XError(
+            f"Input '{name}' has {image.shape[0]} images; thinking and reflection need exactly one. Choose one with "
+            "'ImageFromBatch'."
+        )
     return image[0]
 
 
 def check_instruction(prompt: str) -> None:
     """Raise Step1XError for a prompt that is too long to think about."""
     if len(prompt) > MAX_INSTRUCTION:
-        raise Step1XError(f"The input 'prompt' has {len(prompt)} characters; thinking and reflection take {MAX_INSTRUCTION} at most. Shorten the instruction.")
+        raise Step1XError(
+            f"Input 'prompt' has {len(prompt)} characters; thinking and reflection accept at most {MAX_INSTRUCTION}. "
+            "Shorten the prompt."
+        )
 
 
 def rules_version(model) -> str:

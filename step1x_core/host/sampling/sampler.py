@@ -31,7 +31,10 @@ def check_model(model) -> None:
     """Raise Step1XError unless this is a Step1X-Edit model."""
     network = getattr(model, "model", model)
     if not isinstance(network, Step1XEditModel):
-        raise Step1XError(f"This is not a Step1X-Edit model but {type(network).__name__}. Connect the model from 'Load Step1X-Edit Model'.")
+        raise Step1XError(
+            f"Expected a Step1X-Edit model, but found {type(network).__name__}. Connect the model from 'Load "
+            "Step1X-Edit Model'."
+        )
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,10 @@ class GuidanceInterval:
 def set_guidance_interval(model, start: float, end: float):
     """A clone of the model that is guided in this part of the steps only, in place of an earlier interval. Raises Step1XError if start lies behind end."""
     if start > end:
-        raise Step1XError(f"The guidance would start at {start:g} of the steps and end at {end:g}, before it started. Set start to at most end.")
+        raise Step1XError(
+            f"Guidance starts at {start:g} of the steps and ends at {end:g}; start must not exceed end. Lower start or "
+            "raise end."
+        )
     model = model.clone()
     other = model.model_options.get(COND_BATCH)
     model.set_model_sampler_calc_cond_batch_function(GuidanceInterval(start, end, other.other if isinstance(other, GuidanceInterval) else other))
@@ -178,9 +184,12 @@ def check_references(model, positive: list, negative: list, cfg: float) -> None:
         return  # another model's, of which `extra_conds` says so
     lacking = [name for name, prompts in (("positive", positive), ("negative", negative)) if not all(entry[1].get("reference_latents") for entry in prompts)]
     if lacking and any(entry[1].get("reference_latents") for entry in (*positive, *negative)):
-        raise Step1XError(f"The input '{lacking[0]}' has a prompt without the reference picture that another prompt of this edit has, which gives a dark or wrong picture. "
-                          "Connect both prompts of 'Step1X-Edit Encode', or put 'ReferenceLatent' behind each; for text to image, use neither. A node that writes its own "
-                          "prompt, as a detailer's wildcard does, leaves the reference out.")
+        raise Step1XError(
+            f"Input '{lacking[0]}' has no reference image, but another prompt of this edit has one; the result would "
+            "be a dark or wrong image. Connect both prompts of 'Step1X-Edit Encode', or add 'ReferenceLatent' to each; "
+            "for text to image, use neither. A node that encodes its own prompt, such as a detailer's wildcard, omits "
+            "the reference."
+        )
 
 
 def copied(value):
@@ -206,7 +215,10 @@ def sample(model, positive, negative, latent: dict, sigmas: Tensor, cfg: float, 
     out = fit_latent(model, latent)
     samples, mask = out["samples"], latent.get("noise_mask")
     if mask is not None and (0 in mask.shape or not torch.isfinite(mask).all()):
-        raise Step1XError(f"The noise mask of the latent, of shape {list(mask.shape)}, is empty or holds values that are no numbers. Look at the mask of 'Set Latent Noise Mask'.")
+        raise Step1XError(
+            f"The noise mask of the latent, of shape {list(mask.shape)}, is empty or contains NaN or Inf values. Check "
+            "the mask of 'Set Latent Noise Mask'."
+        )
     if sigmas.shape[0] < 2:
         return out
     if callback is None:
