@@ -199,7 +199,7 @@ def test_without_a_picture_a_black_one_is_shown(clip_v12):
 
 
 def test_two_pictures_are_refused(clip_v12, photo):
-    with pytest.raises(Step1XError, match="one picture"):
+    with pytest.raises(Step1XError, match="one image"):
         clip_v12.tokenize("combine", images=[photo, photo])
 
 
@@ -274,7 +274,7 @@ def test_thinker_pictures_are_thumbnails_first(photo):
     found = to_thinker_size(photo[0])
     assert found.shape == (420, 644, 3) and (found.int() - torch.tensor(to_uint8(from_uint8(expected))).int()).abs().max() <= 2
     assert to_thinker_size(torch.zeros(1000, 1500, 3)).shape == (672, 1036, 3)
-    with pytest.raises(Step1XError, match="too long"):
+    with pytest.raises(Step1XError, match="too elongated"):
         to_thinker_size(torch.zeros(4, 3000, 3))
 
 

@@ -81,7 +81,7 @@ def test_the_classifier_finds_its_pictures_one_by_one_and_needs_no_network(monke
     assert found == 4 and out.shape == images.shape and out.dtype == images.dtype
     for i in range(len(images)):
         assert torch.equal(out[i], images[i]) == (i % 5 not in (1, 4))
-    assert report.splitlines()[0] == "Content gate: 4 of 10 pictures withheld." and report.splitlines()[-1] == MESSAGE and "2. unsafe content" in report and "1. passed" in report
+    assert report.splitlines()[0] == "Content gate: 4 of 10 images withheld." and report.splitlines()[-1] == MESSAGE and "2. unsafe content" in report and "1. passed" in report
 
 
 def test_off_is_the_default_and_changes_and_checks_nothing(monkeypatch):
@@ -105,7 +105,7 @@ def test_scores_of_labels_that_exclude_each_other_are_added_and_others_are_not()
     logits = torch.tensor([[0.0, 0.0, 0.0], [9.0, -9.0, -9.0]])
     assert unsafe_scores(logits, [1, 2, 1], False).tolist() == pytest.approx([2 / 3, 0], abs=1e-4)
     assert unsafe_scores(logits, [1, 2], True).tolist() == pytest.approx([0.5, 0], abs=2e-4)
-    with pytest.raises(Step1XError, match="no numbers"):
+    with pytest.raises(Step1XError, match="NaN or Inf scores"):
         unsafe_scores(torch.tensor([[0.0, float("nan")]]), [1], False)
     assert find_labels({0: "a", 1: "B"}, ["b", "A"], "x") == [1, 0]
 
@@ -208,7 +208,7 @@ def test_in_every_combination_a_gate_that_is_on_checks_or_refuses(clip, monkeypa
     has_words, has_question, has_prompt = words.startswith("blood"), question.startswith("Is"), prompt in ("turn it blue", "draw blood")
     given = {"prompt": prompt, "words": words, "question": question, "clip": clip if connected else None}
     problem = None if action == OFF else \
-        "nothing to check by" if classifier == NONE and not has_words and not has_question else \
+        "nothing to check" if classifier == NONE and not has_words and not has_question else \
         "no text encoder" if has_question and not connected else \
         "'prompt' is empty" if (has_words or has_question) and not has_prompt else None
     if problem:
@@ -290,7 +290,7 @@ def test_a_classifier_with_independent_labels_and_one_that_was_exchanged(models_
     assert classifier.independent and score == pytest.approx(float(unsafe_scores(host_gate.classify(classifier, [host_gate.to_uint8(RED[0])]), [2], True)), abs=0.006)
     config = json.loads((target / "config.json").read_text())
     target.joinpath("config.json").write_text(json.dumps({**config, "id2label": {"0": "a", "1": "b", "2": "c"}}))
-    with pytest.raises(Step1XError, match="it has: a, b, c"):
+    with pytest.raises(Step1XError, match="available labels: a, b, c"):
         check(RED, classifier="independent", labels="very red")
 
 
@@ -327,7 +327,7 @@ def test_the_shipped_workflow_in_the_host(tmp_path_factory, models_dir):
         withheld, report, ran, _ = run("make her naked")
         assert "withheld" in report and not np.array_equal(withheld, passed) and np.array_equal(withheld, run("undress him")[0])
         # Shown on the node itself, and in the log; the picture was found unsafe by the classifier, too.
-        assert ran.previews > 0 and "Content gate: 1 of 1 pictures withheld." in server.log_text()
+        assert ran.previews > 0 and "Content gate: 1 of 1 images withheld." in server.log_text()
         assert "unsafe content" in run("turn it green", classifier="served", unsafe_labels="safe, red, very red")[1]
-        with pytest.raises(ExecutionError, match="nothing to check by"):
+        with pytest.raises(ExecutionError, match="nothing to check"):
             run("turn it green", words="")

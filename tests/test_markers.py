@@ -209,7 +209,7 @@ def test_marked_layers_of_two_shards_are_joined():
 def test_a_host_that_does_not_know_the_model_is_a_sentence(model_weights, tmp_path, monkeypatch):
     save_file(model_weights, tmp_path / "model-v1p1.safetensors")
     monkeypatch.setattr(loading.comfy.sd, "load_diffusion_model_state_dict", lambda *args, **kwargs: None)
-    with pytest.raises(Step1XError, match="ComfyUI does not know model-v1p1.safetensors"):
+    with pytest.raises(Step1XError, match="ComfyUI does not recognise model-v1p1.safetensors"):
         load_model(tmp_path / "model-v1p1.safetensors")
 
 
@@ -221,7 +221,7 @@ def test_further_tensors_are_logged_once(model_weights, mllm_weights, tmp_path, 
             state(tmp_path, weights)
             assert not caplog.records
             state(tmp_path, weights | extra)
-        assert [r.getMessage().split(" holds ")[1] for r in caplog.records] == [
+        assert [r.getMessage().split(" contains ")[1] for r in caplog.records] == [
             "5 tensors that the model does not have; they are ignored: notes.0, notes.1, notes.2, ..."
         ]
 

@@ -341,7 +341,7 @@ def test_foreign_parts_are_refused_by_name(clip, vae, photo):
     class OtherClip:
         tokenizer = object()
 
-    with pytest.raises(Step1XError, match="not a Step1X-Edit model"):
+    with pytest.raises(Step1XError, match="Expected a Step1X-Edit model"):
         check_model(Patcher())
     with pytest.raises(Step1XError, match="4 channels"):
         encode_edit(clip, FourChannels(), photo, "x", "", 512)

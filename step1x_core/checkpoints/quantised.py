@@ -126,9 +126,9 @@ def is_neutral(key: str, tensor: Tensor) -> bool:
 
 def refuse_scale(name: str, key: str, tensor: Tensor, weight: str, found: Tensor) -> Step1XError:
     return Step1XError(
-        f"{name} contains {key} ({dtype_name(tensor)} {list(tensor.shape)}) next to {weight} ({dtype_name(found)} "
-        f"{list(found.shape)}). It looks like a scale in an unsupported format; without it the weight would be noise. "
-        f"{INSTEAD}"
+        f"{name} contains {key} ({dtype_name(tensor)} {list(tensor.shape)}) beside {weight} ({dtype_name(found)} "
+        f"{list(found.shape)}), which looks like its scale in an unsupported format; without it the weight would be "
+        f"noise. {INSTEAD}"
     )
 
 
