@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 PACK = Path(__file__).absolute().parent
 OLDEST_COMFYUI = (0, 18, 2)
 
-# What a diffusers repository needs of its files: those of the component folders, without pictures and papers.
+# What a diffusers repository needs of its files: those of the component folders, without images and papers.
 COMPONENTS = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt")
 
 

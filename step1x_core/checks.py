@@ -1,4 +1,4 @@
-"""Checks on what comes in from other nodes: whether it is a picture, a mask, a latent or a conditioning at all, and holds numbers."""
+"""Checks of node inputs: whether a value is an image, a mask, a latent or a conditioning, and whether it is finite."""
 
 import logging
 
@@ -20,9 +20,9 @@ def describe(value) -> str:
 
 
 def check_pictures(pictures: Tensor, name: str) -> None:
-    """Raise Step1XError unless the input `name` brings pictures: a floating-point tensor [B, H, W, C] without a side of length 0.
+    """Raise Step1XError unless input `name` is a floating-point image tensor [B, H, W, C] with no side of length 0.
 
-    Values that are no numbers are read as black (NaN) or cut to 0..1; a warning in the log tells.
+    NaN is read as black and Inf is clamped to 0..1; either is logged as a warning.
     """
     if not torch.is_tensor(pictures) or pictures.ndim != 4 or not pictures.is_floating_point():
         raise Step1XError(
@@ -53,7 +53,7 @@ def check_mask(mask: Tensor) -> None:
 
 
 def check_conditioning(conditioning: list, name: str) -> None:
-    """Raise Step1XError unless the input `name` brings the host's conditioning: entries of a tensor [B, L, C] and a dict."""
+    """Raise Step1XError unless input `name` is a host conditioning: a list of pairs of a tensor [B, L, C] and a dict."""
     if not isinstance(conditioning, list) or not conditioning or any(not torch.is_tensor(entry[0]) or entry[0].ndim != 3 for entry in conditioning):
         raise Step1XError(
             f"Input '{name}' is not a conditioning, or is empty. Connect a conditioning from 'Step1X-Edit Encode'."
@@ -61,7 +61,7 @@ def check_conditioning(conditioning: list, name: str) -> None:
 
 
 def latent_samples(latent: dict) -> Tensor:
-    """The samples of a latent dict, of any model. Raises Step1XError for anything without samples, and for empty ones."""
+    """Return the samples of a latent dict, of any model. Raises Step1XError if there are none or they are empty."""
     samples = latent.get("samples") if isinstance(latent, dict) else None
     usable = torch.is_tensor(samples) and samples.ndim > 2 and samples.is_floating_point()
     if not usable and not getattr(samples, "is_nested", False):
@@ -75,19 +75,19 @@ def latent_samples(latent: dict) -> Tensor:
 
 
 def check_kind(value, kind: type, name: str, nodes: str) -> None:
-    """Raise Step1XError unless the input `name` brings a thing of this kind, which `nodes` hand out."""
+    """Raise Step1XError unless input `name` is an instance of `kind`. nodes: which nodes output it, for the error."""
     if not isinstance(value, kind):
         raise Step1XError(f"Input '{name}' is {describe(value)}. Connect the output of {nodes}.")
 
 
 def check_finite(values: Tensor, message: str) -> None:
-    """Raise Step1XError with this message if there is NaN or an infinity among the values."""
+    """Raise Step1XError with this message if any value is NaN or Inf."""
     if not torch.isfinite(values).all():
         raise Step1XError(message)
 
 
 def check_latent_shape(samples, channels: int) -> None:
-    """Raise Step1XError unless these samples are [B, channels, h, w]."""
+    """Raise Step1XError unless the samples are [B, channels, h, w]."""
     if samples.is_nested or samples.ndim != 4 or samples.shape[1] != channels:
         raise Step1XError(
             f"The latent has shape {list(samples.shape)}; Step1X-Edit needs [batch, {channels}, height, width]. It "

@@ -47,7 +47,7 @@ SCALES = ("comfy_quant", "weight_scale", "scale_weight", "scaled_fp8")
 
 # The matrices that every token goes through: nearly all of the work.
 MODEL_LAYERS = re.compile(r"(double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.linear[12])\.weight")
-# A third of the weights and next to no work: they see one vector per picture, and what they get wrong every token gets wrong.
+# A third of the weights and next to no work: they see one vector per image, and what they get wrong every token gets wrong.
 MODULATION_LAYERS = re.compile(r"(double_blocks\.\d+\.(img|txt)_mod|single_blocks\.\d+\.modulation)\.lin\.weight")
 MLLM_LAYERS = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight")
 
@@ -181,7 +181,7 @@ class Weights:
         self.sources = {target: [keys[i] for i in sorted(set(found.tolist()))] for target, found in numbers.items()}
 
     def _load(self, key: str) -> Tensor:
-        # Opened anew each time: with the last tensor of a file the system lets go of what was read.
+        # Opened again each time: with the last tensor of a file the system lets go of what was read.
         with safe_open(self.files[self.stored_names[key]], framework="pt") as file:
             return file.get_tensor(self.stored_names[key])
 

@@ -4,7 +4,7 @@ from torch import Tensor
 
 ALPHA = ".alpha"
 
-# DiffSynth's names, a for the picture and b for the text. It stacks matrices as the original does.
+# DiffSynth's names, a for the image and b for the text. It stacks matrices as the original does.
 _DIFFSYNTH_DOUBLE = {
     "norm1_a.linear": "img_mod.lin",
     "norm1_b.linear": "txt_mod.lin",

@@ -146,7 +146,7 @@ def multiply_out(
     """Multiply the scales of unmarked layers into their weights, in place, and drop them; returns the number of layers.
 
     marked: layers that are left as they are. config: the folder's config.json. check: called before each weight, to
-    raise where the person cancels. Weights become bfloat16, and where any does so do all unmarked ones of 8 bits: else
+    raise where the user cancels. Weights become bfloat16, and where any does so do all unmarked ones of 8 bits: else
     the host would take theirs for the type of the model.
 
     Raises Step1XError for a scale in an unknown layout or with values that are not finite, and for another tensor

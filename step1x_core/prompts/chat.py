@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's chat template with pictures anywhere in the user turn and without picture numbers
+"""Qwen2.5-VL's chat template with images anywhere in the user turn and without image numbers
 (docs/model.md, Text generation)."""
 
 from .v11 import IMAGE_PAD, TURN_END, clean_prompt, plain_text
@@ -9,9 +9,9 @@ VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 
 
 def split_at_pictures(content: list) -> tuple[list[str], list]:
-    """Texts and pictures in any order -> the n pictures, and the n + 1 texts before, between and after them, as they are.
+    """Texts and images in any order -> the n images, and the n + 1 texts before, between and after them, as they are.
 
-    Whatever is not a string is a picture. Its start and end tokens are part of the texts, its own tokens stand between them.
+    Whatever is not a string is an image. Its start and end tokens are part of the texts, its own tokens stand between them.
     """
     texts, pictures = [""], []
     for item in content:
@@ -25,7 +25,7 @@ def split_at_pictures(content: list) -> tuple[list[str], list]:
 
 
 def plain_content(content: list) -> list:
-    """Texts and pictures -> the same with texts in which nothing is a special token; neighbouring texts are one, as two halves make a token."""
+    """Texts and images -> the same with texts in which nothing is a special token; neighbouring texts are one, as two halves make a token."""
     parts = []
     for item in content:
         if isinstance(item, str) and parts and isinstance(parts[-1], str):
@@ -36,18 +36,18 @@ def plain_content(content: list) -> list:
 
 
 def chat(system: str | None, content: list) -> tuple[list[str], list]:
-    """System text and the user turn's texts and pictures in order -> texts and pictures as `split_at_pictures` gives them.
+    """System text and the user turn's texts and images in order -> texts and images as `split_at_pictures` gives them.
 
-    The only special tokens in the texts are those of the template and around the pictures, whatever the system text and the content hold.
+    The only special tokens in the texts are those of the template and around the images, whatever the system text and the content hold.
     """
     system = DEFAULT_SYSTEM if system is None else plain_text(system)
     return split_at_pictures([f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n", *plain_content(content), TURN_END])
 
 
 def untemplated(text: str, pictures: list) -> tuple[list[str], list]:
-    """A text that is its own template -> texts and pictures as `split_at_pictures` gives them. Its special tokens are meant as such.
+    """A text that is its own template -> texts and images as `split_at_pictures` gives them. Its special tokens are meant as such.
 
-    The pictures take the places of the image tokens where the text has as many of them; otherwise they stand before it.
+    The images take the places of the image tokens where the text has as many of them; otherwise they stand before it.
     """
     texts = text.split(IMAGE_PAD)
     if len(texts) == len(pictures) + 1:

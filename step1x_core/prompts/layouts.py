@@ -1,4 +1,4 @@
-"""The sequence of each prompt layout: instruction and picture as the language model reads them, no longer than what the transformer gets of it."""
+"""The sequence of each prompt layout: instruction and image as the language model reads them, no longer than what the transformer gets of it."""
 
 import math
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from .v12 import KEPT, prompt_ids_v12
 
 @dataclass
 class Sequence:
-    """tokens: ids, with one dict for the picture among them.
-    cut: how many tokens of the prompt's end do not reach the transformer, cut_picture: how many of the picture behind it. Numbers below 1: none."""
+    """tokens: ids, with one dict for the image among them.
+    cut: how many tokens of the prompt's end do not reach the transformer, cut_picture: how many of the image behind it. Numbers below 1: none."""
 
     tokens: list
     cut: int
@@ -23,7 +23,7 @@ class Sequence:
 
 
 def sequence_v11(prompt: str, picture: Tensor, size_level: int, tokenize: Callable[[str], list[int]]) -> Sequence:
-    """The fixed head, the picture at its working size, the prompt behind it."""
+    """The fixed head, the image at its working size, the prompt behind it."""
     before, after = prompt_ids(prompt, tokenize)
     pixels = to_vision_size(picture)
     room = PROMPT_DROP_TOKENS + PROMPT_MAX_TOKENS - len(before) - math.prod(picture_grid(pixels))
@@ -33,7 +33,7 @@ def sequence_v11(prompt: str, picture: Tensor, size_level: int, tokenize: Callab
 
 
 def sequence_v12(prompt: str, picture: Tensor, size_level: int, tokenize: Callable[[str], list[int]]) -> Sequence:
-    """The prompt in front of the picture, which is the original; with it goes which tokens are quoted characters."""
+    """The prompt in front of the image, which is the original; with it goes which tokens are quoted characters."""
     tokens, mask = prompt_ids_v12(prompt, tokenize)
     pixels, working_size = to_vision_size_v12(picture, size_level)
     at = tokens.index(IMAGE_PAD_ID)

@@ -14,10 +14,10 @@ def attention_mask(ids: Tensor) -> Tensor:
 
 
 def mrope_positions(mask: Tensor, image_start: int, grid: tuple[int, int]) -> Tensor:
-    """Rope positions [3, L] (time, row, column) of a sequence with one picture.
+    """Rope positions [3, L] (time, row, column) of a sequence with one image.
 
     mask: [L] of 0/1; masked tokens take position 1 on every axis and do not advance the count.
-    image_start: index of the first picture token. grid: picture tokens (rows, columns).
+    image_start: index of the first image token. grid: image tokens (rows, columns).
     """
     rows, columns = grid
     image_end = image_start + rows * columns
@@ -39,7 +39,7 @@ def mrope_positions(mask: Tensor, image_start: int, grid: tuple[int, int]) -> Te
 def rope_positions(runs: Iterable[int | tuple[int, int]]) -> Tensor:
     """Rope positions [3, L] (time, row, column) of a sequence without masked tokens, as it is used for generation.
 
-    runs: the sequence as text (a number of tokens) and pictures (rows and columns of tokens), in order.
+    runs: the sequence as text (a number of tokens) and images (rows and columns of tokens), in order.
     """
     parts, start = [], 0
     for run in runs:

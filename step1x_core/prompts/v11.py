@@ -17,7 +17,7 @@ IMAGE_PAD = "<|image_pad|>"
 IMAGE_PAD_ID = 151655
 VISION_END_ID = 151653
 
-# "Picture 1: <|vision_start|>", between the head and the picture.
+# "Picture 1: <|vision_start|>", between the head and the image.
 PICTURE_LABEL_IDS = [24669, 220, 16, 25, 220, 151652]
 TURN_END = "<|im_end|>\n<|im_start|>assistant\n"
 
@@ -42,7 +42,7 @@ def prompt_head_ids() -> tuple[int, ...]:
 def clean_prompt(prompt: str) -> str:
     """Make any string safe to tokenise: lone surrogates become U+FFFD, a literal image token becomes plain text.
 
-    The official code fails on both; a second image token would have no picture behind it. Other special tokens stay special in an
+    The official code fails on both; a second image token would have no image behind it. Other special tokens stay special in an
     instruction to edit by, for v1.0 and v1.1 (`prompt_ids`) and for v1.2 (`prompt_ids_v12`): the official layout reads them so, and goldens
     hold their ids (tests/parity/goldens/tokenization.json, tests/parity/goldens/v12/tokens.json). Nothing is asked there, so there is no answer to forge.
     What is put to the language model as a question goes through `plain_text`.
@@ -93,7 +93,7 @@ def piece_ids(piece: str, tokenize: Callable[[str], list[int]]) -> list[int]:
 
 
 def prompt_ids(prompt: str, tokenize: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
-    """Token ids before and after the picture. The picture's own tokens (id 151655) stand between the two lists."""
+    """Token ids before and after the image. The image's own tokens (id 151655) stand between the two lists."""
     after = [VISION_END_ID]
     for piece in split_quotations(clean_prompt(prompt) + TURN_END):
         after += piece_ids(piece, tokenize)

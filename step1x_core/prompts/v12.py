@@ -37,7 +37,7 @@ def prompt_prefix() -> str:
 
 
 def chat_text(prompt: str) -> str:
-    """The whole conversation, with one image token for the picture."""
+    """The whole conversation, with one image token for the image."""
     return CHAT_TEMPLATE.format(prefix=prompt_prefix(), instruction=clean_prompt(prompt))
 
 
@@ -93,7 +93,7 @@ def split_chat(text: str, protected: int) -> list[tuple[str, bool]]:
 
 
 def prompt_ids_v12(prompt: str, tokenize: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
-    """Token ids of the whole conversation, with one id 151655 for the picture, and the text mask: 1 on the tokens of quoted characters."""
+    """Token ids of the whole conversation, with one id 151655 for the image, and the text mask: 1 on the tokens of quoted characters."""
     ids, mask = [], []
     for piece, quoted in split_chat(chat_text(prompt), len(prompt_prefix())):
         tokens = tokenize(piece)

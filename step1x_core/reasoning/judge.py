@@ -1,7 +1,7 @@
 """The judge of GEdit-Bench: two questions about each edit (VIEScore), to a language model behind `ask` (docs/model.md, GEdit-Bench).
 
-`ask(system, content, max_tokens) -> reply`; `content` holds texts and pictures, uint8 [H, W, 3], in their order. Each edit is judged by an
-`ask` of its own, which answers a question that it has been asked before anew.
+`ask(system, content, max_tokens) -> reply`; `content` holds texts and images, uint8 [H, W, 3], in their order. Each edit is judged by an
+`ask` of its own, which answers a question that it has been asked before again.
 """
 
 import math
@@ -15,14 +15,14 @@ from .conversation import Ask, Asked, Conversation, Rules, answered
 from .replies import MAX_SCORE, BadReply, json_block
 from .templates import load_templates
 
-# Pixels of the pictures that are judged.
+# Pixels of the images that are judged.
 JUDGE_AREA = 512 * 512
 QUESTIONS = ("edit_score", "quality_score")
 # The official code asks up to 10,000 times.
 TRIES = 5
 ANSWER_TOKENS = 768
 RULES = Rules(dict.fromkeys(QUESTIONS, ANSWER_TOKENS), scored=True, tries=TRIES)
-# The judge's first answer is its most probable one; only one that cannot be read is asked for anew, by chance.
+# The judge's first answer is its most probable one; only one that cannot be read is asked for again, by chance.
 RETRY_TEMPERATURE = 0.7
 
 
@@ -40,14 +40,14 @@ class Verdict:
 
 
 def judge_size(width: int, height: int) -> tuple[int, int]:
-    """Width and height at which a picture is judged: about 512 * 512 pixels in its aspect ratio."""
+    """Width and height at which an image is judged: about 512 * 512 pixels in its aspect ratio."""
     ratio = width / height
     exact = math.sqrt(JUDGE_AREA * ratio)
     return max(1, int(exact)), max(1, int(exact / ratio))
 
 
 def to_judge_size(picture: Image.Image) -> np.ndarray:
-    """Picture -> uint8 [h, w, 3]. The official filter is not known; this is Lanczos."""
+    """Image -> uint8 [h, w, 3]. The official filter is not known; this is Lanczos."""
     return np.asarray(picture.convert("RGB").resize(judge_size(*picture.size), Image.Resampling.LANCZOS))
 
 

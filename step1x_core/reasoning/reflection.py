@@ -1,8 +1,8 @@
 """Thinking and reflection: the six calls to the language model, and the rounds they control
 (docs/model.md, Calls; Rounds).
 
-Pictures are opaque here. `ask(system, content, max_tokens) -> reply` is the language model; `content` holds texts and pictures in
-their order. A retry repeats the same words, so `ask` must sample anew each time (count its calls into the seed).
+Images are opaque here. `ask(system, content, max_tokens) -> reply` is the language model; `content` holds texts and images in
+their order. A retry repeats the same words, so `ask` must sample again each time (count its calls into the seed).
 
 Where this differs from the official code, on purpose (reasons in docs/thinking.md):
 - Tries are limited for the preview, too, and only a bad reply is tried again. Any other exception, such as out of memory or the
@@ -10,8 +10,8 @@ Where this differs from the official code, on purpose (reasons in docs/thinking.
 - Each call's token budget is meant: it is passed on to `ask`. The official client always stops at 128.
 - A refinement is trimmed, and an empty one counts as a failed edit.
 - Edit and quality scores must be two finite numbers each and are clamped to 0..10; else the call is tried again.
-- A round that could not be judged still has its picture, and a best picture can be named after any round.
-- An empty rewrite falls back to the person's own instruction.
+- A round that could not be judged still has its image, and a best image can be named after any round.
+- An empty rewrite falls back to the user's own instruction.
 - One set of texts, in the language of the instruction, serves preview and final; it follows the final version's contracts.
 """
 
@@ -41,7 +41,7 @@ NO_SCORES = (0.0, 0.0)
 
 @dataclass(frozen=True)
 class Thought:
-    """prompt: the person's instruction; instruction: the one to edit by."""
+    """prompt: the user's instruction; instruction: the one to edit by."""
 
     prompt: str
     instruction: str
@@ -49,9 +49,9 @@ class Thought:
 
 @dataclass(frozen=True)
 class Reflection:
-    """The judgement on one edited picture.
+    """The judgement on one edited image.
 
-    verdict: "success", "refine" (edit this picture again, by `refined`) or "failed" (start again from the source).
+    verdict: "success", "refine" (edit this image again, by `refined`) or "failed" (start again from the source).
     explanation: the model's reasoning, or why there is none.
     edit_scores: success and restraint; quality_scores: naturalness and freedom from artifacts; 0..10 each, empty if not asked for.
     reply: the reflection reply from its think tag on. calls: everything that was asked.
@@ -74,12 +74,12 @@ class Reflection:
 
 
 def unjudged(reason: str) -> Reflection:
-    """Stands for the judgement on a picture that could not be judged."""
+    """Stands for the judgement on an image that could not be judged."""
     return Reflection("failed", explanation=reason)
 
 
 def think(ask: Ask, source, prompt: str, rules: Rules = RULES["v1.2"], overrides: Path | None = None) -> Thought:
-    """Have the instruction rewritten for the source picture.
+    """Have the instruction rewritten for the source image.
 
     Raises Step1XError for faulty template files in `overrides`, and whatever `ask` raises.
     """
@@ -88,7 +88,7 @@ def think(ask: Ask, source, prompt: str, rules: Rules = RULES["v1.2"], overrides
 
 
 def judge(conversation: Conversation, prompt: str) -> Reflection:
-    """The verdict on the edited picture. A call without a good reply makes it "failed"."""
+    """The verdict on the edited image. A call without a good reply makes it "failed"."""
     try:
         description = conversation.retried("description", str, instruction=prompt)
         consistency = conversation.retried("consistency", lambda reply: read_consistency(json_block(reply)), instruction=prompt, description=description)
@@ -111,7 +111,7 @@ def rate(conversation: Conversation, name: str, **values: str) -> tuple[float, f
 
 
 def reflect(ask: Ask, source, edited, prompt: str, rules: Rules = RULES["v1.2"], overrides: Path | None = None) -> Reflection:
-    """Judge an edited picture by the source (of the first round, always) and the instruction.
+    """Judge an edited image by the source (of the first round, always) and the instruction.
 
     Whatever the replies are, this returns a verdict. Raises Step1XError for faulty template files in `overrides`, and whatever
     `ask` raises.
@@ -126,7 +126,7 @@ def reflect(ask: Ask, source, edited, prompt: str, rules: Rules = RULES["v1.2"],
 
 @dataclass(frozen=True)
 class Step:
-    """What a round edits. base: "source" or "latest" (the picture of the round before)."""
+    """What a round edits. base: "source" or "latest" (the image of the round before)."""
 
     base: str
     prompt: str
@@ -160,7 +160,7 @@ class Loop:
         return Step("source", self.prompt)
 
     def after(self, reflection: Reflection) -> "Loop":
-        """The state when the picture of the next step has been judged."""
+        """The state when the image of the next step has been judged."""
         return replace(self, rounds=(*self.rounds, Round(self.next_step(), reflection)))
 
     def best(self) -> int | None:

@@ -18,7 +18,7 @@ OUTCOMES = (REFLECTION, FAILED, SUCCESS, OTHERS)
 ERROR_MARK = "错误:"
 
 MAX_SCORE = 10.0
-# Highest scores of a picture that does not meet its instruction, and of one with conflicts or omissions.
+# Highest scores of an image that does not meet its instruction, and of one with conflicts or omissions.
 INSTRUCTION_CAPS = {"no": 2.0, "partial": 5.0}
 TWO_CONFLICTS_CAP, ONE_CONFLICT_CAP, OMISSION_CAP, FLAW_CAP = 5.0, 8.0, 7.0, 8.99
 
@@ -29,7 +29,7 @@ class BadReply(Exception):
 
 @dataclass(frozen=True)
 class Consistency:
-    """How well a picture agrees with its instruction.
+    """How well an image agrees with its instruction.
 
     score: 0..10 after the caps, rounded to 4 digits; raw_score: 0..10 before them; caps: the caps that applied.
     """

@@ -17,7 +17,7 @@ def describe_call(call: Call) -> str:
 
 
 def describe_reflection(reflection: Reflection) -> str:
-    """The judgement on one picture as plain text."""
+    """The judgement on one image as plain text."""
     lines = [f"  Verdict: {reflection.verdict}"]
     if reflection.explanation:
         lines.append(f"  Explanation: {reflection.explanation}")

@@ -57,7 +57,7 @@ def packaged_template(language: str, name: str) -> str:
 def load_templates(language: str, overrides: Path | None = None) -> dict[str, str]:
     """All texts of a language by name ("rewrite.system"). overrides: a folder with files that take the place of the pack's.
 
-    Everything is read and checked at once, so that a faulty file is found before the first picture is made.
+    Everything is read and checked at once, so that a faulty file is found before the first image is made.
 
     Raises Step1XError for a folder that does not exist and for a faulty file.
     """

@@ -67,7 +67,7 @@ class TokenChooser:
     """Chooses token after token of one reply; the same seed chooses the same tokens on every device."""
 
     def __init__(self, prompt: Tensor, vocabulary: int, sampling: Sampling):
-        """prompt: ids [L] of the whole prompt, pictures included."""
+        """prompt: ids [L] of the whole prompt, images included."""
         self.sampling = sampling
         self.replied = torch.zeros(vocabulary, dtype=torch.bool, device=prompt.device)
         self.seen = self.replied.clone()

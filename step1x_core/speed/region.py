@@ -1,7 +1,7 @@
 """Region-aware denoising: after a few full steps only the tokens that the edit changes are computed
 (docs/model.md, Region denoising).
 
-The model's prediction of a token is the denoised latent. Where the edit leaves the picture alone it is kept from the last full step; with a straight path this is the
+The model's prediction of a token is the denoised latent. Where the edit leaves the image alone it is kept from the last full step; with a straight path this is the
 same as one long step. Within the edited region a step is left out where the velocity is hardly going to change, as measured in the run itself.
 """
 
@@ -83,9 +83,9 @@ def edited_tokens(denoised: Tensor, reference: Tensor, similarity: float, mask: 
 
 
 def token_rows(edited: Tensor, references: int) -> Tensor:
-    """Positions of the tokens to compute, int64 [B, n], in the sequence of picture and reference tokens.
+    """Positions of the tokens to compute, int64 [B, n], in the sequence of image and reference tokens.
 
-    A picture that is edited everywhere keeps its reference tokens (their number is `references`), which makes its step exact. Shorter rows repeat their first
+    An image that is edited everywhere keeps its reference tokens (their number is `references`), which makes its step exact. Shorter rows repeat their first
     entry: a token computed twice gives the same twice.
     """
     edited = edited.flatten(1)
@@ -101,7 +101,7 @@ def per_picture(values: Tensor) -> Tensor:
 
 
 class RegionRun:
-    """What one sampling run knows, for each picture of the batch by itself. mask: the inpainting mask [B, C, h, w], or None."""
+    """What one sampling run knows, for each image of the batch by itself. mask: the inpainting mask [B, C, h, w], or None."""
 
     def __init__(self, settings: RegionSettings, steps: int, mask: Tensor | None = None):
         self.settings = settings
@@ -116,7 +116,7 @@ class RegionRun:
         self.decay: Tensor | None = None
 
     def is_full(self, step: int) -> bool:
-        """Whether this step has to compute every token: by the plan, or because there is no picture with a part to leave out."""
+        """Whether this step has to compute every token: by the plan, or because there is no image with a part to leave out."""
         return self.edited is None or bool(self.edited.all()) or step >= len(self.full) or self.full[step]
 
     def precedes_region(self, step: int) -> bool:
@@ -127,7 +127,7 @@ class RegionRun:
         """Choose the tokens to go on with, from predictions [B, C, h, w]. Without a reference of the same size every step stays full."""
         self.edited = None
         if reference is not None and reference.shape == denoised.shape:
-            # With several graphics cards the reference may have been seen on another one.
+            # With several GPUs the reference may have been seen on another one.
             self.edited = edited_tokens(denoised, reference.to(denoised.device), self.settings.similarity, self.mask)
 
     def region(self) -> Tensor:
@@ -138,7 +138,7 @@ class RegionRun:
         return self.edited.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)[:, None, :height, :width]
 
     def reusable(self, sigma: Tensor) -> Tensor:
-        """Which pictures need no computing at this noise level, bool [B]."""
+        """Which images need no computing at this noise level, bool [B]."""
         return (self.change * (self.sigma - sigma).abs() < self.settings.reuse) & ~self.edited.flatten(1).all(dim=1)
 
     def predicted(self, sigma: Tensor) -> Tensor:
@@ -147,14 +147,14 @@ class RegionRun:
         return self.denoised + self.region() * sigma * per_picture(shrunk) * self.velocity
 
     def merge(self, sigma: Tensor, x: Tensor, denoised: Tensor, reused: Tensor) -> Tensor:
-        """The step's result: computed in the region, kept elsewhere, and predicted for the pictures that are `reused` [B]."""
+        """The step's result: computed in the region, kept elsewhere, and predicted for the images that are `reused` [B]."""
         merged = torch.where(self.region(), denoised, self.denoised)
         merged = torch.where(per_picture(reused), self.predicted(sigma), merged)
         self.remember(sigma, x, merged, ~reused)
         return merged
 
     def remember(self, sigma: Tensor, x: Tensor, denoised: Tensor, computed: Tensor | None = None) -> None:
-        """Take note of the predictions for x at noise level sigma []; computed [B] says for which pictures (default: all)."""
+        """Take note of the predictions for x at noise level sigma []; computed [B] says for which images (default: all)."""
         velocity = (x - denoised) / sigma
         if self.denoised is None:
             # A copy, because the caller's goes on to the sampler.

@@ -41,7 +41,7 @@ class TeaCacheState:
         forced: the first and the last call of a run, which are never skipped.
         """
         current = first_block_norm(img)
-        # With several graphics cards a prompt may be handed on to another one.
+        # With several GPUs a prompt may be handed on to another one.
         fits = self.previous is not None and self.previous.shape == current.shape and self.previous.device == current.device and self.residual is not None
         if forced or not fits:
             self.ran = True

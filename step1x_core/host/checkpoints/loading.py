@@ -77,7 +77,7 @@ def naming(name: str):
 def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], dict]:
     """All tensors of a checkpoint (memory mapped where the host does so) and the metadata of its files.
 
-    Raises Step1XError for a damaged file, and the host's InterruptProcessingException when the person cancels, after any file.
+    Raises Step1XError for a damaged file, and the host's InterruptProcessingException when the user cancels, after any file.
     """
     state_dict, metadata = {}, {}
     for path in checkpoint.files:

@@ -1,4 +1,4 @@
-"""The content gate in the host: its models folder, and the text encoder as a reader of instructions."""
+"""The content gate in the host: its models folder, and the text encoder as a judge of prompts."""
 
 import logging
 import os
@@ -24,7 +24,10 @@ ANSWER_TOKENS = 8
 
 
 def classifier_folders() -> dict[str, Path]:
-    """The classifiers of the host's models folder `image_classification`, which is made known to it, by name; extra_model_paths.yaml may add others."""
+    """Return the classifiers in the host's `image_classification` models folders, by name.
+
+    Registers the folder with the host; extra_model_paths.yaml may add others.
+    """
     folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
     found = {}
     for root in map(Path, folder_paths.get_folder_paths(FOLDER)):
@@ -35,9 +38,9 @@ def classifier_folders() -> dict[str, Path]:
 
 
 def open_classifier(name: str) -> Classifier:
-    """The classifier, read anew for each run: kept, its memory would be lost to the host, which cannot unload what it does not know.
+    """Load a classifier for one run. It is not kept, because the host cannot unload memory that it does not manage.
 
-    Raises Step1XError for a name that is not offered and as `load_classifier` does.
+    Raises Step1XError for a name that is not offered, and as `load_classifier` does.
     """
     folders = classifier_folders()
     if name not in folders:
@@ -50,12 +53,12 @@ def open_classifier(name: str) -> Classifier:
 
 
 def refusal(prompt: str, words: str, question: str, clip) -> str:
-    """Why an instruction is refused, "" if it is not. An answer that is neither yes nor no refuses it, too.
+    """Return why a prompt is refused, or "" if it is not. An answer that is neither yes nor no also refuses it.
 
-    Raises Step1XError for words or a question with no instruction that they could be about.
+    Raises Step1XError for words or a question without a prompt to check.
     """
     if (entries(words) or plain(question)) and not plain(prompt):
-        # An input that is not connected is an empty one, too, and then nothing would ever be found.
+        # An unconnected input is empty, too, and nothing would ever be found.
         raise Step1XError(
             "The content gate checks 'prompt' by 'words' or 'question', but 'prompt' is empty, so everything would "
             "pass. Connect the encoder's prompt to 'prompt', or clear 'words' and 'question'."
@@ -76,12 +79,13 @@ def refusal(prompt: str, words: str, question: str, clip) -> str:
 
 def gate(images: Tensor, action: str, classifier: str, unsafe_labels: str, threshold: float, message: str,
          prompt: str = "", words: str = "", question: str = "", clip=None) -> tuple[Tensor, int, str]:
-    """Pictures [B, H, W, C] in 0..1 -> what may go on, of the same shape; how many were found unsafe; a report.
+    """Check images [B, H, W, C] in 0..1 and their prompt; returns the images to pass on, how many were unsafe, and a
+    report.
 
-    An instruction that is refused concerns all pictures of the batch. words: a list as `entries` reads it.
+    A refused prompt applies to all images of the batch. words: a list as `entries` reads it.
 
-    Raises Step1XError for another action than those of `ACTIONS`, if there is nothing to check by, for words or a question without an
-    instruction, for a classifier or label that does not exist, and for a question without a text encoder that can answer.
+    Raises Step1XError for an unknown action, if there is nothing to check, for words or a question without a prompt,
+    for a missing classifier or label, and for a question without a text encoder that can generate text.
     """
     prompt, words, question = prompt or "", words or "", question or ""
     if action not in ACTIONS:
@@ -89,7 +93,7 @@ def gate(images: Tensor, action: str, classifier: str, unsafe_labels: str, thres
     check_pictures(images, "images")
     if action == OFF:
         return images, 0, "The content gate is off: nothing was checked."
-    # They would be black to the classifier, and something else to whatever saves them.
+    # NaN is black to the classifier, and may be something else when the image is saved.
     check_finite(
         images,
         "Input 'images' of the content gate contains NaN or Inf values, so it cannot be judged. Check the node that made "
@@ -115,7 +119,7 @@ def gate(images: Tensor, action: str, classifier: str, unsafe_labels: str, thres
     findings = []
     for score in scores:
         reasons = [refused] if refused else []
-        # So put that a threshold of NaN lets nothing pass.
+        # Written so that a threshold of NaN lets nothing pass.
         if score is not None and not score < threshold:
             reasons.append(f"unsafe content {score:.0%}")
         findings.append(Finding(score, "; ".join(reasons)))

@@ -63,8 +63,8 @@ def runs_own_blocks(transformer) -> bool:
 def check_own_forward(transformer) -> None:
     """Raise Step1XError where something else runs the blocks of a model whose text has positions.
 
-    Such functions are written for FLUX, whose text is all at position 0, as it is in v1.0 and v1.1. raylight's, for one, rotates the picture's tokens only,
-    which nobody would notice but by the picture.
+    Such functions are written for FLUX, whose text is all at position 0, as it is in v1.0 and v1.1. raylight's, for one, rotates the image's tokens only,
+    which nobody would notice but by the image.
     """
     methods = any(bound_forward(block) for block in (*transformer.double_blocks, *transformer.single_blocks))
     if VERSIONS[transformer.version].layout.text_positions and (methods or "forward_orig" in vars(transformer)):

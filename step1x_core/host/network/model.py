@@ -27,10 +27,10 @@ log = logging.getLogger(__name__)
 
 
 def check_sampling(model_sampling) -> None:
-    """Raise Step1XError for times other than the flow's, 0..1, and for a prediction that is read as anything but the velocity from picture to noise."""
+    """Raise Step1XError for times other than the flow's, 0..1, and for a prediction that is read as anything but the velocity from image to noise."""
     one = torch.ones(1)
     time = float(torch.as_tensor(model_sampling.timestep(one)).flatten()[0])
-    # At noise level 1 the picture is what is left when the prediction 0.25 is taken from 1.
+    # At noise level 1 the image is what is left when the prediction 0.25 is taken from 1.
     denoised = float(model_sampling.calculate_denoised(one, torch.full((1, 1, 1, 1), 0.25), torch.ones(1, 1, 1, 1)))
     if abs(time - 1) > 1e-3 or abs(denoised - 0.75) > 1e-3:
         raise Step1XError(
@@ -174,7 +174,7 @@ class Step1XEdit(comfy.supported_models.Flux):
     """Model family entry. A Step1X-Edit file is a FLUX file plus a connector, so it must be asked before FLUX is."""
 
     unet_config = {"image_model": "flux"}
-    # Measured: 1.2 at 1024x1024, 1.5 at 512x512 (docs/performance.md); the references count as much as the picture.
+    # Measured: 1.2 at 1024x1024, 1.5 at 512x512 (docs/performance.md); the references count as much as the image.
     memory_usage_factor = 1.6
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Picture and instruction to conditioning, latents to picture, with the host's CLIP and VAE objects."""
+"""Image and instruction to conditioning, latents to image, with the host's CLIP and VAE objects."""
 
 import comfy.model_management
 import comfy.utils
@@ -12,7 +12,7 @@ from ...versions import LAYOUT_V11, LAYOUT_V12, LAYOUTS
 from .text_encoder import Step1XTokenizer
 
 LATENT_CHANNELS = 16
-# Pixels of the picture to one of its latent, on each side.
+# Pixels of the image to one of its latent, on each side.
 LATENT_FACTOR = 8
 # Units of progress for one picture: two prompts and the VAE.
 ENCODING_STEPS = 3
@@ -51,7 +51,7 @@ def check_text_encoder(clip) -> None:
 
 
 def check_latent(samples: Tensor, pictures: Tensor) -> None:
-    """Raise Step1XError unless this latent can stand for what the VAE would make of these pictures at working size [B, h, w, 3]."""
+    """Raise Step1XError unless this latent can stand for what the VAE would make of these images at working size [B, h, w, 3]."""
     batch, height, width = pictures.shape[:3]
     expected = [batch, LATENT_CHANNELS, height // LATENT_FACTOR, width // LATENT_FACTOR]
     if list(samples.shape) != expected:
@@ -65,18 +65,18 @@ def check_latent(samples: Tensor, pictures: Tensor) -> None:
 
 def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, size_level: int, latent: dict | None = None,
                 progress=None, known: dict | None = None) -> tuple[list, list, dict]:
-    """Pictures [B, H, W, C] in 0..1 and an instruction -> positive and negative conditioning, and the pictures' latent.
+    """Images [B, H, W, C] in 0..1 and an instruction -> positive and negative conditioning, and the images' latent.
 
-    Every picture is brought to its working size; the language model sees it with both prompts, for v1.2
-    resized anew from the original, and its latent (posterior mean) is the reference in both. The latent
+    Every image is brought to its working size; the language model sees it with both prompts, for v1.2
+    resized again from the original, and its latent (posterior mean) is the reference in both. The latent
     returned is the same one: at full denoise its content has no influence, below that sampling starts from it.
 
-    latent: what an earlier turn sampled; it is used in place of the pictures' own, which spares them a round trip through the VAE.
-    progress: object whose `update(1)` is called `ENCODING_STEPS` times for a single picture; by default the host's progress bar.
+    latent: what an earlier turn sampled; it is used in place of the images' own, which spares them a round trip through the VAE.
+    progress: object whose `update(1)` is called `ENCODING_STEPS` times for a single image; by default the host's progress bar.
 
-    known: what other instructions for the same picture share is taken from here, or put here: negative conditioning and latent. All else must be the same.
+    known: what other instructions for the same image share is taken from here, or put here: negative conditioning and latent. All else must be the same.
 
-    Raises Step1XError for what is no picture, a foreign text encoder or VAE, a latent of another size, sizes that degenerate, and damaged weights.
+    Raises Step1XError for what is no image, a foreign text encoder or VAE, a latent of another size, sizes that degenerate, and damaged weights.
     """
     check_text_encoder(clip)
     check_vae(vae)
@@ -114,18 +114,18 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
 
 
 def encode_pictures(vae, pictures: Tensor) -> Tensor:
-    """Pictures [B, H, W, 3] in 0..1 -> latents. Raises Step1XError where they are no numbers."""
-    samples = vae.encode(pictures.clone())  # not a person's own picture, should the host work in place
+    """Images [B, H, W, 3] in 0..1 -> latents. Raises Step1XError where they are no numbers."""
+    samples = vae.encode(pictures.clone())  # not a person's own image, should the host work in place
     check_finite(samples, f"The VAE made {BAD_VAE}")
     return samples
 
 
 def add_references(conditionings: list[list], vae, images: list[Tensor], size_level: int) -> list[list]:
-    """Conditionings with the latents of further pictures [B, H, W, C] behind the references that they have. Only the transformer sees them (experimental).
+    """Conditionings with the latents of further images [B, H, W, C] behind the references that they have. Only the transformer sees them (experimental).
 
-    They are resized as the edited picture is, by the rule of the version whose conditionings these are.
+    They are resized as the edited image is, by the rule of the version whose conditionings these are.
 
-    Raises Step1XError for a foreign VAE, what is no conditioning or no picture, and sizes that degenerate.
+    Raises Step1XError for a foreign VAE, what is no conditioning or no image, and sizes that degenerate.
     """
     check_vae(vae)
     for name, conditioning in zip(("positive", "negative"), conditionings):
@@ -141,7 +141,7 @@ def add_references(conditionings: list[list], vae, images: list[Tensor], size_le
 
 
 def merge_batch(parts: list[list]) -> list:
-    """Conditionings of single pictures of one size, [1, L, C] and tensors of one row beside them -> one of B rows."""
+    """Conditionings of single images of one size, [1, L, C] and tensors of one row beside them -> one of B rows."""
     if len(parts) == 1:
         return parts[0]
     merged = []
@@ -152,11 +152,11 @@ def merge_batch(parts: list[list]) -> list:
 
 
 def decode_edit(vae, latent: dict, source: Tensor | None = None) -> Tensor:
-    """Latent dict -> pictures [B, H, W, 3] in 0..1, resized to the source picture's size where one is given.
+    """Latent dict -> images [B, H, W, 3] in 0..1, resized to the source image's size where one is given.
 
     The resize works on 8-bit values as the official code does; a result that has the size already keeps its full precision.
 
-    Raises Step1XError for a foreign VAE, a latent of another model, a source that is no picture, and damaged weights.
+    Raises Step1XError for a foreign VAE, a latent of another model, a source that is no image, and damaged weights.
     """
     check_vae(vae)
     if source is not None:

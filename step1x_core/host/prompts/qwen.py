@@ -33,7 +33,7 @@ class VisionTransformer(qwen_vl.Qwen2VLVisionTransformer):
         self.fullatt_block_indexes = config.vision_full_attention
 
     def forward(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        """Patches [N, 1176] of one picture, grid [1, 3] -> features [N / 4, C] in row-major order of the merged grid.
+        """Patches [N, 1176] of one image, grid [1, 3] -> features [N / 4, C] in row-major order of the merged grid.
 
         The host's own forward of 0.18 leaves the features in window order; Hugging Face's and later hosts restore it.
         """
@@ -84,7 +84,7 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
         return features.float(), picture_grid(image)
 
     def encode(self, sequence: list, device, hide_zeros: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """A sequence (see `embed`) with one picture -> hidden states after the final norm and input embeddings, both [1, L, C] in float32, and rope positions [3, L].
+        """A sequence (see `embed`) with one image -> hidden states after the final norm and input embeddings, both [1, L, C] in float32, and rope positions [3, L].
 
         hide_zeros: whether tokens with id 0 are masked, as in v1.0 and v1.1. Their positions are those of padding in every version.
         """
@@ -98,7 +98,7 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
         return states.float(), embeds, positions
 
     def embed(self, sequence: list, device, dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids and pictures (dicts with uint8 [h, w, 3] under "data") -> embeddings [1, L, C], rope positions [3, L], ids [L]."""
+        """Token ids and images (dicts with uint8 [h, w, 3] under "data") -> embeddings [1, L, C], rope positions [3, L], ids [L]."""
         parts, runs, ids = [], [], []
         for is_picture, group in itertools.groupby(sequence, lambda token: isinstance(token, dict)):
             if is_picture:
@@ -173,7 +173,7 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
 
         Reading the weights takes most of the time that a token takes, so that one for each of several replies costs little more. A reply
         is what it would be alone, up to rounding. Nothing of a sequence is masked, and positions go on after the largest one so far.
-        Raises the host's InterruptProcessingException when the person cancels, between two tokens.
+        Raises the host's InterruptProcessingException when the user cancels, between two tokens.
         """
         replies = [[] for _ in sequences]
         if max_tokens < 1:

@@ -27,7 +27,7 @@ TEXT_ENCODER_NAME = "qwen25_7b"
 
 @functools.lru_cache(maxsize=64)
 def say_cut(prompt: str, tokens: int, picture_tokens: int = 0) -> None:
-    """Log, once for each prompt, how many tokens of its end are cut, and of the picture behind it. Numbers below 1 say that nothing is."""
+    """Log, once for each prompt, how many tokens of its end are cut, and of the image behind it. Numbers below 1 say that nothing is."""
     if tokens > 0:
         log.warning(
             "The prompt is too long: its last %d tokens are cut off and have no effect. Shorten it. It begins: %s",
@@ -47,7 +47,7 @@ class Step1XTextModel(sd1_clip.SDClipModel):
                          layer_norm_hidden_state=False, model_class=Qwen25VL, model_options=model_options)
 
     def forward(self, tokens):
-        """tokens: one list of ids with one picture among them, as Step1XTokenizer makes it -> states [1, L, C] and no pooled output.
+        """tokens: one list of ids with one image among them, as Step1XTokenizer makes it -> states [1, L, C] and no pooled output.
 
         For the layout of v1.2 only the kept states, and a dict with what else the transformer needs of them:
         "text_ids" [1, L, 3], "text_embeds" [1, L, C], "text_mask" [1, L].
@@ -131,14 +131,14 @@ class Step1XTokenizer(sd1_clip.SD1Tokenizer):
         return getattr(self, self.clip).tokenizer(text)["input_ids"]
 
     def tokenize_chat(self, texts: list[str], pictures: list) -> dict:
-        """Texts around pictures [H, W, C] (see chat.py) -> the host's token structure for generation."""
+        """Texts around images [H, W, C] (see chat.py) -> the host's token structure for generation."""
         sequence = self.token_ids(texts[0])
         for picture, text in zip(pictures, texts[1:]):
             sequence += [{"type": "image", "data": to_thinker_size(picture)}, *self.token_ids(text)]
         return {TEXT_ENCODER_NAME: [[(token, 1.0) for token in sequence or [STOP_IDS[0]]]]}
 
     def tokenize_request(self, text, skip_template, image=None, video=None, audio=None) -> dict:
-        """What the host's 'Generate Text' node asks for: a text, and the pictures of a batch [B, H, W, C] in front of it.
+        """What the host's 'Generate Text' node asks for: a text, and the images of a batch [B, H, W, C] in front of it.
 
         Raises Step1XError for video and sound.
         """
@@ -156,11 +156,11 @@ class Step1XTokenizer(sd1_clip.SD1Tokenizer):
         return super().decode([token for token in token_ids if token < known], skip_special_tokens=skip_special_tokens)
 
     def tokenize_with_weights(self, text, return_word_ids=False, images=[], size_level=1024, **kwargs):
-        """Prompt and at most one picture [B, H, W, C] (its first entry) -> the host's token structure.
+        """Prompt and at most one image [B, H, W, C] (its first entry) -> the host's token structure.
 
-        The picture is the one at its working size for v1.0 and v1.1. For v1.2 it is the original, which is edited at size_level.
+        The image is the one at its working size for v1.0 and v1.1. For v1.2 it is the original, which is edited at size_level.
 
-        Without a picture the model is shown a black one, as the official text-to-image does. Prompt
+        Without an image the model is shown a black one, as the official text-to-image does. Prompt
         weights such as (word:1.2) do not exist here: the text is taken literally. The host's 'Generate Text'
         node, which alone passes `skip_template`, gets its text laid out as a chat instead.
         """

@@ -1,4 +1,4 @@
-"""Questions to the language model: texts and pictures in, a text out (docs/model.md, Text generation)."""
+"""Questions to the language model: texts and images in, a text out (docs/model.md, Text generation)."""
 
 from dataclasses import dataclass
 
@@ -31,11 +31,11 @@ def generate_text(clip, system: str | None, content: list[str | Tensor], max_tok
     """Answer of the language model to one user turn, without special tokens and surrounding white space.
 
     system: text of the system turn, None for the model's own.
-    content: texts and pictures [H, W, C] in 0..1, in the order in which the model is to read them.
+    content: texts and images [H, W, C] in 0..1, in the order in which the model is to read them.
     max_tokens: the answer is cut off there. temperature: 0 takes the most probable token every time.
     The same seed and input give the same answer; torch's global random state is neither read nor changed.
 
-    Raises Step1XError for a foreign text encoder, one without a language-model head, and pictures too long to read.
+    Raises Step1XError for a foreign text encoder, one without a language-model head, and images too long to read.
     """
     check_text_encoder(clip)
     tokens = clip.tokenizer.tokenize_chat(*chat(system, content))

@@ -1,4 +1,4 @@
-"""What the nodes of a reflection loop hand on: the rounds so far, and errors that must not cost a picture (docs/model.md, Rounds)."""
+"""What the nodes of a reflection loop hand on: the rounds so far, and errors that must not cost an image (docs/model.md, Rounds)."""
 
 import logging
 from collections import Counter
@@ -79,7 +79,7 @@ class Rounds:
         return None if self.error else self.loop.next_step()
 
     def after(self, picture: Tensor | Failure, reflection: Reflection | Failure | None) -> "Rounds":
-        """The state after a round with this picture and judgement. A Failure as either ends the rounds; one as the judgement keeps the picture."""
+        """The state after a round with this image and judgement. A Failure as either ends the rounds; one as the judgement keeps the image."""
         number = len(self.pictures) + 1
         if isinstance(picture, Failure):
             return replace(self, error=f"Round {number} could not be edited. {picture.reason}")
@@ -88,11 +88,11 @@ class Rounds:
         return replace(self, loop=self.loop.after(judged), pictures=(*self.pictures, picture), error=error)
 
     def best(self) -> Tensor:
-        """The best picture [1, H, W, 3]. There must be one."""
+        """The best image [1, H, W, 3]. There must be one."""
         return self.pictures[self.loop.best()]
 
     def candidates(self) -> Tensor:
-        """All pictures [rounds, H, W, 3], in the order of the rounds."""
+        """All images [rounds, H, W, 3], in the order of the rounds."""
         return torch.cat(self.pictures)
 
     def report(self) -> str:

@@ -1,4 +1,4 @@
-"""Thinking and reflection with the host's text encoder: one picture, one seed (docs/model.md, Calls; Rounds)."""
+"""Thinking and reflection with the host's text encoder: one image, one seed (docs/model.md, Calls; Rounds)."""
 
 import hashlib
 
@@ -24,7 +24,7 @@ class Asker:
     """The language model as reflection.py wants it: `ask(system, content, max_tokens) -> reply`.
 
     Each call has a seed of its own, made of `task`, `seed` and the number of calls before it: a retry asks the same and must not be
-    answered the same. exchanges: all texts so far as (system, user, reply), the user's pictures left out.
+    answered the same. exchanges: all texts so far as (system, user, reply), the user's images left out.
     """
 
     def __init__(self, clip, task: str, seed: int, temperature: float = TEMPERATURE):
@@ -48,7 +48,7 @@ class Asker:
 
 
 def single_picture(image: Tensor, name: str) -> Tensor:
-    """The one picture [H, W, C] of a batch of one. name: the input, for the error. Raises Step1XError for any other batch."""
+    """The one image [H, W, C] of a batch of one. name: the input, for the error. Raises Step1XError for any other batch."""
     check_pictures(image, name)
     if image.shape[0] != 1:
         raise Step1XError(
@@ -81,7 +81,7 @@ def check_thinking(clip) -> None:
 
 
 def rewrite(clip, image: Tensor, prompt: str, seed: int, temperature: float) -> tuple[str, str]:
-    """Picture [1, H, W, C] in 0..1 and instruction -> the rewritten instruction, and a report of what was asked and answered.
+    """Image [1, H, W, C] in 0..1 and instruction -> the rewritten instruction, and a report of what was asked and answered.
 
     Raises Step1XError as `check_thinking`, `check_instruction` and `single_picture` do.
     """
@@ -97,7 +97,7 @@ def rewrite(clip, image: Tensor, prompt: str, seed: int, temperature: float) -> 
 
 
 def judge(clip, source: Tensor, edited: Tensor, prompt: str, seed: int, rules: Rules) -> Reflection:
-    """The judgement on an edited picture; both pictures [1, H, W, C] in 0..1, of any size.
+    """The judgement on an edited image; both images [1, H, W, C] in 0..1, of any size.
 
     Raises Step1XError as `check_thinking`, `check_instruction` and `single_picture` do; a reply that breaks its contract is never an error.
     """

@@ -161,7 +161,7 @@ def flow_sigmas(steps: int, latent: Tensor, denoise: float = 1.0) -> Tensor:
 def fit_latent(model, latent: dict) -> dict:
     """A copy of the latent dict whose samples are [B, C, h, w] for this model: an empty one of another layout is adapted as the host's samplers do.
 
-    Raises Step1XError for any other latent of another model, an empty one, and one with values that are no numbers.
+    Raises Step1XError for any other latent of another model, an empty one, and one with NaN or Inf values.
     """
     samples = latent_samples(latent)
     out = latent.copy()
@@ -173,7 +173,7 @@ def fit_latent(model, latent: dict) -> dict:
 
 
 def check_references(model, positive: list, negative: list, cfg: float) -> None:
-    """Raise Step1XError where a prompt has the picture as its reference and another has none: their difference, which guidance follows, is then no edit.
+    """Raise Step1XError where a prompt has the image as its reference and another has none: their difference, which guidance follows, is then no edit.
 
     At CFG 1 the negative prompt is not looked at, unless the model's options ask for it.
     """
@@ -207,7 +207,7 @@ def sample(model, positive, negative, latent: dict, sigmas: Tensor, cfg: float, 
     Noise is drawn on the CPU from `seed`. With fewer than two noise levels nothing is run and the latent comes back as it is.
     callback: the host's step callback `(step, denoised, x, total_steps)`; by default progress bar and live preview.
 
-    Raises Step1XError for a latent or a conditioning of another model, and if the result is no picture.
+    Raises Step1XError for a latent or a conditioning of another model, and if the result is no image.
     """
     check_conditioning(positive, "positive")
     check_conditioning(negative, "negative")
