@@ -1,4 +1,5 @@
-"""Finding and checking checkpoint files before anything is loaded: single safetensors files and Hugging Face folders of shards."""
+"""Finds and checks checkpoint files before anything is loaded: single safetensors files and Hugging Face folders of
+shards."""
 
 import json
 import os
@@ -17,7 +18,7 @@ INDEX_SUFFIX = ".safetensors.index.json"
 
 @dataclass
 class Checkpoint:
-    """Files of one model, all inside one folder. config: the folder's config.json, {} for a single file."""
+    """The files of one model, all in one folder. config: the folder's config.json, {} for a single file."""
 
     path: Path
     files: list[Path]
@@ -26,7 +27,7 @@ class Checkpoint:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether the name is that of a safetensors file, in any case of letters."""
+    """Return whether this is the name of a safetensors file, ignoring case."""
     return path.suffix.lower() in SAFETENSORS_SUFFIXES
 
 
@@ -45,7 +46,7 @@ def read_json(path: Path) -> dict:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder: those its index names, else every one in it; [] where there is none.
+    """Return the safetensors files of a model folder: those in its index, or all of them without an index.
 
     Raises Step1XError for a missing shard and for an index that points outside the folder.
     """
@@ -63,7 +64,7 @@ def shard_files(folder: Path) -> list[Path]:
             )
     names = sorted(set(weight_map.values()))
     for name in names:
-        # Unlike Path.is_file, it takes a name that is too long for a file, too.
+        # Unlike Path.is_file, this accepts names that are too long for a file.
         if not os.path.isfile(folder / name):
             raise Step1XError(
                 f"{name} is missing from {folder}; the index lists {len(names)} shards. Download that file."
@@ -78,7 +79,7 @@ def is_model_folder(folder: Path) -> bool:
 def find_checkpoint(path: str | Path, subfolder: str) -> Checkpoint:
     """Resolve a file, a model folder, or a diffusers repository with the model in `subfolder`.
 
-    Raises Step1XError when the path is none of these.
+    Raises Step1XError if the path is none of these.
     """
     path = Path(path)
     if path.is_file():
@@ -118,7 +119,8 @@ def check_file(path: Path) -> None:
 
 
 def check_types(name: str, tensors: dict[str, torch.Tensor], keys: Iterable[str]) -> None:
-    """Raise Step1XError if one of these tensors is neither floating point nor, as quantised weights are, of 8 bits: the host would cast it and draw noise."""
+    """Raise Step1XError if a tensor is neither floating point nor 8-bit, as quantised weights are; the host would cast
+    it and produce noise."""
     for key in keys:
         tensor = tensors[key]
         if not tensor.is_floating_point() and tensor.dtype not in (torch.uint8, torch.int8):
@@ -129,9 +131,10 @@ def check_types(name: str, tensors: dict[str, torch.Tensor], keys: Iterable[str]
 
 
 def check_tensors(name: str, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
-    """Compare names and shapes of a checkpoint with those a model needs; extra tensors (scales of quantised files) are accepted.
+    """Check the tensor names and shapes of a checkpoint against those a model needs. Extra tensors (scales of quantised
+    files) are accepted.
 
-    Raises Step1XError naming the first missing or misshapen tensor.
+    Raises Step1XError for the first missing tensor, or the first one of another shape.
     """
     missing = [key for key in expected if key not in found]
     if missing:

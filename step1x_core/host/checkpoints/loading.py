@@ -1,4 +1,4 @@
-"""Checkpoints to the host's MODEL and CLIP objects."""
+"""Loads checkpoints as the host's MODEL, CLIP and VAE objects."""
 
 import functools
 import logging
@@ -41,25 +41,25 @@ from ..sampling.sampler import with_norm_limiter
 
 log = logging.getLogger(__name__)
 
-# What config.json of a diffusers transformer calls what shapes do not show.
+# Values in a diffusers config.json that shapes do not show, and our names for them.
 CONFIG_NAMES = {"axes_dims_rope": "axes_dim", "connector_heads_num": "connector_heads"}
 
-# By this the host knows the names that diffusers gives the layers of a VAE.
+# The tensor by which the host recognises diffusers names in a VAE.
 DIFFUSERS_VAE_KEY = "decoder.up_blocks.0.resnets.0.norm1.weight"
 
-# Tensors by which FLUX is told from other models, in the original and in the diffusers layout.
+# Tensors that identify FLUX, in the original and in the diffusers layout.
 FLUX_KEYS = (("double_blocks.0.img_attn.qkv.weight",), ("x_embedder.weight", "single_transformer_blocks.0.proj_mlp.weight"))
 
 
-# How many float32 copies of a matrix there are while it is converted to scaled fp8, at most.
+# Maximum number of float32 copies of a matrix while it is converted to scaled fp8.
 FLOATS_AT_A_TIME = 4
 
 
 @contextmanager
 def naming(name: str):
-    """Turn what is raised while a file's content is read, or handed to the host, into an error that names the file and keeps the cause.
+    """Turn errors raised while a file is read or passed to the host into one that names the file and keeps the cause.
 
-    It says nothing of whose fault it is: the file may be damaged, or the host or this pack may not know what is in it.
+    It does not blame the file: it may be damaged, or the host or this pack may not support its content.
     """
     try:
         yield
@@ -75,9 +75,10 @@ def naming(name: str):
 
 
 def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], dict]:
-    """All tensors of a checkpoint (memory mapped where the host does so) and the metadata of its files.
+    """Read all tensors of a checkpoint (memory-mapped if the host does so) and the metadata of its files.
 
-    Raises Step1XError for a damaged file, and the host's InterruptProcessingException when the user cancels, after any file.
+    Raises Step1XError for a damaged file, and the host's InterruptProcessingException if the user cancels, after any
+    file.
     """
     state_dict, metadata = {}, {}
     for path in checkpoint.files:
@@ -90,20 +91,21 @@ def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], di
 
 
 def strip_prefix(name: str, state_dict):
-    """The transformer's tensors without whatever stands in front of their names; marks of the whole file stay. Raises Step1XError as `transformer_names` does."""
+    """Return the transformer's tensors without prefix; markers of the whole file are kept. Raises Step1XError as
+    `transformer_names` does."""
     renamed = transformer_names(name, state_dict) or transformer_names(name, state_dict, [key for keys in FLUX_KEYS for key in keys[:1]])
     marks = {key: state_dict[key] for key in (FILE_MARKER, CONFIG_KEY) if key in state_dict}
     return marks | {short: state_dict[key] for key, short in renamed.items()} if renamed else state_dict
 
 
 def check_weights(name: str, expected: dict[str, tuple[int, ...]], state_dict: dict[str, torch.Tensor]) -> None:
-    """Raise Step1XError for tensors that are missing, of the wrong shape, or no weights."""
+    """Raise Step1XError for tensors that are missing, of the wrong shape, or not a weight dtype."""
     check_tensors(name, expected, shapes(state_dict))
     check_types(name, state_dict, [key for key in state_dict if key in expected])
 
 
 def without_scales(checkpoint: Checkpoint, state_dict, marked: set[str]) -> None:
-    """Multiply the scales out that ComfyUI would ignore, in place. Raises Step1XError for those that cannot be read."""
+    """Apply the scales that ComfyUI would ignore, in place. Raises Step1XError for scales that cannot be read."""
     name, check = checkpoint.path.name, comfy.model_management.throw_exception_if_processing_interrupted
     count = multiply_out(name, state_dict, marked, checkpoint.config, check)
     if count:
@@ -114,7 +116,7 @@ def without_scales(checkpoint: Checkpoint, state_dict, marked: set[str]) -> None
 
 
 def check_extra(name: str, expected: dict[str, tuple[int, ...]], state_dict, marked: set[str]) -> None:
-    """Raise Step1XError for integers without a scale and scales of nothing; what no layer takes is logged."""
+    """Raise Step1XError for integer weights without a scale and for orphaned scales; log tensors that no layer uses."""
     check_leftovers(name, state_dict, marked)
     unknown = unknown_tensors(state_dict, expected, marked)
     if unknown:
@@ -126,7 +128,7 @@ def check_extra(name: str, expected: dict[str, tuple[int, ...]], state_dict, mar
 
 
 def shapes(state_dict) -> dict[str, tuple[int, ...]]:
-    """Tensor shapes by name. The size of packed 4-bit weights, which the host unpacks itself, is given unpacked."""
+    """Return tensor shapes by name. Packed 4-bit weights, which the host unpacks, are given with their unpacked shape."""
     out = {}
     for key, tensor in state_dict.items():
         packed = tensor.dtype == torch.uint8 and key.endswith(".weight")
@@ -135,21 +137,22 @@ def shapes(state_dict) -> dict[str, tuple[int, ...]]:
 
 
 def model_shapes(config) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the transformer's tensors, read off the model class itself on the meta device."""
-    # Built of plain torch layers: with dynamic VRAM the host's own have no weights before they are loaded.
+    """Return names and shapes of the transformer's tensors, from the model class on the meta device."""
+    # Built from plain torch layers: with dynamic VRAM, the host's own have no weights before they are loaded.
     model = Step1XTransformer(operations=torch.nn, device="meta", dtype=torch.bfloat16, **config.transformer_params())
     return shapes(model.state_dict())
 
 
 def mllm_shapes(config: MLLMConfig) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the language model's tensors."""
     return shapes(Qwen25VL(config.__dict__, torch.bfloat16, "meta", torch.nn).state_dict())
 
 
 def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tuple[dict, dict]:
-    """Transformer weights in the original layout, ready for the host's loader, and the file metadata.
+    """Return transformer weights in the original layout, ready for the host's loader, and the file metadata.
 
-    Raises Step1XError for files that are damaged, of another model, incomplete, in another tool's format, quantised in
-    the diffusers layout or of a version that cannot be told, and for contradicting marks of a version.
+    Raises Step1XError for files that are damaged, incomplete, of another model, in another tool's format, quantised in
+    the diffusers layout or of an unknown version, and for contradicting version markers.
     """
     pipeline_layout(checkpoint)
     state_dict, metadata = read_checkpoint(checkpoint)
@@ -158,7 +161,7 @@ def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tupl
     lift_marker(state_dict)
     state_dict = strip_prefix(name, state_dict)
     metadata = shorten_metadata(name, metadata, state_dict, lambda names: {key.replace(COMPILED, ""): value for key, value in names.items()})
-    # The connector has the same names in both layouts: a foreign file is refused before the conversion copies it.
+    # The connector has the same names in both layouts, so a foreign file is refused before the conversion copies it.
     if CONNECTOR_KEY not in state_dict:
         if any(all(key in state_dict for key in keys) for keys in FLUX_KEYS):
             raise Step1XError(
@@ -190,7 +193,7 @@ def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tupl
         expected = model_shapes(config)
     check_weights(name, expected, state_dict)
     if is_diffusers_layout(state_dict):
-        # What the conversion left over: scales of matrices that it stacked.
+        # Left over from the conversion: scales of matrices that it fused.
         raise Step1XError(
             f"{name} is quantised in the diffusers layout, which is not supported. Choose a scaled file in the "
             "original layout, or the unquantised file with an fp8 weight_dtype."
