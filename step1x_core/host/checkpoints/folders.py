@@ -1,4 +1,4 @@
-"""Model files and folders that the loaders offer, and the user's own instruction texts."""
+"""The model files and folders that the loaders offer."""
 
 import logging
 import os

@@ -1,4 +1,5 @@
-"""Image and instruction to conditioning, latents to image, with the host's CLIP and VAE objects."""
+"""Encodes images and prompts to conditioning and latents, and decodes latents to images, with the host's CLIP and VAE
+objects."""
 
 import comfy.model_management
 import comfy.utils
@@ -12,19 +13,20 @@ from ...versions import LAYOUT_V11, LAYOUT_V12, LAYOUTS
 from .text_encoder import Step1XTokenizer
 
 LATENT_CHANNELS = 16
-# Pixels of the image to one of its latent, on each side.
+# Image pixels for each latent pixel, per side.
 LATENT_FACTOR = 8
-# Units of progress for one picture: two prompts and the VAE.
+# Progress units for one image: two prompts and the VAE.
 ENCODING_STEPS = 3
 
 BAD_VAE = "values that are no numbers (NaN or infinity): its file is damaged, or its precision too low. Download the VAE again, or start ComfyUI with --fp32-vae."
 
-# Entry of the latent dict that tells the decoder the prompt layout; the host's samplers pass it on.
+# Entry of the latent dict with the prompt layout, for the decoder; the host's samplers pass it on.
 LAYOUT_KEY = "step1x_layout"
 
 
 def check_vae(vae) -> None:
-    """Raise Step1XError unless the VAE makes latents like FLUX's; those of Wan and Qwen-Image have 16 channels, too, and a time axis."""
+    """Raise Step1XError unless the VAE's latents are like FLUX's. Those of Wan and Qwen-Image also have 16 channels,
+    but a time axis."""
     if not hasattr(vae, "latent_channels"):
         raise Step1XError(
             f"Expected a VAE, but found a value of type '{type(vae).__name__}'; a checkpoint may contain no VAE. Load "
@@ -43,7 +45,7 @@ def check_vae(vae) -> None:
 
 
 def check_text_encoder(clip) -> None:
-    """Raise Step1XError unless the text encoder is ours."""
+    """Raise Step1XError unless the text encoder is from this pack."""
     if not isinstance(getattr(clip, "tokenizer", None), Step1XTokenizer):
         raise Step1XError(
             "This text encoder formats prompts for another model. Use the one from 'Load Step1X-Edit MLLM'."
@@ -51,7 +53,8 @@ def check_text_encoder(clip) -> None:
 
 
 def check_latent(samples: Tensor, pictures: Tensor) -> None:
-    """Raise Step1XError unless this latent can stand for what the VAE would make of these images at working size [B, h, w, 3]."""
+    """Raise Step1XError unless the latent has the shape that the VAE would produce for these images at working size [B,
+    h, w, 3]."""
     batch, height, width = pictures.shape[:3]
     expected = [batch, LATENT_CHANNELS, height // LATENT_FACTOR, width // LATENT_FACTOR]
     if list(samples.shape) != expected:
@@ -65,18 +68,20 @@ def check_latent(samples: Tensor, pictures: Tensor) -> None:
 
 def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, size_level: int, latent: dict | None = None,
                 progress=None, known: dict | None = None) -> tuple[list, list, dict]:
-    """Images [B, H, W, C] in 0..1 and an instruction -> positive and negative conditioning, and the images' latent.
+    """Encode images [B, H, W, C] in 0..1 and a prompt to positive and negative conditioning, and the images' latent.
 
-    Every image is brought to its working size; the language model sees it with both prompts, for v1.2
-    resized again from the original, and its latent (posterior mean) is the reference in both. The latent
-    returned is the same one: at full denoise its content has no influence, below that sampling starts from it.
+    Every image is resized to its working size. The language model sees it with both prompts (for v1.2 resized from the
+    original), and its latent (posterior mean) is the reference in both. The same latent is returned: at full denoise
+    its content has no effect, below that sampling starts from it.
 
-    latent: what an earlier turn sampled; it is used in place of the images' own, which spares them a round trip through the VAE.
-    progress: object whose `update(1)` is called `ENCODING_STEPS` times for a single image; by default the host's progress bar.
+    latent: what an earlier turn sampled. It replaces the images' own latent, which avoids a round trip through the VAE.
+    progress: object whose `update(1)` is called `ENCODING_STEPS` times for a single image; by default the host's
+    progress bar.
+    known: cache of what several prompts for the same image share, the negative conditioning and the latent. Read and
+    filled here; all other arguments must be the same.
 
-    known: what other instructions for the same image share is taken from here, or put here: negative conditioning and latent. All else must be the same.
-
-    Raises Step1XError for what is no image, a foreign text encoder or VAE, a latent of another size, sizes that degenerate, and damaged weights.
+    Raises Step1XError for an invalid image, a foreign text encoder or VAE, a latent of another size, sizes that
+    degenerate, and damaged weights.
     """
     check_text_encoder(clip)
     check_vae(vae)
@@ -114,25 +119,26 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
 
 
 def encode_pictures(vae, pictures: Tensor) -> Tensor:
-    """Images [B, H, W, 3] in 0..1 -> latents. Raises Step1XError where they are no numbers."""
-    samples = vae.encode(pictures.clone())  # not a person's own image, should the host work in place
+    """Encode images [B, H, W, 3] in 0..1 to latents. Raises Step1XError if they contain NaN or Inf."""
+    samples = vae.encode(pictures.clone())  # a copy, because the host may work in place
     check_finite(samples, f"The VAE made {BAD_VAE}")
     return samples
 
 
 def add_references(conditionings: list[list], vae, images: list[Tensor], size_level: int) -> list[list]:
-    """Conditionings with the latents of further images [B, H, W, C] behind the references that they have. Only the transformer sees them (experimental).
+    """Append the latents of further images [B, H, W, C] to the references of the conditionings. Only the transformer
+    sees them (experimental).
 
-    They are resized as the edited image is, by the rule of the version whose conditionings these are.
+    They are resized like the edited image, by the rule of the conditionings' version.
 
-    Raises Step1XError for a foreign VAE, what is no conditioning or no image, and sizes that degenerate.
+    Raises Step1XError for a foreign VAE, an invalid conditioning or image, and sizes that degenerate.
     """
     check_vae(vae)
     for name, conditioning in zip(("positive", "negative"), conditionings):
         check_conditioning(conditioning, name)
     for image in images:
         check_pictures(image, "images")
-    # Its entry of the conditioning tells the layout: each version reads all its references resized in one way.
+    # This entry of the conditioning identifies the layout; each version resizes all its references in the same way.
     layout = LAYOUT_V12 if any("text_ids" in extra for conditioning in conditionings for _, extra in conditioning) else LAYOUT_V11
     resize = to_working_size_v12 if layout.resizes_floats else to_working_size
     latents = [encode_pictures(vae, torch.stack([resize(picture, size_level) for picture in image])) for image in images]
@@ -141,7 +147,8 @@ def add_references(conditionings: list[list], vae, images: list[Tensor], size_le
 
 
 def merge_batch(parts: list[list]) -> list:
-    """Conditionings of single images of one size, [1, L, C] and tensors of one row beside them -> one of B rows."""
+    """Merge conditionings of single images of one size, with tensors [1, L, C] and one-row tensors beside them, into
+    one of B rows."""
     if len(parts) == 1:
         return parts[0]
     merged = []
@@ -152,11 +159,12 @@ def merge_batch(parts: list[list]) -> list:
 
 
 def decode_edit(vae, latent: dict, source: Tensor | None = None) -> Tensor:
-    """Latent dict -> images [B, H, W, 3] in 0..1, resized to the source image's size where one is given.
+    """Decode a latent dict to images [B, H, W, 3] in 0..1, resized to the size of the source image if given.
 
-    The resize works on 8-bit values as the official code does; a result that has the size already keeps its full precision.
+    The resize works on 8-bit values as the official code does. A result that already has the size keeps its full
+    precision.
 
-    Raises Step1XError for a foreign VAE, a latent of another model, a source that is no image, and damaged weights.
+    Raises Step1XError for a foreign VAE, a latent of another model, an invalid source image, and damaged weights.
     """
     check_vae(vae)
     if source is not None:
