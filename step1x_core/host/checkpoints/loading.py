@@ -204,11 +204,12 @@ def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tupl
 
 
 def scaled_fp8(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The large matrices of a bf16 or plain fp8 transformer as e4m3 with scales, in the host's format; what has scales already is passed on as it is."""
+    """Convert the large matrices of a bf16 or plain fp8 transformer to e4m3 with scales, in the host's format. Weights
+    that already have scales are returned unchanged."""
     if any(key.split(".")[-1] in SCALES for key in state_dict):
         return state_dict
     device = comfy.model_management.get_torch_device()
-    # One matrix at a time, with room for it in float32 and what is made of it; the host does not know of them.
+    # Frees memory for the float32 copies of one matrix at a time, which the host does not track.
     largest = max((tensor.numel() for name, tensor in state_dict.items() if MODEL_LAYERS.fullmatch(name)), default=0)
     comfy.model_management.free_memory(largest * FLOATS_AT_A_TIME * 4, device)
     out = {}
@@ -222,12 +223,13 @@ def scaled_fp8(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def load_model(path, version: str | None = None, model_options={}, disable_dynamic=False, fp8: bool = False):
-    """Load a Step1X-Edit transformer as a ModelPatcher with norm-limited guidance switched on.
+    """Load a Step1X-Edit transformer as a ModelPatcher with norm-limited guidance enabled.
 
     path: single file (original or diffusers layout, any dtype), model folder, or diffusers repository.
     version: a name in VERSIONS, or None to detect it.
     model_options, disable_dynamic: as for `comfy.sd.load_diffusion_model`.
-    fp8: make the large matrices e4m3 with scales while loading, to be multiplied on fp8 tensor cores where the card has them.
+    fp8: whether to convert the large matrices to e4m3 with scales while loading, for fp8 tensor cores if the GPU has
+    them.
 
     Raises Step1XError as `model_state_dict` does, for an unknown version, and for weights that the host cannot load.
     """
@@ -248,7 +250,7 @@ def load_model(path, version: str | None = None, model_options={}, disable_dynam
 
 
 def mllm_state_dict(checkpoint: Checkpoint) -> tuple[dict, MLLMConfig]:
-    """Language-model weights with `model.*` and `visual.*` names, and their configuration.
+    """Return language-model weights with `model.*` and `visual.*` names, and their configuration.
 
     Raises Step1XError for files that are damaged, of another model, or incomplete.
     """
@@ -287,10 +289,11 @@ def mllm_state_dict(checkpoint: Checkpoint) -> tuple[dict, MLLMConfig]:
 
 
 def load_text_encoder(path, layout: str | None = None, model_options={}, disable_dynamic=False) -> comfy.sd.CLIP:
-    """Load Qwen2.5-VL as a CLIP object that tokenises and lays out prompts as Step1X-Edit was trained with.
+    """Load Qwen2.5-VL as a CLIP object that tokenises and lays out prompts as in Step1X-Edit's training.
 
-    path: the single file Qwen-Image users have (bf16 or scaled fp8), a Hugging Face folder, or a diffusers repository.
-    layout: "v1.1" (for v1.0, too), "v1.2", or None for that of the repository's version and else v1.1: other models' repositories hold the same Qwen2.5-VL.
+    path: the single file that Qwen-Image uses (bf16 or scaled fp8), a Hugging Face folder, or a diffusers repository.
+    layout: "v1.1" (also for v1.0), "v1.2", or None for the layout of the repository's version, else v1.1. Repositories
+    of other models contain the same Qwen2.5-VL.
 
     Raises Step1XError as `mllm_state_dict` does, and for weights that the host cannot load.
     """
@@ -313,7 +316,7 @@ def load_text_encoder_patcher(path, layout=None, model_options={}, disable_dynam
 def load_vae(path) -> comfy.sd.VAE:
     """Load the VAE of a diffusers repository, a model folder or a file with the host's own VAE class.
 
-    Raises Step1XError for files that are damaged, incomplete, hold no VAE or one in another tool's format.
+    Raises Step1XError for files that are damaged, incomplete, without a VAE, or in another tool's format.
     """
     checkpoint = find_checkpoint(path, "vae")
     state_dict, metadata = read_checkpoint(checkpoint)
@@ -329,7 +332,7 @@ def load_vae(path) -> comfy.sd.VAE:
                 f"{checkpoint.path.name} does not contain a VAE that ComfyUI recognises. Choose the vae folder of a "
                 "Step1X-Edit repository, or ae.safetensors."
             )
-        # The host goes on with whatever was in memory in place of a missing tensor.
+        # The host would use uninitialised memory in place of a missing tensor.
         check_weights(checkpoint.path.name, shapes(vae.first_stage_model.state_dict()), state_dict)
     if marked:
         raise Step1XError(

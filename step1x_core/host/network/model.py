@@ -27,10 +27,11 @@ log = logging.getLogger(__name__)
 
 
 def check_sampling(model_sampling) -> None:
-    """Raise Step1XError for times other than the flow's, 0..1, and for a prediction that is read as anything but the velocity from image to noise."""
+    """Raise Step1XError for times outside the flow's 0..1, and for predictions that are not read as the velocity from
+    image to noise."""
     one = torch.ones(1)
     time = float(torch.as_tensor(model_sampling.timestep(one)).flatten()[0])
-    # At noise level 1 the image is what is left when the prediction 0.25 is taken from 1.
+    # At noise level 1, the denoised value is 1 minus the prediction 0.25.
     denoised = float(model_sampling.calculate_denoised(one, torch.full((1, 1, 1, 1), 0.25), torch.ones(1, 1, 1, 1)))
     if abs(time - 1) > 1e-3 or abs(denoised - 0.75) > 1e-3:
         raise Step1XError(
@@ -42,7 +43,8 @@ def check_sampling(model_sampling) -> None:
 
 
 def on_device(conditioning: dict) -> dict:
-    """The conditioning's tensors on the device of the sampling, which is its entry "device". The host would copy them there in every step, and wait for the one before."""
+    """Return the conditioning's tensors on the sampling device, its entry "device". The host would copy them in every
+    step and wait for the previous one."""
     device = conditioning["device"]
     out = {name: conditioning[name].to(device) for name in ("cross_attn", "attention_mask", "text_ids", "text_embeds", "text_mask") if conditioning.get(name) is not None}
     if conditioning.get("reference_latents"):
@@ -51,7 +53,7 @@ def on_device(conditioning: dict) -> dict:
 
 
 class CONDTextTokens(comfy.conds.CONDConstant):
-    """The number of distinct text tokens, of which a batch needs the largest."""
+    """The number of distinct text tokens; a batch uses the largest."""
 
     def can_concat(self, other):
         return True
@@ -73,10 +75,11 @@ class Step1XEditModel(comfy.model_base.Flux):
         return None
 
     def extra_conds(self, **kwargs):
-        """The host's Flux conds without guidance, plus the text mask, or for v1.2 the text's positions and input embeddings.
+        """Return the host's Flux conds without guidance, plus the text mask, or for v1.2 the text's positions and input
+        embeddings.
 
-        Raises Step1XError when the conditioning was not made with a Step1X-Edit text encoder of the model's layout or was joined from two, and as
-        `check_inputs` does.
+        Raises Step1XError if the conditioning is not from a Step1X-Edit text encoder of the model's layout or was
+        concatenated, and as `check_inputs` does.
         """
         self.check_inputs(**kwargs)
         if kwargs.get("prompt_type") == "positive":
@@ -114,7 +117,8 @@ class Step1XEditModel(comfy.model_base.Flux):
         return out | self.layout_conds(context, **kwargs)
 
     def check_inputs(self, noise, reference_latents=None, reference_latents_method=None, area=None, control=None, **kwargs) -> None:
-        """Raise Step1XError for latents of another model, and for what other nodes ask for and the host would do wrong or not at all."""
+        """Raise Step1XError for latents of another model, and for settings of other nodes that the host would apply
+        wrongly or ignore."""
         check_own_forward(self.diffusion_model)
         check_sampling(self.model_sampling)
         check_latent_shape(noise, self.latent_channels)
@@ -148,7 +152,8 @@ class Step1XEditModel(comfy.model_base.Flux):
             )
 
     def layout_conds(self, context, text_ids=None, text_embeds=None, text_mask=None, **kwargs) -> dict:
-        """What the layout of v1.2 adds to the conds; {} for the other one. Raises Step1XError for a conditioning of the other layout."""
+        """Return the additional conds of the v1.2 layout; {} for the other one. Raises Step1XError for a conditioning
+        of the other layout."""
         version = self.diffusion_model.version
         layout = VERSIONS[version].layout
         if (text_ids is not None) != layout.text_positions:
@@ -171,15 +176,15 @@ class Step1XEditModel(comfy.model_base.Flux):
 
 
 class Step1XEdit(comfy.supported_models.Flux):
-    """Model family entry. A Step1X-Edit file is a FLUX file plus a connector, so it must be asked before FLUX is."""
+    """Model family entry. A Step1X-Edit file is a FLUX file plus a connector, so it must be checked before FLUX."""
 
     unet_config = {"image_model": "flux"}
-    # Measured: 1.2 at 1024x1024, 1.5 at 512x512 (docs/performance.md); the references count as much as the image.
+    # Measured: 1.2 at 1024x1024, 1.5 at 512x512 (docs/performance.md); references count as much as the image.
     memory_usage_factor = 1.6
 
     @classmethod
     def matches(cls, unet_config, state_dict=None, unet_key_prefix=""):
-        # Not through `required_keys`: older hosts look those up without the prefix.
+        # Not through `required_keys`, because older hosts look those up without the prefix.
         return super().matches(unet_config) and state_dict is not None and any(k.endswith(CONNECTOR_KEY) for k in state_dict)
 
     def get_model(self, state_dict, prefix="", device=None):
@@ -199,7 +204,8 @@ class Step1XEdit(comfy.supported_models.Flux):
         return state_dict
 
     def process_unet_state_dict_for_saving(self, state_dict):
-        # What the file brought is passed on, a guessed version is not: tensors of v1.1 and of a v1.2-preview can be alike.
+        # What the file contained is passed on, but not a guessed version: v1.1 and a v1.2-preview can have the same
+        # tensors.
         if self.stored:
             state_dict[CONFIG_KEY] = config_tensor(self.stored)
         return super().process_unet_state_dict_for_saving(state_dict)
@@ -209,14 +215,14 @@ class Step1XEdit(comfy.supported_models.Flux):
         weights = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
         if not weights:
             return None
-        # Unknown where the host loads the text encoder alone; the transformer's tensors are still there then.
+        # Unknown if the host loads only the text encoder; the transformer's tensors are still there then.
         version = self.unet_config.get("version") or detect_config(state_dict, comfy.model_detection.unet_prefix_from_state_dict(state_dict)).version
         tokenizer = functools.partial(Step1XTokenizer, layout=VERSIONS[version].layout)
         return ClipTarget(tokenizer, functools.partial(Step1XTEModel, config=detect_mllm_config(weights, {}), **llama_detect(weights)))
 
 
 def register() -> None:
-    """Put the family at the head of the host's list, once; a host that brings a family of this name keeps its own."""
+    """Put the family at the head of the host's list, once. A host with a family of this name keeps its own."""
     models = comfy.supported_models.models
     if not any(model.__name__ == Step1XEdit.__name__ for model in models):
         models.insert(0, Step1XEdit)
