@@ -268,11 +268,11 @@ CONDITIONINGS = {
     "without_text": (lambda cond: [[None, {}]], NO_CONDITIONING),
     "matrix": (lambda cond: [[torch.rand(77, 64), {}]], NO_CONDITIONING),
     "joined": (lambda cond: [[torch.cat((cond[0][0], cond[0][0]), dim=1), cond[0][1]]], "cannot be concatenated. Write everything into one prompt"),
-    "nan": (lambda cond: [[cond[0][0] * float("nan"), cond[0][1]]], "Sampling ended in values that are no numbers"),
-    "no_valid_text": (with_extra(attention_mask=torch.zeros(1, 640, dtype=torch.long)), "Sampling ended in values that are no numbers"),
+    "nan": (lambda cond: [[cond[0][0] * float("nan"), cond[0][1]]], "Sampling returned NaN or Inf values"),
+    "no_valid_text": (with_extra(attention_mask=torch.zeros(1, 640, dtype=torch.long)), "Sampling returned NaN or Inf values"),
     "reference_of_sd": (with_extra(reference_latents=[LATENT[:, :4]]), "The reference latent has shape .* belongs to another model"),
     "reference_of_wan": (with_extra(reference_latents=[LATENT[:, :, None]]), "The reference latent has shape .* belongs to another model"),
-    "reference_nan": (with_extra(reference_latents=[LATENT * float("nan")]), "Sampling ended in values that are no numbers"),
+    "reference_nan": (with_extra(reference_latents=[LATENT * float("nan")]), "Sampling returned NaN or Inf values"),
     "kontext_method": (with_extra(reference_latents_method="index"), "Remove that node"),
 }
 

@@ -263,7 +263,7 @@ def test_a_host_that_does_not_tell_its_folders_is_named(tmp_path):
     result = subprocess.run([sys.executable, str(PACK / "install.py"), "--download", "vae"], capture_output=True, text=True,
                             env={k: v for k, v in os.environ.items() if k != "COMFYUI_FOLDERS_BASE_PATH"} | {"STEP1X_COMFYUI": str(root)})
     assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr == "ComfyUI does not tell its models folders (no folders). Correct its extra_model_paths.yaml, or name a folder with --dir.\n"
+    assert result.stderr == "The models folders of ComfyUI cannot be read (no folders). Correct its extra_model_paths.yaml, or name a folder with --dir.\n"
 
 
 def test_progress_tells_speed_and_time_left(monkeypatch):

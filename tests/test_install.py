@@ -115,7 +115,7 @@ def test_an_old_host_is_named(comfyui):
 
 def test_a_python_without_packages_is_advised(comfyui):
     text = advice(comfyui, *BARE)
-    assert f"torch cannot be used by {sys.executable}" in text and "The models folders were not looked into" in text
+    assert f"torch cannot be used by {sys.executable}" in text and "The models folders were not checked" in text
 
 
 @pytest.mark.parametrize("name, content, python", [

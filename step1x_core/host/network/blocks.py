@@ -91,9 +91,10 @@ def ready_weight_and_bias(layer: torch.nn.Module, device: torch.device, dtype: t
 
 
 def multiplied_as_fp8(layer: torch.nn.Module, x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """layer of e4m3 x [N, C] times scale [] -> [N, out] of dtype.
+    """Apply a layer to e4m3 x [N, C] times scale []; returns [N, out] in dtype.
 
-    The host asks for float32 sums, which Hopper's tensor cores have to leave for; their own 14 bits are well beyond the 4 bits of what is added up.
+    The host requests float32 accumulation, for which Hopper leaves its tensor cores. Their own 14 bits are far more
+    than the 4 bits of the summands.
     """
     weight, bias, stream = ready_weight_and_bias(layer, x.device, dtype, compute_dtype=dtype, want_requant=True)
     # An fp8 product has no bias in float32.

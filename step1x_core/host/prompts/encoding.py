@@ -18,7 +18,10 @@ LATENT_FACTOR = 8
 # Progress units for one image: two prompts and the VAE.
 ENCODING_STEPS = 3
 
-BAD_VAE = "values that are no numbers (NaN or infinity): its file is damaged, or its precision too low. Download the VAE again, or start ComfyUI with --fp32-vae."
+BAD_VAE = (
+    "NaN or Inf values; its file may be damaged, or its precision too low. Download the VAE again, or start ComfyUI "
+    "with --fp32-vae."
+)
 
 # Entry of the latent dict with the prompt layout, for the decoder; the host's samplers pass it on.
 LAYOUT_KEY = "step1x_layout"
@@ -106,7 +109,11 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
         for picture in shown:
             comfy.model_management.throw_exception_if_processing_interrupted()
             part = clip.encode_from_tokens_scheduled(clip.tokenize(text, images=[picture[None]], size_level=size_level))
-            check_finite(part[0][0], "The text encoder gave values that are no numbers (NaN or infinity): its file is damaged. Download the file of 'Load Step1X-Edit MLLM' again.")
+            check_finite(
+                part[0][0],
+                "The text encoder returned NaN or Inf values; its file may be damaged. Download the file of 'Load "
+                "Step1X-Edit MLLM' again.",
+            )
             parts.append(part)
             progress.update(1)
         conditionings.append(merge_batch(parts))
@@ -121,7 +128,7 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
 def encode_pictures(vae, pictures: Tensor) -> Tensor:
     """Encode images [B, H, W, 3] in 0..1 to latents. Raises Step1XError if they contain NaN or Inf."""
     samples = vae.encode(pictures.clone())  # a copy, because the host may work in place
-    check_finite(samples, f"The VAE made {BAD_VAE}")
+    check_finite(samples, f"The VAE encoder returned {BAD_VAE}")
     return samples
 
 
@@ -173,7 +180,7 @@ def decode_edit(vae, latent: dict, source: Tensor | None = None) -> Tensor:
     check_latent_shape(samples, LATENT_CHANNELS)
     check_finite(samples, BAD_LATENT)
     pictures = vae.decode(samples.clone())
-    check_finite(pictures, f"The VAE decoded to {BAD_VAE}")
+    check_finite(pictures, f"The VAE decoder returned {BAD_VAE}")
     if source is None or source.shape[1:3] == pictures.shape[1:3]:
         return pictures
     size = (source.shape[2], source.shape[1])

@@ -95,7 +95,7 @@ def rewrite(clip, image: Tensor, prompt: str, seed: int, temperature: float) -> 
     thought = think(ask, single_picture(image, "image"), prompt, overrides=template_folder())
     (system, user, reply), = ask.exchanges
     lines = [f"Instruction: {thought.prompt}", f"Rewritten: {thought.instruction}"]
-    for title, text in (("Asked, system", system), ("Asked, after the picture", user), ("Answered", reply)):
+    for title, text in (("Asked, system", system), ("Asked, after the image", user), ("Answered", reply)):
         lines.append(f"\n{title}:\n{indent(text)}")
     return thought.instruction, clean_prompt("\n".join(lines))
 

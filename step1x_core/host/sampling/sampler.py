@@ -243,6 +243,10 @@ def sample(model, positive, negative, latent: dict, sigmas: Tensor, cfg: float, 
         model, noise, cfg, comfy.samplers.sampler_object(sampler_name), sigmas.clone(), copied(positive), copied(negative), samples.clone(),
         noise_mask=None if mask is None else mask.clone(), callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed,
     )
-    check_finite(out["samples"], "Sampling ended in values that are no numbers (NaN or infinity), which would be a black picture. Most likely the file of the model or "
-                                 "of a LoRA is damaged, or the CFG, a LoRA's strength or float16 is too much: try without them, or download the file again.")
+    check_finite(
+        out["samples"],
+        "Sampling returned NaN or Inf values, which would be a black image. The file of the model or of a LoRA may be "
+        "damaged, or CFG or LoRA strength may be too high, or float16 may overflow. Try without these, or download the "
+        "file again.",
+    )
     return out
