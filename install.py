@@ -269,7 +269,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--download", nargs="+", choices=MODELS, metavar="NAME", help=f"what to download: {', '.join(MODELS)}")
     parser.add_argument("--source", choices=("huggingface", "modelscope"), default="huggingface", help="the hub to download from")
-    parser.add_argument("--repo", metavar="OWNER/NAME", help="repository to use instead of the default, for community files")
+    parser.add_argument("--repo", metavar="OWNER/NAME", help="repository to use instead of the default one")
     parser.add_argument("--dir", type=Path, help="folder to use instead of ComfyUI's models folders")
     options = parser.parse_args()
     if options.download:

@@ -37,8 +37,8 @@ def check_pictures(pictures: Tensor, name: str) -> None:
     broken = int((~torch.isfinite(pictures)).sum())
     if broken:
         log.warning(
-            "Input '%s': %d of %d values are NaN or Inf; NaN is read as black, Inf is clamped. Check the node that made "
-            "the image. If it is a VAE with too little precision, start ComfyUI with --fp32-vae.",
+            "Input '%s': %d of %d values are NaN or Inf; NaN is read as black, Inf is clamped. Check the node that "
+            "made the image. If it is a VAE with too little precision, start ComfyUI with --fp32-vae.",
             name, broken, pictures.numel(),
         )
 
@@ -53,7 +53,8 @@ def check_mask(mask: Tensor) -> None:
 
 
 def check_conditioning(conditioning: list, name: str) -> None:
-    """Raise Step1XError unless input `name` is a host conditioning: a list of pairs of a tensor [B, L, C] and a dict."""
+    """Raise Step1XError unless input `name` is a host conditioning: a list of pairs of a tensor [B, L, C] and a
+    dict."""
     if not isinstance(conditioning, list) or not conditioning or any(not torch.is_tensor(entry[0]) or entry[0].ndim != 3 for entry in conditioning):
         raise Step1XError(
             f"Input '{name}' is not a conditioning, or is empty. Connect a conditioning from 'Step1X-Edit Encode'."

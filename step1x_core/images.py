@@ -98,7 +98,8 @@ def to_rgb(image: Tensor) -> Tensor:
 
 
 def to_uint8(image: Tensor) -> np.ndarray:
-    """Convert an image [H, W, C] in 0..1 to uint8 [H, W, 3]; `to_rgb` says how other channels and values are treated."""
+    """Convert an image [H, W, C] in 0..1 to uint8 [H, W, 3]; `to_rgb` says how other channels and values are
+    treated."""
     return (to_rgb(image) * 255).round().to(torch.uint8).numpy()
 
 

@@ -251,7 +251,7 @@ def test_a_full_disk_is_noticed_before_anything_is_transferred(server, tmp_path)
 def test_a_folder_that_cannot_be_made_is_named(server, tmp_path):
     (tmp_path / "file").write_bytes(b"mine")
     result = install("--download", "vae", "--dir", str(tmp_path / "file" / "models"), base=tmp_path, check=False)
-    assert result.returncode == 1 and f"The folder {tmp_path / 'file' / 'models'} cannot be made" in result.stderr and "--dir" in result.stderr
+    assert result.returncode == 1 and f"The folder {tmp_path / 'file' / 'models'} cannot be created" in result.stderr and "--dir" in result.stderr
     assert not server.requests and (tmp_path / "file").read_bytes() == b"mine"
 
 

@@ -163,7 +163,8 @@ def build_venv() -> Path:
 
 
 def package_name(requirement: str) -> str:
-    """Return the package name in a line of a requirements file, normalised as pip does; empty for comments and options."""
+    """Return the package name in a line of a requirements file, normalised as pip does; empty for comments and
+    options."""
     found = re.match(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)", requirement)
     return re.sub(r"[-_.]+", "-", found[1]).lower() if found else ""
 
@@ -264,7 +265,8 @@ def prepare(*releases: Release) -> list[Host]:
 
 
 def install_test_tools(host: Host) -> Path | None:
-    """Install pytest and ruff: in a private environment, or in a folder beside the user's ComfyUI, which is returned."""
+    """Install pytest and ruff: in a private environment, or in a folder beside the user's ComfyUI, which is
+    returned."""
     requirements = SUPPORT / "requirements-test.txt"
     folder = home() / "test-tools" if host.installed else None
     step = Step(folder or host.python.parent.parent, "test-tools", requirements.read_text(encoding="utf-8"), str(host.python), sys.version)

@@ -110,7 +110,9 @@ def check_file(path: Path) -> None:
         with safe_open(path, framework="pt"):
             pass
     except FileNotFoundError as error:
-        raise Step1XError(f"{path} does not exist. Press R to refresh the node list, then choose the model again.") from error
+        raise Step1XError(
+            f"{path} does not exist. Press R to refresh the node list, then choose the model again."
+        ) from error
     except (SafetensorError, OSError) as error:
         raise Step1XError(
             f"{path.name} is damaged, incomplete or not a safetensors file ({error}). Download it again and compare "

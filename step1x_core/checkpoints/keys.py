@@ -71,7 +71,8 @@ def swap_halves(tensor: Tensor) -> Tensor:
 
 
 def diffusers_to_original(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert a transformer state dict from the diffusers layout. Consumes `state_dict`; unknown keys keep their names."""
+    """Convert a transformer state dict from the diffusers layout. Consumes `state_dict`; unknown keys keep their
+    names."""
     out = {}
 
     def fuse(block, target, sources):

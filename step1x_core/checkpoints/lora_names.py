@@ -84,7 +84,8 @@ def flat(name: str) -> str:
 
 
 def find_layer(name: str, layers: dict):
-    """Look up a layer's name from a file, under any known prefix, in `layers` (by flat names); None if it is not there."""
+    """Look up a layer's name from a file, under any known prefix, in `layers` (by flat names); None if it is not
+    there."""
     name, seen = flat(name), set()
     names = [name]
     while names:
@@ -148,7 +149,8 @@ def layers_of(lora: dict[str, Tensor], layers: dict) -> tuple[dict[str, dict[str
 
 
 def check_complete(layer: str, tensors: dict[str, Tensor]) -> None:
-    """Raise Step1XError unless a layer's tensors form one complete change; the host would apply part of them, or none."""
+    """Raise Step1XError unless a layer's tensors form one complete change; the host would apply part of them, or
+    none."""
     kinds = frozenset(tensors)
     adapter = kinds - {"alpha", "dora_scale", "lora_bias", "diff_b"}
     complete = (

@@ -173,7 +173,8 @@ def multiply_out(
 
 
 def is_suspect(kind: str, tensor: Tensor, weight: Tensor) -> bool:
-    """Return whether a tensor beside an 8-bit weight looks like its scale, by the last part of its name or by its size."""
+    """Return whether a tensor beside an 8-bit weight looks like its scale, by the last part of its name or by its
+    size."""
     sizes = {1, weight.shape[0], weight.numel() // max(weight.shape[0], 1)} if weight.ndim else {1}
     return SUSPECT.search(kind) is not None or (tensor.is_floating_point() and tensor.numel() in sizes)
 
@@ -265,7 +266,8 @@ def check_lora(name: str, lora: dict[str, Tensor]) -> None:
 
 
 def check_leftovers(name: str, state_dict: dict[str, Tensor], marked: Collection[str]) -> None:
-    """Raise Step1XError for an unmarked integer weight without a scale, and for a scale of a weight that is not 8-bit."""
+    """Raise Step1XError for an unmarked integer weight without a scale, and for a scale of a weight that is not
+    8-bit."""
     for key, tensor in state_dict.items():
         weight = f"{layer_of(key)}.weight"
         if layer_of(key) in marked or weight not in state_dict:

@@ -76,7 +76,8 @@ def plain(text: str) -> str:
 
 
 def joins(char: str) -> bool:
-    """Return whether a character belongs to a script that puts spaces between words. Chinese, Japanese and Thai do not."""
+    """Return whether a character belongs to a script that puts spaces between words. Chinese, Japanese and Thai do
+    not."""
     return char.isalnum() and unicodedata.category(char) != "Lo"
 
 

@@ -35,7 +35,8 @@ _TO_QUOTE = str.maketrans({"'": QUOTE, LEFT_QUOTE: QUOTE, RIGHT_QUOTE: QUOTE})
 
 @cache
 def prompt_head_ids() -> tuple[int, ...]:
-    """Return the ids of the system turn and the instruction prefix (218 ids). The network depends on this exact text."""
+    """Return the ids of the system turn and the instruction prefix (218 ids). The network depends on this exact
+    text."""
     table = Path(__file__).parent.parent / "data" / "prompt_head.json"
     return tuple(json.loads(table.read_text(encoding="utf-8"))["head"])
 

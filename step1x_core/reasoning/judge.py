@@ -78,5 +78,6 @@ def judging(source: Image.Image, edited: Image.Image, instruction: str) -> Gener
 
 
 def judge_edit(ask: Ask, source: Image.Image, edited: Image.Image, instruction: str) -> Verdict:
-    """Judge one edit. Returns a verdict whatever the replies are; exceptions of `ask` other than BadReply pass through."""
+    """Judge one edit. Returns a verdict whatever the replies are; exceptions of `ask` other than BadReply pass
+    through."""
     return answered(ask, judging(source, edited, instruction))

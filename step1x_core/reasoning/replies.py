@@ -55,7 +55,8 @@ class Outcome:
 
 
 def language(text: str) -> str:
-    """Return the language to answer in: "chinese" for at least two Han characters (U+4E00 to U+9FFF), else "english"."""
+    """Return the language to answer in: "chinese" for at least two Han characters (U+4E00 to U+9FFF), else
+    "english"."""
     return "chinese" if sum("\u4e00" <= char <= "\u9fff" for char in text) > 1 else "english"
 
 

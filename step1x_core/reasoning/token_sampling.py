@@ -1,4 +1,5 @@
-"""Chooses the next token from the language model's scores, in the order and by the rules of Hugging Face transformers."""
+"""Chooses the next token from the language model's scores, in the order and by the rules of Hugging Face
+transformers."""
 
 import math
 from dataclasses import dataclass

@@ -111,7 +111,8 @@ def per_picture(values: Tensor) -> Tensor:
 
 
 class RegionRun:
-    """State of one sampling run, separate for each image of the batch. mask: the inpainting mask [B, C, h, w], or None."""
+    """State of one sampling run, separate for each image of the batch. mask: the inpainting mask [B, C, h, w], or
+    None."""
 
     def __init__(self, settings: RegionSettings, steps: int, mask: Tensor | None = None):
         self.settings = settings
@@ -154,7 +155,8 @@ class RegionRun:
         return (self.change * (self.sigma - sigma).abs() < self.settings.reuse) & ~self.edited.flatten(1).all(dim=1)
 
     def predicted(self, sigma: Tensor) -> Tensor:
-        """Predict the denoised latents [B, C, h, w] at this noise level from the last computed velocity and its decay."""
+        """Predict the denoised latents [B, C, h, w] at this noise level from the last computed velocity and its
+        decay."""
         shrunk = 1 - torch.exp(self.decay * (self.sigma - sigma))
         return self.denoised + self.region() * sigma * per_picture(shrunk) * self.velocity
 

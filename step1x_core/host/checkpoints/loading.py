@@ -128,7 +128,8 @@ def check_extra(name: str, expected: dict[str, tuple[int, ...]], state_dict, mar
 
 
 def shapes(state_dict) -> dict[str, tuple[int, ...]]:
-    """Return tensor shapes by name. Packed 4-bit weights, which the host unpacks, are given with their unpacked shape."""
+    """Return tensor shapes by name. Packed 4-bit weights, which the host unpacks, are given with their unpacked
+    shape."""
     out = {}
     for key, tensor in state_dict.items():
         packed = tensor.dtype == torch.uint8 and key.endswith(".weight")

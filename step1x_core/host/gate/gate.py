@@ -96,8 +96,8 @@ def gate(images: Tensor, action: str, classifier: str, unsafe_labels: str, thres
     # NaN is black to the classifier, and may be something else when the image is saved.
     check_finite(
         images,
-        "Input 'images' of the content gate contains NaN or Inf values, so it cannot be judged. Check the node that made "
-        "the images. If it is a VAE with too little precision, start ComfyUI with --fp32-vae.",
+        "Input 'images' of the content gate contains NaN or Inf values, so it cannot be judged. Check the node that "
+        "made the images. If it is a VAE with too little precision, start ComfyUI with --fp32-vae.",
     )
     if classifier == NONE and not entries(words) and not plain(question):
         raise Step1XError(

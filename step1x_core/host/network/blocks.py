@@ -116,7 +116,8 @@ def is_plain(layer: torch.nn.Module) -> bool:
 
 @contextmanager
 def weight_and_bias(layer: torch.nn.Module, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield weight [N, C] and bias [N] of a plain layer, on the device and in the dtype of x, with its LoRAs applied."""
+    """Yield weight [N, C] and bias [N] of a plain layer, on the device and in the dtype of x, with its LoRAs
+    applied."""
     weight, bias, stream = ready_weight_and_bias(layer, x.device, x.dtype)
     yield weight, bias
     uncast_bias_weight(layer, weight, bias, stream)

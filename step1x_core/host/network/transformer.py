@@ -1,4 +1,5 @@
-"""The Step1X-Edit transformer: the host's Flux preceded by a connector (docs/model.md, Transformer; v1.2 conditioning)."""
+"""The Step1X-Edit transformer: the host's Flux preceded by a connector (docs/model.md, Transformer; v1.2
+conditioning)."""
 
 import torch
 from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock

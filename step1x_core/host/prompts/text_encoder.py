@@ -114,7 +114,8 @@ class Step1XTEModel(sd1_clip.SD1ClipModel):
         return cond, pooled, {"attention_mask": mask}
 
     def memory_estimation_function(self, tokens, device=None) -> int:
-        """Return the bytes that a run over these tokens needs besides the weights; the host asks before it loads them."""
+        """Return the bytes that a run over these tokens needs besides the weights; the host asks before it loads
+        them."""
         model = getattr(self, self.clip).transformer
         sequences = [[token[0] for token in sequence] for sequence in tokens.get(TEXT_ENCODER_NAME, [])]
         return model.working_memory(sequences) if sequences else 0

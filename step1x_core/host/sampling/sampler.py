@@ -83,7 +83,8 @@ def set_norm_limiter(model, limiter: NormLimiter):
 
 
 def with_norm_limiter(model):
-    """Return the model if it has a norm limiter, else a clone with its version's. A model from a stock loader has none."""
+    """Return the model if it has a norm limiter, else a clone with its version's. A model from a stock loader has
+    none."""
     if any(isinstance(hook, NormLimiter) for hook in model.model_options.get(HOOKS, [])):
         return model
     return set_norm_limiter(model, NormLimiter(model_version(model).guidance_truncate))
