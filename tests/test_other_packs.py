@@ -185,7 +185,7 @@ def test_a_prompt_without_the_reference_of_the_other_is_refused(model, edit, lac
     bare = without_reference(positive)
     prompts = {"positive": (bare, negative), "negative": (positive, without_reference(negative)), "one of two": (positive + bare, negative)}[lacking]
     name = "negative" if lacking == "negative" else "positive"
-    with pytest.raises(Step1XError, match=f"The input '{name}' has no reference image"):
+    with pytest.raises(Step1XError, match=f"Input '{name}' has no reference image"):
         run(model, (*prompts, latent))
 
 
