@@ -87,9 +87,9 @@ def test_alike_weights_without_a_mark_ask_for_the_version(v12_file, tmp_path):
 
 
 def test_a_version_that_the_tensors_contradict_is_refused(v12_file, models, tmp_path):
-    with pytest.raises(Step1XError, match="cannot be v1.1: it has text_token_mapping.weight, which only v1.2 has"):
+    with pytest.raises(Step1XError, match="set to v1.1, but the weights contain text_token_mapping.weight, which only v1.2 has"):
         load_model(v12_file, "v1.1")
-    with pytest.raises(Step1XError, match="cannot be v1.2: it has connector.scale_factor, which only v1.0 has"):
+    with pytest.raises(Step1XError, match="set to v1.2, but the weights contain connector.scale_factor, which only v1.0 has"):
         load_model(models / "diffusion_models" / tiny_models.V10_FILE, "v1.2")
     mixed = diffusers_repository(tmp_path / "mixed", to_diffusers(load_file(v12_file)))
     with pytest.raises(Step1XError, match="Step1XEditPipeline is v1.1, but the weights contain text_token_mapping.weight, which only v1.2 has"):
