@@ -29,7 +29,7 @@ REFUSALS = {"MODEL": NO_MODEL, "CLIP": NO_ENCODER, "VAE": NO_VAE, "IMAGE": "expe
             "CONDITIONING": "is not a conditioning, or is empty. Connect a conditioning from 'Step1X-Edit Encode'",
             "STEP1X_STITCH": "The input 'stitch' brings .* Connect the output 'stitch' of 'Step1X-Edit Crop to Mask'",
             "STEP1X_EDIT_DATASET": "Input 'dataset' is .* Connect the output of 'Step1X-Edit Dataset'",
-            "STEP1X_PAIRS": "Input 'pairs' is .* Connect the output of 'Step1X-Edit Computed Pairs' or 'Step1X-Edit Record Pairs'",
+            "STEP1X_PAIRS": "Input 'pairs' is .* Connect the output of 'Step1X-Edit Compute Pairs' or 'Step1X-Edit Record Pairs'",
             "STEP1X_PROPOSAL": "Input 'proposals' is .* Connect the output of 'Step1X-Edit Propose Edits'",
             "STEP1X_BENCH": "Input 'bench' is .* Connect the output of 'Step1X-Edit GEdit-Bench Items'",
             "STEP1X_BENCH_ITEM": "Input 'items' is .* Connect the output of 'Step1X-Edit GEdit-Bench Items'"}

@@ -56,7 +56,7 @@ def test_a_folder_of_json_files_is_one_dataset(folder):
 
 @pytest.mark.parametrize("entries, message", [
     ("{broken", "could not be read as JSON"),
-    ("[1, 2]", "is not a list of pairs"),
+    ("[1, 2]", "is not a table of pairs"),
     ({"target/0.png": {"caption": "x"}}, 'has no "ref_image_path"'),
     ({"target/0.png": {"ref_image_path": "source/0.png", "caption": 3}}, 'no "caption"'),
     ({"target/0.png": "source/0.png"}, 'has no "ref_image_path"'),
@@ -74,7 +74,7 @@ def test_bad_folders_are_one_sentence(folder, tmp_path):
     with pytest.raises(Step1XError, match="1.txt could not be read"):
         read_pairs(folder)
     (folder / "source" / "0.png").unlink()
-    with pytest.raises(Step1XError, match="0.png has no picture of that name"):
+    with pytest.raises(Step1XError, match="0.png has no image of that name"):
         read_pairs(folder)
     with pytest.raises(Step1XError, match="There is no dataset"):
         read_pairs(tmp_path / "nothing")
@@ -86,7 +86,7 @@ def test_bad_folders_are_one_sentence(folder, tmp_path):
 def test_pictures_outside_of_the_root_are_refused(folder):
     assert len(read_pairs(folder, folder)) == 3
     path = write_json(folder / "source", {"0.png": {"ref_image_path": "../target/0.png", "caption": "x"}})
-    with pytest.raises(Step1XError, match="lies outside"):
+    with pytest.raises(Step1XError, match="is not inside"):
         read_pairs(path, folder / "source")
 
 
