@@ -1,7 +1,9 @@
-"""Looks around and advises, and downloads models for a person who asks for it.
+"""Checks the installation and prints advice; downloads models on request.
 
-Without arguments, as ComfyUI-Manager runs it after an installation, it only looks: nothing is installed, nothing is downloaded, it always succeeds.
-`python install.py --download v1.1 mllm vae` brings model files into ComfyUI's models folders. Needs only the standard library to be imported.
+Without arguments, as ComfyUI-Manager runs it after an installation, it only checks: it installs and downloads nothing,
+and it always succeeds.
+`python install.py --download v1.1 mllm vae` downloads model files into ComfyUI's models folders. Importing this file
+needs only the standard library.
 """
 
 import argparse
@@ -20,13 +22,14 @@ from pathlib import Path, PurePosixPath
 PACK = Path(__file__).absolute().parent
 OLDEST_COMFYUI = (0, 18, 2)
 
-# What a diffusers repository needs of its files: those of the component folders, without pictures and papers.
+# The files that a diffusers repository needs: those of the component folders, without images and papers.
 COMPONENTS = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt")
 
 
 @dataclass(frozen=True)
 class Model:
-    """What --download gets. folder: ComfyUI's name of the folder. files: patterns in small letters, of paths or names in the repository.
+    """What --download gets. folder: ComfyUI's name of the folder. files: lower-case patterns of paths or names in the
+    repository.
 
     whole: the files keep their paths, in a folder named like the repository. rename: another name for a single file.
     """
@@ -44,44 +47,47 @@ MODELS = {
     "v1.1": Model("Step1X-Edit v1.1", "diffusion_models", "stepfun-ai/Step1X-Edit", ("step1x-edit-v1p1-official.safetensors",)),
     "v1.2": Model("Step1X-Edit v1.2 with text encoder and VAE", "diffusers", "stepfun-ai/Step1X-Edit-v1p2", COMPONENTS, whole=True),
     "v1.2-preview": Model("Step1X-Edit v1.2-preview with text encoder and VAE", "diffusers", "stepfun-ai/Step1X-Edit-v1p2-preview", COMPONENTS, whole=True),
-    # The community's; there are more repositories of this kind, hence --repo.
+    # A community repository; there are others, hence --repo.
     "fp8": Model("Step1X-Edit in fp8", "diffusion_models", "meimeilook/Step1X-Edit-FP8", ("*fp8*.safetensors",)),
     "mllm": Model("Qwen2.5-VL-7B", "text_encoders", "Comfy-Org/Qwen-Image_ComfyUI", ("qwen_2.5_vl_7b.safetensors",)),
     "mllm-fp8": Model("Qwen2.5-VL-7B in fp8", "text_encoders", "Comfy-Org/Qwen-Image_ComfyUI", ("qwen_2.5_vl_7b_fp8_scaled.safetensors",)),
-    # Under the name that workflows ask for: it is the FLUX VAE.
+    # Renamed to the name that workflows use; it is the FLUX VAE.
     "vae": Model("FLUX VAE", "vae", "stepfun-ai/Step1X-Edit", ("vae.safetensors",), rename="ae.safetensors"),
     "lora": Model("LoRA", "loras", "stepfun-ai/Step1X-Edit", ("*lora*.safetensors",)),
 }
 
-# What an edit needs: title, ComfyUI's folder name, subfolder of a diffusers repository, names that fit, what to download.
+# What an edit needs: title, ComfyUI's folder name, subfolder of a diffusers repository, matching names, what to
+# download.
 NEEDED = (
     ("Step1X-Edit model", "diffusion_models", "transformer", r"^(?!.*vae\.).*(step1x|reasonedit)", "v1.1"),
     ("Qwen2.5-VL-7B", "text_encoders", "text_encoder", r"^MLLM|qwen.?2[._]?5.?vl|step1x.*/$", "mllm"),
     ("FLUX VAE", "vae", "vae", r"(^|[\\/])v?ae\.|flux|step1x.*/$", "vae"),
 )
 
-# Start-up options of ComfyUI for the attention packages that it knows.
+# ComfyUI's start-up options for the attention packages that it supports.
 ATTENTION = {"flash_attn": "--use-flash-attention", "sageattention": "--use-sage-attention", "xformers": "used by itself"}
 FLASH_ATTN = "2.8.3"
 
 
 def host_root() -> Path:
-    """ComfyUI's folder: the one that STEP1X_COMFYUI or the Manager's COMFYUI_PATH names, else the one around this pack."""
+    """Return ComfyUI's folder: the one named by STEP1X_COMFYUI or the Manager's COMFYUI_PATH, else the one around this
+    pack."""
     named = os.environ.get("STEP1X_COMFYUI") or os.environ.get("COMFYUI_PATH")
     return Path(named).absolute() if named else PACK.parent.parent
 
 
 def comfyui_version(root: Path) -> tuple[int, ...] | None:
-    """The version in a ComfyUI folder's comfyui_version.py; None where there is none."""
+    """Return the version in a ComfyUI folder's comfyui_version.py, or None if there is none."""
     file = root / "comfyui_version.py"
     match = re.search(r'"(\d+(?:\.\d+)*)"', file.read_text(encoding="utf-8")) if file.is_file() else None
     return tuple(map(int, match[1].split("."))) if match else None
 
 
 def use_host(root: Path):
-    """The host's module folder_paths, with its extra_model_paths.yaml read. This pack's core can be imported from then on.
+    """Return the host's module folder_paths, with extra_model_paths.yaml read. Afterwards this pack's core can be
+    imported.
 
-    Raises ImportError where this Python lacks what ComfyUI needs.
+    Raises ImportError if this Python lacks packages that ComfyUI needs.
     """
     sys.path.insert(0, str(root))
     sys.path.append(str(PACK))
@@ -97,7 +103,7 @@ def use_host(root: Path):
 
 
 def flash_attn_wheel(torch) -> str | None:
-    """Name of the flash-attn wheel that fits this Python, torch, CUDA, C++ ABI and platform, as its makers name them; None without CUDA."""
+    """Return the name of the flash-attn wheel for this Python, torch, CUDA, C++ ABI and platform; None without CUDA."""
     if torch.version.cuda is None:
         return None
     system = "win_amd64" if sys.platform == "win32" else f"linux_{platform.machine()}"
@@ -107,7 +113,7 @@ def flash_attn_wheel(torch) -> str | None:
 
 
 def advise_torch() -> list[str]:
-    """torch, its device, and what there is for attention."""
+    """Describe torch, its device, and the attention packages."""
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -119,7 +125,7 @@ def advise_torch() -> list[str]:
     elif torch.xpu.is_available():
         device = torch.xpu.get_device_name()
     else:
-        device = "no graphics card that torch can use: full-size models would run on the CPU, in hours"
+        device = "no GPU that torch can use: full-size models would run on the CPU, which takes hours"
     lines = [f"torch {torch.__version__}, Python {platform.python_version()}; {device}"]
 
     found = []
@@ -128,10 +134,13 @@ def advise_torch() -> list[str]:
             found.append(f"{name} {importlib.metadata.version(name)} ({option})")
         except importlib.metadata.PackageNotFoundError:
             continue
-    lines.append(f"Attention: PyTorch's own; also installed: {', '.join(found) or 'nothing, which is fine'}")
+    lines.append(f"Attention: PyTorch's own; other packages installed: {', '.join(found) or 'none (optional)'}")
     wheel = flash_attn_wheel(torch)
     if wheel is not None and not any(name.startswith("flash_attn") for name in found):
-        lines.append(f"flash-attn, if you want it, has to be this file: {wheel} (where its makers built it: github.com/Dao-AILab/flash-attention/releases)")
+        lines.append(
+            f"flash-attn is optional; this file fits: {wheel} (if its makers built it: "
+            "github.com/Dao-AILab/flash-attention/releases)"
+        )
     return lines
 
 
@@ -140,7 +149,7 @@ def command(*arguments: str) -> str:
 
 
 def advise_models(folder_paths) -> list[str]:
-    """Which files the loaders would find where, and the one command that gets what is missing."""
+    """List the files that the loaders would find, and the command that downloads what is missing."""
     from step1x_core.host.checkpoints.folders import choices
 
     lines, missing = [], []
@@ -157,10 +166,13 @@ def advise_models(folder_paths) -> list[str]:
 
 
 def advise(root: Path) -> Iterator[str]:
-    """What a user should know about the ComfyUI in `root`, line by line."""
+    """Yield what a user should know about the ComfyUI in `root`, line by line."""
     version = comfyui_version(root)
     if version is None:
-        yield f"{root} is not a ComfyUI folder. Put this pack into ComfyUI/custom_nodes, or name ComfyUI's folder in the variable COMFYUI_PATH."
+        yield (
+            f"{root} is not a ComfyUI folder. Put this pack into ComfyUI/custom_nodes, or set COMFYUI_PATH to "
+            "ComfyUI's folder."
+        )
         yield from advise_torch()
         return
     number, oldest = (".".join(map(str, v)) for v in (version, OLDEST_COMFYUI))
@@ -169,19 +181,21 @@ def advise(root: Path) -> Iterator[str]:
     try:
         yield from advise_models(use_host(root))
     except ImportError as error:
-        yield f"The models folders were not looked into: {error}. Run install.py with the Python that starts ComfyUI."
+        yield f"The models folders were not checked: {error}. Run install.py with the Python that starts ComfyUI."
 
 
 def download_folder(folder_paths, folder: str) -> Path:
-    """Where files of a kind go: the default that extra_model_paths.yaml sets, else the folder of that name in the models folder."""
+    """Return the folder for this kind of file: the default in extra_model_paths.yaml, else the folder of that name in
+    the models folder."""
     models, first = Path(folder_paths.models_dir), Path(folder_paths.get_folder_paths(folder)[0])
     return models / folder if models in first.parents else first
 
 
 def items_of(model: Model, source: str, repository: str, folder: Path, folder_paths=None) -> list:
-    """The download items of a model, for `folder` or, with folder_paths, where ComfyUI has a file of that name already.
+    """Return the download items of a model, for `folder` or, with folder_paths, at the place where ComfyUI already has
+    a file of that name.
 
-    Raises HubError for a repository that cannot be read or has no such files.
+    Raises HubError for a repository that cannot be read or lacks such files.
     """
     import download
     import hub
@@ -194,8 +208,10 @@ def items_of(model: Model, source: str, repository: str, folder: Path, folder_pa
             chosen.append(file)
     if not any(file.path.endswith(".safetensors") for file in chosen):
         others = ", ".join(file.path for file in files if file.path.endswith(".safetensors")) or "none"
-        raise hub.HubError(f"{repository} on {source} does not have the files of {model.title}; its safetensors files: {others}. "
-                           "Name the repository that has them with --repo.")
+        raise hub.HubError(
+            f"{repository} on {source} does not contain the files of {model.title}; its safetensors files: {others}. "
+            "Name another repository with --repo."
+        )
     if model.whole:
         return [download.Item(file, folder / PurePosixPath(repository).name / file.path) for file in chosen]
     items = []
@@ -207,7 +223,7 @@ def items_of(model: Model, source: str, repository: str, folder: Path, folder_pa
 
 
 def run_download(names: list[str], source: str, repository: str | None, folder: Path | None) -> int:
-    """Download the named models; the exit status."""
+    """Download the named models; returns the exit status."""
     sys.path.insert(0, str(PACK / "scripts" / "support"))
     try:
         import download
@@ -217,13 +233,16 @@ def run_download(names: list[str], source: str, repository: str | None, folder: 
     except ImportError as error:
         sys.exit(f"{error}. Run install.py with the Python that starts ComfyUI, inside ComfyUI/custom_nodes or with --dir.")
     except Exception as error:  # of the host's code: extra_model_paths.yaml may hold anything
-        sys.exit(f"ComfyUI does not tell its models folders ({' '.join(str(error).split())}). Correct its extra_model_paths.yaml, or name a folder with --dir.")
+        sys.exit(
+            f"The models folders of ComfyUI cannot be read ({' '.join(str(error).split())}). Correct its "
+            "extra_model_paths.yaml, or name a folder with --dir."
+        )
 
     groups, failures = [], []
     for name in dict.fromkeys(names):
         model = MODELS[name]
         place = repository or model.repository
-        print(f"Asking {source} what {place} holds", flush=True)
+        print(f"Listing the files of {place} on {source}", flush=True)
         try:
             items = items_of(model, source, place, folder or download_folder(folder_paths, model.folder), folder_paths)
         except hub.HubError as error:
@@ -240,18 +259,18 @@ def run_download(names: list[str], source: str, repository: str | None, folder: 
     for failure in failures:
         print(failure, file=sys.stderr)
     if not failures:
-        print("Everything is in place. Press R in ComfyUI to refresh the lists of the loaders.")
+        print("All files are in place. In ComfyUI, press R to refresh the lists of the loaders.")
     return int(bool(failures))
 
 
 def main() -> int:
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # names of folders need not be of the console's alphabet
+        stream.reconfigure(errors="backslashreplace")  # folder names may contain characters that the console lacks
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--download", nargs="+", choices=MODELS, metavar="NAME", help=f"what to download: {', '.join(MODELS)}")
     parser.add_argument("--source", choices=("huggingface", "modelscope"), default="huggingface", help="the hub to download from")
-    parser.add_argument("--repo", metavar="OWNER/NAME", help="another repository than the usual one, for community files")
-    parser.add_argument("--dir", type=Path, help="another folder than ComfyUI's models folders")
+    parser.add_argument("--repo", metavar="OWNER/NAME", help="repository to use instead of the default one")
+    parser.add_argument("--dir", type=Path, help="folder to use instead of ComfyUI's models folders")
     options = parser.parse_args()
     if options.download:
         return run_download(options.download, options.source, options.repo, options.dir and options.dir.absolute())
@@ -259,7 +278,7 @@ def main() -> int:
         for line in advise(host_root()):
             print(f"[Step1X-Edit] {line}", flush=True)
     except Exception as error:  # whatever it may be, advice must not make an installation fail
-        print(f"[Step1X-Edit] The advice stopped early: {error!r}")
+        print(f"[Step1X-Edit] The setup advice failed: {error!r}")
     return 0
 
 

@@ -1,5 +1,5 @@
-"""The one exception of this pack."""
+"""The only exception class of this pack."""
 
 
 class Step1XError(ValueError):
-    """An error whose text is meant for the person at the graph."""
+    """An error whose text is written for the user of the workflow."""

@@ -1,4 +1,5 @@
-"""Picture sizes and resizing, bit for bit as the official code does them with Pillow and torch (docs/model.md, Image sizes; v1.2 images; Text generation)."""
+"""Image sizes and resizing, bit-exact with the official code, which uses Pillow and torch (docs/model.md, Image sizes;
+v1.2 images; Text generation)."""
 
 import math
 
@@ -17,22 +18,24 @@ VISION_PATCH = 14
 VISION_CELL = 28
 MAX_ASPECT_RATIO = 200
 
-# Least and most pixels: of the picture helper library, of the processors the models were trained with, and of the one for reading and judging pictures.
+# Minimum and maximum pixels: of the image helper library, of the processors the models were trained with, and of the
+# one for reading and judging images.
 HELPER_LIMITS = (4 * VISION_CELL**2, 16384 * VISION_CELL**2)
 PROCESSOR_LIMITS = (256 * VISION_CELL**2, 324 * VISION_CELL**2)
 PROCESSOR_LIMITS_V12 = (256 * VISION_CELL**2, 400 * VISION_CELL**2)
 THINKER_LIMITS = (512**2, 1024 * VISION_CELL**2)
-# Pictures to read and judge are first made smaller than this on both sides.
+# Images to read and judge are first scaled down to at most this size on both sides.
 THINKER_SIDE = 1024
 
-# Text-to-image shows the language model a black picture of this size (docs/model.md, Image sizes).
+# For text to image, the language model gets a black image of this size (docs/model.md, Image sizes).
 BLACK_PICTURE = 1024
 
 
 def working_size(width: int, height: int, size_level: int) -> tuple[int, int]:
-    """Size (width, height) at which a picture is edited: about size_level**2 pixels, same aspect ratio, sides in steps of 16.
+    """Return the size (width, height) at which an image is edited: about size_level**2 pixels at the same aspect ratio,
+    sides in multiples of 16.
 
-    Raises Step1XError when a side would vanish.
+    Raises Step1XError if a side would become 0.
     """
     ratio = width / height
     if width > height:
@@ -43,8 +46,10 @@ def working_size(width: int, height: int, size_level: int) -> tuple[int, int]:
         w = math.ceil(h * ratio)
     w, h = (side // SIZE_MULTIPLE * SIZE_MULTIPLE for side in (w, h))
     if w == 0 or h == 0:
-        raise Step1XError(f"A picture of {width}x{height} pixels is too narrow to edit at size level {size_level}: one side would shrink "
-                          f"below {SIZE_MULTIPLE} pixels. Crop the picture or raise the size level.")
+        raise Step1XError(
+            f"An image of {width}x{height} pixels is too narrow to edit at size level {size_level}: one side would be "
+            f"smaller than {SIZE_MULTIPLE} pixels. Crop the image or raise the size level."
+        )
     return w, h
 
 
@@ -60,62 +65,72 @@ def _fit_cells(width: int, height: int, min_pixels: int, max_pixels: int) -> tup
 
 
 def vision_sizes(width: int, height: int, limits=(HELPER_LIMITS, PROCESSOR_LIMITS)) -> list[tuple[int, int]]:
-    """The sizes (width, height) through which a picture goes on its way to the vision tower, one for each pair of limits.
+    """Return the sizes (width, height) an image is resized to on its way to the vision tower, one for each pair of
+    limits.
 
-    Raises Step1XError for aspect ratios above 200, which every resize rejects; the first one's rounding can exceed it, too.
+    limits: (minimum, maximum) number of pixels of each resize.
+
+    Raises Step1XError for aspect ratios above 200, which every resize rejects. Rounding in the first resize can also
+    exceed it.
     """
     sizes, size = [], (width, height)
     for low, high in limits:
         if max(size) / min(size) > MAX_ASPECT_RATIO:
-            raise Step1XError(f"A picture of {width}x{height} pixels is too long for the language model: its sides may differ by a factor of "
-                              f"{MAX_ASPECT_RATIO} at most. Crop the picture.")
+            raise Step1XError(
+                f"An image of {width}x{height} pixels is too elongated for the language model, which accepts aspect "
+                f"ratios up to {MAX_ASPECT_RATIO}. Crop the image."
+            )
         size = _fit_cells(*size, low, high)
         sizes.append(size)
     return sizes
 
 
 def picture_grid(picture: Tensor) -> tuple[int, int]:
-    """Rows and columns of the tokens of a picture [h, w, 3] with sides in multiples of 28."""
+    """Return the rows and columns of vision tokens of an image [h, w, 3] whose sides are multiples of 28."""
     return picture.shape[0] // VISION_CELL, picture.shape[1] // VISION_CELL
 
 
 def to_rgb(image: Tensor) -> Tensor:
-    """Picture [H, W, C] -> float32 [H, W, 3] with values 0..1 on the CPU. Grey becomes RGB, an alpha channel is dropped, NaN becomes black."""
+    """Convert an image [H, W, C] to float32 [H, W, 3] in 0..1 on the CPU. Grey becomes RGB, alpha is dropped, NaN
+    becomes black."""
     image = image[..., :3] if image.shape[-1] >= 3 else image[..., :1].expand(*image.shape[:-1], 3)
     return image.float().nan_to_num(0.0).clamp(0, 1).cpu()
 
 
 def to_uint8(image: Tensor) -> np.ndarray:
-    """Picture [H, W, C] with values 0..1 -> uint8 [H, W, 3]; see `to_rgb` for other channels and values."""
+    """Convert an image [H, W, C] in 0..1 to uint8 [H, W, 3]; `to_rgb` says how other channels and values are
+    treated."""
     return (to_rgb(image) * 255).round().to(torch.uint8).numpy()
 
 
 def from_uint8(pixels: np.ndarray) -> Tensor:
-    """uint8 [H, W, 3] -> float32 tensor [H, W, 3] with values 0..1."""
+    """Convert uint8 [H, W, 3] to a float32 tensor [H, W, 3] in 0..1."""
     return torch.from_numpy(np.array(pixels)).float() / 255
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
-    """Resize uint8 [H, W, 3] to size (width, height); a picture that has the size already is returned as it is."""
+    """Resize uint8 [H, W, 3] to size (width, height). An image that already has that size is returned unchanged."""
     if pixels.shape[1::-1] == tuple(size):
         return pixels
     return np.asarray(Image.fromarray(pixels).resize(size, resample))
 
 
 def resize_tensor(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
-    """Resize [H, W, 3] to size (width, height) with antialias. Of uint8, torch's own 8-bit arithmetic: up to 2 levels from Pillow's."""
+    """Resize [H, W, 3] to size (width, height) with antialiasing. For uint8, torch's own 8-bit arithmetic is used: up
+    to 2 levels from Pillow's."""
     batch = image.movedim(-1, 0)[None]
     return torch.nn.functional.interpolate(batch, size[::-1], mode=mode, antialias=True)[0].movedim(0, -1).contiguous()
 
 
 def to_working_size(image: Tensor, size_level: int) -> Tensor:
-    """Picture [H, W, C] in 0..1 -> the picture at its working size, [h, w, 3] in 0..1, Lanczos on 8-bit values."""
+    """Resize an image [H, W, C] in 0..1 to its working size [h, w, 3] in 0..1, with Lanczos on 8-bit values."""
     pixels = to_uint8(image)
     return from_uint8(resize(pixels, working_size(pixels.shape[1], pixels.shape[0], size_level), Image.Resampling.LANCZOS))
 
 
 def to_vision_size(image: Tensor) -> Tensor:
-    """Picture [H, W, C] in 0..1 -> uint8 [h, w, 3] with sides in multiples of 28, after the official pair of bicubic resizes."""
+    """Resize an image [H, W, C] in 0..1 to uint8 [h, w, 3] with sides in multiples of 28, with the two bicubic resizes
+    of the official code."""
     pixels = to_uint8(image)
     for size in vision_sizes(pixels.shape[1], pixels.shape[0]):
         pixels = resize(pixels, size, Image.Resampling.BICUBIC)
@@ -123,15 +138,17 @@ def to_vision_size(image: Tensor) -> Tensor:
 
 
 def to_working_size_v12(image: Tensor, size_level: int) -> Tensor:
-    """Picture [H, W, C] in 0..1 -> the picture at its working size as the VAE of v1.2 sees it, [h, w, 3] in 0..1, bilinear on floats."""
+    """Resize an image [H, W, C] in 0..1 to its working size [h, w, 3] in 0..1 for the VAE of v1.2, bilinearly on
+    floats."""
     image = to_rgb(image)
     return resize_tensor(image, working_size(image.shape[1], image.shape[0], size_level), "bilinear")
 
 
 def to_vision_size_v12(image: Tensor, size_level: int) -> tuple[Tensor, tuple[int, int]]:
-    """Picture [H, W, C] in 0..1 -> uint8 [h, w, 3] with sides in multiples of 28, and the working size (width, height) through which it went.
+    """Resize an image [H, W, C] in 0..1 for the language model of v1.2.
 
-    Raises Step1XError for sizes that degenerate.
+    Returns uint8 [h, w, 3] with sides in multiples of 28, and the working size (width, height) that it was resized to
+    in between. Raises Step1XError for sizes that degenerate.
     """
     pixels = to_uint8(image)
     working = working_size(pixels.shape[1], pixels.shape[0], size_level)
@@ -141,14 +158,15 @@ def to_vision_size_v12(image: Tensor, size_level: int) -> tuple[Tensor, tuple[in
 
 
 def thumbnail(pixels: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] -> the same with at most 1024 pixels on the longer side."""
+    """Scale uint8 [H, W, 3] down to at most 1024 pixels on the longer side."""
     picture = Image.fromarray(pixels)
     picture.thumbnail((THINKER_SIDE, THINKER_SIDE), Image.Resampling.BICUBIC, reducing_gap=2.0)
     return np.asarray(picture)
 
 
 def to_thinker_size(image: Tensor) -> Tensor:
-    """Picture [H, W, C] in 0..1 -> uint8 [h, w, 3] with sides in multiples of 28, for the language model to read and judge (docs/model.md, Text generation).
+    """Resize an image [H, W, C] in 0..1 to uint8 [h, w, 3] with sides in multiples of 28, for the language model to
+    read and judge (docs/model.md, Text generation).
 
     Raises Step1XError for aspect ratios above 200.
     """
@@ -159,15 +177,16 @@ def to_thinker_size(image: Tensor) -> Tensor:
 
 
 def truncate_uint8(image: Tensor) -> Tensor:
-    """Decoded picture in 0..1 -> uint8 by truncation, as the official code writes its result
-    (docs/model.md, Decode)."""
+    """Convert a decoded image in 0..1 to uint8 by truncation, as the official code writes its results (docs/model.md,
+    Decode)."""
     return (image.float().clamp(0, 1) * 255).to(torch.uint8)
 
 
 def to_output_size(image: Tensor, size: tuple[int, int], truncate: bool = True) -> Tensor:
-    """Decoded picture [H, W, 3] in 0..1 -> [h, w, 3] at size (width, height), bicubic on 8-bit values.
+    """Resize a decoded image [H, W, 3] in 0..1 to [h, w, 3] at size (width, height), bicubically on 8-bit values.
 
-    truncate: whether those values are truncated, as by the official code of v1.0 and v1.1, or rounded, as by that of v1.2.
+    truncate: whether to truncate to 8-bit values, as the official code of v1.0 and v1.1 does, or to round, as that of
+    v1.2 does.
     """
     pixels = truncate_uint8(image).cpu().numpy() if truncate else to_uint8(image)
     return from_uint8(resize(pixels, size, Image.Resampling.BICUBIC))

@@ -1,4 +1,4 @@
-"""What contact sheets and charts look like."""
+"""The style of contact sheets and charts."""
 
 from PIL import Image, ImageOps
 
@@ -8,4 +8,5 @@ MARGIN = 12
 
 
 def thumbnail(picture: Image.Image) -> Image.Image:
+    """Fit an image into a square thumbnail, padded with grey."""
     return ImageOps.pad(picture.convert("RGB"), (THUMBNAIL, THUMBNAIL), color=GRID)

@@ -1,4 +1,4 @@
-"""The model versions and what differs between them, and the constants that all share."""
+"""The model versions, how they differ, and the constants they share."""
 
 from dataclasses import dataclass
 
@@ -22,14 +22,17 @@ HEAD_DIM = 128
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """How an instruction is laid out for the language model, and what of an edit goes with that. prompts/layouts.py has the sequences themselves.
+    """How a prompt is laid out for the language model, and the settings of an edit that depend on it.
 
-    name: as loaders, caches and latents say it.
-    owners: the versions that were trained with it, as a sentence names them.
-    text_positions: the text has positions of its own in the transformer; the conditioning carries them, with the input embeddings.
-    shows_original: the language model sees the picture as it is, not at its working size.
-    resizes_floats: what is edited is resized bilinearly as floats, not with Lanczos as 8-bit values.
-    truncates: the result is cut down to 8-bit values before it is resized, not rounded.
+    prompts/layouts.py builds the sequences.
+
+    name: as loaders, caches and latents store it.
+    owners: the versions trained with it, as a sentence names them.
+    text_positions: whether text tokens have positions of their own in the transformer. The conditioning then carries
+    them, with the input embeddings.
+    shows_original: whether the language model sees the original image instead of the one at working size.
+    resizes_floats: whether the edited image is resized bilinearly as floats instead of with Lanczos as 8-bit values.
+    truncates: whether the result is truncated to 8-bit values before it is resized, instead of rounded.
     """
 
     name: str
@@ -47,15 +50,15 @@ LAYOUTS = {layout.name: layout for layout in (LAYOUT_V11, LAYOUT_V12)}
 
 @dataclass(frozen=True)
 class Version:
-    """What differs between model versions.
+    """Settings that differ between model versions.
 
-    reference_offset: (t, y, x) added to the position ids of the reference picture's tokens.
-    layout: how the instruction is laid out for the language model.
-    steps, cfg: defaults of sampling.
-    guidance_truncate: noise level above which guidance is norm limited.
-    uncond_at_cfg1: whether the limited guidance still runs the unconditional pass at CFG 1.
-    coarse_time: the network reads the time as the official code hands it over, rounded to bfloat16 over 0..1000.
-    draws: whether it was made to draw without a picture, too.
+    reference_offset: (t, y, x) added to the position ids of the reference image's tokens.
+    layout: how the prompt is laid out for the language model.
+    steps, cfg: sampling defaults.
+    guidance_truncate: noise level above which guidance is norm-limited.
+    uncond_at_cfg1: whether limited guidance still runs the unconditional pass at CFG 1.
+    coarse_time: whether the network gets the time as the official code passes it, rounded to bfloat16 over 0..1000.
+    draws: whether the version was also trained for text to image.
     """
 
     reference_offset: tuple[int, int, int]

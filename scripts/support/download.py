@@ -1,7 +1,9 @@
-"""Brings files of a model hub to the disk: resumable, several at once, checked, and under their names only when they are complete.
+"""Downloads files from a model hub: resumable, several at once, with checksums, and under their final names only when
+complete.
 
-While a file arrives it is called NAME.CHECKSUM.part, from which an interrupted download goes on; checked it is NAME.CHECKSUM.ready until every
-file of its group is. ComfyUI lists neither. Files of a group get their names together, those by which a model folder is recognised last.
+While a file is downloaded it is named NAME.CHECKSUM.part, which allows an interrupted download to resume. After the
+checksum is verified, it is named NAME.CHECKSUM.ready until every file of its group is. ComfyUI lists neither. Files of
+a group get their names together, those that identify a model folder last.
 """
 
 import contextlib
@@ -23,19 +25,19 @@ from hub import Cancelled, HubError, HubFile
 
 AT_ONCE = 4
 CHUNK = 1 << 20
-# What a connection loses when it is cut.
+# Bytes lost when a connection is cut.
 RECEIVED_CHUNK = 1 << 16
-# How much of the checksum names of unfinished files hold.
+# Number of checksum digits in the names of unfinished files.
 CHECKSUM_DIGITS = 8
-# Seconds over which the speed is measured.
+# Seconds over which the speed is averaged.
 SPEED_WINDOW = 20
-# Loaders recognise a model folder by these; they appear last, in this order.
+# Loaders identify a model folder by these files; they get their names last, in this order.
 RECOGNISED_BY = ("config.json", "model_index.json")
 
 
 @dataclass(frozen=True)
 class Item:
-    """A file of a hub and where it is to be."""
+    """A file of a hub and its target path."""
 
     file: HubFile
     target: Path
@@ -53,7 +55,7 @@ class Item:
 
 
 class Progress:
-    """Bytes done of `total`, counted by several threads. received: those that came over the network."""
+    """Bytes done of `total`, counted by several threads. received: bytes that came over the network."""
 
     def __init__(self, total: int):
         self.total = total
@@ -86,7 +88,7 @@ def gigabytes(count: int) -> str:
 
 
 def check(item: Item, path: Path, progress: Progress, cancelled: threading.Event) -> bool:
-    """Whether a file has the checksum of the hub's."""
+    """Return whether a file has the hub's checksum."""
     digest = item.file.digest()
     with open(path, "rb") as content:
         while chunk := content.read(CHUNK):
@@ -98,20 +100,24 @@ def check(item: Item, path: Path, progress: Progress, cancelled: threading.Event
 
 
 def check_answer(item: Item, response: requests.Response, have: int) -> None:
-    """Raise HubError where the server announces another part or length than is to come: it sends a page of a proxy, say."""
+    """Raise HubError if the server announces another range or length than expected, such as a proxy's page."""
     size = item.file.size
     if response.status_code == 206:
         announced, expected = response.headers.get("Content-Range", ""), f"bytes {have}-{size - 1}/{size}"
     else:
         announced, expected = response.headers.get("Content-Length", str(size)), str(size)
     if announced != expected:
-        raise HubError(f"The server sends {announced} for {item.file.path} where {expected} is due. Is there a proxy or a login page in between?")
+        raise HubError(
+            f"The server sent {announced} for {item.file.path}, expected {expected}. Check for a proxy or a login page "
+            "in between."
+        )
 
 
 def fetch(item: Item, progress: Progress, cancelled: threading.Event) -> None:
-    """Bring the part file to its full size, from where it ends, and turn it into the ready file.
+    """Download the rest of the part file and turn it into the ready file.
 
-    Raises HubError for a server that fails again and again without a byte more, and for a wrong checksum; such a part file is deleted.
+    Raises HubError for a server that fails repeatedly without sending a byte, and for a wrong checksum, which also
+    deletes the part file.
     """
     size = item.file.size
     digest = item.file.digest()
@@ -142,23 +148,29 @@ def fetch(item: Item, progress: Progress, cancelled: threading.Event) -> None:
             failures = 0 if have > furthest else failures + 1
             furthest = max(have, furthest)
             if failures >= hub.ATTEMPTS:
-                raise HubError(f"The connection for {item.file.path} breaks again and again. Run the same command again later; what has arrived is kept.")
+                raise HubError(f"The connection for {item.file.path} keeps failing. Rerun the command later to resume.")
             if have < size and cancelled.wait(hub.FIRST_WAIT * 2**failures):
                 raise Cancelled
         part.flush()
         os.fsync(part.fileno())
     if digest.hexdigest() != item.file.checksum:
         item.part.unlink()
-        raise HubError(f"{item.file.path} arrived with a wrong checksum and was deleted. Run the same command again; "
-                       "if that does not help, try the other --source.")
+        raise HubError(
+            f"{item.file.path} has a wrong checksum and was deleted. Rerun the command; if it fails again, try the "
+            "other --source."
+        )
     os.replace(item.part, item.ready)
 
 
 def obtain(item: Item, progress: Progress, cancelled: threading.Event) -> None:
-    """Make the ready file of an item, unless it is there or the file itself is. Raises HubError where another file is in its place."""
+    """Make the ready file of an item, unless it or the file itself exists. Raises HubError if another file is in its
+    place."""
     if item.target.exists():
         if item.target.stat().st_size != item.file.size or not check(item, item.target, progress, cancelled):
-            raise HubError(f"{item.target} is there already, but is not the hub's {item.file.path}. Delete it or move it away to have it downloaded.")
+            raise HubError(
+                f"{item.target} already exists, but differs from {item.file.path} of the hub. Delete it or move it "
+                "away to download the file."
+            )
     elif item.ready.exists():
         progress.add(item.file.size)
     else:
@@ -166,7 +178,7 @@ def obtain(item: Item, progress: Progress, cancelled: threading.Event) -> None:
 
 
 def publish(group: list[Item]) -> None:
-    """Give the ready files of a group their names."""
+    """Give the ready files of a group their final names."""
     def order(item):
         name = item.target.name
         return RECOGNISED_BY.index(name) + 2 if name in RECOGNISED_BY else int(not name.endswith(".safetensors"))
@@ -179,7 +191,7 @@ def publish(group: list[Item]) -> None:
 
 
 def check_disk(items: list[Item]) -> None:
-    """Raise HubError where a disk has no room for what is still to come. The folders exist."""
+    """Raise HubError if a disk has too little space for the remaining downloads. The folders must exist."""
     needed, folders = {}, {}
     for item in items:
         if not item.target.exists() and not item.ready.exists():
@@ -190,13 +202,15 @@ def check_disk(items: list[Item]) -> None:
     for device, count in needed.items():
         free = shutil.disk_usage(folders[device]).free
         if count > free:
-            raise HubError(f"{gigabytes(count)} are to come, but the disk of {folders[device]} has {gigabytes(free)} free. "
-                           "Free some space, or name another folder with --dir.")
+            raise HubError(
+                f"{gigabytes(count)} to download, but the disk of {folders[device]} has {gigabytes(free)} free. Free "
+                "disk space, or name another folder with --dir."
+            )
 
 
 @contextlib.contextmanager
 def locked(items: list[Item]):
-    """Keep a second download away from the same files. Raises HubError where one is running."""
+    """Lock the files against a second download. Raises HubError if one is running."""
     def unlock(lock):
         lock.release()
         with contextlib.suppress(OSError):  # on Windows another process may look at it
@@ -208,13 +222,13 @@ def locked(items: list[Item]):
             try:
                 lock.acquire(timeout=0)
             except filelock.Timeout as error:
-                raise HubError(f"{item.target} is being downloaded already. Wait for that to end.") from error
+                raise HubError(f"{item.target} is already being downloaded. Wait until that download ends.") from error
             stack.callback(unlock, lock)
         yield
 
 
 def show(progress: Progress, pending) -> None:
-    """Print how far it is until all futures are done: on a terminal one line that changes, else a line every 10 s."""
+    """Print the progress until all futures are done: on a terminal one line that updates, else a line every 10 s."""
     terminal = sys.stdout.isatty()
     while pending:
         _, pending = wait(pending, timeout=0.5 if terminal else 10)
@@ -222,17 +236,21 @@ def show(progress: Progress, pending) -> None:
 
 
 def download(groups: list[list[Item]]) -> list[str]:
-    """Download all items that are not there yet. Returns what went wrong, a sentence for each file; the others are in place.
+    """Download all items that do not exist yet. Returns the failures, a sentence for each file; all other files are in
+    place.
 
-    A group whose files are not all there stays invisible; run it again to go on. Raises HubError before anything is transferred where a folder
-    cannot be made, the disk is too small or another download is at the same files. KeyboardInterrupt and SystemExit stop the transfers and leave part files.
+    An incomplete group stays invisible; rerun to resume. Raises HubError before anything is transferred if a folder
+    cannot be created, the disk is too small or another download uses the same files. KeyboardInterrupt and SystemExit
+    stop the transfers and keep part files.
     """
     items = [item for group in groups for item in group]
     for item in items:
         try:
             item.target.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise HubError(f"The folder {item.target.parent} cannot be made ({error.strerror}). Name another one with --dir.") from error
+            raise HubError(
+                f"The folder {item.target.parent} cannot be created ({error.strerror}). Name another one with --dir."
+            ) from error
     check_disk(items)
     cancelled = threading.Event()
     progress = Progress(sum(item.file.size for item in items))

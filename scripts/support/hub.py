@@ -1,6 +1,7 @@
-"""Talks to the model hubs, Hugging Face and ModelScope: what a repository holds, and GET requests that do not give up at once.
+"""Client of the model hubs Hugging Face and ModelScope: file lists of repositories, and GET requests with retries.
 
-HF_ENDPOINT names another Hugging Face server such as a mirror, MODELSCOPE_DOMAIN another ModelScope server; both are the hubs' own variables.
+HF_ENDPOINT names another Hugging Face server such as a mirror, MODELSCOPE_DOMAIN another ModelScope server; both are
+the hubs' own variables.
 """
 
 import email.utils
@@ -14,17 +15,17 @@ from urllib.parse import quote
 import requests
 
 ATTEMPTS = 6
-# Seconds: before the second attempt (doubled before each further one), and the longest wait that a server is granted.
+# Seconds before the second attempt (doubled for each further one), and the longest wait that a server may request.
 FIRST_WAIT = 1.0
 LONGEST_WAIT = 300.0
-# Seconds to connect, and without a byte.
+# Timeouts in seconds: to connect, and between two bytes.
 TIMEOUT = (10, 30)
 RETRIED = {408, 429, 500, 502, 503, 504}
 MISSING = {401, 403, 404}  # Hugging Face answers 401 for a repository that does not exist
 
 
 class HubError(RuntimeError):
-    """An error whose text is meant for the person at the terminal."""
+    """An error whose text is written for the user at the terminal."""
 
 
 class NotOnHub(HubError):
@@ -39,7 +40,8 @@ class Cancelled(Exception):
 class HubFile:
     """A file of a repository.
 
-    path: within it, with slashes. size: bytes. checksum: of the content, in hex: SHA-256 or, with 40 digits, git's SHA-1 of a blob.
+    path: within it, with slashes. size: bytes. checksum: of the content, in hex: SHA-256, or git's SHA-1 of a blob if
+    it has 40 digits.
     """
 
     path: str
@@ -48,16 +50,19 @@ class HubFile:
     url: str
 
     def digest(self):
-        """A hash object whose digest of the content is to be `checksum`. Raises HubError where the hub gives none."""
+        """Return a hash object whose digest of the content must equal `checksum`. Raises HubError if the hub provides
+        none."""
         if len(self.checksum) == 64:
             return hashlib.sha256()
         if len(self.checksum) == 40:
             return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
-        raise HubError(f"The hub gives no checksum for {self.path}, so it is not downloaded. Try the other --source.")
+        raise HubError(
+            f"The hub provides no checksum for {self.path}, so it is not downloaded. Try the other --source."
+        )
 
 
 def retry_after(response: requests.Response) -> float | None:
-    """The seconds a server asks to wait, from a number or a date."""
+    """Return the seconds that a server asks to wait, given as a number or a date."""
     value = response.headers.get("Retry-After", "")
     if value.isdigit():
         return float(value)
@@ -66,10 +71,11 @@ def retry_after(response: requests.Response) -> float | None:
 
 
 def get(url: str, cancelled: threading.Event, start: int = 0) -> requests.Response:
-    """Streamed answer to a GET request from byte `start` on: status 200, 206, or 416 where `start` lies beyond the end.
+    """Return the streamed response to a GET request from byte `start` on: status 200, 206, or 416 if `start` is past
+    the end.
 
-    Connection failures, 408, 429 and 5xx are tried again, ATTEMPTS times in all.
-    Raises NotOnHub for what is not there or not public, HubError for every other failure, Cancelled.
+    Connection failures, 408, 429 and 5xx are retried, ATTEMPTS times in all.
+    Raises NotOnHub for what does not exist or is not public, HubError for every other failure, Cancelled.
     """
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
     for attempt in range(ATTEMPTS):
@@ -79,20 +85,22 @@ def get(url: str, cancelled: threading.Event, start: int = 0) -> requests.Respon
         except (requests.ConnectionError, requests.Timeout) as error:
             failure = str(error).rpartition("Caused by ")[2]  # requests names the address again in front of it
         except requests.RequestException as error:
-            raise HubError(f"{url} cannot be read ({error}). Check the address of the hub and your proxy settings.") from error
+            raise HubError(
+                f"{url} cannot be read ({error}). Check the hub's address and your proxy settings."
+            ) from error
         else:
             if response.status_code < 400 or response.status_code == 416:
                 return response
             response.close()
             if response.status_code in MISSING:
-                raise NotOnHub(f"{url} is not there or not public (HTTP {response.status_code}).")
+                raise NotOnHub(f"{url} does not exist or is not public (HTTP {response.status_code}).")
             failure = f"HTTP {response.status_code}"
             if response.status_code not in RETRIED:
                 break
             delay = retry_after(response) or delay
         if attempt < ATTEMPTS - 1 and cancelled.wait(min(delay, LONGEST_WAIT)):
             raise Cancelled
-    raise HubError(f"{url} cannot be read ({failure}). Run the same command again later, or try the other --source; what has arrived is kept.")
+    raise HubError(f"{url} cannot be read ({failure}). Rerun the command later to resume, or try the other --source.")
 
 
 def get_json(url: str) -> dict:
@@ -100,13 +108,15 @@ def get_json(url: str) -> dict:
         try:
             return response.json()
         except ValueError as error:
-            raise HubError(f"{url} answers with something else than a list of files. Check the address of the hub and your proxy settings.") from error
+            raise HubError(
+                f"{url} did not return a list of files. Check the hub's address and your proxy settings."
+            ) from error
 
 
 def huggingface(repository: str) -> list[HubFile]:
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     listing = get_json(f"{endpoint}/api/models/{repository}/revision/main?blobs=true")
-    # One commit for all files, even if the repository changes meanwhile.
+    # One commit for all files, even if the repository changes in the meantime.
     base = f"{endpoint}/{repository}/resolve/{listing['sha']}"
     return [HubFile(entry["rfilename"], entry["size"], entry["lfs"]["sha256"] if entry.get("lfs") else entry["blobId"], f"{base}/{quote(entry['rfilename'])}")
             for entry in listing["siblings"]]
@@ -124,17 +134,26 @@ SOURCES = {"huggingface": huggingface, "modelscope": modelscope}
 
 
 def list_files(source: str, repository: str) -> list[HubFile]:
-    """All files of a repository on one of SOURCES.
+    """List all files of a repository on one of SOURCES.
 
-    Raises NotOnHub for a repository that is not there, HubError for one whose list cannot be read or names files outside of it.
+    Raises NotOnHub for a repository that does not exist, HubError for one whose list cannot be read or names files
+    outside it.
     """
     try:
         files = SOURCES[source](repository)
     except NotOnHub as error:
-        raise NotOnHub(f"{source} has no public repository {repository}. Name another one with --repo, or the other hub with --source.") from error
+        raise NotOnHub(
+            f"{source} has no public repository {repository}. Name another one with --repo, or the other hub with "
+            "--source."
+        ) from error
     except (KeyError, TypeError) as error:
-        raise HubError(f"{source} lists the files of {repository} in a form that is not known here ({error!r}). Try the other hub with --source.") from error
+        raise HubError(
+            f"{source} lists the files of {repository} in an unknown format ({error!r}). Try the other hub with "
+            "--source."
+        ) from error
     for file in files:
         if any(part in ("", ".", "..") or "\\" in part or ":" in part for part in file.path.split("/")):
-            raise HubError(f"{repository} on {source} lists '{file.path}', a name that leads outside its folder. Do not use this repository.")
+            raise HubError(
+                f"{repository} on {source} lists '{file.path}', a path outside its folder. Do not use this repository."
+            )
     return files

@@ -1,16 +1,16 @@
-"""Scales of quantised weights: what part of a weight each of them is for, and their product."""
+"""Scales of quantised weights: which part of a weight each scale applies to, and their product."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-# Elements that are in float32 at a time.
+# Number of elements converted to float32 at a time.
 CHUNK = 2**20
 
 
 def block_sizes(config: dict) -> tuple[int, int] | None:
-    """Rows and columns of a block, as a config.json tells them; None where it does not."""
+    """Return the rows and columns of a block according to a config.json, or None if it does not say."""
     found = [config.get("weight_block_size")]
     groups = config.get("config_groups")
     for group in groups.values() if isinstance(groups, dict) else ():
@@ -22,9 +22,10 @@ def block_sizes(config: dict) -> tuple[int, int] | None:
 
 
 def block_size(length: int, count: int, told: int | None) -> int | None:
-    """Size of the blocks when `length` values have `count` scales; None where that cannot be.
+    """Return the size of the blocks if `length` values have `count` scales, or None if that is impossible.
 
-    Without being told it is a power of two, of which at most one fits, or else equal parts. The last may be smaller.
+    told: the size from a config.json, or None. Without it, the size is a power of two, of which at most one fits, or
+    else equal parts. The last block may be smaller.
     """
     if count == 1:
         return length
@@ -35,11 +36,12 @@ def block_size(length: int, count: int, told: int | None) -> int | None:
 
 
 def scale_grid(weight: Tensor, scale: Tensor, told: tuple[int, int] | None) -> tuple[Tensor, int, int] | None:
-    """The scales as float32 [R, C], and the rows and columns of the weight, seen as [rows, the rest], that one is for.
+    """Return the scales as float32 [R, C], and how many rows and columns of the weight, viewed as [rows, rest], each
+    applies to.
 
-    None for a layout that is not known.
+    Returns None for an unknown layout.
 
-    scale: of any shape with one value, [rows], [rows, 1, ...], or [R, C] for blocks of a matrix.
+    scale: one value of any shape, [rows], [rows, 1, ...], or [R, C] for the blocks of a matrix.
     """
     rows = weight.shape[0] if weight.ndim else 1
     columns = weight.numel() // max(rows, 1)
@@ -50,8 +52,8 @@ def scale_grid(weight: Tensor, scale: Tensor, told: tuple[int, int] | None) -> t
         return grid.reshape(rows, 1), 1, columns
     if weight.ndim != 2 or scale.ndim != 2 or tuple(scale.shape) == (1, columns):
         return None
-    # One row of as many scales as the weight has rows may be one for each of them, lying down, as well as for groups of
-    # columns: only blocks of a told size are read so.
+    # One row with as many scales as the weight has rows could be one scale for each row, transposed, or one for each
+    # group of columns. It is read as blocks only if their size is given.
     if tuple(scale.shape) == (1, rows) and not (told and -(-columns // told[1]) == rows):
         return None
     row, column = (
@@ -61,15 +63,15 @@ def scale_grid(weight: Tensor, scale: Tensor, told: tuple[int, int] | None) -> t
 
 
 def row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of rows with about CHUNK elements each."""
+    """Yield slices of rows with about CHUNK elements each."""
     step = max(1, CHUNK // max(columns, 1))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def multiplied(weight: Tensor, grid: Tensor, row: int, column: int) -> Tensor:
-    """weight, seen as [rows, the rest], times its scales in float32, rounded to bfloat16 of the weight's shape.
+    """Multiply a weight, viewed as [rows, rest], by its scales in float32; returns bfloat16 in the weight's shape.
 
-    grid: float32 [R, C], one scale to `row` rows and `column` columns.
+    grid: float32 [R, C], one scale for `row` rows and `column` columns.
     """
     flat = weight.reshape(weight.shape[0] if weight.ndim else 1, -1)
     grid = grid.to(weight.device)

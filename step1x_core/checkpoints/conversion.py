@@ -1,6 +1,7 @@
-"""Copies of checkpoints in the host's quantised formats, read and written one tensor at a time.
+"""Converts checkpoints to the host's quantised formats, reading and writing one tensor at a time.
 
-The formats are ComfyUI's own: beside a quantised `weight` lie its scales and `comfy_quant`, a uint8 tensor of JSON that names the format.
+The formats are ComfyUI's own: beside a quantised `weight` are its scales and `comfy_quant`, a uint8 tensor of JSON that
+names the format.
 """
 
 import hashlib
@@ -29,48 +30,50 @@ from .quantised import is_weight_scale
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 INT8_MAX = 127.0
-# The values of a 4-bit float are 0, 0.5, 1, 1.5, 2, 3, 4, 6; these lie halfway between neighbours.
+# The values of a 4-bit float are 0, 0.5, 1, 1.5, 2, 3, 4, 6; these are the midpoints between neighbours.
 FP4_MAX = 6.0
 FP4_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 FP4_BLOCK = 16
 
-# Tensor cores take matrices whose sides are multiples of this.
+# Tensor cores need matrices whose sides are multiples of this.
 ALIGNMENT = 16
-# Elements that are in float32 at a time.
+# Number of elements converted to float32 at a time.
 CHUNK = 2**20
 
 READABLE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": FP8, "F8_E5M2": torch.float8_e5m2}
 WRITTEN = {torch.float32: "F32", torch.bfloat16: "BF16", FP8: "F8_E4M3", torch.int8: "I8", torch.uint8: "U8"}
 
-# By these a file is known as quantised with scales, which plain fp8 files do not have.
+# Tensor names that identify a file quantised with scales; plain fp8 files have none of them.
 SCALES = ("comfy_quant", "weight_scale", "scale_weight", "scaled_fp8")
 
-# The matrices that every token goes through: nearly all of the work.
+# The matrices applied to every token: nearly all of the computation.
 MODEL_LAYERS = re.compile(r"(double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.linear[12])\.weight")
-# A third of the weights and next to no work: they see one vector per picture, and what they get wrong every token gets wrong.
+# A third of the weights but almost no computation. They are applied to one vector per image, so their rounding error
+# affects every token.
 MODULATION_LAYERS = re.compile(r"(double_blocks\.\d+\.(img|txt)_mod|single_blocks\.\d+\.modulation)\.lin\.weight")
 MLLM_LAYERS = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight")
 
 
 def chunks(weight: Tensor) -> Iterator[slice]:
-    """Slices of rows with about CHUNK elements each."""
+    """Yield slices of rows with about CHUNK elements each."""
     rows = max(1, CHUNK // weight.shape[1])
     return (slice(start, start + rows) for start in range(0, weight.shape[0], rows))
 
 
 def largest(weight: Tensor) -> Tensor:
-    """Largest magnitude of [N, K] as float32 [], at least the smallest normal float."""
+    """Return the largest magnitude of [N, K] as float32 [], at least the smallest normal float."""
     peak = torch.stack([weight[rows].float().abs().amax() for rows in chunks(weight)]).amax()
     return peak.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def power_of_two(scale: Tensor) -> Tensor:
-    """The next power of two above. The host multiplies it back without rounding, in float16, too, and a floating-point format loses nothing by it."""
+    """Round a scale up to a power of two. The host then multiplies without rounding, even in float16, and a
+    floating-point format loses no precision."""
     return torch.exp2(torch.ceil(torch.log2(scale)))
 
 
 def quantise_fp8(weight: Tensor) -> dict[str, Tensor]:
-    """[N, K] -> "weight" e4m3 [N, K] and "weight_scale" float32 []. A weight that is e4m3 already is kept as it is."""
+    """Quantise [N, K] to "weight" e4m3 [N, K] and "weight_scale" float32 []. An e4m3 weight is kept unchanged."""
     if weight.dtype == FP8:
         return {"weight": weight, "weight_scale": torch.ones((), device=weight.device)}
     scale = power_of_two(largest(weight) / FP8_MAX)
@@ -81,7 +84,7 @@ def quantise_fp8(weight: Tensor) -> dict[str, Tensor]:
 
 
 def quantise_int8(weight: Tensor) -> dict[str, Tensor]:
-    """[N, K] -> "weight" int8 [N, K] and "weight_scale" float32 [N, 1]."""
+    """Quantise [N, K] to "weight" int8 [N, K] and "weight_scale" float32 [N, 1]."""
     data = torch.empty_like(weight, dtype=torch.int8)
     scale = torch.empty((weight.shape[0], 1), device=weight.device)
     for rows in chunks(weight):
@@ -92,7 +95,10 @@ def quantise_int8(weight: Tensor) -> dict[str, Tensor]:
 
 
 def quantise_nvfp4(weight: Tensor) -> dict[str, Tensor]:
-    """[N, K] -> "weight" uint8 [N, K/2], two values to a byte; "weight_scale" e4m3, one to 16 values of a row, in tiles; "weight_scale_2" float32 []."""
+    """Quantise [N, K] to "weight" uint8 [N, K/2], "weight_scale" e4m3 and "weight_scale_2" float32 [].
+
+    A byte of the weight holds two values. "weight_scale" has one scale for 16 values of a row, stored in tiles.
+    """
     scale = power_of_two(largest(weight) / (FP8_MAX * FP4_MAX))
     rows, columns = weight.shape
     data = torch.empty((rows, columns // 2), dtype=torch.uint8, device=weight.device)
@@ -109,14 +115,15 @@ def quantise_nvfp4(weight: Tensor) -> dict[str, Tensor]:
 
 
 def tiled(scales: Tensor) -> Tensor:
-    """Block scales [N, C] in the order in which tensor cores read them: tiles of 128 rows and 4 columns, padded with zeros to whole tiles."""
+    """Reorder block scales [N, C] for tensor cores: tiles of 128 rows and 4 columns, zero-padded to whole tiles."""
     rows, columns = scales.shape
     padded = torch.nn.functional.pad(scales.view(torch.uint8), (0, -columns % 4, 0, -rows % 128))
     tiles = padded.unflatten(1, (-1, 4)).unflatten(0, (-1, 4, 32)).permute(0, 3, 2, 1, 4)
     return tiles.reshape(padded.shape).view(scales.dtype)
 
 
-# The command's name for a format, the host's, and the function that makes it. Scales of fp8 are those of whole matrices, as the host has no others.
+# The command's name of a format, the host's, and the function that makes it. fp8 has one scale for each matrix, as the
+# host supports no others.
 FORMATS: dict[str, tuple[str, Callable[[Tensor], dict[str, Tensor]]] | None] = {
     "bf16": None,
     "fp8": ("float8_e4m3fn", quantise_fp8),
@@ -126,16 +133,21 @@ FORMATS: dict[str, tuple[str, Callable[[Tensor], dict[str, Tensor]]] | None] = {
 
 
 def marker(host_format: str, full_precision: bool) -> Tensor:
-    """What tells the host the format of a layer, uint8. full_precision: the weight is unpacked before it is multiplied, and the input not rounded."""
+    """Return the uint8 tensor that tells the host the format of a layer.
+
+    full_precision: the weight is dequantised before it is multiplied, and the input is not rounded.
+    """
     text = json.dumps({"format": host_format, **({"full_precision_matrix_mult": True} if full_precision else {})})
-    # Whole words, so that what follows in the file is aligned.
+    # Padded to whole words, so that the following data is aligned.
     return torch.tensor(list(text.ljust(-(-len(text) // 8) * 8).encode()), dtype=torch.uint8)
 
 
 class Weights:
-    """The tensors of safetensors files under the names that the host reads, read one at a time.
+    """The tensors of safetensors files under the host's names, read one at a time.
 
-    kind: "model" or "mllm". shapes: native names to empty tensors of shape and dtype. metadata: that of all files. stored: the CONFIG_KEY tensor, if any.
+    kind: "model" or "mllm". shapes: native names to empty tensors of that shape and dtype. metadata: of all files.
+    stored: the CONFIG_KEY tensor, if any.
+
     Raises Step1XError for damaged files, other models and files that are quantised with scales.
     """
 
@@ -150,52 +162,57 @@ class Weights:
                     self.files[key] = path
                     empty[key] = (entry.get_dtype(), entry.get_shape())
         name = paths[0].name
-        # What this pack calls a tensor, and its name in the file.
+        # This pack's tensor names to the names in the file.
         self.stored_names = {short: key for key, short in transformer_names(name, empty).items()} or {key: key for key in empty}
         self.stored_names |= {key: key for key in (CONFIG_KEY,) if key in empty}
         empty = {short: empty[key] for short, key in self.stored_names.items()}
 
         scales = [key for key in empty if key.split(".")[-1] in SCALES or is_weight_scale(key)]
         if scales or "_quantization_metadata" in self.metadata:
-            raise Step1XError(f"{name} is quantised with scales already. Convert the bf16 file, or a plain fp8 one.")
+            raise Step1XError(f"{name} is already quantised with scales. Convert the bf16 file, or a plain fp8 file.")
         self.stored = {CONFIG_KEY: self._load(CONFIG_KEY)} if empty.pop(CONFIG_KEY, None) else {}
         for key, (dtype, _) in empty.items():
             if dtype not in READABLE:
-                raise Step1XError(f"{name} cannot be converted: {key} is of the type {dtype}. Convert a bf16 or plain fp8 file.")
+                raise Step1XError(
+                    f"{name} cannot be converted: {key} has dtype {dtype}. Convert a bf16 or plain fp8 file."
+                )
 
         if CONNECTOR_KEY in empty:
             self.kind, self._native = "model", diffusers_to_original if is_diffusers_layout(empty) else dict
         elif TEXT_KEY in normalize_keys(empty):
             self.kind, self._native = "mllm", host_mllm_names
         else:
-            raise Step1XError(f"{name} is neither a Step1X-Edit model (it has no {CONNECTOR_KEY}) nor a Qwen2.5-VL (no {TEXT_KEY}). "
-                              "Choose another file or folder.")
+            raise Step1XError(
+                f"{name} is neither a Step1X-Edit model ({CONNECTOR_KEY} is missing) nor a Qwen2.5-VL model "
+                f"({TEXT_KEY} is missing). Choose another file or folder."
+            )
         self.shapes = self._native({key: torch.empty(shape, dtype=READABLE[dtype], device="meta") for key, (dtype, shape) in empty.items()})
-        # Numbers in place of the tensors show what each native tensor is made of.
+        # Indices in place of the tensors show what each native tensor is made of.
         keys = list(empty)
         numbers = self._native({key: torch.tensor([i, i]) for i, key in enumerate(keys)})
         self.sources = {target: [keys[i] for i in sorted(set(found.tolist()))] for target, found in numbers.items()}
 
     def _load(self, key: str) -> Tensor:
-        # Opened anew each time: with the last tensor of a file the system lets go of what was read.
+        # Opened again each time, because closing a file lets the system release the memory that was read.
         with safe_open(self.files[self.stored_names[key]], framework="pt") as file:
             return file.get_tensor(self.stored_names[key])
 
     def read(self, name: str) -> Tensor:
-        """The tensor of a native name."""
+        """Read the tensor of a native name."""
         return self._native({key: self._load(key) for key in self.sources[name]})[name]
 
 
 def host_mllm_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names of any Hugging Face or ComfyUI file -> those of ComfyUI's files."""
+    """Rename the tensors of any Hugging Face or ComfyUI file to ComfyUI's names."""
     head = HEAD_KEY.removesuffix(".weight")
     return {key.replace(head, "lm_head", 1): tensor for key, tensor in normalize_keys(state_dict).items()}
 
 
 def converted(name: str, tensor: Tensor, form: str, full_precision: bool) -> dict[str, Tensor]:
-    """A tensor and what belongs to it as they are written. A tensor on the meta device gives empty ones, for their sizes.
+    """Return a tensor and its scales as they are written. A tensor on the meta device gives empty ones, to measure
+    their sizes.
 
-    Raises Step1XError for a weight with values that are not finite, if it has to be scaled.
+    Raises Step1XError if a weight that needs a scale contains NaN or Inf values.
     """
     if FORMATS[form] is None:
         return {name: tensor.to(torch.bfloat16)}
@@ -203,20 +220,24 @@ def converted(name: str, tensor: Tensor, form: str, full_precision: bool) -> dic
     module = name.removesuffix("weight")
     out = {module + kind: value for kind, value in quantise(tensor).items()}
     if not tensor.is_meta and not all(value.float().isfinite().all() for kind, value in out.items() if "weight_scale" in kind):
-        raise Step1XError(f"{name} holds values that are infinite or no numbers. The file is damaged; download it again.")
+        raise Step1XError(f"{name} contains NaN or Inf values. The file may be damaged; download it again.")
     return out | {module + "comfy_quant": marker(host_format, full_precision)}
 
 
 def plan(weights: Weights, form: str, keep: list[str], modulation: bool, weights_only: bool) -> dict[str, tuple[str, bool]]:
-    """The format of each native tensor and whether it is computed with in full precision, in the order of writing: quantised ones first.
+    """Return the format of each native tensor and whether it computes in full precision, in writing order: quantised
+    ones first.
 
-    form: a name in FORMATS for the large layers, the rest becomes bf16. keep: shell patterns of layers that stay bf16, too. modulation: make the modulation
-    layers fp8 as well, computed with in full precision. weights_only: compute with all of them in full precision.
+    form: a name in FORMATS for the large layers; the rest becomes bf16. keep: shell patterns of layers that also stay
+    bf16. modulation: whether to store the modulation layers as fp8, too, computing in full precision. weights_only:
+    whether all of them compute in full precision.
 
     Raises Step1XError for weights_only with int8.
     """
     if weights_only and form == "int8":
-        raise Step1XError("ComfyUI rounds the inputs of int8 layers whatever the file says, so --weights-only has no effect. Leave it out, or choose fp8.")
+        raise Step1XError(
+            "ComfyUI always rounds the inputs of int8 layers, so --weights-only has no effect. Omit it, or choose fp8."
+        )
     layers = MODEL_LAYERS if weights.kind == "model" else MLLM_LAYERS
     chosen, rest = {}, {}
     for name, tensor in weights.shapes.items():
@@ -232,7 +253,7 @@ def plan(weights: Weights, form: str, keep: list[str], modulation: bool, weights
 
 
 def header(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """The head of a safetensors file that holds these tensors in this order."""
+    """Return the header of a safetensors file with these tensors in this order."""
     entries, start = {"__metadata__": metadata}, 0
     for name, tensor in tensors.items():
         end = start + tensor.numel() * tensor.element_size()
@@ -244,28 +265,29 @@ def header(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 
 
 def check_output(weights: Weights, out: Path, force: bool) -> None:
-    """Raise Step1XError unless the file can be written without harm."""
+    """Raise Step1XError unless the output file can be written without overwriting something by accident."""
     if not is_safetensors(out):
-        raise Step1XError(f"{out.name} is no name for the result. Let it end with .safetensors.")
+        raise Step1XError(f"{out.name} does not end with .safetensors. Add that suffix to the output name.")
     if not out.parent.is_dir():
-        raise Step1XError(f"There is no folder {out.parent} for the result. Make it, or choose another place.")
+        raise Step1XError(f"The output folder {out.parent} does not exist. Create it, or choose another path.")
     if out.exists():
         if any(out.samefile(path) for path in weights.files.values()):
-            raise Step1XError(f"{out} is the file that is to be converted. Choose another name for the result.")
+            raise Step1XError(f"{out} is the input file. Choose another name for the output.")
         if not force or not out.is_file():
-            raise Step1XError(f"{out} exists already. Choose another name, or overwrite it with --force.")
+            raise Step1XError(f"{out} already exists. Choose another name, or overwrite it with --force.")
 
 
 def convert(weights: Weights, out: Path, form: str, extra: dict[str, Tensor], metadata: dict[str, str], keep=(), modulation=False, weights_only=False,
             force=False, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
-    """Write the converted file, and its SHA-256 beside it in `OUT.sha256`; returns the SHA-256.
+    """Write the converted file, and its SHA-256 to `OUT.sha256`; returns the SHA-256.
 
-    extra: uint8 tensors that the file gets, too. form, keep, modulation, weights_only: as for `plan`. force: overwrite a file. progress: is told the bytes
-    written and those of the whole file.
+    extra: uint8 tensors to add to the file. form, keep, modulation, weights_only: as for `plan`. force: overwrite an
+    existing file. progress: called with the number of bytes written and the total.
 
-    Memory: the tensors that one native tensor is made of, that tensor, and its quantised form. The file has its name only once it is complete.
+    Peak memory: the source tensors of one native tensor, that tensor, and its quantised form. The file gets its name
+    only when it is complete.
 
-    Raises Step1XError for a place that cannot be written, for a full disk, and as `plan` and `converted` do.
+    Raises Step1XError for a path that cannot be written, for a full disk, and as `plan` and `converted` do.
     """
     check_output(weights, out, force)
     formats = plan(weights, form, list(keep), modulation, weights_only)
@@ -275,7 +297,10 @@ def convert(weights: Weights, out: Path, form: str, extra: dict[str, Tensor], me
     total = len(head) + sum(tensor.numel() * tensor.element_size() for tensor in laid_out.values())
     free = shutil.disk_usage(out.parent).free
     if free < total:
-        raise Step1XError(f"{out.parent} has {free / 1e9:.1f} GB free, the result needs {total / 1e9:.1f} GB. Make room, or choose another place.")
+        raise Step1XError(
+            f"{out.parent} has {free / 1e9:.1f} GB free, but the output needs {total / 1e9:.1f} GB. Free disk space, "
+            "or choose another path."
+        )
 
     partial_file, digest, done = out.with_name(out.name + ".part"), hashlib.sha256(), 0
 

@@ -1,4 +1,4 @@
-"""The configuration read off a checkpoint: which model, which version, which sizes."""
+"""Reads the configuration off a checkpoint: which model, which version, which sizes."""
 
 import json
 import math
@@ -12,14 +12,14 @@ from ..errors import Step1XError
 from ..versions import HEAD_DIM, LAYOUT_V11, LAYOUT_V12, VERSIONS, PromptLayout
 from .files import Checkpoint
 
-# Name under which a configuration travels: safetensors metadata key of small checkpoints, and the
-# uint8 JSON tensor that carries it through the host's loader (the host's `comfy_quant` convention).
+# Name under which a configuration is stored: a safetensors metadata key in small checkpoints, and the uint8 JSON tensor
+# that carries it through the host's loader (like the host's `comfy_quant`).
 CONFIG_KEY = "step1x_edit_config"
 
 CONNECTOR_KEY = "connector.S.input_embedder.weight"
-# Only v1.0 has it.
+# Only in v1.0.
 SCALE_FACTOR_KEY = "connector.scale_factor"
-# Only v1.2 has it, the preview perhaps not (docs/model.md, Telling versions apart).
+# Only in v1.2; the preview may lack it (docs/model.md, Telling versions apart).
 TEXT_MAPPING_KEY = "text_token_mapping.weight"
 
 
@@ -47,7 +47,7 @@ class Step1XConfig:
     text_token_mapping: bool
 
     def flux_params(self) -> dict:
-        """The keyword arguments that the host's Flux class takes."""
+        """Return the keyword arguments of the host's Flux class."""
         names = ("in_channels", "out_channels", "hidden_size", "num_heads", "depth", "depth_single_blocks",
                  "mlp_ratio", "axes_dim", "theta", "context_in_dim", "vec_in_dim")
         values = asdict(self)
@@ -58,41 +58,44 @@ class Step1XConfig:
                 "depth": self.connector_depth, "vec_in_dim": self.vec_in_dim, "scale_factor": self.scale_factor}
 
     def transformer_params(self) -> dict:
-        """The keyword arguments of this pack's transformer."""
+        """Return the keyword arguments of this pack's transformer."""
         return {"version": self.version, "connector": self.connector_params(), "text_token_mapping": self.text_token_mapping, **self.flux_params()}
 
 
 def default_axes_dim(head_dim: int) -> list[int]:
-    """The rope axes of the published models, (16, 56, 56) at head width 128, in proportion for another width."""
+    """Return the rope axes: (16, 56, 56) at head width 128 as in the published models, scaled for other widths."""
     time = head_dim // 8
     return [time, (head_dim - time) // 2, (head_dim - time) // 2]
 
 
 def config_tensor(values: dict) -> torch.Tensor:
-    """The entry under CONFIG_KEY in which a configuration travels with a state dict, uint8."""
+    """Encode a configuration as the uint8 tensor stored under CONFIG_KEY in a state dict."""
     return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
 
 
 def parse_config(text: str | bytes) -> dict:
-    """A configuration as it is stored. Raises Step1XError for anything but a JSON object."""
+    """Parse a stored configuration. Raises Step1XError unless it is a JSON object."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
-        raise Step1XError(f"The file's entry {CONFIG_KEY}, from which the model's configuration is read, is damaged. Download the file again.")
+        raise Step1XError(
+            f"The model configuration stored in the file ({CONFIG_KEY}) is damaged. Download the file again."
+        )
     return values
 
 
 def stored_config(state_dict, prefix: str = "") -> dict:
-    """What a state dict brings under CONFIG_KEY; {} without that entry. Raises Step1XError where it is damaged."""
+    """Return the configuration stored in a state dict under CONFIG_KEY, or {}. Raises Step1XError if it is damaged."""
     key = prefix + CONFIG_KEY
-    # GGUF converters make float16 of it.
+    # GGUF converters turn it into float16.
     return parse_config(bytes(state_dict[key].flatten().to(torch.uint8).tolist())) if key in state_dict else {}
 
 
 def check_overrides(config: "Step1XConfig", head_dim: int, names: Iterable[str]) -> None:
-    """Raise Step1XError for a stored value that no network can be built with: the host would fail on it in the middle of a run."""
+    """Raise Step1XError for a stored value that no network can be built with; the host would fail on it in the middle
+    of a run."""
     axes, heads, theta = config.axes_dim, config.connector_heads, config.theta
     fits = {
         "axes_dim": isinstance(axes, list) and len(axes) == 3 and all(isinstance(n, int) and n > 0 and n % 2 == 0 for n in axes) and sum(axes) == head_dim,
@@ -101,26 +104,30 @@ def check_overrides(config: "Step1XConfig", head_dim: int, names: Iterable[str])
     }
     for name in fits.keys() & names:
         if not fits[name]:
-            raise Step1XError(f"The configuration stored with the weights has {name} = {getattr(config, name)!r}, which does not fit them. "
-                              "Download the file, or the config.json of its folder, again.")
+            raise Step1XError(
+                f"The configuration stored with the weights has {name} = {getattr(config, name)!r}, which does not "
+                "match them. Download the file, or the config.json of its folder, again."
+            )
 
 
 def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
-    """Read the configuration off a state dict in the original key layout (docs/model.md, Key names).
+    """Detect the configuration of a state dict in the original key layout (docs/model.md, Key names).
 
-    Sizes come from shapes; what shapes do not show (rope axes, connector heads, a version override)
-    comes from the optional `step1x_edit_config` entry and else from the published models' rules.
+    Sizes are derived from shapes. What shapes do not show (rope axes, connector heads, a version override) is read from
+    the optional `step1x_edit_config` entry, otherwise taken from the published models.
 
-    The version is a guess where there is no override: weights of v1.1 and of a v1.2-preview without mapping have the same names.
+    Without an override the version is a guess: v1.1 and a v1.2-preview without mapping have the same tensor names.
 
-    Raises Step1XError for an unknown version name, for one that the weights contradict, and for a stored value that does not fit them.
+    Raises Step1XError for an unknown version, for one that the weights contradict, and for a stored value that does not
+    match them.
     """
     def rows(key):
         return state_dict[prefix + key].shape[0]
 
     def columns(key):
         weight = state_dict[prefix + key]
-        # 4-bit weights are stored two to a byte, as uint8. The tensors of GGUF loaders are uint8, too, but a class of their own that tells the unpacked shape.
+        # 4-bit weights are stored two to a byte, as uint8. GGUF loaders also use uint8, but with a tensor class that
+        # reports the unpacked shape.
         return weight.shape[1] * (2 if weight.dtype == torch.uint8 and type(weight) is torch.Tensor else 1)
 
     def count(block):
@@ -159,58 +166,80 @@ def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
             setattr(config, name, overrides[name])
     check_overrides(config, head_dim, overrides)
     if not isinstance(config.version, str) or config.version not in VERSIONS:
-        raise Step1XError(f"Unknown Step1X-Edit version '{config.version}'. Choose one of: {', '.join(VERSIONS)}.")
+        raise Step1XError(
+            f"Version '{config.version}' of Step1X-Edit is unknown. Choose one of: {', '.join(VERSIONS)}."
+        )
     for key, found, layout, owner in ((SCALE_FACTOR_KEY, scale_factor, LAYOUT_V11, "v1.0"), (TEXT_MAPPING_KEY, mapping, LAYOUT_V12, "v1.2")):
         if found and VERSIONS[config.version].layout is not layout:
-            raise Step1XError(f"This model cannot be {config.version}: it has {key}, which only {owner} has. Set the version to auto or to {owner}.")
+            raise Step1XError(
+                f"The version is set to {config.version}, but the weights contain {key}, which only {owner} has. Set "
+                f"the version to auto or to {owner}."
+            )
     return config
 
 
 # The class names of diffusers repositories and the prompt layout of their versions
 # (docs/model.md, Telling versions apart).
 PIPELINE_LAYOUTS = {"Step1XEditPipeline": LAYOUT_V11, "Step1XEditPipelineV1P2": LAYOUT_V12}
-# How names of files and folders write a version.
-# Without a v only "1.1" and "1p1", not as part of a longer number: "1-1" and "1_1" may be anything.
+# How file and folder names spell a version. Without a v only "1.1" and "1p1" count, and not within a longer number:
+# "1-1" and "1_1" may be anything.
 NAMED_LAYOUTS = {layout: re.compile(rf"v1[.p_-]?{minor}(?!\d)|(?<![\d.])1[.p]{minor}(?!\d|[gm]?b\b){more}", re.IGNORECASE)
                  for layout, minor, more in ((LAYOUT_V12, 2, "|preview|reasonedit"), (LAYOUT_V11, 1, ""))}
 
 
 def pipeline_layout(checkpoint: Checkpoint) -> PromptLayout | None:
-    """The prompt layout that a diffusers repository's class name stands for; None without one. Raises Step1XError for another model's class."""
+    """Return the prompt layout of a diffusers repository by its pipeline class, or None without one.
+
+    Raises Step1XError for the class of another model.
+    """
     if checkpoint.pipeline is None:
         return None
     if not isinstance(checkpoint.pipeline, str) or checkpoint.pipeline not in PIPELINE_LAYOUTS:
-        raise Step1XError(f"{checkpoint.path} belongs to the pipeline {checkpoint.pipeline}, which this node pack does not run. "
-                          f"Supported: {', '.join(PIPELINE_LAYOUTS)}.")
+        raise Step1XError(
+            f"{checkpoint.path} belongs to the pipeline {checkpoint.pipeline}, which this node pack does not support. "
+            f"Choose a model of one of these pipelines: {', '.join(PIPELINE_LAYOUTS)}."
+        )
     return PIPELINE_LAYOUTS[checkpoint.pipeline]
 
 
 def named_layout(names) -> PromptLayout | None:
-    """The prompt layout that the first of these names to name a version stands for; None if none does, or if it names several."""
+    """Return the prompt layout of the first name that contains a version, or None if there is none or it contains
+    several."""
     found = ([layout for layout, pattern in NAMED_LAYOUTS.items() if pattern.search(name)] for name in names)
     layouts = next(filter(None, found), [])
     return layouts[0] if len(layouts) == 1 else None
 
 
 def choose_version(checkpoint: Checkpoint, state_dict) -> str:
-    """The version of a checkpoint: by its tensors where they tell, else by the repository's class, else by the file's name, else by its folder's.
+    """Detect the version of a checkpoint: by its tensors if they identify it, else by the pipeline class, the file
+    name, and the folder name.
 
-    Raises Step1XError where nothing tells v1.1 from a v1.2-preview without text-token mapping, and where class and tensors contradict.
+    Raises Step1XError if nothing distinguishes v1.1 from a v1.2-preview without text-token mapping, and if pipeline
+    class and tensors contradict each other.
     """
     layout = pipeline_layout(checkpoint)
     names = checkpoint.path.parts[:-3:-1]
     if SCALE_FACTOR_KEY in state_dict:
         if layout is not None:
-            raise Step1XError(f"{checkpoint.path} contradicts itself: the pipeline {checkpoint.pipeline} is no v1.0, but {SCALE_FACTOR_KEY} is in v1.0 only. "
-                              "Set the version by hand, or download the folder again.")
+            raise Step1XError(
+                f"{checkpoint.path} is inconsistent: the pipeline {checkpoint.pipeline} is not v1.0, but the weights "
+                f"contain {SCALE_FACTOR_KEY}, which only v1.0 has. Choose the version in the loader, or download the "
+                "folder again."
+            )
         return "v1.0"
     if TEXT_MAPPING_KEY in state_dict:
         if layout is LAYOUT_V11:
-            raise Step1XError(f"{checkpoint.path} contradicts itself: the pipeline {checkpoint.pipeline} is v1.1, but {TEXT_MAPPING_KEY} is in v1.2 only. "
-                              "Set the version by hand, or download the folder again.")
+            raise Step1XError(
+                f"{checkpoint.path} is inconsistent: the pipeline {checkpoint.pipeline} is v1.1, but the weights "
+                f"contain {TEXT_MAPPING_KEY}, which only v1.2 has. Choose the version in the loader, or download the "
+                "folder again."
+            )
         return "v1.2-preview" if any("preview" in name.lower() for name in names) else "v1.2"
     layout = layout or named_layout(names)
     if layout is not None:
         return "v1.2-preview" if layout is LAYOUT_V12 else "v1.1"
-    raise Step1XError(f"{checkpoint.path.name} is Step1X-Edit v1.1 or v1.2-preview; their tensors are alike, and neither its name nor a model_index.json tells which. "
-                      "Choose the version in 'Load Step1X-Edit Model' instead of auto.")
+    raise Step1XError(
+        f"{checkpoint.path.name} is Step1X-Edit v1.1 or v1.2-preview: their tensors have the same names and shapes, "
+        "and neither the file name nor a model_index.json identifies the version. Choose the version in 'Load "
+        "Step1X-Edit Model' instead of auto."
+    )

@@ -1,4 +1,5 @@
-"""Finding and checking checkpoint files before anything is loaded: single safetensors files and Hugging Face folders of shards."""
+"""Finds and checks checkpoint files before anything is loaded: single safetensors files and Hugging Face folders of
+shards."""
 
 import json
 import os
@@ -17,7 +18,7 @@ INDEX_SUFFIX = ".safetensors.index.json"
 
 @dataclass
 class Checkpoint:
-    """Files of one model, all inside one folder. config: the folder's config.json, {} for a single file."""
+    """The files of one model, all in one folder. config: the folder's config.json, {} for a single file."""
 
     path: Path
     files: list[Path]
@@ -26,7 +27,7 @@ class Checkpoint:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether the name is that of a safetensors file, in any case of letters."""
+    """Return whether this is the name of a safetensors file, ignoring case."""
     return path.suffix.lower() in SAFETENSORS_SUFFIXES
 
 
@@ -40,12 +41,12 @@ def read_json(path: Path) -> dict:
     except (OSError, ValueError, RecursionError) as error:
         raise Step1XError(f"{path.name} in {path.parent} could not be read ({error}). Download that file again.") from error
     if not isinstance(content, dict):
-        raise Step1XError(f"{path.name} in {path.parent} is not what a model folder holds. Download that file again.")
+        raise Step1XError(f"{path.name} in {path.parent} has unexpected content. Download that file again.")
     return content
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder: those its index names, else every one in it; [] where there is none.
+    """Return the safetensors files of a model folder: those in its index, or all of them without an index.
 
     Raises Step1XError for a missing shard and for an index that points outside the folder.
     """
@@ -57,12 +58,17 @@ def shard_files(folder: Path) -> list[Path]:
         raise Step1XError(f"{indexes[0].name} in {folder} lists no weights. Download that file again.")
     for name in weight_map.values():
         if not isinstance(name, str) or PureWindowsPath(name).name != name or not is_safetensors(Path(name)):
-            raise Step1XError(f"{indexes[0].name} in {folder} names {name!r}, which is not a safetensors file of that folder. Download the index again.")
+            raise Step1XError(
+                f"{indexes[0].name} in {folder} lists {name!r}, which is not a safetensors file of that folder. "
+                "Download the index again."
+            )
     names = sorted(set(weight_map.values()))
     for name in names:
-        # Unlike Path.is_file, it takes a name that is too long for a file, too.
+        # Unlike Path.is_file, this accepts names that are too long for a file.
         if not os.path.isfile(folder / name):
-            raise Step1XError(f"{name} is missing from {folder}. Download that file; the index lists {len(names)} shards.")
+            raise Step1XError(
+                f"{name} is missing from {folder}; the index lists {len(names)} shards. Download that file."
+            )
     return [folder / name for name in names]
 
 
@@ -73,22 +79,27 @@ def is_model_folder(folder: Path) -> bool:
 def find_checkpoint(path: str | Path, subfolder: str) -> Checkpoint:
     """Resolve a file, a model folder, or a diffusers repository with the model in `subfolder`.
 
-    Raises Step1XError when the path is none of these.
+    Raises Step1XError if the path is none of these.
     """
     path = Path(path)
     if path.is_file():
         if not is_safetensors(path):
-            raise Step1XError(f"{path.name} is not a safetensors file. Only safetensors files are loaded; get the model in that format.")
+            raise Step1XError(
+                f"{path.name} is not a safetensors file. Only safetensors files are supported; download the model in "
+                "that format."
+            )
         return Checkpoint(path, [path])
     if not path.is_dir():
-        raise Step1XError(f"{path} does not exist (any more). Refresh the node list and choose the model again.")
+        raise Step1XError(f"{path} does not exist. Press R to refresh the node list, then choose the model again.")
     pipeline = None
     if (path / "model_index.json").is_file():
         pipeline = read_json(path / "model_index.json").get("_class_name")
     folder = path / subfolder if (path / subfolder).is_dir() else path
     files = shard_files(folder)
     if not files:
-        raise Step1XError(f"There is no safetensors file in {folder}. A model folder holds config.json and *.safetensors.")
+        raise Step1XError(
+            f"{folder} contains no safetensors file. Choose a model folder, which holds config.json and *.safetensors."
+        )
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     return Checkpoint(folder, files, config, pipeline)
 
@@ -99,30 +110,44 @@ def check_file(path: Path) -> None:
         with safe_open(path, framework="pt"):
             pass
     except FileNotFoundError as error:
-        raise Step1XError(f"{path} does not exist (any more). Refresh the node list and choose the model again.") from error
+        raise Step1XError(
+            f"{path} does not exist. Press R to refresh the node list, then choose the model again."
+        ) from error
     except (SafetensorError, OSError) as error:
-        raise Step1XError(f"{path.name} is damaged, incomplete or no safetensors file ({error}). Download it again and compare its size.") from error
+        raise Step1XError(
+            f"{path.name} is damaged, incomplete or not a safetensors file ({error}). Download it again and compare "
+            "its size."
+        ) from error
 
 
 def check_types(name: str, tensors: dict[str, torch.Tensor], keys: Iterable[str]) -> None:
-    """Raise Step1XError if one of these tensors is neither floating point nor, as quantised weights are, of 8 bits: the host would cast it and draw noise."""
+    """Raise Step1XError if a tensor is neither floating point nor 8-bit, as quantised weights are; the host would cast
+    it and produce noise."""
     for key in keys:
         tensor = tensors[key]
         if not tensor.is_floating_point() and tensor.dtype not in (torch.uint8, torch.int8):
-            raise Step1XError(f"{name} holds {key} as {tensor.dtype}, which is no type of weights. The file is damaged or belongs to another model; download it again.")
+            raise Step1XError(
+                f"{name} stores {key} as {tensor.dtype}, which is not a weight dtype. The file may be damaged or "
+                "belong to another model; download it again."
+            )
 
 
 def check_tensors(name: str, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
-    """Compare names and shapes of a checkpoint with those a model needs; extra tensors (scales of quantised files) are accepted.
+    """Check the tensor names and shapes of a checkpoint against those a model needs. Extra tensors (scales of quantised
+    files) are accepted.
 
-    Raises Step1XError naming the first missing or misshapen tensor.
+    Raises Step1XError for the first missing tensor, or the first one of another shape.
     """
     missing = [key for key in expected if key not in found]
     if missing:
-        raise Step1XError(f"{name} lacks {len(missing)} of {len(expected)} tensors, for example {missing[0]}. The file is incomplete or belongs to "
-                          "another model; download it again.")
+        raise Step1XError(
+            f"{name} lacks {len(missing)} of {len(expected)} tensors, for example {missing[0]}. It may be incomplete "
+            "or belong to another model; download it again."
+        )
     wrong = [key for key in expected if expected[key] != found[key]]
     if wrong:
         key = wrong[0]
-        raise Step1XError(f"{name} does not fit the model: {key} has shape {list(found[key])} where {list(expected[key])} is needed "
-                          f"({len(wrong)} tensors differ). The file belongs to another model.")
+        raise Step1XError(
+            f"{name} does not fit the model: {key} has shape {list(found[key])}, expected {list(expected[key])} "
+            f"({len(wrong)} tensors differ). The file belongs to another model; choose another file."
+        )

@@ -1,11 +1,11 @@
-"""Key names of checkpoints: the diffusers layout to the original one (docs/model.md, Diffusers names)."""
+"""Tensor names of checkpoints: converts the diffusers layout to the original one (docs/model.md, Diffusers names)."""
 
 import re
 
 import torch
 from torch import Tensor
 
-# Names that differ from FLUX's in diffusers.
+# Names that differ from those of FLUX in diffusers.
 EMBEDDERS = {
     "time_embed.in_layer": "time_in.in_layer",
     "time_embed.out_layer": "time_in.out_layer",
@@ -48,7 +48,7 @@ _SINGLE_NORMS = {
     "attn.norm_k": "norm.key_norm",
 }
 
-# Fused matrices of the original layout and the rows they are stacked from.
+# Fused matrices of the original layout and the matrices they are stacked from.
 _DOUBLE_FUSED = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
@@ -65,13 +65,14 @@ def is_diffusers_layout(keys) -> bool:
 
 
 def swap_halves(tensor: Tensor) -> Tensor:
-    """diffusers stores the final modulation as (scale, shift), the original as (shift, scale)."""
+    """Swap the halves of the final modulation: diffusers stores (scale, shift), the original (shift, scale)."""
     scale, shift = tensor.chunk(2, dim=0)
     return torch.cat((shift, scale), dim=0)
 
 
 def diffusers_to_original(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert a transformer state dict from the diffusers layout. Consumes `state_dict`; unknown keys are kept under their names."""
+    """Convert a transformer state dict from the diffusers layout. Consumes `state_dict`; unknown keys keep their
+    names."""
     out = {}
 
     def fuse(block, target, sources):

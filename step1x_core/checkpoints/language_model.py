@@ -1,4 +1,4 @@
-"""The language model's file: key names and the configuration read off it."""
+"""The language model's file: tensor names, and the configuration read off it."""
 
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ HEAD_KEY = "model.lm_head.weight"
 
 @dataclass
 class MLLMConfig:
-    """Hyper-parameters of a Qwen2.5-VL checkpoint; the defaults are those of the 7B model that shapes do not show."""
+    """Hyper-parameters of a Qwen2.5-VL checkpoint. Defaults are those of the 7B model, for what shapes do not show."""
 
     vocab_size: int
     hidden_size: int
@@ -34,19 +34,24 @@ class MLLMConfig:
     rope_theta: float = 1e6
     mrope_section: list[int] = field(default_factory=lambda: [16, 24, 24])
     rms_norm_eps: float = 1e-6
-    # Whether there is a language-model head; one with tied embeddings generates from the embedding table instead.
+    # Whether there is a language-model head. A model with tied embeddings generates from the embedding table instead.
     lm_head: bool = False
     tie_word_embeddings: bool = False
 
 
 def normalize_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names of any known file -> `model.*` and `visual.*`; the language-model head becomes `model.lm_head.*`. Of a whole checkpoint only the language model is kept."""
+    """Rename the tensors of any known file to `model.*` and `visual.*`, and the language-model head to
+    `model.lm_head.*`.
+
+    Of a full checkpoint, only the language model is kept.
+    """
     own = {language_name(key): tensor for key, tensor in state_dict.items() if key.startswith(LANGUAGE_WRAPPERS[0])}
     return own if TEXT_KEY in own else {language_name(key): tensor for key, tensor in state_dict.items()}
 
 
 def check_config(config: MLLMConfig) -> None:
-    """Raise Step1XError for a value of `config.json` that no network can be built with: the host would fail on it in the middle of a run."""
+    """Raise Step1XError for a value of `config.json` that no network can be built with; the host would fail on it in
+    the middle of a run."""
     section, window, whole = config.mrope_section, config.vision_window_size, config.vision_full_attention
     fits = {
         "head_dim": config.head_dim > 0,
@@ -59,16 +64,19 @@ def check_config(config: MLLMConfig) -> None:
     }
     for name, fit in fits.items():
         if not fit:
-            raise Step1XError(f"The configuration of the text encoder has {name} = {getattr(config, name)!r}, which does not fit its weights. "
-                              "Download it again, with its config.json.")
+            raise Step1XError(
+                f"The configuration of the text encoder has {name} = {getattr(config, name)!r}, which does not match "
+                "its weights. Download it again, with its config.json."
+            )
 
 
 def detect_mllm_config(state_dict, hf_config: dict) -> MLLMConfig:
-    """Configuration of a state dict with normalised keys.
+    """Detect the configuration of a state dict with normalised keys.
 
-    hf_config: the content of a Hugging Face `config.json`, or {} for a bare file, whose sizes are read off the shapes.
+    hf_config: the content of a Hugging Face `config.json`, or {} for a single file, whose sizes are derived from the
+    shapes.
 
-    Raises KeyError for a missing tensor, and Step1XError for a value that does not fit the weights.
+    Raises KeyError for a missing tensor, and Step1XError for a value that does not match the weights.
     """
     text = hf_config.get("text_config", hf_config)
     vision = hf_config.get("vision_config", {})

@@ -4,7 +4,7 @@ from torch import Tensor
 
 ALPHA = ".alpha"
 
-# DiffSynth's names, a for the picture and b for the text. It stacks matrices as the original does.
+# DiffSynth's names, a for the image and b for the text. It fuses matrices as the original layout does.
 _DIFFSYNTH_DOUBLE = {
     "norm1_a.linear": "img_mod.lin",
     "norm1_b.linear": "txt_mod.lin",
@@ -25,16 +25,17 @@ _DIFFSYNTH_SINGLE = {
 
 
 def diffsynth_names(depth: int, depth_single: int) -> dict[str, str]:
-    """Layer names of DiffSynth's transformer and their original names, for a model of so many double and single blocks."""
+    """Map the layer names of DiffSynth's transformer to the original names, for this number of double and single
+    blocks."""
     double = {f"blocks.{i}.{theirs}": f"double_blocks.{i}.{ours}" for i in range(depth) for theirs, ours in _DIFFSYNTH_DOUBLE.items()}
     single = {f"single_blocks.{i}.{theirs}": f"single_blocks.{i}.{ours}" for i in range(depth_single) for theirs, ours in _DIFFSYNTH_SINGLE.items()}
     return double | single
 
 
 def official_alphas(lora: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give modules whose stored alpha is 0 an alpha equal to their rank: the official merge reads 0 as unset, the host as "no effect".
+    """Set an alpha of 0 to the rank of its module. The official merge reads 0 as unset, the host as "no effect".
 
-    Of other forms than plain LoRA the alpha is left out, which means the same.
+    In forms other than plain LoRA the alpha is removed, which means the same.
     """
     out = dict(lora)
     for key, alpha in lora.items():

@@ -1,4 +1,4 @@
-"""How LoRA files name layers and tensors: one spelling for all of them (docs/model.md, LoRA)."""
+"""How LoRA files name layers and tensors, reduced to one spelling (docs/model.md, LoRA)."""
 
 import re
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..errors import Step1XError
 
-# What trainers put in front of a layer's name, dots and underscores alike; they may be stacked in any order.
+# Prefixes that trainers add to a layer's name, with dots or underscores; they may be stacked in any order.
 PREFIXES = (
     "base_model_model_",
     "model_diffusion_model_",
@@ -26,7 +26,7 @@ PREFIXES = (
     "module_",
     "model_",
 )
-# What wrappers leave in the middle of a name.
+# Parts that wrappers insert in the middle of a name.
 INFIXES = (
     "_orig_mod.",
     "_checkpoint_wrapped_module.",
@@ -35,7 +35,7 @@ INFIXES = (
     "_orig_mod_",
     "processor_",
 )
-# The spellings of a tensor's kind at the end of its name. A name of PEFT's may hold that of the adapter.
+# The spellings of a tensor's kind at the end of its name. In PEFT names an adapter name may be included.
 _ADAPTER = r"(?:\.(?!weight$|bias$)[^.]+)?"
 _KINDS = [
     (re.compile(pattern + "$"), kind)
@@ -54,7 +54,7 @@ _OTHER_KINDS = re.compile(
     r"\.(alpha|dora_scale|diff|diff_b|set_weight|lora_mid\.weight|reshape_weight|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|"
     r"[ab][12]\.weight|oft_blocks|rescale)$"
 )
-# Complete sets of a layer's tensors, without those that every one of them may have besides.
+# Complete sets of a layer's tensors, without those that are optional in each set.
 _FORMS = [
     frozenset(form)
     for form in (
@@ -77,14 +77,15 @@ _DIFFERENCES = [frozenset(form) for form in ({"diff"}, {"set_weight"}, set())]
 
 
 def flat(name: str) -> str:
-    """A layer's name without what wrappers put in it, with underscores for dots: kohya and LyCORIS write all names so."""
+    """Return a layer's name without wrapper parts, with underscores for dots, as kohya and LyCORIS spell all names."""
     for infix in INFIXES:
         name = name.replace(infix, "")
     return name.replace(".", "_")
 
 
 def find_layer(name: str, layers: dict):
-    """What `layers`, by flat names, holds for a layer's name in a file, under any of the prefixes; None without one."""
+    """Look up a layer's name from a file, under any known prefix, in `layers` (by flat names); None if it is not
+    there."""
     name, seen = flat(name), set()
     names = [name]
     while names:
@@ -99,7 +100,7 @@ def find_layer(name: str, layers: dict):
 
 
 def split_name(key: str) -> tuple[str, str] | None:
-    """A tensor's name as its layer and its kind in the host's spelling; None if its end is none of the known kinds."""
+    """Split a tensor's name into its layer and its kind in the host's spelling; None for an unknown kind."""
     for pattern, kind in _KINDS:
         if match := pattern.search(key):
             return key[: match.start()], kind
@@ -108,7 +109,8 @@ def split_name(key: str) -> tuple[str, str] | None:
 
 
 def unknown_kind(key: str, layers: dict) -> bool:
-    """Whether a name whose end is no known kind begins with a layer of the model, of which it would be lost."""
+    """Return whether a tensor of unknown kind belongs to a layer of the model, so that ignoring it would lose
+    something."""
     while "." in key:
         key = key.rpartition(".")[0]
         if find_layer(key, layers) is not None:
@@ -117,9 +119,11 @@ def unknown_kind(key: str, layers: dict) -> bool:
 
 
 def layers_of(lora: dict[str, Tensor], layers: dict) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """The file's tensors by kind for each of its layers that is in `layers`, and the names of all other tensors.
+    """Group a file's tensors by layer and kind, for the layers in `layers`; also returns the names of all other
+    tensors.
 
-    layers: by flat names. Raises Step1XError for tensors of the model's layers that could only be left out: of an unknown kind, or given twice.
+    layers: by flat names. Raises Step1XError for tensors of the model's layers that could only be ignored: those of an
+    unknown kind, and duplicates.
     """
     out, unknown, targets = {}, [], {}
     for key, tensor in lora.items():
@@ -128,8 +132,8 @@ def layers_of(lora: dict[str, Tensor], layers: dict) -> tuple[dict[str, dict[str
         if target is None:
             if split is None and unknown_kind(key, layers):
                 raise Step1XError(
-                    f"This LoRA could not be loaded: nothing is known about the kind of its tensor {key}, and without it the rest would be wrong. "
-                    "Export the LoRA in the layout of kohya, PEFT or LyCORIS, or choose another file."
+                    f"This LoRA contains the tensor {key}, whose kind is unknown. Without it the LoRA would be applied "
+                    "wrongly. Export the LoRA in the layout of kohya, PEFT or LyCORIS, or choose another file."
                 )
             unknown.append(key)
             continue
@@ -137,15 +141,16 @@ def layers_of(lora: dict[str, Tensor], layers: dict) -> tuple[dict[str, dict[str
         tensors = out.setdefault(layer, {})
         if kind in tensors or targets.setdefault(target, layer) != layer:
             raise Step1XError(
-                f"This LoRA could not be loaded: it holds more than one change of the same layer ({key} and another under a similar name), as files with "
-                "several adapters do. Export one adapter, or choose another file."
+                f"This LoRA contains more than one change of the same layer ({key} and another under a similar name), "
+                "as files with several adapters do. Export a single adapter, or choose another file."
             )
         tensors[kind] = tensor
     return out, unknown
 
 
 def check_complete(layer: str, tensors: dict[str, Tensor]) -> None:
-    """Raise Step1XError where a layer's tensors are not one complete form of change: the host would apply a part of them, or none."""
+    """Raise Step1XError unless a layer's tensors form one complete change; the host would apply part of them, or
+    none."""
     kinds = frozenset(tensors)
     adapter = kinds - {"alpha", "dora_scale", "lora_bias", "diff_b"}
     complete = (
@@ -156,11 +161,11 @@ def check_complete(layer: str, tensors: dict[str, Tensor]) -> None:
     )
     if not complete or {"diff_b", "lora_bias"} <= kinds or "lora_bias" in kinds and "lora_down.weight" not in kinds:
         raise Step1XError(
-            f"This LoRA does not fit together: for {layer} it holds only {', '.join(sorted(kinds))}, which is no complete change of a layer. The file is "
-            "incomplete or in a layout that is not known here; choose another file."
+            f"This LoRA is incomplete or in an unknown layout: for {layer} it contains only "
+            f"{', '.join(sorted(kinds))}. Choose another file."
         )
 
 
 def summary(names: list[str], shown: int = 4) -> str:
-    """The first of these names, and how many more there are."""
+    """List the first names, and say how many more there are."""
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

@@ -1,6 +1,6 @@
-"""ComfyUI's marks of quantised layers.
+"""ComfyUI's markers of quantised layers.
 
-They are a tensor `comfy_quant` beside a weight, a tensor `scaled_fp8` for a whole file, or `_quantization_metadata` in
+These are a tensor `comfy_quant` beside a weight, a tensor `scaled_fp8` for a whole file, or `_quantization_metadata` in
 the file's metadata.
 """
 
@@ -18,26 +18,26 @@ METADATA_KEY = "_quantization_metadata"
 
 
 def layer_of(key: str) -> str:
-    """The layer that a tensor belongs to: `a.b` of `a.b.weight_scale` and of `a.b.weight.scale`."""
+    """Return the layer of a tensor: `a.b` for `a.b.weight_scale` and for `a.b.weight.scale`."""
     return key.split(".weight.")[0] if ".weight." in key else key.rpartition(".")[0]
 
 
 def stored_layers(name: str, text: str) -> dict:
-    """The layers of a `_quantization_metadata` entry. Raises Step1XError for one that cannot be read."""
+    """Return the layers of a `_quantization_metadata` entry. Raises Step1XError if it cannot be read."""
     try:
         layers = json.loads(text)["layers"]
         layers.items()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise Step1XError(
-            f"{name} could not be loaded: the {METADATA_KEY} in its head is no list of layers "
-            f"({type(error).__name__}: {error}). "
-            "Download it again, or choose another file."
+            f"{name} could not be loaded: {METADATA_KEY} in its metadata is not a list of layers "
+            f"({type(error).__name__}: {error}). Download it again, or choose another file."
         ) from error
     return layers
 
 
 def merge_metadata(name: str, first: dict, second: dict) -> dict:
-    """The metadata of two files of one model: the layers that either of them marks, and else the second's word."""
+    """Merge the metadata of two files of one model: the layers that either marks; for all else the second takes
+    precedence."""
     merged = first | second
     if METADATA_KEY in first and METADATA_KEY in second:
         merged[METADATA_KEY] = json.dumps(
@@ -49,10 +49,10 @@ def merge_metadata(name: str, first: dict, second: dict) -> dict:
 def shorten_metadata(
     name: str, metadata: dict, state_dict: dict[str, Tensor], rename: Callable[[dict], dict] = dict
 ) -> dict:
-    """The metadata with the names of marked layers as `state_dict` has them, whose own were shortened.
+    """Rename the marked layers in the metadata as `state_dict` names them after its names were shortened.
 
-    rename: what was done to the tensors' names, besides dropping a prefix. A layer that is not in `state_dict` keeps
-    its name.
+    rename: how tensor names were changed, besides dropping a prefix. A layer that is not in `state_dict` keeps its
+    name.
 
     Raises Step1XError for an entry that cannot be read.
     """
@@ -68,7 +68,7 @@ def shorten_metadata(
 
 
 def marked_layers(name: str, state_dict: dict[str, Tensor], metadata: dict) -> set[str]:
-    """The layers that ComfyUI takes for quantised. Raises Step1XError for metadata that cannot be read."""
+    """Return the layers that ComfyUI treats as quantised. Raises Step1XError for metadata that cannot be read."""
     marked = {key.removesuffix("." + MARKER) for key in state_dict if key.endswith("." + MARKER)}
     if METADATA_KEY in metadata:
         return marked | set(stored_layers(name, metadata[METADATA_KEY]))
@@ -78,7 +78,8 @@ def marked_layers(name: str, state_dict: dict[str, Tensor], metadata: dict) -> s
 
 
 def lift_marker(state_dict: dict[str, Tensor]) -> None:
-    """Give ComfyUI's marker of a transformer's file its bare name, in place; its prefix may be another than the tensors'."""
+    """Rename ComfyUI's marker of a whole file to its bare name, in place; its prefix may differ from that of the
+    tensors."""
     ends = [key for key in state_dict if key.endswith("." + FILE_MARKER)]
     for key in (key for key in ends if is_transformer_prefix(key.removesuffix(FILE_MARKER))):
         state_dict[FILE_MARKER] = state_dict.pop(key)

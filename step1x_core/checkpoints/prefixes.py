@@ -31,27 +31,35 @@ _TRANSFORMER = re.compile(rf"(?:(?:{'|'.join(TRANSFORMER_PREFIXES)})\.)*")
 
 
 def is_transformer_prefix(prefix: str) -> bool:
-    """Whether this, with its last point, may stand in front of a transformer's names."""
+    """Return whether this prefix, with its trailing dot, may precede a transformer's tensor names."""
     return _TRANSFORMER.fullmatch(prefix.replace(COMPILED, "")) is not None
 
 
 def transformer_names(name: str, keys: Iterable[str], anchors: Iterable[str] = (CONNECTOR_KEY,)) -> dict[str, str]:
-    """The tensors of the transformer among those of a file, old name to the one without prefix; {} if there is no transformer.
+    """Map the names of the transformer's tensors in a file to the names without prefix; {} if there is no transformer.
 
-    anchors: names of which a transformer has one. Where the transformer has a prefix, what has another one, as a checkpoint's VAE, is left out.
+    anchors: names of which a transformer has at least one. If the transformer has a prefix, tensors with another one,
+    such as a checkpoint's VAE, are dropped.
 
-    Raises Step1XError for a file with two transformers, of which nobody knows the right one.
+    Raises Step1XError for a file with two transformers, because the right one cannot be determined.
     """
     plain = {key: key.replace(COMPILED, "") for key in keys}
     found = {short[:-len(anchor)] for short in plain.values() for anchor in anchors if short.endswith(anchor)}
     prefixes = sorted(prefix for prefix in found if is_transformer_prefix(prefix))
     if len(prefixes) > 1:
-        raise Step1XError(f"{name} holds {len(prefixes)} transformers, under {' and '.join(repr(prefix) for prefix in prefixes)}. Choose a file with one.")
+        raise Step1XError(
+            f"{name} contains {len(prefixes)} transformers, under {' and '.join(repr(prefix) for prefix in prefixes)}; "
+            "expected one. Choose another file."
+        )
     return {key: short[len(prefixes[0]):] for key, short in plain.items() if short.startswith(prefixes[0])} if prefixes else {}
 
 
 def language_name(key: str) -> str:
-    """A tensor's name in any known layout of Qwen2.5-VL -> `model.*`, `visual.*` or, for the head, `model.lm_head.*`; other names stay as they are."""
+    """Normalise a tensor's name in any known layout of Qwen2.5-VL to `model.*`, `visual.*` or, for the head,
+    `model.lm_head.*`.
+
+    Other names are returned unchanged.
+    """
     name = key.replace(COMPILED, "")
     while (wrapper := next((wrapper for wrapper in LANGUAGE_WRAPPERS if name.startswith(wrapper)), None)) is not None:
         name = name[len(wrapper):]

@@ -1,7 +1,7 @@
-"""Quantised weights that ComfyUI does not know: scales without its marker, and other tools' formats.
+"""Quantised weights that ComfyUI does not support: scales without its marker, and other tools' formats.
 
-Marked layers (markers.py) are left as they are. Beside an unmarked one ComfyUI ignores a scale, and the model draws
-noise: those are multiplied out. Other formats are named and refused.
+Marked layers (markers.py) are left unchanged. For unmarked layers ComfyUI ignores the scale, and the model produces
+noise; these scales are applied here. Other formats are identified and refused.
 """
 
 import re
@@ -15,9 +15,10 @@ from .block_scales import block_sizes, multiplied, scale_grid
 from .detection import CONFIG_KEY
 from .markers import FILE_MARKER, MARKER, layer_of, marked_layers
 
-# Names of the factor of a weight, after the layer's name. DeepSeek's "inv" tells of its making: it is multiplied, too.
+# Names of a weight's scale, after the layer's name. DeepSeek's "inv" refers to how it was computed; it is a factor,
+# too.
 WEIGHT_SCALES = ("weight_scale", "scale_weight", "weight_scale_inv", "weight.scale")
-# What only matters to a kernel that rounds its inputs, or a cache of keys and values, as well.
+# Scales that only matter to a kernel that rounds its inputs, or to a cache of keys and values.
 INPUT_SCALES = (
     "input_scale",
     "scale_input",
@@ -31,10 +32,10 @@ INPUT_SCALES = (
     "v_scale",
     "q_scale",
 )
-# By these words the name of a tensor beside a weight of 8 bits shows that the weight cannot be read without it.
+# Words in the name of a tensor beside an 8-bit weight that show that the weight cannot be read without it.
 SUSPECT = re.compile(r"scale|zero|absmax|amax|scb|quant|g_idx|smooth", re.IGNORECASE)
 
-# Other tools' formats by the end of a tensor's name, the more special ones first.
+# Other tools' formats by the end of a tensor's name, more specific ones first.
 FOREIGN = {
     "bitsandbytes": re.compile(
         r"\.(absmax|nested_absmax|quant_map|nested_quant_map|SCB|quant_state\.\w+|weight_format)$"
@@ -51,7 +52,7 @@ FOREIGN = {
     "HQQ": re.compile(r"\.W_q$"),
     "compressed-tensors in packed form": re.compile(r"\.(weight_packed|weight_global_scale|bitmask|compressed)$"),
 }
-# What a config.json calls such a format.
+# How a config.json names such a format.
 FOREIGN_METHODS = {
     "bitsandbytes": "bitsandbytes",
     "awq": "AWQ",
@@ -72,12 +73,12 @@ FOREIGN_METHODS = {
 }
 
 INSTEAD = (
-    "Take the bf16 file, one in ComfyUI's scaled fp8, or make a smaller one of the bf16 file with scripts/convert.py."
+    "Use the bf16 file, a file in ComfyUI's scaled fp8 format, or convert the bf16 file with scripts/convert.py."
 )
 
 
 def is_narrow(tensor: Tensor) -> bool:
-    """Whether the type is one of 8 bits that a scale belongs to: a float8 or int8."""
+    """Return whether the dtype is 8-bit and needs a scale: float8 or int8."""
     return tensor.dtype == torch.int8 or (tensor.is_floating_point() and tensor.element_size() == 1)
 
 
@@ -86,7 +87,7 @@ def is_weight_scale(key: str) -> bool:
 
 
 def quantisation_config(config: dict) -> dict:
-    """What a folder's config.json says of its quantisation; {} for nothing."""
+    """Return the quantisation entry of a folder's config.json, or {}."""
     text = config.get("text_config")
     for holder in (config, text if isinstance(text, dict) else {}):
         for key in ("quantization_config", "compression_config"):
@@ -96,39 +97,40 @@ def quantisation_config(config: dict) -> dict:
 
 
 def check_foreign(name: str, state_dict: dict[str, Tensor], config: dict) -> None:
-    """Raise Step1XError for a format of another tool, by the names of its tensors or by the folder's config.json."""
-    # It tells some tools apart whose tensors have the same names.
+    """Raise Step1XError for another tool's format, identified by its tensor names or by the folder's config.json."""
+    # It distinguishes tools whose tensors have the same names.
     method = str(quantisation_config(config).get("quant_method") or "").lower()
-    # A folder may keep the entry when its weights are bf16 again.
+    # A folder may keep the entry after its weights were converted back to bf16.
     if method in FOREIGN_METHODS and any(
         is_narrow(tensor) or (not tensor.is_floating_point() and tensor.ndim > 1) for tensor in state_dict.values()
     ):
         raise Step1XError(
-            f"{name} is quantised by {FOREIGN_METHODS[method]} (so says its config.json), "
-            f"a format that this node pack does not read. {INSTEAD}"
+            f"{name} is quantised with {FOREIGN_METHODS[method]} according to its config.json, a format that this node "
+            f"pack does not support. {INSTEAD}"
         )
     for tool, pattern in FOREIGN.items():
-        # A layer with ComfyUI's marker may have parts of any name.
+        # A layer with ComfyUI's marker may have tensors of any name.
         key = next(
             (key for key in state_dict if pattern.search(key) and f"{layer_of(key)}.{MARKER}" not in state_dict), None
         )
         if key is not None:
             raise Step1XError(
-                f"{name} is quantised by {tool} ({key} is in it), a format that this node pack does not read. {INSTEAD}"
+                f"{name} is quantised with {tool} (it contains {key}), a format that this node pack does not support. "
+                f"{INSTEAD}"
             )
 
 
 def is_neutral(key: str, tensor: Tensor) -> bool:
-    """Whether a scale is 1 or a zero point 0 throughout, as some tools write for what they left alone."""
+    """Return whether a scale is all 1, or a zero point all 0, as some tools write for unquantised layers."""
     return bool((tensor.float() == (0 if "zero" in key else 1)).all())
 
 
 def refuse_scale(name: str, key: str, tensor: Tensor, weight: str, found: Tensor) -> Step1XError:
+    """Return the error for a tensor that looks like an unsupported scale of a weight."""
     return Step1XError(
-        f"{name} holds {key} ({dtype_name(tensor)} {list(tensor.shape)}) beside "
-        f"{weight} ({dtype_name(found)} {list(found.shape)}), "
-        f"which looks like "
-        f"its scale in a form that this node pack does not read; without it the weight is noise. {INSTEAD}"
+        f"{name} contains {key} ({dtype_name(tensor)} {list(tensor.shape)}) beside {weight} ({dtype_name(found)} "
+        f"{list(found.shape)}), which looks like its scale in an unsupported format; without it the weight would be "
+        f"noise. {INSTEAD}"
     )
 
 
@@ -143,14 +145,14 @@ def multiply_out(
     config: dict,
     check: Callable[[], None] = lambda: None,
 ) -> int:
-    """Multiply the scales of unmarked layers into their weights, in place, and drop them; returns the number of layers.
+    """Apply the scales of unmarked layers to their weights, in place, and remove them; returns the number of layers.
 
-    marked: layers that are left as they are. config: the folder's config.json. check: called before each weight, to
-    raise where the person cancels. Weights become bfloat16, and where any does so do all unmarked ones of 8 bits: else
-    the host would take theirs for the type of the model.
+    marked: layers that are left unchanged. config: the folder's config.json. check: called before each weight, to raise
+    if the user cancels. Scaled weights become bfloat16. If there are any, all other unmarked 8-bit weights become
+    bfloat16, too; otherwise the host would take their dtype for that of the model.
 
-    Raises Step1XError for a scale in an unknown layout or with values that are not finite, and for another tensor
-    beside a weight that looks like its scale.
+    Raises Step1XError for a scale in an unknown layout or with NaN or Inf values, and for another tensor beside a
+    weight that looks like its scale.
     """
     check_elsewhere(name, state_dict, marked)
     told = block_sizes(quantisation_config(config))
@@ -171,15 +173,16 @@ def multiply_out(
 
 
 def is_suspect(kind: str, tensor: Tensor, weight: Tensor) -> bool:
-    """Whether what lies beside a weight of 8 bits looks like its scale: by the last part of its name, or by its size."""
+    """Return whether a tensor beside an 8-bit weight looks like its scale, by the last part of its name or by its
+    size."""
     sizes = {1, weight.shape[0], weight.numel() // max(weight.shape[0], 1)} if weight.ndim else {1}
     return SUSPECT.search(kind) is not None or (tensor.is_floating_point() and tensor.numel() in sizes)
 
 
 def check_elsewhere(name: str, state_dict: dict[str, Tensor], marked: Collection[str]) -> None:
-    """Raise Step1XError for a tensor outside of the layers that looks like a scale and names an unmarked weight of 8 bits.
+    """Raise Step1XError for a tensor outside the layers that looks like a scale and names an unmarked 8-bit weight.
 
-    Such are `a.b_scale` and `scales.a.b` for the layer `a.b`.
+    Examples are `a.b_scale` and `scales.a.b` for the layer `a.b`.
     """
     narrow = [
         key.removesuffix(".weight")
@@ -197,7 +200,8 @@ def check_elsewhere(name: str, state_dict: dict[str, Tensor], marked: Collection
 def multiply_layer(
     name: str, state_dict: dict[str, Tensor], layer: str, keys: list[str], told: tuple[int, int] | None
 ) -> int:
-    """As `multiply_out` for a layer and the tensors `keys` beside its weight; returns 1 where it was multiplied, or 0."""
+    """Do the work of `multiply_out` for one layer and the tensors `keys` beside its weight; returns 1 if it was scaled,
+    else 0."""
     weight_key = f"{layer}.weight"
     weight = state_dict[weight_key]
     scales = [key for key in keys if key[len(layer) + 1 :] in WEIGHT_SCALES]
@@ -213,20 +217,19 @@ def multiply_layer(
         return 0
     scale = state_dict[scales[0]]
     if not is_narrow(weight) and weight.is_floating_point():
-        # `check_leftovers` refuses any other.
+        # `check_leftovers` refuses all others.
         for key in scales:
             if is_neutral(key, state_dict[key]):
                 del state_dict[key]
         return 0
-    # A scale of bytes is an exponent, or not yet unpacked.
+    # A scale in bytes is an exponent, or still packed.
     known = is_narrow(weight) and len(scales) == 1 and scale.is_floating_point()
     layout = scale_grid(weight, scale, told) if known else None
     if layout is None:
         raise refuse_scale(name, scales[-1], state_dict[scales[-1]], weight_key, weight)
     if not layout[0].isfinite().all():
         raise Step1XError(
-            f"{name} holds {scales[0]} with values that are infinite or no numbers. "
-            "The file is damaged; download it again."
+            f"{name} contains NaN or Inf values in {scales[0]}. The file may be damaged; download it again."
         )
     state_dict[weight_key] = multiplied(weight, *layout)
     del state_dict[scales[0]]
@@ -234,35 +237,37 @@ def multiply_layer(
 
 
 def check_stock(state_dict: dict[str, Tensor], node: str) -> None:
-    """Raise Step1XError, which names the node to take instead, for scales that ComfyUI's own loader would ignore.
+    """Raise Step1XError, naming the node to use instead, for scales that ComfyUI's own loader would ignore.
 
-    It has chosen the model's type before the weights come here: it is too late to multiply them out.
+    It has chosen the model's dtype before the weights get here, so it is too late to apply them.
     """
     marked = marked_layers("", state_dict, {})
     for key in filter(is_weight_scale, state_dict):
         weight = state_dict.get(f"{layer_of(key)}.weight")
         if layer_of(key) not in marked and weight is not None and is_narrow(weight):
             raise Step1XError(
-                f"This file holds {key}, a scale that ComfyUI's own loaders ignore, "
-                f"since the file lacks ComfyUI's marker. Load it with '{node}', which multiplies it out."
+                f"This file contains {key}, a scale that ComfyUI's own loaders ignore because the file lacks ComfyUI's "
+                f"marker. Load it with '{node}', which applies the scale."
             )
 
 
 def check_lora(name: str, lora: dict[str, Tensor]) -> None:
-    """Raise Step1XError for a LoRA whose matrices are integers, or float8 with scales: without those they are noise."""
+    """Raise Step1XError for a LoRA whose matrices are integers, or float8 with scales; without the scales they are
+    noise."""
     narrow = [key for key, tensor in lora.items() if is_narrow(tensor)]
     scale = next((key for key in lora if is_weight_scale(key) or key.endswith(MARKER)), None) if narrow else None
     integers = [key for key, tensor in lora.items() if tensor.dtype in (torch.int8, torch.uint8) and tensor.ndim > 1]
     whole = next(iter(integers), scale)
     if whole is not None:
         raise Step1XError(
-            f"{name} is a quantised LoRA ({whole} is in it, {dtype_name(lora[whole])}), which this node pack does not "
-            "read. Take it in bf16, fp16 or fp32."
+            f"{name} is a quantised LoRA (it contains {whole} as {dtype_name(lora[whole])}), which this node pack does "
+            "not support. Use a bf16, fp16 or fp32 file."
         )
 
 
 def check_leftovers(name: str, state_dict: dict[str, Tensor], marked: Collection[str]) -> None:
-    """Raise Step1XError for an unmarked weight of integers without a scale, and for a scale of one not of 8 bits."""
+    """Raise Step1XError for an unmarked integer weight without a scale, and for a scale of a weight that is not
+    8-bit."""
     for key, tensor in state_dict.items():
         weight = f"{layer_of(key)}.weight"
         if layer_of(key) in marked or weight not in state_dict:
@@ -271,12 +276,12 @@ def check_leftovers(name: str, state_dict: dict[str, Tensor], marked: Collection
             raise refuse_scale(name, key, tensor, weight, state_dict[weight])
         if key == weight and tensor.dtype in (torch.int8, torch.uint8):
             raise Step1XError(
-                f"{name} holds {key} as {dtype_name(tensor)} without a scale beside it; "
-                f"without one the weight is noise. {INSTEAD}"
+                f"{name} stores {key} as {dtype_name(tensor)} without a scale; without one the weight would be noise. "
+                f"{INSTEAD}"
             )
 
 
 def unknown_tensors(state_dict: dict[str, Tensor], expected: Collection[str], marked: Collection[str]) -> list[str]:
-    """The names that neither the model has nor its marked layers need, sorted."""
+    """Return the sorted names that neither the model has nor its marked layers need."""
     known = {CONFIG_KEY, FILE_MARKER, *expected, *(key.replace("_norm.weight", "_norm.scale") for key in expected)}
     return sorted(key for key in state_dict if key not in known and layer_of(key) not in marked)

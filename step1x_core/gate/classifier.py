@@ -1,4 +1,4 @@
-"""Picture classifiers in the folder layout of transformers. Nothing is fetched, and no code that a folder brings is run."""
+"""Image classifiers in the transformers folder layout. Nothing is downloaded, and no code from the folder is run."""
 
 import json
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ..errors import Step1XError
 
-# Pictures that are classified at once.
+# Number of images per classifier call.
 CHUNK = 8
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """labels: by index. independent: whether they do not exclude each other."""
+    """A loaded image classifier. labels: by index. independent: whether several labels can apply to one image."""
 
     model: torch.nn.Module
     processor: object
@@ -25,7 +25,7 @@ class Classifier:
 
 
 def is_classifier(folder: Path) -> bool:
-    """Whether a folder holds a picture classifier with weights as safetensors, by its config.json."""
+    """Return whether a folder holds an image classifier with safetensors weights, according to its config.json."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         names = config["architectures"]
@@ -35,9 +35,9 @@ def is_classifier(folder: Path) -> bool:
 
 
 def load_classifier(folder: Path) -> Classifier:
-    """A classifier in float32 on the CPU, where it takes no graphics memory from the models that edit.
+    """Load a classifier in float32 on the CPU, where it takes no VRAM from the editing models.
 
-    Raises Step1XError for a folder that transformers cannot open.
+    Raises Step1XError if transformers cannot open the folder.
     """
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -45,20 +45,25 @@ def load_classifier(folder: Path) -> Classifier:
     try:
         processor = AutoImageProcessor.from_pretrained(str(folder), **rules)
         model, info = AutoModelForImageClassification.from_pretrained(str(folder), use_safetensors=True, output_loading_info=True, **rules)
-    # Whatever is wrong with the files of a folder: what transformers raises for it has no common class.
+    # transformers raises errors of many unrelated classes for faulty folders.
     except Exception as problem:
         detail = f"{type(problem).__name__}: {problem}".splitlines()[0][:200]
-        raise Step1XError(f"The classifier in {folder} cannot be opened ({detail}). It must be a whole folder as transformers saves it: config.json, "
-                          "preprocessor_config.json and weights as safetensors.") from problem
+        raise Step1XError(
+            f"The classifier in {folder} cannot be loaded ({detail}). Choose a complete folder in the transformers "
+            "layout: config.json, preprocessor_config.json and safetensors weights."
+        ) from problem
     if info["missing_keys"]:
-        raise Step1XError(f"The classifier in {folder} is incomplete: its weights lack {min(info['missing_keys'])}. Download the folder again.")
+        raise Step1XError(
+            f"The classifier in {folder} is incomplete: its weights lack {min(info['missing_keys'])}. Download the "
+            "folder again."
+        )
     labels = {int(index): str(name) for index, name in model.config.id2label.items()}
     return Classifier(model.eval().float(), processor, labels, model.config.problem_type == "multi_label_classification")
 
 
 @torch.inference_mode()
 def classify(classifier: Classifier, pictures: list[np.ndarray]) -> Tensor:
-    """Pictures, uint8 [H, W, 3] of any sizes -> scores [B, L] in float32."""
+    """Classify images, uint8 [H, W, 3] of any sizes; returns logits [B, L] in float32."""
     scores = []
     for start in range(0, len(pictures), CHUNK):
         values = classifier.processor(images=list(pictures[start:start + CHUNK]), return_tensors="pt")["pixel_values"]

@@ -1,4 +1,4 @@
-"""The content gate: which pictures are unsafe, which instructions are refused, and what takes the place of such a picture.
+"""The policy of the content gate: which images are unsafe, which prompts are refused, and what replaces such an image.
 
 It fails closed: what cannot be judged raises an error or counts as unsafe, and never passes.
 """
@@ -18,40 +18,51 @@ from ..images import from_uint8, to_uint8
 OFF, REPORT, LABEL, BLUR, BLOCK = "off", "report", "label", "blur", "block"
 ACTIONS = (OFF, REPORT, LABEL, BLUR, BLOCK)
 
-# What is left of a blurred picture: so many pixels on its longer side.
+# Pixels that a blurred image keeps on its longer side.
 BLURRED_SIDE = 5
 YES, NO = ("yes", "是"), ("no", "否", "不")
 QUESTION_SYSTEM = "You check instructions for an image editor before they are carried out. Your whole answer is one word: yes or no."
 
 
 def entries(text: str) -> list[str]:
-    """The entries of a list in a text, with commas or line breaks between them. One of nothing but invisible characters is none."""
+    """Split a list that is separated by commas or line breaks. Entries of only invisible characters are dropped."""
     return [entry.strip() for entry in re.split(r"[,\n\uff0c]", text) if plain(entry)]
 
 
 def find_labels(names: dict[int, str], wanted: list[str], classifier: str) -> list[int]:
-    """Indices of the labels with these names, capitals aside. Raises Step1XError for none, and for one that the classifier does not have."""
+    """Return the indices of the labels with these names, ignoring case.
+
+    Raises Step1XError if `wanted` is empty or the classifier lacks one of the labels.
+    """
     indices = {str(name).casefold(): index for index, name in names.items()}
     offered = ", ".join(str(names[index]) for index in sorted(names))
     if not wanted:
-        raise Step1XError("No label counts as unsafe, so the gate would let everything pass. "
-                          f"Name some of those of '{classifier}' in 'unsafe_labels': {offered}.")
+        raise Step1XError(
+            f"'unsafe_labels' lists no label, so the gate would let everything pass. List labels of '{classifier}': "
+            f"{offered}."
+        )
     for name in wanted:
         if name.casefold() not in indices:
-            raise Step1XError(f"The classifier '{classifier}' has no label {name!r}. Correct 'unsafe_labels'; it has: {offered}.")
+            raise Step1XError(
+                f"The classifier '{classifier}' has no label {name!r}. Correct 'unsafe_labels'; available labels: "
+                f"{offered}."
+            )
     return [indices[name.casefold()] for name in wanted]
 
 
 def unsafe_scores(logits: Tensor, unsafe: list[int], independent: bool) -> Tensor:
-    """Scores of the classifier [B, L] -> how probably each picture is unsafe, [B] in 0..1.
+    """Convert classifier logits [B, L] to the probability that each image is unsafe, [B] in 0..1.
 
-    independent: whether the labels do not exclude each other; then the most probable unsafe one counts, else the sum of them.
+    independent: whether several labels can apply to one image. The most probable unsafe label then counts, otherwise
+    the sum of all unsafe labels.
 
-    Raises Step1XError for scores that are no numbers.
+    Raises Step1XError for NaN or Inf logits.
     """
     if not torch.isfinite(logits).all():
-        raise Step1XError("The classifier of the content gate gives scores that are no numbers (NaN or infinity), so nothing can pass. "
-                          "Choose another classifier.")
+        raise Step1XError(
+            "The classifier of the content gate returned NaN or Inf scores, so no image can pass. Choose another "
+            "classifier."
+        )
     logits = logits.float()
     if independent:
         return logits.sigmoid()[:, unsafe].amax(dim=1)
@@ -59,18 +70,19 @@ def unsafe_scores(logits: Tensor, unsafe: list[int], independent: bool) -> Tenso
 
 
 def plain(text: str) -> str:
-    """A text as it is compared: without capitals, letter variants, invisible characters, and runs of white space."""
+    """Normalise a text for comparison: case, letter variants, invisible characters and runs of white space."""
     text = unicodedata.normalize("NFKC", text).casefold()
     return " ".join("".join(char for char in text if unicodedata.category(char) != "Cf").split())
 
 
 def joins(char: str) -> bool:
-    """Whether a character is part of a word that spaces stand around. Chinese, Japanese and Thai are written without them."""
+    """Return whether a character belongs to a script that puts spaces between words. Chinese, Japanese and Thai do
+    not."""
     return char.isalnum() and unicodedata.category(char) != "Lo"
 
 
 def holds_word(text: str, word: str) -> bool:
-    """Whether a word occurs in a text, both plain, and not as a part of another word."""
+    """Return whether a text contains a word as a whole word; both are normalised by `plain`."""
     start = text.find(word)
     while start >= 0:
         end = start + len(word)
@@ -83,13 +95,13 @@ def holds_word(text: str, word: str) -> bool:
 
 
 def forbidden_words(prompt: str, words: list[str]) -> list[str]:
-    """The words and phrases of the list that an instruction holds."""
+    """Return the listed words and phrases that a prompt contains."""
     text = plain(prompt)
     return [word for word in words if plain(word) and holds_word(text, plain(word))]
 
 
 def read_answer(reply: str) -> bool | None:
-    """Whether a reply says yes, None where it says neither yes nor no."""
+    """Return whether a reply says yes, or None if it says neither yes nor no."""
     text = plain(reply).lstrip("\"'*`“ ")
     for words, answer in ((YES, True), (NO, False)):
         if any(text.startswith(word) and not (joins(word[-1]) and joins(text[len(word):len(word) + 1] or " ")) for word in words):
@@ -99,7 +111,8 @@ def read_answer(reply: str) -> bool | None:
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with one picture. score: how probably it is unsafe, 0..1, None if no classifier looked at it. reason: "" where it may pass."""
+    """The result for one image. score: probability that it is unsafe, 0..1, or None without a classifier. reason: why
+    it is withheld, "" if it passes."""
 
     score: float | None
     reason: str
@@ -110,7 +123,7 @@ class Finding:
 
 
 def blur(picture: Image.Image) -> Image.Image:
-    """The picture beyond recognition, for good: nearly everything is thrown away."""
+    """Blur an image beyond recognition; nearly all of its content is discarded."""
     width, height = picture.size
     longer = max(width, height)
     small = picture.resize((max(1, round(width * BLURRED_SIDE / longer)), max(1, round(height * BLURRED_SIDE / longer))), Image.Resampling.BOX)
@@ -118,7 +131,7 @@ def blur(picture: Image.Image) -> Image.Image:
 
 
 def wrap(canvas: ImageDraw.ImageDraw, text: str, font, width: int) -> str:
-    """The text with line breaks so that it is at most so wide, as far as its words allow."""
+    """Break a text into lines of at most `width` pixels, as far as its words allow."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -130,7 +143,7 @@ def wrap(canvas: ImageDraw.ImageDraw, text: str, font, width: int) -> str:
 
 
 def label(picture: Image.Image, text: str) -> Image.Image:
-    """The picture with a text on a black strip over its lower edge."""
+    """Draw a text on a black strip over the lower edge of an image."""
     width, height = picture.size
     out, strip = picture.copy(), min(height, max(14, height // 16))
     canvas = ImageDraw.Draw(out)
@@ -140,7 +153,8 @@ def label(picture: Image.Image, text: str) -> Image.Image:
 
 
 def notice(size: tuple[int, int], message: str) -> Image.Image:
-    """A grey picture of this size with a no-entry sign and the message. Pillow's font has only Latin letters; the sign does without."""
+    """Draw a grey image of this size with a no-entry sign and the message. Pillow's font has only Latin letters, so the
+    sign must speak for itself."""
     width, height = size
     out = Image.new("RGB", size, "#383838")
     canvas = ImageDraw.Draw(out)
@@ -154,7 +168,8 @@ def notice(size: tuple[int, int], message: str) -> Image.Image:
 
 
 def treat(image: Tensor, finding: Finding, action: str, message: str) -> Tensor:
-    """Picture [H, W, C] in 0..1 -> what comes out for it, of the same shape and type; one that may pass is returned as it is."""
+    """Apply the action to an image [H, W, C] in 0..1; shape and dtype stay. An image that may pass is returned
+    unchanged."""
     if not finding.flagged or action in (OFF, REPORT):
         return image
     picture = Image.fromarray(to_uint8(image))
@@ -167,12 +182,14 @@ def treat(image: Tensor, finding: Finding, action: str, message: str) -> Tensor:
 
 
 def describe(findings: list[Finding], action: str, threshold: float, message: str) -> str:
-    """What the gate found, for the person who runs it."""
+    """Summarise the findings of the gate as text for the user."""
     done = {REPORT: "passed on unchanged", LABEL: "passed on with a label", BLUR: "blurred", BLOCK: "withheld"}[action]
     flagged = sum(finding.flagged for finding in findings)
-    looked_at = any(finding.score is not None for finding in findings)
-    nothing = f"nothing found in {len(findings)} pictures." if looked_at else "nothing found in the instruction. The pictures were not checked: no classifier is set."
-    lines = [f"Content gate: {flagged} of {len(findings)} pictures {done}." if flagged else f"Content gate: {nothing}"]
+    if any(finding.score is not None for finding in findings):
+        nothing = f"nothing found in {len(findings)} images."
+    else:
+        nothing = "nothing found in the prompt. The images were not checked because no classifier is set."
+    lines = [f"Content gate: {flagged} of {len(findings)} images {done}." if flagged else f"Content gate: {nothing}"]
     for number, finding in enumerate(findings, 1):
         score = "" if finding.score is None else f", unsafe {finding.score:.0%} (threshold {threshold:.0%})"
         lines.append(f"{number}. {finding.reason or 'passed'}{score}")

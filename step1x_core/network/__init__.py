@@ -1,1 +1,1 @@
-"""The parts of the transformer that FLUX does not have, and the Triton kernels. triton_kernels.py alone needs Triton."""
+"""The parts of the transformer that FLUX does not have, and the Triton kernels. Only triton_kernels.py needs Triton."""

@@ -12,12 +12,13 @@ MAX_PERIOD = 10000
 
 
 def scale_time(t: Tensor) -> Tensor:
-    """Time 0..1 -> 0..1000, in t's own dtype as the official code does (bf16 0.9824 gives 980, not 982.4)."""
+    """Scale the time from 0..1 to 0..1000, in t's own dtype as the official code does (bf16 0.9824 gives 980, not
+    982.4)."""
     return t * TIME_FACTOR
 
 
 def time_features(t: Tensor) -> Tensor:
-    """Sinusoid of an already scaled time [B] -> [B, 256] in float32, cosines first."""
+    """Return the sinusoidal features of a scaled time [B] as [B, 256] in float32, cosines first."""
     half = TIME_FEATURES // 2
     frequencies = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t[:, None].float() * frequencies[None]
@@ -34,13 +35,13 @@ class TimestepEmbedder(nn.Module):
         )
 
     def features(self, t: Tensor) -> Tensor:
-        """The sinusoid as it enters the first linear layer.
+        """Return the sinusoidal features as they enter the first linear layer.
 
-        The official code casts it to that layer's storage dtype, so plain-fp8 weights round it to e4m3.
+        The official code casts them to that layer's storage dtype, so plain fp8 weights round them to e4m3.
         """
         features = time_features(t)
         stored = self.mlp[0].weight.dtype
-        # GGUF nodes keep weights as raw uint8, which is no precision to round to.
+        # GGUF nodes store weights as raw uint8, which is not a dtype to round to.
         return features.to(stored) if stored.is_floating_point else features
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -112,10 +113,10 @@ class TokenRefiner(nn.Module):
 
 
 def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Token mask [B, T] -> additive attention bias [B, 1, T, T].
+    """Convert a token mask [B, T] to an additive attention bias [B, 1, T, T].
 
-    Position i sees j where both are valid; column 0 is open to every row, so padded rows attend to
-    token 0 alone and no row is empty (docs/model.md, Connector).
+    Position i attends to j if both are valid. Column 0 is open to every row, so padded rows attend only to token 0 and
+    no row is empty (docs/model.md, Connector).
     """
     valid = mask.bool()
     allowed = valid[:, :, None] & valid[:, None, :]
@@ -124,9 +125,10 @@ def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def distinct_tokens(x: Tensor, mask: Tensor) -> int:
-    """How many of the text tokens x [B, T, C] with their mask [B, T] of 0/1 the connector tells apart: the tokens before the padding at the end, and one of the padding.
+    """Return how many text tokens of x [B, T, C] with mask [B, T] of 0/1 are distinct: those before the padding at the
+    end, and one of the padding.
 
-    Padding sees token 0 alone and is seen by none, so equal padding comes out of the connector equal
+    Padding attends only to token 0 and nothing attends to it, so equal padding stays equal in the connector's output
     (docs/model.md, Connector).
     """
     padding = (mask == 0) & (x == x[:, -1:]).all(dim=-1)
@@ -135,10 +137,10 @@ def distinct_tokens(x: Tensor, mask: Tensor) -> int:
 
 
 class Connector(nn.Module):
-    """Turns language-model states into the transformer's text tokens and pooled vector.
+    """Converts language-model states to the transformer's text tokens and pooled vector.
 
     attention: the host's masked attention function, `(q, k, v, heads, mask=, transformer_options=)`.
-    scale_factor: v1.0 checkpoints hold a learned factor on the pooled vector, later ones do not.
+    scale_factor: whether there is a learned factor on the pooled vector, as in v1.0 checkpoints.
     """
 
     def __init__(self, in_channels, hidden_size, num_heads, depth, vec_in_dim, scale_factor, attention, dtype=None, device=None, operations=None):
@@ -151,13 +153,14 @@ class Connector(nn.Module):
             self.register_parameter("scale_factor", None)
 
     def forward(self, x: Tensor, t: Tensor, mask: Tensor, transformer_options={}) -> tuple[Tensor, Tensor]:
-        """x [B, T, C], t [B] in 0..1, mask [B, T] of 0/1 -> text tokens [B, T, hidden] and pooled vector [B, vec_in_dim].
+        """Convert x [B, T, C], t [B] in 0..1 and mask [B, T] of 0/1 to text tokens [B, T, hidden] and a pooled vector
+        [B, vec_in_dim].
 
-        Padded positions keep their (non-zero) output: the transformer attends to them.
+        Padded positions keep their (non-zero) output, because the transformer attends to them.
         """
         t = scale_time(t)
         pooled = (x.float() * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
-        # Only the output vector is scaled; the refiner's context takes the plain mean in both versions.
+        # Only the output vector is scaled; the refiner's context is the unscaled mean in both versions.
         scaled = pooled
         if self.scale_factor is not None:
             scaled = pooled * (1 + self.scale_factor.to(device=x.device, dtype=x.dtype))

@@ -1,8 +1,11 @@
-"""Triton kernels for what lies between the matrix products of a FLUX block: each reads its input once and writes its result once.
+"""Triton kernels for the operations between the matrix products of a FLUX block; each reads its input once and writes
+its result once.
 
-A result can be written as e4m3 for a product on fp8 tensor cores: rounded to value / scale, magnitudes above 448 cut to it. The kernels themselves, in triton_kernels.py,
-are imported at the first call, since Triton is not published for every system.
-The arithmetic is float32; where the plain path stores a value in the model's dtype before the rotary positions, so does this.
+A result can be written as e4m3 for a product on fp8 tensor cores: value / scale, clamped to magnitudes up to 448. The
+kernels themselves are in triton_kernels.py, which is imported at the first call, because Triton is not published for
+every system.
+Arithmetic is float32. Where the plain path stores a value in the model's dtype before the rotary positions, the kernels
+do, too.
 """
 
 import functools
@@ -11,13 +14,14 @@ import torch
 from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
-# What one program handles, the fastest on an H200 (docs/performance.md).
+# Work per program; the fastest on an H200 (docs/performance.md).
 COLUMNS = 4096
 HEADS = 32
 
 
 def on_its_card(function):
-    """Triton starts a kernel on the current card, whichever its tensors lie on: this makes that of the first argument, a tensor or a list of them, current."""
+    """Make the GPU of the first argument (a tensor or a list of tensors) current. Triton launches kernels on the
+    current GPU, wherever its tensors are."""
 
     @functools.wraps(function)
     def launched(first, *args, **kwargs):
@@ -32,13 +36,17 @@ def next_power_of_2(n: int) -> int:
 
 
 def divided_up(a: int, b: int) -> int:
-    """a / b, rounded up."""
+    """Divide a by b, rounding up."""
     return -(-a // b)
 
 
 @on_its_card
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, out_scale: Tensor | None = None) -> Tensor:
-    """Layer norm of x [B, S, C] (eps 1e-6, no weights), times 1 + scale, plus shift ([B, 1, C]) -> [B, S, C] of x's dtype, or e4m3 with out_scale []."""
+    """Apply a layer norm without weights (eps 1e-6) to x [B, S, C], multiply by 1 + scale and add shift ([B, 1, C]
+    each).
+
+    Returns [B, S, C] in x's dtype, or in e4m3 if out_scale [] is given.
+    """
     from .triton_kernels import modulate_kernel
 
     batch, tokens, columns = x.shape
@@ -51,9 +59,10 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, out_scale: Tensor | None =
 
 @on_its_card
 def fp8_scale(parts: list[Tensor]) -> Tensor:
-    """float32 [], the least power of two times which e4m3 holds the largest magnitude of all parts [B, S, C], whose rows may lie apart; at least 2**-60.
+    """Return the smallest power of two, float32 [], with which e4m3 holds the largest magnitude of all parts [B, S, C];
+    at least 2**-60.
 
-    A power of two rounds nothing but what leaves the range of e4m3 below.
+    The rows of the parts may be strided. A power of two rounds only what falls below the range of e4m3.
     """
     from .triton_kernels import fp8_scale_kernel
 
@@ -66,9 +75,10 @@ def fp8_scale(parts: list[Tensor]) -> Tensor:
 
 @on_its_card
 def copy_rows(x: Tensor, out: Tensor, x_scale: Tensor | None = None, out_scale: Tensor | None = None, gelu: bool = False) -> None:
-    """Write x [B, S, C], times x_scale [] and through GELU (tanh) if asked, to out [B * S, C], which is e4m3 with out_scale [].
+    """Write x [B, S, C] to out [B * S, C], times x_scale [] and through GELU (tanh) if requested; e4m3 if out_scale []
+    is given.
 
-    Rows of both may lie apart, and out may be x's own memory.
+    Rows of both may be strided, and out may share x's memory.
     """
     from .triton_kernels import rows_kernel
 
@@ -79,7 +89,7 @@ def copy_rows(x: Tensor, out: Tensor, x_scale: Tensor | None = None, out_scale: 
 
 @on_its_card
 def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> None:
-    """x + update * gate, written into x. x and update [B, S, C] (contiguous), gate [B, 1, C]."""
+    """Add update * gate to x in place. x and update [B, S, C] (contiguous), gate [B, 1, C]."""
     from .triton_kernels import add_gated_kernel
 
     batch, tokens, columns = x.shape
@@ -89,12 +99,14 @@ def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> None:
 @on_its_card
 def norm_and_rotate(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, pe: Tensor, q: Tensor, k: Tensor, v: Tensor | None = None,
                     v_scale: Tensor | None = None, text: int = 0, repeats: int = 0) -> None:
-    """RMS norm (eps 1e-6) and rotary positions of the queries and keys in qkv [B, S, 3, H, D], written to q [B, S, H, D] and k [B, S + repeats, H, D]; values to v as to k.
+    """Apply RMS norm (eps 1e-6) and rotary positions to the queries and keys in qkv [B, S, 3, H, D].
 
-    D is a power of two, heads lie together. q and k may be qkv's own memory if there are no repeats; v None leaves the values where they are.
-    All outputs are e4m3 if v_scale [] is given, by which the values are divided.
-    q_weight and k_weight [D], pe float32 [B or 1, 1, S, D / 2, 2, 2] with the last three axes together.
-    repeats: how often key and value number text - 1 are written again, behind themselves.
+    Queries go to q [B, S, H, D], keys to k [B, S + repeats, H, D], values to v, shaped like k. D is a power of two, and
+    heads are contiguous. q and k may share qkv's memory if there are no repeats; with v None the values stay where they
+    are.
+    v_scale: if given, all outputs are e4m3 and the values are divided by it.
+    q_weight and k_weight [D], pe float32 [B or 1, 1, S, D / 2, 2, 2] with its last three axes contiguous.
+    repeats: how many more times to write key and value number text - 1, directly after themselves.
     """
     from .triton_kernels import norm_and_rotate_kernel
 

@@ -8,10 +8,11 @@ from ..prompts.v12 import KEPT
 
 
 def vision_coordinates(cells: int, side: int) -> Tensor:
-    """Where `cells` vision tokens lie along one axis of the latent token grid of a picture `side` pixels long, float64 [cells].
+    """Return where `cells` vision tokens lie along one axis of the latent token grid of an image `side` pixels long,
+    float64 [cells].
 
-    The centre of a vision token is carried from the language model's picture to the working picture and
-    to latent tokens, whose centre the official code puts at pixel 11 instead of 7.5.
+    The centre of a vision token is mapped from the language model's image to the working image, then to latent tokens,
+    whose centre the official code puts at pixel 11 instead of 7.5.
     """
     centres = VISION_CELL * torch.arange(cells, dtype=torch.float64) + (VISION_CELL - 1) / 2
     pixels = centres * (side - 1) / (VISION_CELL * cells - 1)
@@ -19,13 +20,13 @@ def vision_coordinates(cells: int, side: int) -> Tensor:
 
 
 def text_ids(positions: Tensor, image_start: int, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Language-model positions of a whole sequence -> (time, row, column) of the kept tokens, float32 [L, 3].
+    """Convert the language-model positions of a sequence to (time, row, column) of the kept tokens, float32 [L, 3].
 
-    positions: [3, L], see `mllm.mrope_positions`. image_start: index of the first picture token.
-    grid: picture tokens (rows, columns). size: working size (width, height) of the picture.
+    positions: [3, L], see `mllm.mrope_positions`. image_start: index of the first image token.
+    grid: image tokens (rows, columns). size: working size (width, height) of the image.
 
-    Time counts backwards from -1, the largest among the kept tokens. Rows and columns are fractional on
-    picture tokens and 0 elsewhere.
+    Time counts down from -1, the largest among the kept tokens. Rows and columns are fractional on image tokens and 0
+    elsewhere.
     """
     rows, columns = grid
     image = slice(image_start, image_start + rows * columns)

@@ -1,4 +1,4 @@
-"""The Triton kernels that kernels.py starts. Importing this module needs Triton."""
+"""The Triton kernels that kernels.py launches. Importing this module requires Triton."""
 
 import triton
 import triton.language as tl

@@ -1,1 +1,1 @@
-"""How an instruction is laid out for the language model, by version."""
+"""How a prompt is laid out for the language model, by version."""

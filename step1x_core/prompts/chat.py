@@ -1,17 +1,18 @@
-"""Qwen2.5-VL's chat template with pictures anywhere in the user turn and without picture numbers
-(docs/model.md, Text generation)."""
+"""Qwen2.5-VL's chat template with images anywhere in the user turn and without image numbers (docs/model.md, Text
+generation)."""
 
 from .v11 import IMAGE_PAD, TURN_END, clean_prompt, plain_text
 
-# The template's own system turn, for a conversation that brings none.
+# The template's default system turn, for a conversation without one.
 DEFAULT_SYSTEM = "You are a helpful assistant."
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 
 
 def split_at_pictures(content: list) -> tuple[list[str], list]:
-    """Texts and pictures in any order -> the n pictures, and the n + 1 texts before, between and after them, as they are.
+    """Split texts and images in any order into the n images and the n + 1 texts before, between and after them.
 
-    Whatever is not a string is a picture. Its start and end tokens are part of the texts, its own tokens stand between them.
+    Everything that is not a string is an image. Its start and end tokens become part of the texts; its own tokens go
+    between them.
     """
     texts, pictures = [""], []
     for item in content:
@@ -25,7 +26,8 @@ def split_at_pictures(content: list) -> tuple[list[str], list]:
 
 
 def plain_content(content: list) -> list:
-    """Texts and pictures -> the same with texts in which nothing is a special token; neighbouring texts are one, as two halves make a token."""
+    """Turn special tokens in the texts into plain text. Adjacent texts are joined first, because two halves can form a
+    token."""
     parts = []
     for item in content:
         if isinstance(item, str) and parts and isinstance(parts[-1], str):
@@ -36,18 +38,20 @@ def plain_content(content: list) -> list:
 
 
 def chat(system: str | None, content: list) -> tuple[list[str], list]:
-    """System text and the user turn's texts and pictures in order -> texts and pictures as `split_at_pictures` gives them.
+    """Build a chat of a system text and a user turn of texts and images; returns texts and images as
+    `split_at_pictures` does.
 
-    The only special tokens in the texts are those of the template and around the pictures, whatever the system text and the content hold.
+    The texts contain no special tokens except those of the template and around the images, whatever the input contains.
     """
     system = DEFAULT_SYSTEM if system is None else plain_text(system)
     return split_at_pictures([f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n", *plain_content(content), TURN_END])
 
 
 def untemplated(text: str, pictures: list) -> tuple[list[str], list]:
-    """A text that is its own template -> texts and pictures as `split_at_pictures` gives them. Its special tokens are meant as such.
+    """Split a text that is its own template into texts and images as `split_at_pictures` does. Its special tokens keep
+    their meaning.
 
-    The pictures take the places of the image tokens where the text has as many of them; otherwise they stand before it.
+    The images replace the image tokens of the text if their numbers are equal; otherwise they are placed before it.
     """
     texts = text.split(IMAGE_PAD)
     if len(texts) == len(pictures) + 1:

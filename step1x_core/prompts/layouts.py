@@ -1,4 +1,5 @@
-"""The sequence of each prompt layout: instruction and picture as the language model reads them, no longer than what the transformer gets of it."""
+"""Builds the sequence of each prompt layout: prompt and image as the language model reads them, cut where the
+transformer stops reading."""
 
 import math
 from collections.abc import Callable
@@ -14,8 +15,12 @@ from .v12 import KEPT, prompt_ids_v12
 
 @dataclass
 class Sequence:
-    """tokens: ids, with one dict for the picture among them.
-    cut: how many tokens of the prompt's end do not reach the transformer, cut_picture: how many of the picture behind it. Numbers below 1: none."""
+    """One sequence for the language model.
+
+    tokens: ids, with one dict for the image.
+    cut: number of tokens cut off the end of the prompt. cut_picture: number of tokens cut off the image that follows
+    it. Values below 1 mean none.
+    """
 
     tokens: list
     cut: int
@@ -23,22 +28,23 @@ class Sequence:
 
 
 def sequence_v11(prompt: str, picture: Tensor, size_level: int, tokenize: Callable[[str], list[int]]) -> Sequence:
-    """The fixed head, the picture at its working size, the prompt behind it."""
+    """Build the sequence of v1.0 and v1.1: the fixed head, the image at its working size, then the prompt."""
     before, after = prompt_ids(prompt, tokenize)
     pixels = to_vision_size(picture)
     room = PROMPT_DROP_TOKENS + PROMPT_MAX_TOKENS - len(before) - math.prod(picture_grid(pixels))
-    # No more reach the transformer; the work grows with the square of the length.
+    # Further tokens do not reach the transformer, and the cost grows with the square of the length.
     tokens = [*before, {"type": "image", "data": pixels}, *after[:PROMPT_MAX_TOKENS]]
     return Sequence(tokens, len(after) - len(tokenize(TURN_END)) - room)
 
 
 def sequence_v12(prompt: str, picture: Tensor, size_level: int, tokenize: Callable[[str], list[int]]) -> Sequence:
-    """The prompt in front of the picture, which is the original; with it goes which tokens are quoted characters."""
+    """Build the sequence of v1.2: the prompt, then the original image. Its dict carries which tokens are quoted
+    characters."""
     tokens, mask = prompt_ids_v12(prompt, tokenize)
     pixels, working_size = to_vision_size_v12(picture, size_level)
     at = tokens.index(IMAGE_PAD_ID)
     cut, cut_picture = at - len(PICTURE_LABEL_IDS) - KEPT.stop, at + math.prod(picture_grid(pixels)) - KEPT.stop
-    # No token reaches the transformer from there on, nor does it act on those before.
+    # Tokens from there on neither reach the transformer nor affect those before them.
     del tokens[KEPT.stop:at], mask[KEPT.stop:at]
     tokens[min(at, KEPT.stop)] = {"type": "image", "data": pixels, "working_size": working_size, "text_mask": mask}
     return Sequence(tokens, cut, cut_picture)

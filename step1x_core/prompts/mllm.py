@@ -1,4 +1,4 @@
-"""What goes into the language model and what is kept of what comes out: positions, mask and output layout (docs/architecture.md)."""
+"""Inputs and outputs of the language model: positions, mask and output layout (docs/architecture.md)."""
 
 from collections.abc import Iterable
 
@@ -9,15 +9,15 @@ from .v11 import PROMPT_DROP_TOKENS, PROMPT_MAX_TOKENS
 
 
 def attention_mask(ids: Tensor) -> Tensor:
-    """The official mask is `id > 0`; id 0 is a lone exclamation mark, which the whole model therefore does not see."""
+    """Return the official mask, `id > 0`. Id 0 is a lone exclamation mark, which the model therefore never sees."""
     return (ids > 0).long()
 
 
 def mrope_positions(mask: Tensor, image_start: int, grid: tuple[int, int]) -> Tensor:
-    """Rope positions [3, L] (time, row, column) of a sequence with one picture.
+    """Return the rope positions [3, L] (time, row, column) of a sequence with one image.
 
-    mask: [L] of 0/1; masked tokens take position 1 on every axis and do not advance the count.
-    image_start: index of the first picture token. grid: picture tokens (rows, columns).
+    mask: [L] of 0/1; masked tokens get position 1 on every axis and do not advance the count.
+    image_start: index of the first image token. grid: image tokens (rows, columns).
     """
     rows, columns = grid
     image_end = image_start + rows * columns
@@ -37,9 +37,9 @@ def mrope_positions(mask: Tensor, image_start: int, grid: tuple[int, int]) -> Te
 
 
 def rope_positions(runs: Iterable[int | tuple[int, int]]) -> Tensor:
-    """Rope positions [3, L] (time, row, column) of a sequence without masked tokens, as it is used for generation.
+    """Return the rope positions [3, L] (time, row, column) of a sequence without masked tokens, as used for generation.
 
-    runs: the sequence as text (a number of tokens) and pictures (rows and columns of tokens), in order.
+    runs: the sequence in order, as numbers of text tokens and (rows, columns) of images.
     """
     parts, start = [], 0
     for run in runs:
@@ -55,10 +55,11 @@ def rope_positions(runs: Iterable[int | tuple[int, int]]) -> Tensor:
 
 
 def layout_states(states: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states [1, L, C] of a whole sequence -> conditioning [1, 640, C], zero padded on the right, and its mask [1, 640].
+    """Cut the hidden states [1, L, C] of a sequence to the conditioning [1, 640, C], zero-padded on the right, and its
+    mask [1, 640].
 
-    The fixed head is dropped but for its last token, and a long prompt loses its tail. The mask is 1 on
-    every kept token, lone exclamation marks included.
+    The fixed head is dropped except for its last token, and the end of a long prompt is cut off. The mask is 1 on every
+    kept token, including lone exclamation marks.
     """
     kept = states[:, PROMPT_DROP_TOKENS:PROMPT_DROP_TOKENS + PROMPT_MAX_TOKENS]
     length = kept.shape[1]

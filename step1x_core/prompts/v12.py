@@ -20,36 +20,35 @@ SPECIAL_TOKENS = (
 )
 _SPECIAL = re.compile("({})".format("|".join(map(re.escape, SPECIAL_TOKENS))))
 
-# The words after the instruction follow it without a separator.
+# The text after the instruction follows without a separator.
 CHAT_TEMPLATE = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{prefix} {instruction}"
                  "Picture 1: <|vision_start|><|image_pad|><|vision_end|><|im_end|>\n<|im_start|>assistant\n")
 
-# Of a whole sequence, what the transformer gets: the template and the prefix but for its last token are dropped, a long prompt loses its end
-# (docs/model.md, v1.2 conditioning).
+# The part of a sequence that the transformer gets. The template and the prefix are dropped except for the last token,
+# and the end of a long prompt is cut off (docs/model.md, v1.2 conditioning).
 KEPT = slice(90, 90 + 2048)
 
 
 @cache
 def prompt_prefix() -> str:
-    """The 449 characters before every instruction. The network depends on this text to the letter."""
+    """Return the 449 characters before every instruction. The network depends on this exact text."""
     table = Path(__file__).parent.parent / "data" / "prompt_v12.json"
     return json.loads(table.read_text(encoding="utf-8"))["prefix"]
 
 
 def chat_text(prompt: str) -> str:
-    """The whole conversation, with one image token for the picture."""
+    """Return the whole conversation, with one image token for the image."""
     return CHAT_TEMPLATE.format(prefix=prompt_prefix(), instruction=clean_prompt(prompt))
 
 
 def split_quotations(text: str, protected: int = 0) -> list[tuple[str, bool]]:
-    """Split a text at its quotation marks -> pieces, each with whether it is a quoted character.
+    """Split a text at its quotation marks into pieces, each with whether it is a quoted character.
 
-    protected: number of characters at the start that are not examined.
+    protected: number of characters at the start that are not searched for marks.
 
-    The opening mark ends the plain piece before it, the closing mark begins the one after it. Only
-    straight double quotes and curly double quotes count, and only a mark of the same kind closes. An
-    unclosed quotation is plain text. A curly mark at the very start of the text is lost, as in the
-    official code.
+    The opening mark ends the plain piece before it, the closing mark starts the one after it. Only straight and curly
+    double quotes count, and only a mark of the same kind closes a quotation. An unclosed quotation is plain text. A
+    curly mark at the very start of the text is lost, as in the official code.
     """
     pieces = []
     plain, quoted = text[:protected], ""
@@ -77,9 +76,10 @@ def split_quotations(text: str, protected: int = 0) -> list[tuple[str, bool]]:
 
 
 def split_chat(text: str, protected: int) -> list[tuple[str, bool]]:
-    """Split a text at special tokens, then the parts between them at quotation marks; a quotation does not reach past a special token.
+    """Split a text at special tokens, then the parts between them at quotation marks. A quotation does not extend past
+    a special token.
 
-    protected: number of characters at the start, special tokens included, in which quotation marks are not looked for.
+    protected: number of characters at the start, special tokens included, that are not searched for quotation marks.
     """
     pieces = []
     start = 0
@@ -93,7 +93,10 @@ def split_chat(text: str, protected: int) -> list[tuple[str, bool]]:
 
 
 def prompt_ids_v12(prompt: str, tokenize: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
-    """Token ids of the whole conversation, with one id 151655 for the picture, and the text mask: 1 on the tokens of quoted characters."""
+    """Return the token ids of the whole conversation, with one id 151655 for the image, and the text mask.
+
+    The mask is 1 on the tokens of quoted characters.
+    """
     ids, mask = [], []
     for piece, quoted in split_chat(chat_text(prompt), len(prompt_prefix())):
         tokens = tokenize(piece)

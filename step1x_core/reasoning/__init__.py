@@ -1,1 +1,1 @@
-"""Text that the language model writes: choosing tokens, templates, replies, reflection, judging."""
+"""Text that the language model generates: choosing tokens, templates, replies, reflection, judging."""

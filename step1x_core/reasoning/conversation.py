@@ -1,4 +1,4 @@
-"""The questions of thinking and reflection to the language model, with retries (docs/model.md, Replies)."""
+"""The calls of thinking and reflection to the language model, with retries (docs/model.md, Replies)."""
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
@@ -11,9 +11,9 @@ from .replies import (
 from .templates import fill
 
 Ask = Callable[[str, list, int], str]
-# What `ask` is given.
+# The arguments of `ask`.
 Asked = tuple[str, list, int]
-# What the user turn of each call holds, in order.
+# The content of each call's user turn, in order.
 LAYOUTS = {
     "rewrite": ("source", "text"),
     "description": ("source", "text"),
@@ -27,11 +27,12 @@ MAX_TRIES = 20
 
 @dataclass(frozen=True)
 class Rules:
-    """What differs between the versions.
+    """Settings that differ between the versions.
 
-    budgets: tokens that the reply to each call may have.
-    scored: edit and quality scores are asked for, and the best round is the one with the highest; else the best round is the last.
-    tries: how often each call is made until its reply is good. The rewrite is never repeated.
+    budgets: maximum number of tokens in the reply to each call.
+    scored: whether edit and quality scores are requested. The best round is then the one with the highest score,
+    otherwise the last one.
+    tries: how often each call is made until its reply is valid. The rewrite is never retried.
     """
 
     budgets: dict[str, int]
@@ -48,7 +49,8 @@ RULES = {
 
 @dataclass
 class Call:
-    """One call and its tries. replies: all of them, the good one last; problem: what is wrong with the last one, "" for nothing."""
+    """One call and its tries. replies: all of them, a valid one last. problem: what is wrong with the last one, "" if
+    nothing is."""
 
     name: str
     tries: int = 0
@@ -57,7 +59,7 @@ class Call:
 
 
 def answered(ask: Ask, steps: Generator[Asked, str]):
-    """The result of steps that yield what is to be asked, and get the reply, or the BadReply that `ask` raises."""
+    """Run steps that yield questions and receive replies, or the BadReply that `ask` raises; returns their result."""
     try:
         asked = next(steps)
         while True:
@@ -72,9 +74,9 @@ def answered(ask: Ask, steps: Generator[Asked, str]):
 
 
 class Conversation:
-    """Makes the calls about one instruction and keeps a record of them. pictures: by their names in LAYOUTS.
+    """Makes the calls about one instruction and records them. pictures: by their names in LAYOUTS.
 
-    ask: None where `tries` alone is used, by which several conversations can be had at a time.
+    ask: None if only `tries` is used, which allows several conversations at a time.
     """
 
     def __init__(self, ask: Ask | None, rules: Rules, templates: dict[str, str], pictures: dict):
@@ -82,23 +84,26 @@ class Conversation:
         self.calls: list[Call] = []
 
     def question(self, call: Call, values: dict[str, str]) -> Asked:
-        """What is asked by one try of a call."""
+        """Return the arguments of `ask` for one try of a call."""
         call.tries += 1
         parts = {**self.pictures, "text": fill(self.templates[f"{call.name}.user"], values)}
         content = [parts[part] for part in LAYOUTS[call.name]]
         return self.templates[f"{call.name}.system"], content, self.rules.budgets[call.name]
 
     def take(self, call: Call, reply: str) -> str:
-        """Keep the reply to one try of a call -> it, trimmed, whatever it is."""
+        """Record the reply to one try of a call; returns it trimmed, valid or not."""
         call.replies.append(clean_prompt(reply).strip())
         return call.replies[-1]
 
     def attempt(self, call: Call, values: dict[str, str]) -> str:
-        """One try of a call -> the reply, trimmed, whatever it is."""
+        """Make one try of a call; returns the trimmed reply, valid or not."""
         return self.take(call, self.ask(*self.question(call, values)))
 
     def tries(self, name: str, read: Callable, **values: str) -> Generator[Asked, str]:
-        """The tries of a call, as steps for `answered` -> what `read` makes of the first good reply. Raises BadReply when every try failed."""
+        """Yield the tries of a call as steps for `answered`; returns what `read` makes of the first valid reply.
+
+        Raises BadReply if every try failed.
+        """
         call = Call(name)
         self.calls.append(call)
         while call.tries < self.rules.tries:
@@ -112,8 +117,13 @@ class Conversation:
             else:
                 call.problem = ""
                 return result
-        raise BadReply(f"The language model gave no usable answer to the call '{name}' in {call.tries} tries. Last problem: {call.problem}.")
+        raise BadReply(
+            f"The language model gave no usable reply to '{name}' in {call.tries} tries. Last problem: {call.problem}."
+        )
 
     def retried(self, name: str, read: Callable, **values: str):
-        """What `read` makes of the first good reply to a call. Raises BadReply when every try failed; `ask` may raise it, too."""
+        """Make a call until its reply is valid; returns what `read` makes of it.
+
+        Raises BadReply if every try failed; `ask` may raise it, too.
+        """
         return answered(self.ask, self.tries(name, read, **values))

@@ -1,7 +1,8 @@
-"""The judge of GEdit-Bench: two questions about each edit (VIEScore), to a language model behind `ask` (docs/model.md, GEdit-Bench).
+"""The judge of GEdit-Bench: two questions about each edit (VIEScore) to a language model behind `ask` (docs/model.md,
+GEdit-Bench).
 
-`ask(system, content, max_tokens) -> reply`; `content` holds texts and pictures, uint8 [H, W, 3], in their order. Each edit is judged by an
-`ask` of its own, which answers a question that it has been asked before anew.
+`ask(system, content, max_tokens) -> reply`; `content` holds texts and images, uint8 [H, W, 3], in order. Each edit has
+its own `ask`, which samples again if the same question is repeated.
 """
 
 import math
@@ -15,22 +16,23 @@ from .conversation import Ask, Asked, Conversation, Rules, answered
 from .replies import MAX_SCORE, BadReply, json_block
 from .templates import load_templates
 
-# Pixels of the pictures that are judged.
+# Number of pixels of the images that are judged.
 JUDGE_AREA = 512 * 512
 QUESTIONS = ("edit_score", "quality_score")
-# The official code asks up to 10,000 times.
+# The official code retries up to 10,000 times.
 TRIES = 5
 ANSWER_TOKENS = 768
 RULES = Rules(dict.fromkeys(QUESTIONS, ANSWER_TOKENS), scored=True, tries=TRIES)
-# The judge's first answer is its most probable one; only one that cannot be read is asked for anew, by chance.
+# The first reply takes the most probable tokens; a retry after an unreadable reply samples.
 RETRY_TEMPERATURE = 0.7
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """semantics: edit success and restraint; quality: naturalness and freedom from artifacts; 0..10 each, None without a usable answer.
+    """The scores of one edit. semantics: edit success and restraint. quality: naturalness and freedom from artifacts.
+    0..10 each, None without a valid reply.
 
-    problem: why there is none, "" where there are all scores. replies: the last one to each question.
+    problem: why a score is missing, "" if none is. replies: the last reply to each question.
     """
 
     semantics: tuple[float, float] | None
@@ -40,19 +42,20 @@ class Verdict:
 
 
 def judge_size(width: int, height: int) -> tuple[int, int]:
-    """Width and height at which a picture is judged: about 512 * 512 pixels in its aspect ratio."""
+    """Return the width and height at which an image is judged: about 512 * 512 pixels at its aspect ratio."""
     ratio = width / height
     exact = math.sqrt(JUDGE_AREA * ratio)
     return max(1, int(exact)), max(1, int(exact / ratio))
 
 
 def to_judge_size(picture: Image.Image) -> np.ndarray:
-    """Picture -> uint8 [h, w, 3]. The official filter is not known; this is Lanczos."""
+    """Resize an image to uint8 [h, w, 3] for the judge. The official filter is unknown; this uses Lanczos."""
     return np.asarray(picture.convert("RGB").resize(judge_size(*picture.size), Image.Resampling.LANCZOS))
 
 
 def read_scores(reply: str) -> tuple[float, float]:
-    """The two scores of a reply: a JSON object with "score", in whatever text. Raises BadReply for anything but two numbers 0..10."""
+    """Read the two scores of a reply: a JSON object with "score", in any text. Raises BadReply unless they are two
+    numbers 0..10."""
     scores = json_block(reply).get("score")
     if not isinstance(scores, list) or len(scores) != 2 or not all(type(score) in (int, float) and 0 <= score <= MAX_SCORE for score in scores):
         raise BadReply(f'"score" is not two numbers from 0 to {MAX_SCORE:g}')
@@ -60,7 +63,7 @@ def read_scores(reply: str) -> tuple[float, float]:
 
 
 def judging(source: Image.Image, edited: Image.Image, instruction: str) -> Generator[Asked, str, Verdict]:
-    """The steps (see `answered`) of judging one edit -> its scores, whatever the replies are."""
+    """Yield the steps (see `answered`) of judging one edit; returns its verdict, whatever the replies are."""
     pictures = {"source": to_judge_size(source), "edited": to_judge_size(edited)}
     conversation = Conversation(None, RULES, load_templates("english"), pictures)
     scores, problems = [], []
@@ -75,5 +78,6 @@ def judging(source: Image.Image, edited: Image.Image, instruction: str) -> Gener
 
 
 def judge_edit(ask: Ask, source: Image.Image, edited: Image.Image, instruction: str) -> Verdict:
-    """The scores of one edit. Whatever the replies are, this returns a verdict; what `ask` raises passes through, other than BadReply."""
+    """Judge one edit. Returns a verdict whatever the replies are; exceptions of `ask` other than BadReply pass
+    through."""
     return answered(ask, judging(source, edited, instruction))

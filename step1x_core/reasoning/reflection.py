@@ -1,18 +1,19 @@
-"""Thinking and reflection: the six calls to the language model, and the rounds they control
-(docs/model.md, Calls; Rounds).
+"""Thinking and reflection: the six calls to the language model, and the rounds they control (docs/model.md, Calls;
+Rounds).
 
-Pictures are opaque here. `ask(system, content, max_tokens) -> reply` is the language model; `content` holds texts and pictures in
-their order. A retry repeats the same words, so `ask` must sample anew each time (count its calls into the seed).
+Images are opaque here. `ask(system, content, max_tokens) -> reply` is the language model; `content` holds texts and
+images in order. A retry repeats the same words, so `ask` must sample again each time (count its calls into the seed).
 
-Where this differs from the official code, on purpose (reasons in docs/thinking.md):
-- Tries are limited for the preview, too, and only a bad reply is tried again. Any other exception, such as out of memory or the
-  host's cancel, passes through at once.
-- Each call's token budget is meant: it is passed on to `ask`. The official client always stops at 128.
+Intended differences from the official code (reasons in docs/thinking.md):
+- Tries are limited for the preview, too, and only an invalid reply is retried. Any other exception, such as out of
+memory or the host's cancel, passes through at once.
+- Each call's token budget is applied: it is passed to `ask`. The official client always stops at 128.
 - A refinement is trimmed, and an empty one counts as a failed edit.
-- Edit and quality scores must be two finite numbers each and are clamped to 0..10; else the call is tried again.
-- A round that could not be judged still has its picture, and a best picture can be named after any round.
-- An empty rewrite falls back to the person's own instruction.
-- One set of texts, in the language of the instruction, serves preview and final; it follows the final version's contracts.
+- Edit and quality scores must be two finite numbers each and are clamped to 0..10; otherwise the call is retried.
+- A round that could not be judged keeps its image, and a best image can be named after any round.
+- An empty rewrite falls back to the user's own instruction.
+- One set of texts, in the language of the instruction, serves preview and final; it follows the final version's
+contracts.
 """
 
 from dataclasses import dataclass, replace
@@ -41,7 +42,7 @@ NO_SCORES = (0.0, 0.0)
 
 @dataclass(frozen=True)
 class Thought:
-    """prompt: the person's instruction; instruction: the one to edit by."""
+    """The result of thinking. prompt: the user's instruction. instruction: the one to edit by."""
 
     prompt: str
     instruction: str
@@ -49,12 +50,13 @@ class Thought:
 
 @dataclass(frozen=True)
 class Reflection:
-    """The judgement on one edited picture.
+    """The judgement on one edited image.
 
-    verdict: "success", "refine" (edit this picture again, by `refined`) or "failed" (start again from the source).
+    verdict: "success", "refine" (edit this image again, by `refined`) or "failed" (start again from the source).
     explanation: the model's reasoning, or why there is none.
-    edit_scores: success and restraint; quality_scores: naturalness and freedom from artifacts; 0..10 each, empty if not asked for.
-    reply: the reflection reply from its think tag on. calls: everything that was asked.
+    edit_scores: success and restraint. quality_scores: naturalness and freedom from artifacts. 0..10 each, empty if not
+    requested.
+    reply: the reflection reply from its think tag on. calls: all calls made.
     """
 
     verdict: str
@@ -69,17 +71,17 @@ class Reflection:
 
     @property
     def value(self) -> float:
-        """0..100: the lower edit score times the lower quality score. 0 without scores."""
+        """Return the lower edit score times the lower quality score, 0..100; 0 without scores."""
         return min(self.edit_scores, default=0.0) * min(self.quality_scores, default=0.0)
 
 
 def unjudged(reason: str) -> Reflection:
-    """Stands for the judgement on a picture that could not be judged."""
+    """Return the judgement for an image that could not be judged."""
     return Reflection("failed", explanation=reason)
 
 
 def think(ask: Ask, source, prompt: str, rules: Rules = RULES["v1.2"], overrides: Path | None = None) -> Thought:
-    """Have the instruction rewritten for the source picture.
+    """Have the instruction rewritten for the source image.
 
     Raises Step1XError for faulty template files in `overrides`, and whatever `ask` raises.
     """
@@ -88,7 +90,7 @@ def think(ask: Ask, source, prompt: str, rules: Rules = RULES["v1.2"], overrides
 
 
 def judge(conversation: Conversation, prompt: str) -> Reflection:
-    """The verdict on the edited picture. A call without a good reply makes it "failed"."""
+    """Return the verdict on the edited image. A call without a valid reply makes it "failed"."""
     try:
         description = conversation.retried("description", str, instruction=prompt)
         consistency = conversation.retried("consistency", lambda reply: read_consistency(json_block(reply)), instruction=prompt, description=description)
@@ -103,7 +105,7 @@ def judge(conversation: Conversation, prompt: str) -> Reflection:
 
 
 def rate(conversation: Conversation, name: str, **values: str) -> tuple[float, float]:
-    """The pair of scores that a call asks for, zeros without a good reply."""
+    """Return the pair of scores that a call requests, zeros without a valid reply."""
     try:
         return conversation.retried(name, lambda reply: score_pair(score_table(reply)), **values)
     except BadReply:
@@ -111,10 +113,10 @@ def rate(conversation: Conversation, name: str, **values: str) -> tuple[float, f
 
 
 def reflect(ask: Ask, source, edited, prompt: str, rules: Rules = RULES["v1.2"], overrides: Path | None = None) -> Reflection:
-    """Judge an edited picture by the source (of the first round, always) and the instruction.
+    """Judge an edited image against the source (always that of the first round) and the instruction.
 
-    Whatever the replies are, this returns a verdict. Raises Step1XError for faulty template files in `overrides`, and whatever
-    `ask` raises.
+    Returns a verdict whatever the replies are. Raises Step1XError for faulty template files in `overrides`, and
+    whatever `ask` raises.
     """
     conversation = Conversation(ask, rules, load_templates(language(prompt), overrides), {"source": source, "edited": edited})
     result = judge(conversation, prompt)
@@ -126,7 +128,7 @@ def reflect(ask: Ask, source, edited, prompt: str, rules: Rules = RULES["v1.2"],
 
 @dataclass(frozen=True)
 class Step:
-    """What a round edits. base: "source" or "latest" (the picture of the round before)."""
+    """What a round edits. base: "source" or "latest" (the image of the previous round)."""
 
     base: str
     prompt: str
@@ -140,7 +142,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Loop:
-    """The rounds of one edit so far. Immutable: `after` gives the next state.
+    """The rounds of one edit so far. Immutable: `after` returns the next state.
 
     prompt: the instruction that all rounds are judged by, rewritten or not.
     """
@@ -151,7 +153,7 @@ class Loop:
     rounds: tuple[Round, ...] = ()
 
     def next_step(self) -> Step | None:
-        """What to edit next, None to stop: after a success and after the last round."""
+        """Return what to edit next, or None to stop: after a success and after the last round."""
         last = self.rounds[-1].reflection if self.rounds else None
         if len(self.rounds) >= self.max_rounds or (last and last.verdict == "success"):
             return None
@@ -160,13 +162,14 @@ class Loop:
         return Step("source", self.prompt)
 
     def after(self, reflection: Reflection) -> "Loop":
-        """The state when the picture of the next step has been judged."""
+        """Return the state after the next step's image has been judged."""
         return replace(self, rounds=(*self.rounds, Round(self.next_step(), reflection)))
 
     def best(self) -> int | None:
-        """Index of the best round so far, None before the first.
+        """Return the index of the best round so far, None before the first.
 
-        With scores the highest value wins, among equals a reply with the success tag, among those the latest. A failed round may win.
+        With scores, the highest value wins; among equals a reply with the success tag, among those the latest. A failed
+        round may win.
         """
         def rank(index):
             reflection = self.rounds[index].reflection

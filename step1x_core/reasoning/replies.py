@@ -1,7 +1,8 @@
-"""Replies of the language model: what each must look like and what is read from it
-(docs/model.md, Text generation; Replies).
+"""Replies of the language model: their required form and what is read from them (docs/model.md, Text generation;
+Replies).
 
-Every parser takes any string, in time linear in its length. A reply that breaks its contract raises BadReply and nothing else does.
+Every parser accepts any string and runs in linear time. A reply that breaks its contract raises BadReply, and nothing
+else does.
 """
 
 import json
@@ -14,24 +15,24 @@ THINK = "<#Think>"
 SUCCESS, FAILED, REFLECTION, OTHERS = "<#Success>", "<#Failed>", "<#Reflection>", "<#Others>"
 OUTCOMES = (REFLECTION, FAILED, SUCCESS, OTHERS)
 
-# A reply that starts like this ("error:") is a failure of whatever produced it.
+# A reply with this start ("error:") is a failure of whatever produced it.
 ERROR_MARK = "错误:"
 
 MAX_SCORE = 10.0
-# Highest scores of a picture that does not meet its instruction, and of one with conflicts or omissions.
+# Maximum scores of an image that does not meet its instruction, and of one with conflicts or omissions.
 INSTRUCTION_CAPS = {"no": 2.0, "partial": 5.0}
 TWO_CONFLICTS_CAP, ONE_CONFLICT_CAP, OMISSION_CAP, FLAW_CAP = 5.0, 8.0, 7.0, 8.99
 
 
 class BadReply(Exception):
-    """A reply that does not keep the contract of its call. The text says what is wrong with it."""
+    """A reply that breaks the contract of its call. The text says what is wrong with it."""
 
 
 @dataclass(frozen=True)
 class Consistency:
-    """How well a picture agrees with its instruction.
+    """How well an image agrees with its instruction.
 
-    score: 0..10 after the caps, rounded to 4 digits; raw_score: 0..10 before them; caps: the caps that applied.
+    score: 0..10 after the caps, rounded to 4 digits. raw_score: 0..10 before them. caps: the caps that applied.
     """
 
     score: float
@@ -47,28 +48,30 @@ class Consistency:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a reflection reply decides. refine: the next instruction as the reply words it, None where there is none."""
+    """What a reflection reply decides. refine: the next instruction as the reply words it, or None."""
 
     success: bool
     refine: str | None
 
 
 def language(text: str) -> str:
-    """The language to answer in: "chinese" for at least two Han characters (U+4E00 to U+9FFF), else "english"."""
+    """Return the language to answer in: "chinese" for at least two Han characters (U+4E00 to U+9FFF), else
+    "english"."""
     return "chinese" if sum("\u4e00" <= char <= "\u9fff" for char in text) > 1 else "english"
 
 
 def read_json(text: str):
-    """The value of a JSON text, NaN and infinities included."""
+    """Parse a JSON text, NaN and Infinity included."""
     try:
         return json.loads(text)
-    # ValueError is also an integer with more digits than Python converts, RecursionError brackets nested by the thousand.
+    # ValueError also covers integers with more digits than Python converts; RecursionError covers deeply nested
+    # brackets.
     except (ValueError, RecursionError) as problem:
         raise BadReply(f"not valid JSON ({problem})") from problem
 
 
 def json_block(reply: str) -> dict:
-    """The JSON object from the first "{" to the last "}" of a reply."""
+    """Parse the JSON object from the first "{" to the last "}" of a reply."""
     start, end = reply.find("{"), reply.rfind("}")
     if not 0 <= start < end:
         raise BadReply("no JSON object")
@@ -76,9 +79,10 @@ def json_block(reply: str) -> dict:
 
 
 def read_consistency(table: dict) -> Consistency:
-    """Score and counts of a consistency reply, with the caps.
+    """Read score and counts of a consistency reply and apply the caps.
 
-    A raw score of 0..1 is taken as a share of ten. That makes exactly 1 the best score, although it may have been meant as 1 of 10.
+    A raw score of 0..1 is read as a fraction of ten. Exactly 1 is therefore the best score, although it may have been
+    meant as 1 of 10.
     """
     try:
         meets = clean_prompt(str(table.get("meets_instruction", ""))).strip().lower()
@@ -86,7 +90,7 @@ def read_consistency(table: dict) -> Consistency:
                                                    ("major_conflicts", "minor_conflicts", "hallucinations", "omissions"))
         raw = float(table.get("raw_score", 0.0))
         reason = clean_prompt(str(table.get("reason", ""))).strip()
-    # RecursionError: an object nested by the thousand where a text should be.
+    # RecursionError: a deeply nested object in place of a text.
     except (TypeError, ValueError, OverflowError, RecursionError) as problem:
         raise BadReply("a count or the raw score is not a number") from problem
     if 0.0 <= raw <= 1.0000001:
@@ -111,7 +115,8 @@ def count_outcomes(text: str) -> int:
 
 
 def keep_reflection(reply: str) -> str:
-    """A reflection reply from its first think tag on, trimmed. It must have exactly one outcome tag, behind the think tag."""
+    """Trim a reflection reply to its part from the first think tag on. It must have exactly one outcome tag, after the
+    think tag."""
     before, think, after = reply.partition(THINK)
     if not think:
         raise BadReply(f"no {THINK}")
@@ -121,7 +126,8 @@ def keep_reflection(reply: str) -> str:
 
 
 def read_outcome(kept: str) -> Outcome:
-    """What a kept reflection reply decides. Anything out of form, a second think tag too, is neither a success nor a refinement."""
+    """Read what a kept reflection reply decides. A malformed reply, including a second think tag, is neither a success
+    nor a refinement."""
     if not kept.startswith(THINK) or kept.count(THINK) != 1 or count_outcomes(kept) != 1:
         return Outcome(False, None)
     if SUCCESS in kept or OTHERS in kept:
@@ -131,7 +137,7 @@ def read_outcome(kept: str) -> Outcome:
 
 
 def read_thoughts(kept: str) -> str:
-    """The reasoning in a kept reflection reply, trimmed: what stands between the think tag and the outcome."""
+    """Return the reasoning in a kept reflection reply, trimmed: the text between the think tag and the outcome."""
     text = kept.removeprefix(THINK)
     for tag in OUTCOMES:
         text = text.partition(tag)[0]
@@ -139,7 +145,8 @@ def read_thoughts(kept: str) -> str:
 
 
 def score_table(reply: str) -> dict:
-    """An edit or quality reply: nothing but a JSON object, in a code fence or not, with a list `score` and any `reasoning`."""
+    """Parse an edit or quality reply: a JSON object with a list `score` and any `reasoning`, optionally in a code
+    fence, and nothing else."""
     text = reply.strip()
     if text.startswith("```json"):
         text = text[7:-3]
@@ -152,7 +159,8 @@ def score_table(reply: str) -> dict:
 
 
 def score_pair(table: dict) -> tuple[float, float]:
-    """The two scores of an edit or quality reply, clamped to 0..10. Raises BadReply for anything but two finite numbers."""
+    """Return the two scores of an edit or quality reply, clamped to 0..10. Raises BadReply unless they are two finite
+    numbers."""
     scores = table["score"]
     if len(scores) != 2 or not all(type(score) in (int, float) and abs(score) < math.inf for score in scores):
         raise BadReply('"score" is not two finite numbers')

@@ -1,4 +1,4 @@
-"""What a person reads of thinking and reflection, as text."""
+"""Text reports of thinking and reflection for the user."""
 
 from ..prompts.v11 import clean_prompt
 from .conversation import Call
@@ -10,14 +10,14 @@ def indent(text: str) -> str:
 
 
 def describe_call(call: Call) -> str:
-    """A call for the report: its tries, and the last reply in full."""
+    """Describe a call for the report: its tries, and the last reply in full."""
     tries = f"{call.tries} {'try' if call.tries == 1 else 'tries'}"
     problem = f", no usable answer: {call.problem}" if call.problem else ""
     return f"  {call.name} ({tries}{problem})\n{indent(call.replies[-1] if call.replies else '')}"
 
 
 def describe_reflection(reflection: Reflection) -> str:
-    """The judgement on one picture as plain text."""
+    """Describe the judgement on one image as plain text."""
     lines = [f"  Verdict: {reflection.verdict}"]
     if reflection.explanation:
         lines.append(f"  Explanation: {reflection.explanation}")
@@ -33,7 +33,7 @@ def describe_reflection(reflection: Reflection) -> str:
 
 
 def report(loop: Loop, thought: Thought | None = None) -> str:
-    """All rounds as plain text for a person."""
+    """Describe all rounds as plain text for the user."""
     lines = [f"Instruction: {thought.prompt if thought else loop.prompt}"]
     if thought:
         lines.append(f"Rewritten: {loop.prompt}")

@@ -1,7 +1,8 @@
 """The instruction texts of the language model's calls: plain UTF-8 files with named fields (docs/model.md, Calls).
 
-`data/templates/<language>/<call>.<role>.txt`; a file of the same relative name in a folder of the user's takes its place.
-A field is a name in braces, like {instruction}. Braces around anything but a plain word are text, so JSON can be written as it is.
+A file `data/templates/<language>/<call>.<role>.txt` is replaced by a file of the same relative name in the user's
+folder. A field is a name in braces, such as {instruction}. Braces around anything but a plain word are text, so JSON
+needs no escaping.
 """
 
 import re
@@ -12,7 +13,7 @@ from ..errors import Step1XError
 
 LANGUAGES = ("english", "chinese")
 
-# The fields of each file. Every one of them must appear, and no other.
+# The fields of each file. Each of them must appear, and no other.
 FIELDS = {
     "rewrite.system": (),
     "rewrite.user": ("instruction",),
@@ -33,17 +34,20 @@ _PACK_FOLDER = Path(__file__).parent.parent / "data" / "templates"
 
 
 def read_template(path: Path, name: str) -> str:
-    """The text of one file, trimmed. Raises Step1XError if it cannot be read or has other fields than `name` must have."""
+    """Read one template file, trimmed. Raises Step1XError if it cannot be read or its fields differ from those that
+    `name` requires."""
     try:
-        # Editors on Windows may put a byte order mark first.
+        # Editors on Windows may write a byte order mark.
         text = path.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as problem:
-        raise Step1XError(f"The template {path} cannot be read ({problem}). Save it as a UTF-8 text file or remove it.") from problem
+        raise Step1XError(
+            f"The template {path} cannot be read ({problem}). Save it as a UTF-8 text file, or remove it."
+        ) from problem
     found, allowed = set(_FIELD.findall(text)), FIELDS[name]
     listed = ", ".join(f"{{{field}}}" for field in allowed) or "no fields at all"
     for problem, fields in (("lacks", set(allowed) - found), ("has the unknown field", found - set(allowed))):
         if fields:
-            raise Step1XError(f"The template {path} {problem} {{{min(fields)}}}. It must use exactly these fields: {listed}.")
+            raise Step1XError(f"The template {path} {problem} {{{min(fields)}}}. Its fields must be exactly: {listed}.")
     return text
 
 
@@ -53,14 +57,16 @@ def packaged_template(language: str, name: str) -> str:
 
 
 def load_templates(language: str, overrides: Path | None = None) -> dict[str, str]:
-    """All texts of a language by name ("rewrite.system"). overrides: a folder with files that take the place of the pack's.
+    """Load all texts of a language by name ("rewrite.system"). overrides: a folder with files that replace the pack's.
 
-    Everything is read and checked at once, so that a faulty file is found before the first picture is made.
+    Everything is read and checked at once, so that a faulty file is found before the first image is made.
 
     Raises Step1XError for a folder that does not exist and for a faulty file.
     """
     if overrides is not None and not overrides.is_dir():
-        raise Step1XError(f"The template folder {overrides} does not exist. Correct its name or leave the input empty.")
+        raise Step1XError(
+            f"The template folder {overrides} does not exist. Correct the path, or leave the input empty."
+        )
     texts = {}
     for name in FIELDS:
         own = overrides / language / f"{name}.txt" if overrides is not None else None
@@ -69,5 +75,5 @@ def load_templates(language: str, overrides: Path | None = None) -> dict[str, st
 
 
 def fill(template: str, values: dict[str, str]) -> str:
-    """Put values in the places of the fields, as they are: braces in a value are text."""
+    """Replace the fields with their values. Braces in a value are plain text."""
     return _FIELD.sub(lambda field: values[field[1]], template)

@@ -1,4 +1,5 @@
-"""Choosing the next token from the language model's scores, in the order and with the rules of Hugging Face transformers."""
+"""Chooses the next token from the language model's scores, in the order and by the rules of Hugging Face
+transformers."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from ..errors import Step1XError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. The defaults switch every filter off; temperature 0 takes the most probable token."""
+    """Settings of token sampling. The defaults disable every filter; temperature 0 takes the most probable token."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -23,15 +24,20 @@ class Sampling:
 
     def __post_init__(self):
         if not self.repetition_penalty > 0:
-            raise Step1XError(f"The repetition penalty is {self.repetition_penalty}; it must be above 0. Set it to 1 to switch it off.")
+            raise Step1XError(
+                f"Setting repetition_penalty is {self.repetition_penalty}; it must be above 0. Set it to 1 to disable "
+                "it."
+            )
         for name, low, high in (("temperature", 0, math.inf), ("top_p", 0, 1), ("min_p", 0, 1), ("seed", -2**63, 2**64 - 1)):
             # NaN fails every comparison.
             if not low <= getattr(self, name) <= high:
-                raise Step1XError(f"The setting {name} is {getattr(self, name)}; it must lie between {low} and {high}. Correct it.")
+                raise Step1XError(
+                    f"Setting {name} is {getattr(self, name)}; it must be from {low} to {high}. Correct the value."
+                )
 
 
 def penalise(scores: Tensor, seen: Tensor, replied: Tensor, sampling: Sampling) -> Tensor:
-    """Scores [V] with the tokens of the text so far made less likely.
+    """Lower the scores [V] of tokens that already occur.
 
     seen: bool [V], tokens of the prompt or the reply, to which the repetition penalty applies.
     replied: bool [V], tokens of the reply alone, to which the presence penalty applies.
@@ -42,7 +48,8 @@ def penalise(scores: Tensor, seen: Tensor, replied: Tensor, sampling: Sampling) 
 
 
 def filter_scores(scores: Tensor, sampling: Sampling) -> Tensor:
-    """Scores [V] divided by the temperature, with -inf for tokens that may not be chosen: top-k, then top-p, then min-p."""
+    """Divide the scores [V] by the temperature and set tokens that may not be chosen to -inf: top-k, then top-p, then
+    min-p."""
     scores = scores / sampling.temperature
     if sampling.top_k > 0:
         smallest = scores.topk(min(sampling.top_k, len(scores))).values[-1]
@@ -59,10 +66,10 @@ def filter_scores(scores: Tensor, sampling: Sampling) -> Tensor:
 
 
 class TokenChooser:
-    """Chooses token after token of one reply; the same seed chooses the same tokens on every device."""
+    """Chooses the tokens of one reply one after another; the same seed chooses the same tokens on every device."""
 
     def __init__(self, prompt: Tensor, vocabulary: int, sampling: Sampling):
-        """prompt: ids [L] of the whole prompt, pictures included."""
+        """prompt: ids [L] of the whole prompt, images included."""
         self.sampling = sampling
         self.replied = torch.zeros(vocabulary, dtype=torch.bool, device=prompt.device)
         self.seen = self.replied.clone()
@@ -70,10 +77,13 @@ class TokenChooser:
         self.generator = torch.Generator().manual_seed(sampling.seed)
 
     def __call__(self, scores: Tensor) -> int:
-        """Scores [V] of the next token -> its id. Raises Step1XError for NaN among them."""
+        """Choose the next token by its scores [V]; returns its id. Raises Step1XError if a score is NaN."""
         scores = penalise(scores.float(), self.seen, self.replied, self.sampling)
         if scores.isnan().any():
-            raise Step1XError("The language model gave values that are no numbers (NaN): its file is damaged. Download the file of 'Load Step1X-Edit MLLM' again.")
+            raise Step1XError(
+                "The language model returned NaN values; its file may be damaged. Download the file of 'Load "
+                "Step1X-Edit MLLM' again."
+            )
         if self.sampling.temperature == 0:
             token = int(scores.argmax())
         else:

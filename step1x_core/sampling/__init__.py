@@ -1,1 +1,1 @@
-"""Schedule and guidance, as the official code has them."""
+"""Schedule and guidance of the official code."""

@@ -9,14 +9,14 @@ from ..versions import GUIDANCE_NORM_POWER, GUIDANCE_TRUNCATE
 
 
 def norm_divisor(norm: Tensor, power: float = GUIDANCE_NORM_POWER) -> Tensor:
-    """Divisor of a guidance difference with this norm: norm**power above 1, else 1."""
+    """Return the divisor for a guidance difference of this norm: norm**power above 1, else 1."""
     return norm.clamp(min=1.0) ** power
 
 
 def patch_norm(difference: Tensor) -> Tensor:
-    """L2 norm of [B, C, H, W] over the channels of each 2x2 patch (one transformer token) -> [B, 1, H, W].
+    """Return the L2 norm of [B, C, H, W] over the channels of each 2x2 patch (one transformer token) as [B, 1, H, W].
 
-    An odd side ends in a half patch, as the transformer's padding does.
+    An odd side ends in half a patch, as with the transformer's padding.
     """
     height, width = difference.shape[-2:]
     energy = difference.float().square().sum(dim=1, keepdim=True)
@@ -28,26 +28,27 @@ def patch_norm(difference: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NormLimiter:
-    """Pre-CFG hook: divides the guidance difference of each token by norm**power while sigma is above `truncate`.
+    """Pre-CFG hook that divides the guidance difference of each token by norm**power while sigma is above `truncate`.
 
-    Moving the conditional prediction to `uncond + (cond - uncond) / divisor` and leaving the rest to the
-    host's CFG is the official formula, chains with other hooks and leaves the CFG-function slot free.
+    It moves the conditional prediction to `uncond + (cond - uncond) / divisor` and leaves the rest to the host's CFG.
+    That equals the official formula, works together with other hooks and leaves the CFG-function slot free.
     """
 
     truncate: float = GUIDANCE_TRUNCATE
     power: float = GUIDANCE_NORM_POWER
 
     def __call__(self, args: dict) -> list[Tensor]:
-        """args: the host's pre-CFG arguments; `conds_out` holds denoised latents [B, C, H, W]."""
+        """Return the limited predictions. args: the host's pre-CFG arguments; `conds_out` holds denoised latents [B, C,
+        H, W]."""
         out = list(args["conds_out"])
         if len(args["conds"]) < 2 or args["conds"][1] is None:
             return out
         cond, uncond = out[:2]
         sigma = args["sigma"].reshape(-1, *[1] * (cond.ndim - 1))
-        # The norm is that of the velocities; denoised = x - sigma * velocity.
+        # The norm is defined on velocities; denoised = x - sigma * velocity.
         divisor = norm_divisor(patch_norm((cond - uncond) / sigma), self.power)
-        # Compared in float32 so that a sigma equal to the threshold is not above it.
-        # `full` is written on the device; a copy of a number would wait for the whole step before it.
+        # Compared in float32, so that a sigma equal to the threshold is not above it. `full` writes on the device;
+        # copying a number there would wait for the whole previous step.
         divisor = torch.where(sigma > torch.full((), self.truncate, dtype=torch.float32, device=sigma.device), divisor, 1.0)
         out[0] = uncond + (cond - uncond) / divisor
         return out

@@ -1,1 +1,1 @@
-"""What lets a step compute less."""
+"""Methods that reduce the computation of a step."""

@@ -1,4 +1,4 @@
-"""TeaCache: skip the blocks of a model call whose input hardly changed (docs/model.md, TeaCache)."""
+"""TeaCache: skip the blocks of a model call if its input hardly changed (docs/model.md, TeaCache)."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ COEFFICIENTS = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
 
 
 def estimated_change(relative: float) -> float:
-    """Expected relative change of the blocks' output for a relative change of their input."""
+    """Return the predicted relative change of the blocks' output for a relative change of their input."""
     estimate = 0.0
     for coefficient in COEFFICIENTS:
         estimate = estimate * relative + coefficient
@@ -20,13 +20,14 @@ def estimated_change(relative: float) -> float:
 
 
 def first_block_norm(img: Tensor) -> Tensor:
-    """The first double block's image norm: [B, N, C] in float32, without modulation, so it does not depend on the time."""
+    """Apply the image norm of the first double block: [B, N, C] in float32, without modulation, so it does not depend
+    on the timestep."""
     return torch.nn.functional.layer_norm(img.float(), img.shape[-1:], eps=1e-6)
 
 
 @dataclass
 class TeaCacheState:
-    """Memory of one stream of model calls within one sampling run. img: the current call's embedded image tokens."""
+    """State of one stream of model calls in one sampling run. img: the embedded image tokens of the current call."""
 
     threshold: float
     accumulated: float = 0.0
@@ -36,12 +37,12 @@ class TeaCacheState:
     residual: Tensor | None = None
 
     def begin(self, img: Tensor, forced: bool) -> bool:
-        """Decide for the call whose embedded image tokens are img [B, N, C]; True means that the blocks have to run.
+        """Decide whether the call with embedded image tokens img [B, N, C] must run the blocks; returns True if so.
 
-        forced: the first and the last call of a run, which are never skipped.
+        forced: whether this is the first or the last call of a run, which are never skipped.
         """
         current = first_block_norm(img)
-        # With several graphics cards a prompt may be handed on to another one.
+        # With several GPUs, a prompt may move to another one.
         fits = self.previous is not None and self.previous.shape == current.shape and self.previous.device == current.device and self.residual is not None
         if forced or not fits:
             self.ran = True

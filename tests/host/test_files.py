@@ -42,9 +42,9 @@ def test_names_that_lead_out_of_the_root_are_refused_before_anything_is_looked_a
     for function in ("stat", "lstat", "open"):
         real = getattr(os, function)
         monkeypatch.setattr(os, function, lambda file, *args, real=real, **kwargs: (looked.append(str(file)), real(file, *args, **kwargs))[1])
-    with pytest.raises(Step1XError, match="lies outside of"):
+    with pytest.raises(Step1XError, match="is not inside"):
         read_pairs(path, root)
-    assert "lies outside of" in dataset_fingerprint(path, root)
+    assert "is not inside" in dataset_fingerprint(path, root)
     assert not [file for file in looked if "secret" in file or "server" in file or "hostname" in file]
 
 
@@ -54,9 +54,9 @@ def test_a_link_out_of_the_root_is_refused_and_the_owners_link_to_a_dataset_is_n
     (data / "source" / "0.png").unlink()
     (data / "source" / "0.png").symlink_to(tmp_path / "secret.png")
     for path in (data, write_json(data, {"target/0.png": {REFERENCE: "source/0.png", CAPTION: "x"}})):
-        with pytest.raises(Step1XError, match="a link that leads outside"):
+        with pytest.raises(Step1XError, match="a link that points outside"):
             read_pairs(path, root)
-        assert "a link that leads outside" in dataset_fingerprint(path, root)
+        assert "a link that points outside" in dataset_fingerprint(path, root)
     elsewhere = write_folder(tmp_path / "elsewhere", 2)
     (root / "linked").symlink_to(elsewhere)
     assert len(read_pairs(root / "linked", root)) == 2
@@ -70,7 +70,7 @@ def test_an_instruction_and_a_list_that_are_links_are_refused(root, tmp_path):
     (data / "target" / "0.txt").symlink_to(tmp_path / "secret.txt")
     (root / "list.json").symlink_to(tmp_path / "secret.txt")
     for path in (data, root / "list.json"):
-        with pytest.raises(Step1XError, match="a link that leads outside"):
+        with pytest.raises(Step1XError, match="a link that points outside"):
             read_pairs(path, root)
 
 
@@ -93,7 +93,7 @@ def test_the_benchmarks_list_stays_in_its_folder(tmp_path, name):
     folder = bench(tmp_path / "bench", name)
     Image.new("RGB", (64, 64)).save(tmp_path / "secret.png")
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
-    with pytest.raises(Step1XError, match="outside of"):
+    with pytest.raises(Step1XError, match="outside its folder|points outside"):
         read_dataset(folder)
 
 

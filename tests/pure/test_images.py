@@ -69,11 +69,11 @@ def test_extreme_pictures_get_a_size(size):
 def test_degenerate_sizes_are_refused_in_words():
     with pytest.raises(Step1XError, match="20000x3 pixels is too narrow"):
         working_size(20000, 3, 512)
-    with pytest.raises(Step1XError, match="too long for the language model"):
+    with pytest.raises(Step1XError, match="too elongated for the language model"):
         vision_sizes(16 * 201, 16)
     # 199 passes the first resize, whose 6356x28 is above 200 for the second.
     assert working_size(15500, 100, 512) == (6368, 32)
-    with pytest.raises(Step1XError, match="6368x32 pixels is too long for the language model"):
+    with pytest.raises(Step1XError, match="6368x32 pixels is too elongated for the language model"):
         vision_sizes(6368, 32)
 
 
@@ -84,4 +84,4 @@ def test_a_picture_with_values_that_are_no_numbers_is_told_of(caplog):
         assert not caplog.records
         picture[0, 0, 0, :2] = torch.tensor([float("nan"), float("inf")])
         check_pictures(picture, "image")
-    assert "2 of the 60 values that the input 'image' brings are no numbers" in caplog.text and "--fp32-vae" in caplog.text
+    assert "Input 'image': 2 of 60 values are NaN or Inf" in caplog.text and "--fp32-vae" in caplog.text

@@ -96,7 +96,7 @@ def test_foreign_parts_are_refused_before_anything_is_tried(demo, monkeypatch):
     items = lay_out([to_image(recolouring(0).source)], ["red"], [1])
     before = failures("test")
     monkeypatch.setattr(demo.vae, "latent_channels", 4)
-    with pytest.raises(Step1XError, match="This VAE makes latents of 4 channels"):
+    with pytest.raises(Step1XError, match="This VAE's latents have 4 channels"):
         batch(demo, items)
     assert failures("test") == before
 
@@ -186,7 +186,7 @@ def test_a_bad_picture_is_reported_and_tried_again_in_the_next_run(client, tmp_p
     assert "1 of 2 edits made." in report and "1. picture 1" in report and "too narrow" in report
     node, = find_nodes(prompt, "Step1XEditBatchImages")
     again = client.run(prompt)
-    assert node in again.executed and "1 of 2 edits made." in report_of(again, prompt) and "is not tried again as it is" in report_of(again, prompt)
+    assert node in again.executed and "1 of 2 edits made." in report_of(again, prompt) and "is not retried until an input changes" in report_of(again, prompt)
     # It always fails: once more is enough, until something changes.
     assert node not in client.run(prompt).executed
     prompt[node]["inputs"]["seed"] += 1

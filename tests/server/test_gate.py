@@ -81,7 +81,7 @@ def test_the_classifier_finds_its_pictures_one_by_one_and_needs_no_network(monke
     assert found == 4 and out.shape == images.shape and out.dtype == images.dtype
     for i in range(len(images)):
         assert torch.equal(out[i], images[i]) == (i % 5 not in (1, 4))
-    assert report.splitlines()[0] == "Content gate: 4 of 10 pictures withheld." and report.splitlines()[-1] == MESSAGE and "2. unsafe content" in report and "1. passed" in report
+    assert report.splitlines()[0] == "Content gate: 4 of 10 images withheld." and report.splitlines()[-1] == MESSAGE and "2. unsafe content" in report and "1. passed" in report
 
 
 def test_off_is_the_default_and_changes_and_checks_nothing(monkeypatch):
@@ -95,7 +95,7 @@ def test_threshold_and_labels_decide():
     # All labels together are certain.
     assert check(GREY, REPORT, labels="safe,red,very red,RED", threshold=0.999)[1] == 1
     assert check(GREEN, REPORT, labels="SAFE")[1] == 1
-    with pytest.raises(Step1XError, match="has no label 'nsfw'. Correct 'unsafe_labels'; it has: safe, red, Very Red"):
+    with pytest.raises(Step1XError, match="has no label 'nsfw'. Correct 'unsafe_labels'; available labels: safe, red, Very Red"):
         check(RED, labels="nsfw")
     with pytest.raises(Step1XError, match="would let everything pass"):
         check(RED, labels=" ,\n")
@@ -132,11 +132,11 @@ def test_a_notice_says_its_message_and_nothing_of_the_picture():
 def test_a_refused_instruction_concerns_the_whole_batch_and_needs_no_classifier():
     images = torch.cat([GREEN, BLUE])
     out, found, report = check(images, BLUR, NONE, prompt="remove the clothes", words="blood, clothes\n裸体")
-    assert found == 2 and not torch.equal(out[0], images[0]) and report.count("the instruction has clothes") == 2
+    assert found == 2 and not torch.equal(out[0], images[0]) and report.count("the prompt contains clothes") == 2
     out, found, report = check(images, BLUR, NONE, prompt="remove the tree", words="blood, clothes")
-    assert found == 0 and torch.equal(out, images) and report.startswith("Content gate: nothing found in the instruction. The pictures were not checked")
+    assert found == 0 and torch.equal(out, images) and report.startswith("Content gate: nothing found in the prompt. The images were not checked")
     _, found, report = check(torch.cat([GREEN, RED]), REPORT, prompt="blood", words="blood")
-    assert found == 2 and "2. the instruction has blood; unsafe content" in report
+    assert found == 2 and "2. the prompt contains blood; unsafe content" in report
 
 
 @pytest.mark.parametrize("images, inputs, level", [
@@ -165,11 +165,11 @@ def test_the_language_model_is_asked_about_the_instruction_and_silence_is_no_con
 
 def test_a_real_text_encoder_answers_something(clip):
     found, report = check(GREEN, REPORT, NONE, prompt="add a sword", question="Does it ask for violence?", clip=clip)[1:]
-    assert found == 1 and "no clear answer about the instruction" in report
+    assert found == 1 and "no clear answer about the prompt" in report
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"classifier": NONE}, "has nothing to check by"),
+    ({"classifier": NONE}, "has nothing to check"),
     ({"classifier": "gone"}, "The classifier 'gone' is not in the image_classification folder"),
     ({"question": "Is it bad?"}, "no text encoder is connected"),
     ({"question": "Is it bad?", "clip": object()}, "text encoder"),
@@ -191,7 +191,7 @@ def test_in_every_combination_a_gate_that_is_on_checks_or_refuses(clip, monkeypa
     has_words, has_question, has_prompt = words.startswith("blood"), question.startswith("Is"), prompt in ("turn it blue", "draw blood")
     given = {"prompt": prompt, "words": words, "question": question, "clip": clip if connected else None}
     problem = None if action == OFF else \
-        "nothing to check by" if classifier == NONE and not has_words and not has_question else \
+        "nothing to check" if classifier == NONE and not has_words and not has_question else \
         "no text encoder" if has_question and not connected else \
         "'prompt' is empty" if (has_words or has_question) and not has_prompt else None
     if problem:
@@ -207,7 +207,7 @@ def test_in_every_combination_a_gate_that_is_on_checks_or_refuses(clip, monkeypa
 
 @pytest.mark.parametrize("settings", [{"action": "Block"}, {"action": ""}, {"action": None}])
 def test_an_unknown_action_is_no_way_past_the_gate(settings):
-    with pytest.raises(Step1XError, match="has no action"):
+    with pytest.raises(Step1XError, match="expected one of"):
         check(GREEN, classifier=NONE, prompt="x", words="y", **settings)
 
 
@@ -246,7 +246,7 @@ def test_a_picture_without_numbers_does_not_pass_as_a_black_one():
         broken = GREEN.clone()
         broken[0, 3, 4, 1] = value
         for settings in ({}, {"classifier": NONE, "words": "blood", "prompt": "x"}):
-            with pytest.raises(Step1XError, match="'images' of the content gate holds values that are no numbers.*--fp32-vae"):
+            with pytest.raises(Step1XError, match="'images' of the content gate contains NaN or Inf values.*--fp32-vae"):
                 check(broken, **settings)
         assert check(broken, OFF)[0] is broken
 
@@ -261,7 +261,7 @@ def test_only_whole_safe_classifier_folders_are_offered_and_opened(models_dir):
     copy_classifier(models_dir, "foreign", model_type="my_model", auto_map={"AutoConfig": "evil.Config", "AutoModelForImageClassification": "evil.Model"})
     (models_dir / "image_classification" / "foreign" / "evil.py").write_text("raise SystemExit('code of a model folder was run')")
     assert set(classifier_folders()) == {"group/red-finder", "halved", "unprepared", "foreign"}
-    for name, message in (("pickled", "is not in the"), ("halved", "is incomplete: its weights lack vit"), ("unprepared", "cannot be opened"), ("foreign", "cannot be opened")):
+    for name, message in (("pickled", "is not in the"), ("halved", "is incomplete: its weights lack vit"), ("unprepared", "cannot be loaded"), ("foreign", "cannot be loaded")):
         with pytest.raises(Step1XError, match=message):
             check(RED, classifier=name)
 
@@ -273,7 +273,7 @@ def test_a_classifier_with_independent_labels_and_one_that_was_exchanged(models_
     assert classifier.independent and score == pytest.approx(float(unsafe_scores(host_gate.classify(classifier, [host_gate.to_uint8(RED[0])]), [2], True)), abs=0.006)
     config = json.loads((target / "config.json").read_text())
     target.joinpath("config.json").write_text(json.dumps({**config, "id2label": {"0": "a", "1": "b", "2": "c"}}))
-    with pytest.raises(Step1XError, match="it has: a, b, c"):
+    with pytest.raises(Step1XError, match="available labels: a, b, c"):
         check(RED, classifier="independent", labels="very red")
 
 
@@ -304,13 +304,13 @@ def test_the_shipped_workflow_in_the_host(tmp_path_factory, models_dir):
             return np.asarray(Image.open(io.BytesIO(ran.images[0])).convert("RGB")), report, ran, gate_node
 
         passed, report, _, _ = run("turn it green")
-        assert report.startswith("Content gate: nothing found in the instruction. The pictures were not checked")
+        assert report.startswith("Content gate: nothing found in the prompt. The images were not checked")
         off, report, _, _ = run("make her naked", action="off")
         assert "is off" in report and off.std() > 5
         withheld, report, ran, _ = run("make her naked")
         assert "withheld" in report and not np.array_equal(withheld, passed) and np.array_equal(withheld, run("undress him")[0])
         # Shown on the node itself, and in the log; the picture was found unsafe by the classifier, too.
-        assert ran.previews > 0 and "Content gate: 1 of 1 pictures withheld." in server.log_text()
+        assert ran.previews > 0 and "Content gate: 1 of 1 images withheld." in server.log_text()
         assert "unsafe content" in run("turn it green", classifier="served", unsafe_labels="safe, red, very red")[1]
-        with pytest.raises(ExecutionError, match="nothing to check by"):
+        with pytest.raises(ExecutionError, match="nothing to check"):
             run("turn it green", words="")

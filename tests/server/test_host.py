@@ -367,13 +367,13 @@ def test_weight_dtypes_and_model_patches_run(client, prompt_of):
 def test_errors_are_sentences_and_the_next_run_works(server, client, prompt_of):
     folder = server.base / "models" / "diffusion_models"
     (folder / "page.safetensors").write_bytes(b"<html>404</html>")
-    with pytest.raises(ExecutionError, match="page.safetensors is damaged, incomplete or no safetensors file") as error:
+    with pytest.raises(ExecutionError, match="page.safetensors is damaged, incomplete or not a safetensors file") as error:
         client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"unet_name": "page.safetensors"}))
     assert error.value.details["node_type"] == "Step1XEditLoadModel"
     # The host compares the name with the list the node offers; our own check is behind that (test_only_offered_names_are_resolved).
     with pytest.raises(ExecutionError, match="not in"):
         client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"unet_name": "../../secret.safetensors"}))
-    with pytest.raises(ExecutionError, match="lays out prompts for another model"):
+    with pytest.raises(ExecutionError, match="formats prompts for another model"):
         prompt = prompt_of("step1x_edit.json")
         loader = find_nodes(prompt, "Step1XEditLoadMLLM")[0]
         clip = server.base / "models" / "text_encoders" / "clip_l.safetensors"

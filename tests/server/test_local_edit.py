@@ -191,7 +191,7 @@ def test_turns_on_latents_keep_what_is_not_edited(demo):
 def test_a_latent_of_another_turn_is_refused(demo):
     image = to_image(recolouring(0).source)
     for latent in (torch.zeros(1, 16, 16, 18), torch.zeros(2, 16, 16, 16), torch.zeros(1, 4, 16, 16)):
-        with pytest.raises(Step1XError, match=r"this picture is edited at \[1, 16, 16, 16\]"):
+        with pytest.raises(Step1XError, match=r"this image is edited at \[1, 16, 16, 16\]"):
             edit(demo, image, "", latent={"samples": latent})
 
 

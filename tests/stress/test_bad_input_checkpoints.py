@@ -159,11 +159,11 @@ MODELS = {
     **{f"all_{name}": (lambda w, dtype=dtype: {key: t.to(dtype) for key, t in w.items()}, NO_WEIGHTS) for name, dtype in TYPES.items()},
     **{f"{name}_matrix": (changed(QKV, lambda t, dtype=dtype: t.to(dtype)), None) for name, dtype in FLOATS.items()},
     "packed_matrix_without_its_format": (changed(QKV, lambda t: t.to(torch.uint8)), WRONG),
-    **{f"configuration_{name}": (configured(text), "step1x_edit_config, from which the model's configuration is read, is damaged") for name, text in {
+    **{f"configuration_{name}": (configured(text), "stored in the file .step1x_edit_config. is damaged") for name, text in {
         "no_json": "nope", "list": "[]", "number": "5", "null": "null", "nested": '{"a":' * 20000 + "1" + "}" * 20000}.items()},
-    **{f"configuration_with_{name}": (configured(text), "Unknown Step1X-Edit version .* Choose one of") for name, text in {
+    **{f"configuration_with_{name}": (configured(text), "of Step1X-Edit is unknown. Choose one of") for name, text in {
         "unknown_version": '{"version": "v9"}', "number_as_version": '{"version": 5}', "list_as_version": '{"version": []}'}.items()},
-    **{f"configuration_with_{name}": (configured(text), "which does not fit them. Download the file") for name, text in {
+    **{f"configuration_with_{name}": (configured(text), "which does not match them. Download the file") for name, text in {
         "text_as_axes": '{"axes_dim": "x"}', "two_axes": '{"axes_dim": [16, 16]}', "odd_axes": '{"axes_dim": [4, 13, 15]}', "long_axes": '{"axes_dim": [16, 56, 56]}',
         "negative_axis": '{"axes_dim": [-4, 22, 14]}', "no_theta": '{"theta": null}', "zero_theta": '{"theta": 0}', "text_as_theta": '{"theta": "x"}',
         "no_heads": '{"connector_heads": 0}', "seven_heads": '{"connector_heads": 7}', "negative_heads": '{"connector_heads": -1}'}.items()},
@@ -253,7 +253,7 @@ def replaced_by_folder(name):
     return change
 
 
-READ_AGAIN = "could not be read|is not what a model folder holds"
+READ_AGAIN = "could not be read|has unexpected content"
 FOLDERS = {
     "shard_missing": (lambda folder: (folder / FIRST).unlink(), f"{FIRST} is missing from .* Download that file"),
     "shard_empty": (lambda folder: (folder / FIRST).write_bytes(b""), f"{FIRST} {DAMAGED}"),
@@ -279,7 +279,7 @@ FOLDERS = {
     "index_without_one_shard": (shard_of_all(lambda names: names[:1] * len(names)), INCOMPLETE),
     "index_missing": (lambda folder: (folder / INDEX).unlink(), None),
     **{f"config_{name}": (text_of(CONFIG, text), READ_AGAIN) for name, text in UNREADABLE.items()},
-    **{f"config_with_{name}": (text_of(CONFIG, text), "which does not fit them. Download .* the config.json") for name, text in {
+    **{f"config_with_{name}": (text_of(CONFIG, text), "which does not match them. Download .* the config.json") for name, text in {
         "text_as_axes": '{"axes_dims_rope": "x"}', "two_axes": '{"axes_dims_rope": [1, 2]}', "no_axes": '{"axes_dims_rope": null}', "no_heads": '{"connector_heads_num": 0}',
         "nan_heads": '{"connector_heads_num": NaN}'}.items()},
     "other_folder_in_index_name": (lambda folder: (folder / f"a{INDEX}").write_text(json.dumps({"weight_map": {"a": FIRST}})), INCOMPLETE),
@@ -301,7 +301,7 @@ def test_model_folders(host, repository, memory, change, expected):
 
 CLASSES = {
     **{name: (text, READ_AGAIN) for name, text in UNREADABLE.items()},
-    "flux": ('{"_class_name": "FluxPipeline"}', "belongs to the pipeline FluxPipeline, which this node pack does not run. Supported"),
+    "flux": ('{"_class_name": "FluxPipeline"}', "belongs to the pipeline FluxPipeline, which this node pack does not support. Choose"),
     **{name: (f'{{"_class_name": {text}}}', "could not be loaded|belongs to the pipeline") for name, text in {"list": '["a"]', "table": "{}", "number": "5"}.items()},
     "none": ("{}", "Choose the version in 'Load Step1X-Edit Model'"),
 }
@@ -330,7 +330,7 @@ def test_links_of_the_users_own_are_followed(host, root, repository, tmp_path):
         load_model(host, model="repository/").made()
         for name in ("repository/../elsewhere/", "repository/../../elsewhere/", "repository/transformer/../../elsewhere/"):
             check(host, peak_memory(), load_model(host, model=name), NOT_IN_LIST)
-            assert "Refresh the node list" in load_model(host, model=Given(name)).error[1]
+            assert "refresh the node list" in load_model(host, model=Given(name)).error[1]
     finally:
         repository.unlink()
         shutil.move(tmp_path / "elsewhere", repository)
@@ -348,4 +348,4 @@ def test_names_outside_the_model_folders(host, memory, name, node):
     """Typed in, and handed over by another node, which the host does not check."""
     check(host, memory, load(host, node, name), NOT_IN_LIST)
     linked = load(host, node, Given(name))
-    assert linked.error[0].endswith("Step1XError") and ("Refresh the node list" in linked.error[1] or "one of the entries of its list" in linked.error[1]), linked
+    assert linked.error[0].endswith("Step1XError") and ("refresh the node list" in linked.error[1] or "one of the entries of its list" in linked.error[1]), linked

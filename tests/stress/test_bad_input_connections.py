@@ -21,18 +21,18 @@ def parametrize_by(kind):
     return pytest.mark.parametrize("entry", links(kind), ids=str)
 
 
-NO_MODEL = "This is not a Step1X-Edit model but .* Connect the model from 'Load Step1X-Edit Model'"
-NO_ENCODER = "This text encoder lays out prompts for another model. Use the one from 'Load Step1X-Edit MLLM'"
-NO_VAE = "The input 'vae' is (empty: .*|not a VAE but .*)Connect the stock 'Load VAE' with ae.safetensors"
-REFUSALS = {"MODEL": NO_MODEL, "CLIP": NO_ENCODER, "VAE": NO_VAE, "IMAGE": "brings no picture but .* Connect an output of the type IMAGE",
-            "MASK": "brings no mask but .* Connect an output of the type MASK", "LATENT": "There is no latent in what is connected as one .* Connect an output of the type LATENT",
-            "CONDITIONING": "brings no conditioning, or an empty one. Connect that of 'Step1X-Edit Encode'",
+NO_MODEL = "Expected a Step1X-Edit model, but found .* Connect the model from 'Load Step1X-Edit Model'"
+NO_ENCODER = "This text encoder formats prompts for another model. Use the one from 'Load Step1X-Edit MLLM'"
+NO_VAE = "(Expected a VAE, but found|The input 'vae' is) .*Connect the stock 'Load VAE' with"
+REFUSALS = {"MODEL": NO_MODEL, "CLIP": NO_ENCODER, "VAE": NO_VAE, "IMAGE": "expected a floating-point image tensor .* Connect an output of the type IMAGE",
+            "MASK": "expected a mask tensor .* Connect an output of the type MASK", "LATENT": "Expected a latent, but found .* Connect an output of the type LATENT",
+            "CONDITIONING": "is not a conditioning, or is empty. Connect a conditioning from 'Step1X-Edit Encode'",
             "STEP1X_STITCH": "The input 'stitch' brings .* Connect the output 'stitch' of 'Step1X-Edit Crop to Mask'",
-            "STEP1X_EDIT_DATASET": "The input 'dataset' brings .* Connect the output of 'Step1X-Edit Dataset'",
-            "STEP1X_PAIRS": "The input 'pairs' brings .* Connect the output of 'Step1X-Edit Compute Pairs' or 'Step1X-Edit Record Pairs'",
-            "STEP1X_PROPOSAL": "The input 'proposals' brings .* Connect the output of 'Step1X-Edit Propose Edits'",
-            "STEP1X_BENCH": "The input 'bench' brings .* Connect the output of 'Step1X-Edit GEdit-Bench Items'",
-            "STEP1X_BENCH_ITEM": "The input 'items' brings .* Connect the output of 'Step1X-Edit GEdit-Bench Items'"}
+            "STEP1X_EDIT_DATASET": "Input 'dataset' is .* Connect the output of 'Step1X-Edit Dataset'",
+            "STEP1X_PAIRS": "Input 'pairs' is .* Connect the output of 'Step1X-Edit Compute Pairs' or 'Step1X-Edit Record Pairs'",
+            "STEP1X_PROPOSAL": "Input 'proposals' is .* Connect the output of 'Step1X-Edit Propose Edits'",
+            "STEP1X_BENCH": "Input 'bench' is .* Connect the output of 'Step1X-Edit GEdit-Bench Items'",
+            "STEP1X_BENCH_ITEM": "Input 'items' is .* Connect the output of 'Step1X-Edit GEdit-Bench Items'"}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def v12(models, host):
     return load_model(models / "diffusion_models" / tiny_models.V12_FILE), encoder, host.encode(clip=Given(encoder)).made()
 
 
-OTHER_LAYOUT = "The model was loaded as .*, but the instruction was encoded for .* Set the version of 'Load Step1X-Edit MLLM'"
+OTHER_LAYOUT = "The model was loaded as .*, but the prompt was encoded for .* Set the version of 'Load Step1X-Edit MLLM'"
 
 
 @pytest.mark.parametrize("of_model, of_positive, of_negative", [("v1.1", "v1.2", "v1.1"), ("v1.1", "v1.1", "v1.2"), ("v1.1", "v1.2", "v1.2"),
@@ -131,7 +131,7 @@ def foreign_vaes():
 @pytest.mark.parametrize("kind", ["sd", "none"])
 @parametrize_by("VAE")
 def test_vaes_of_other_models(host, foreign_vaes, entry, kind):
-    host.refuses(host.call(entry.node, **{entry.name: Given(foreign_vaes[kind], "VAE")}), "This VAE makes latents of 4 channels, Step1X-Edit needs 16. Load the FLUX VAE")
+    host.refuses(host.call(entry.node, **{entry.name: Given(foreign_vaes[kind], "VAE")}), "This VAE's latents have 4 channels; Step1X-Edit needs 16. Load the FLUX VAE")
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +163,8 @@ def with_extra(**changes):
 
 
 LATENT = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(4))
-NO_FIT = "This conditioning does not fit the Step1X-Edit model: .* Encode the instruction with"
-NO_CONDITIONING = "brings no conditioning, or an empty one. Connect that of 'Step1X-Edit Encode'"
+NO_FIT = "This conditioning does not fit the Step1X-Edit model: .* Encode the prompt with"
+NO_CONDITIONING = "is not a conditioning, or is empty. Connect a conditioning from 'Step1X-Edit Encode'"
 CONDITIONINGS = {
     "sd": (lambda cond: [[torch.rand(1, 77, 768), {"pooled_output": None}]], NO_FIT),
     "flux": (lambda cond: [[torch.rand(1, 256, 4096), {"pooled_output": torch.rand(1, 768)}]], NO_FIT),
@@ -172,11 +172,11 @@ CONDITIONINGS = {
     "without_text": (lambda cond: [[None, {}]], NO_CONDITIONING),
     "matrix": (lambda cond: [[torch.rand(77, 64), {}]], NO_CONDITIONING),
     "joined": (lambda cond: [[torch.cat((cond[0][0], cond[0][0]), dim=1), cond[0][1]]], "cannot be concatenated. Write everything into one prompt"),
-    "nan": (lambda cond: [[cond[0][0] * float("nan"), cond[0][1]]], "Sampling ended in values that are no numbers"),
-    "no_valid_text": (with_extra(attention_mask=torch.zeros(1, 640, dtype=torch.long)), "Sampling ended in values that are no numbers"),
-    "reference_of_sd": (with_extra(reference_latents=[LATENT[:, :4]]), "A reference latent of shape .* belongs to another model"),
-    "reference_of_wan": (with_extra(reference_latents=[LATENT[:, :, None]]), "A reference latent of shape .* belongs to another model"),
-    "reference_nan": (with_extra(reference_latents=[LATENT * float("nan")]), "Sampling ended in values that are no numbers"),
+    "nan": (lambda cond: [[cond[0][0] * float("nan"), cond[0][1]]], "Sampling returned NaN or Inf values"),
+    "no_valid_text": (with_extra(attention_mask=torch.zeros(1, 640, dtype=torch.long)), "Sampling returned NaN or Inf values"),
+    "reference_of_sd": (with_extra(reference_latents=[LATENT[:, :4]]), "The reference latent has shape .* belongs to another model"),
+    "reference_of_wan": (with_extra(reference_latents=[LATENT[:, :, None]]), "The reference latent has shape .* belongs to another model"),
+    "reference_nan": (with_extra(reference_latents=[LATENT * float("nan")]), "Sampling returned NaN or Inf values"),
     "kontext_method": (with_extra(reference_latents_method="index"), "Remove that node"),
 }
 

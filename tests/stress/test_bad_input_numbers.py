@@ -122,7 +122,7 @@ def test_models_patched_at_the_limits_draw_pictures(host, node, values):
 
 def test_an_interval_that_ends_before_it_starts(host):
     host.refuses(host.call("Step1XEditSpeedPreset", **{"mode": ALL_STEPS, "mode.start_percent": 1.0, "mode.end_percent": 0.7}),
-                 "The guidance would start at 1 of the steps and end at 0.7, .* Set start_percent to at most end_percent")
+                 "Guidance starts at 1 of the steps and ends at 0.7; .* Lower start_percent or raise end_percent")
 
 
 @pytest.mark.parametrize("entry", CHOICES, ids=str)

@@ -32,9 +32,9 @@ def clip_v12(models):
     return load_text_encoder(models / "text_encoders" / tiny_models.MLLM_FILE, "v1.2")
 
 
-NO_PICTURE = "brings no picture but .* Connect an output of the type IMAGE"
-NOTHING = "There is no picture to edit: the image batch is empty, the input .* Connect a picture"
-NARROW = "is too narrow to edit .* Crop the picture or raise the size level"
+NO_PICTURE = "expected a floating-point image tensor .* Connect an output of the type IMAGE"
+NOTHING = "is an empty image batch of shape .* Connect an image"
+NARROW = "is too narrow to edit .* Crop the image or raise the size level"
 BAD_PICTURES = {
     "20000_by_1": (torch.rand(1, 1, 20000, 3), NARROW),
     "1_by_20000": (torch.rand(1, 20000, 1, 3), NARROW),
@@ -149,10 +149,10 @@ def test_every_node_with_a_picture_refuses(host, entry, name):
 
 
 def test_two_pictures_to_think_about(host):
-    host.refuses(host.call("Step1XEditThinkPrompt", image=Given(PICTURE.repeat(2, 1, 1, 1))), "brings 2 pictures; .* Choose one with the stock 'ImageFromBatch'")
+    host.refuses(host.call("Step1XEditThinkPrompt", image=Given(PICTURE.repeat(2, 1, 1, 1))), "has 2 images; .* Choose one with 'ImageFromBatch'")
 
 
-NO_MASK = "The input 'mask' brings no mask but .* Connect an output of the type MASK"
+NO_MASK = "Input 'mask' is .*; expected a mask tensor .* Connect an output of the type MASK"
 EMPTY = "The mask is empty: .* Paint over the part"
 BAD_MASKS = {
     "black": (MASK * 0, EMPTY),
@@ -202,17 +202,17 @@ def test_stitch_refuses_another_number_of_pictures(host):
     host.refuses(outcome, "1 edited pictures came back for 2 that were cropped. Connect the result")
 
 
-FOREIGN = "A latent of shape .* belongs to another model; .* Connect the latent from"
-NO_LATENT = "There is no latent in what is connected as one .* Connect an output of the type LATENT"
-NO_NUMBERS = "The latent holds values that are no numbers .* Look at the node that made it"
+FOREIGN = "The latent has shape .* belongs to another model. Connect the latent from"
+NO_LATENT = "Expected a latent, but found .* Connect an output of the type LATENT"
+NO_NUMBERS = "The latent contains NaN or Inf values, .* Check the node that made it"
 BAD_LATENTS = {
     "sd": ({"samples": torch.rand(1, 4, 8, 8)}, FOREIGN),
     "flux2": ({"samples": torch.rand(1, 128, 4, 4)}, FOREIGN),
     "wan": ({"samples": torch.rand(1, 16, 1, 8, 8)}, FOREIGN),
     "audio": ({"samples": torch.rand(1, 64, 100)}, FOREIGN),
     "sound_and_video": ({"samples": NestedTensor([torch.rand(1, 16, 1, 8, 8), torch.rand(1, 8, 4)])}, FOREIGN),
-    "empty_batch": ({"samples": LATENT[:0]}, "The latent is empty, .* Connect a latent"),
-    "no_rows": ({"samples": LATENT[:, :, :0]}, "The latent is empty, .* Connect a latent"),
+    "empty_batch": ({"samples": LATENT[:0]}, "The latent is empty: .* Connect a latent"),
+    "no_rows": ({"samples": LATENT[:, :, :0]}, "The latent is empty: .* Connect a latent"),
     "nan": ({"samples": LATENT * NAN}, NO_NUMBERS),
     "infinite": ({"samples": LATENT / 0}, NO_NUMBERS),
     "integers": ({"samples": LATENT.long()}, NO_LATENT),
@@ -239,7 +239,7 @@ def test_scheduler_refuses_latents(host, name):
     host.refuses(host.call("Step1XEditScheduler", **{socket("Step1XEditScheduler", "LATENT"): Given(latent)}), expected)
 
 
-BEFORE = {"sd": ({"samples": torch.rand(1, 4, 8, 8)}, "The latent has the shape"), "two": ({"samples": LATENT.repeat(2, 1, 1, 1)}, "The latent has the shape"),
+BEFORE = {"sd": ({"samples": torch.rand(1, 4, 8, 8)}, "The latent has shape"), "two": ({"samples": LATENT.repeat(2, 1, 1, 1)}, "The latent has shape"),
           "nan": ({"samples": LATENT * NAN}, NO_NUMBERS), "no_samples": ({}, NO_LATENT)}
 
 
@@ -260,4 +260,4 @@ def test_sampler_takes_every_latent_of_the_model_and_empty_ones(host, samples):
 
 @pytest.mark.parametrize("mask", [torch.full((1, 1, 8, 8), NAN), torch.zeros(0, 1, 8, 8), torch.full((1, 1, 8, 8), INF)], ids=["nan", "empty", "infinite"])
 def test_noise_masks_are_refused(host, mask):
-    host.refuses(host.sample(latent=Given({**host.encoded[2], "noise_mask": mask})), "The noise mask of the latent, .* Look at the mask of 'Set Latent Noise Mask'")
+    host.refuses(host.sample(latent=Given({**host.encoded[2], "noise_mask": mask})), "The noise mask of the latent, .* Check the mask of 'Set Latent Noise Mask'")

@@ -123,7 +123,7 @@ def test_the_host_makes_text_of_what_is_typed_in(host, value, text):
                                            ("Step1XEditReflectionLoop", {"reflect": True})])
 @pytest.mark.parametrize("prompt", ["a" * 8001, WORDS[:100_000], "红" * 33_333], ids=["8001", "100_kilobytes", "chinese"])
 def test_instructions_too_long_to_think_about(host, node, changes, prompt):
-    host.refuses(host.call(node, prompt=prompt, **changes), "The input 'prompt' has .* characters; .* Shorten the instruction")
+    host.refuses(host.call(node, prompt=prompt, **changes), "Input 'prompt' has .* characters; .* Shorten the prompt")
 
 
 @pytest.mark.parametrize("node, entry", [("Step1XEditBatchImages", "prompts"), ("Step1XEditReflectionLoop", "prompt")])

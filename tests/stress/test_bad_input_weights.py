@@ -61,7 +61,7 @@ def vision(name, value):
 
 
 LANGUAGE_SIZED = ("model.norm.weight", "model.embed_tokens.weight", "model.layers.0.self_attn.k_proj.weight", "visual.patch_embed.proj.weight", "visual.merger.mlp.2.weight")
-MISFIT = "which does not fit its weights. Download it again"
+MISFIT = "which does not match its weights. Download it again"
 LANGUAGE_MODELS = {
     **{f"without_{key}": (lambda w, config, key=key: (without(key)(w), {CONFIG_KEY: json.dumps(config)}), INCOMPLETE) for key in (
         "model.norm.weight", "model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.k_proj.weight", "model.layers.0.mlp.gate_proj.weight",
@@ -111,11 +111,11 @@ VAES = {
     **{f"{kind}_for_{key}": (changed(key, lambda t, shape=shape: torch.zeros(shape)), WRONG)
        for key in ("taesd_decoder.1.weight", "taesd_encoder.0.weight") for kind, shape in (("scalar", ()), ("vector", (3,)), ("matrix", (3, 3)), ("no_columns", (10**12, 0)))},
     **{f"{name}_kernel": (changed("taesd_encoder.0.weight", lambda t, dtype=dtype: t.to(dtype)), NO_WEIGHTS) for name, dtype in TYPES.items()},
-    "no_vae": (lambda w: {"a": torch.zeros(1)}, "holds no VAE that ComfyUI knows"),
-    "transformer": (lambda w: {"img_in.weight": torch.zeros(4, 4)}, "holds no VAE that ComfyUI knows"),
+    "no_vae": (lambda w: {"a": torch.zeros(1)}, "does not contain a VAE that ComfyUI recognises"),
+    "transformer": (lambda w: {"img_in.weight": torch.zeros(4, 4)}, "does not contain a VAE that ComfyUI recognises"),
     "first_layer_of_a_vae": (lambda w: {"decoder.conv_in.weight": torch.zeros(512, 16, 3, 3)}, f"{WRONG}|{INCOMPLETE}"),
     "vector_as_first_layer": (lambda w: {"decoder.conv_in.weight": torch.zeros(4)}, WRONG),
-    "first_layer_of_a_diffusers_vae": (lambda w: {"decoder.up_blocks.0.resnets.0.norm1.weight": torch.zeros(4)}, f"{WRONG}|{INCOMPLETE}|holds no VAE"),
+    "first_layer_of_a_diffusers_vae": (lambda w: {"decoder.up_blocks.0.resnets.0.norm1.weight": torch.zeros(4)}, f"{WRONG}|{INCOMPLETE}|does not contain a VAE"),
     "cut": (lambda w: save(w)[:-1], f"{VAE} {DAMAGED}"),
     "html": (lambda w: b"<!DOCTYPE html>" * 50, f"{VAE} {DAMAGED}"),
     "pickle": (lambda w: pickle.dumps(Bomb()), f"{VAE} {DAMAGED}"),
@@ -144,7 +144,7 @@ def test_vaes(host, root, memory, vae_weights, change, expected):
 LAYER = "lora_unet_double_blocks_0_img_attn_qkv"
 DOWN, UP, ALPHA = f"{LAYER}.lora_down.weight", f"{LAYER}.lora_up.weight", f"{LAYER}.alpha"
 GOOD_LORA = {DOWN: torch.full((4, 64), 0.1), UP: torch.full((192, 4), 0.1), ALPHA: torch.tensor(4.0)}
-UNFIT = "This LoRA (does not fit.* choose another|could not be loaded.* Try another file)"
+UNFIT = "This LoRA (is incomplete|contains|does not fit.* Choose another|could not be loaded.* Try another file)"
 
 
 def tensors(**named):
@@ -156,7 +156,7 @@ LORAS = {
     "whole": (GOOD_LORA, None),
     "with_a_layer_that_only_flux_has": ({**GOOD_LORA, "transformer.time_text_embed.guidance_embedder.linear_1.lora_A.weight": torch.ones(4, 256),
                                          "transformer.time_text_embed.guidance_embedder.linear_1.lora_B.weight": torch.ones(64, 4)}, None),
-    "without_up": ({DOWN: GOOD_LORA[DOWN]}, "fits no layer|does not fit"),
+    "without_up": ({DOWN: GOOD_LORA[DOWN]}, "matches no layer|does not fit|is incomplete"),
     "without_down": ({UP: GOOD_LORA[UP]}, UNFIT),
     "ranks_differ": (tensors(down=torch.ones(8, 64)), UNFIT),
     "columns_differ": (tensors(down=torch.ones(4, 32)), UNFIT),
@@ -179,9 +179,9 @@ LORAS = {
     "half_of_a_loha": ({f"{LAYER}.hada_w1_a": torch.ones(3, 3)}, UNFIT),
     **{f"{name}_matrix": (tensors(down=torch.ones(4, 64).to(dtype)), NO_WEIGHTS) for name, dtype in TYPES.items()},
     "sdxl": ({"lora_unet_input_blocks_1_1_proj_in.lora_down.weight": torch.ones(4, 320), "lora_unet_input_blocks_1_1_proj_in.lora_up.weight": torch.ones(320, 4)},
-             "fits no layer of the Step1X-Edit model"),
-    "text_encoder_only": ({"lora_te_x.lora_up.weight": torch.ones(3, 3), "lora_te_x.lora_down.weight": torch.ones(3, 3)}, "fits no layer of the Step1X-Edit model"),
-    "no_lora": ({"a": torch.ones(1)}, "fits no layer of the Step1X-Edit model"),
+             "matches no layer of the Step1X-Edit model"),
+    "text_encoder_only": ({"lora_te_x.lora_up.weight": torch.ones(3, 3), "lora_te_x.lora_down.weight": torch.ones(3, 3)}, "matches no layer of the Step1X-Edit model"),
+    "no_lora": ({"a": torch.ones(1)}, "matches no layer of the Step1X-Edit model"),
     "cut": (save(GOOD_LORA)[:-1], f"{LORA} {DAMAGED}"),
     "html": (b"<!DOCTYPE html>" * 50, f"{LORA} {DAMAGED}"),
     "pickle": (pickle.dumps(Bomb()), f"{LORA} {DAMAGED}"),
@@ -210,7 +210,7 @@ def test_model_weights_that_are_no_numbers_are_found_by_our_sampler(host, root, 
     """Reading 25 GB of weights to look for them would take as long as the edit."""
     write(root / "diffusion_models" / MODEL, changed(key, lambda t: torch.full_like(t, value))(weights))
     loaded, _ = load_model(host).made()
-    host.refuses(host.sample(model=Given(loaded)), "Sampling ended in values that are no numbers .* download the file again")
+    host.refuses(host.sample(model=Given(loaded)), "Sampling returned NaN or Inf values .* download the file again")
 
 
 def test_the_stock_sampler_goes_on_as_the_host_does(host, root, weights):
@@ -226,10 +226,10 @@ def test_the_stock_sampler_goes_on_as_the_host_does(host, root, weights):
 def test_lora_weights_that_are_no_numbers(host, root, key, value):
     write(root / "loras" / LORA, {**GOOD_LORA, key: torch.full_like(GOOD_LORA[key], value)})
     (patched,) = load_lora(host).made()
-    host.refuses(host.sample(model=Given(patched)), "Sampling ended in values that are no numbers")
+    host.refuses(host.sample(model=Given(patched)), "Sampling returned NaN or Inf values")
 
 
-@pytest.mark.parametrize("part, says", [("taesd_encoder.", "The VAE made values that are no numbers"), ("taesd_decoder.", "The VAE decoded to values that are no numbers")])
+@pytest.mark.parametrize("part, says", [("taesd_encoder.", "The VAE encoder returned NaN or Inf values"), ("taesd_decoder.", "The VAE decoder returned NaN or Inf values")])
 def test_vae_weights_that_are_no_numbers(host, root, vae_weights, part, says):
     _, loaded = load_with_vae(host, root, {key: t * NAN if key.startswith(part) else t for key, t in vae_weights.items()}).made()
     broken = host.encode(vae=Given(loaded)) if part == "taesd_encoder." else host.decode(host.encoded[2], vae=Given(loaded))
@@ -241,9 +241,9 @@ def test_language_model_weights_that_are_no_numbers(host, root):
     broken = changed("model.norm.weight", lambda t: t * NAN)(tiny_models.random_weights(tiny_models.mllm_shapes(config), 2, torch.bfloat16))
     write(root / "text_encoders" / LANGUAGE, (broken, {CONFIG_KEY: json.dumps(config)}))
     (loaded,) = load(host, "Step1XEditLoadMLLM", LANGUAGE, device="cpu").made()
-    host.refuses(host.encode(clip=Given(loaded)), "The text encoder gave values that are no numbers .* Download")
+    host.refuses(host.encode(clip=Given(loaded)), "The text encoder returned NaN or Inf values; .* Download")
     thought = host.call("Step1XEditThinkPrompt", clip=Given(loaded))
-    host.refuses(thought, "The language model gave values that are no numbers .* Download", from_the_start=True)
+    host.refuses(thought, "The language model returned NaN values; .* Download", from_the_start=True)
 
 
 def test_good_files_load_and_edit_as_before_after_all_of_that(host, models, root):

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from step1x_core.checkpoints.detection import CONFIG_KEY
 
 MODEL, LANGUAGE, VAE, LORA = "bad-v1p1.safetensors", "bad_mllm.safetensors", "bad_vae.safetensors", "bad_lora.safetensors"
-DAMAGED = r"is damaged, incomplete or no safetensors file .* Download it again"
+DAMAGED = r"is damaged, incomplete or not a safetensors file .* Download it again"
 INCOMPLETE = r"lacks .* download it again|lacks the tensor"
 WRONG = "could not be loaded|does not fit the model: .* has shape"
-NO_WEIGHTS = "which is no type of weights"
+NO_WEIGHTS = "which is not a weight dtype"
 QKV = "double_blocks.0.img_attn.qkv.weight"
 NAN = float("nan")
 # For entries that hold JSON.

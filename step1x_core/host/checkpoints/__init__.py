@@ -1,1 +1,2 @@
-"""Checkpoints to ComfyUI's MODEL, CLIP and VAE objects, LoRA on them, and the folders they are found in."""
+"""Loads checkpoints as ComfyUI's MODEL, CLIP and VAE objects, applies LoRAs to them, and lists the folders they are
+found in."""

@@ -1,4 +1,4 @@
-"""Model files and folders that the loaders offer, and the user's own instruction texts."""
+"""The model files and folders that the loaders offer."""
 
 import logging
 import os
@@ -14,19 +14,21 @@ from ...errors import Step1XError
 log = logging.getLogger(__name__)
 
 FOLDER_DEPTH = 3
-# Folders of earlier packs in the models folder, and whose files they hold.
+# Folders of earlier packs in the models folder, by the host's folder whose kind of file they hold.
 EARLIER_FOLDERS = {"diffusion_models": "Step1x-Edit", "text_encoders": "MLLM"}
-# A folder that changed less than so long before it was read may change again without its time telling: file systems count in steps.
+# A folder read within this time of a change may change again with the same timestamp, because file systems have coarse
+# clocks.
 SETTLED_NS = 2_000_000_000
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
 
-# What was found below a folder, by it and the subfolder, with the times of all folders that were looked into.
+# Scan results by folder and subfolder, with the timestamps of all folders that were read.
 _scans: dict[tuple[Path, str], tuple[dict[Path, int], list[Path]]] = {}
 
 
 def folder_time(path: Path) -> int:
-    """When something was last added to a folder or taken out of it, in ns; -1 where there is none."""
+    """Return the modification time of a folder in ns, which changes when an entry is added or removed; -1 if there is
+    no folder."""
     try:
         return path.stat().st_mtime_ns
     except OSError:
@@ -34,9 +36,11 @@ def folder_time(path: Path) -> int:
 
 
 def model_folders(root: Path, subfolder: str) -> list[Path]:
-    """Hugging Face model folders and diffusers repositories with the model in `subfolder`, at most `FOLDER_DEPTH` levels below `root`; none lies within another.
+    """Find Hugging Face model folders, and diffusers repositories with the model in `subfolder`, up to `FOLDER_DEPTH`
+    levels below `root`.
 
-    The host asks for a node's choices several times in each run; the folders are read again only when one of them has changed.
+    None of them is inside another. The host asks for a node's choices several times in each run; folders are read again
+    only after a change.
     """
     kept = _scans.get((root, subfolder))
     if kept is None or any(folder_time(path) != changed for path, changed in kept[0].items()):
@@ -51,7 +55,8 @@ def model_folders(root: Path, subfolder: str) -> list[Path]:
 
 
 def scan(root: Path, subfolder: str, times: dict[Path, int], depth: int = FOLDER_DEPTH) -> list[Path]:
-    """What `model_folders` finds. times: gets the time of every folder that is looked into, taken before that."""
+    """Scan for what `model_folders` returns. times: receives the timestamp of every folder read, taken before reading
+    it."""
     times[root] = folder_time(root)
     found = []
     for folder in sorted(path for path in root.glob("*") if path.is_dir()):
@@ -64,7 +69,8 @@ def scan(root: Path, subfolder: str, times: dict[Path, int], depth: int = FOLDER
 
 
 def earlier_folders(folder_name: str) -> list[Path]:
-    """The folders in which earlier packs kept such files: in the models folder, and those that extra_model_paths.yaml adds under that name."""
+    """Return the folders in which earlier packs kept such files: in the models folder, and those that
+    extra_model_paths.yaml adds under that name."""
     name = EARLIER_FOLDERS.get(folder_name)
     if name is None:
         return []
@@ -73,11 +79,12 @@ def earlier_folders(folder_name: str) -> list[Path]:
 
 
 def choices(folder_name: str, subfolder: str) -> dict[str, str]:
-    """What a loader can offer, name -> path: safetensors files of one of the host's model folders and of earlier packs' folders, and Hugging Face folders.
+    """Return what a loader offers, name -> path: safetensors files in the host's model folders and earlier packs'
+    folders, and Hugging Face folders.
 
-    A folder is listed as `name/`; shards are not listed one by one. Diffusers repositories, whose model
-    is in `subfolder`, are looked for in the host's `diffusers` folder, too. What lies in an earlier pack's
-    folder has that folder's name in front. Of equal names the first stands, in the host's order of folders.
+    A folder is listed as `name/`; its shards are not listed. Diffusers repositories, whose model is in `subfolder`, are
+    also searched in the host's `diffusers` folder. Names from an earlier pack's folder start with that folder's name.
+    Of equal names the first wins, in the host's order of folders.
     """
     earlier = earlier_folders(folder_name)
     roots = [(Path(root), "") for root in (*folder_paths.get_folder_paths(folder_name), *folder_paths.get_folder_paths("diffusers"))]
@@ -98,13 +105,16 @@ def choices(folder_name: str, subfolder: str) -> dict[str, str]:
 
 
 def resolve(name: str, folder_name: str, subfolder: str) -> str:
-    """Path of a name from `choices`; any other name is refused, so a workflow cannot reach outside the model folders. The log tells the path."""
+    """Return the path of a name from `choices` and log it. Raises Step1XError for any other name, so that a workflow
+    cannot reach outside the model folders."""
     found = choices(folder_name, subfolder)
     if not isinstance(name, str) or name not in found:
         searched = (*folder_paths.get_folder_paths(folder_name), *folder_paths.get_folder_paths("diffusers"), *earlier_folders(folder_name))
-        raise Step1XError(f"'{name}' is not in the {folder_name} folder (any more); searched: {', '.join(map(str, searched))}. "
-                          "Refresh the node list and choose the model again.")
-    log.info("Step1X-Edit: '%s' is %s", name, found[name])
+        raise Step1XError(
+            f"'{name}' is not in the {folder_name} folder; searched: {', '.join(map(str, searched))}. Press R to "
+            "refresh the node list, then choose the model again."
+        )
+    log.info("Step1X-Edit: '%s' resolves to %s", name, found[name])
     return found[name]
 
 

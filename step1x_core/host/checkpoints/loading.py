@@ -1,4 +1,4 @@
-"""Checkpoints to the host's MODEL and CLIP objects."""
+"""Loads checkpoints as the host's MODEL, CLIP and VAE objects."""
 
 import functools
 import logging
@@ -42,25 +42,25 @@ from ..sampling.sampler import with_norm_limiter
 
 log = logging.getLogger(__name__)
 
-# What config.json of a diffusers transformer calls what shapes do not show.
+# Values in a diffusers config.json that shapes do not show, and our names for them.
 CONFIG_NAMES = {"axes_dims_rope": "axes_dim", "connector_heads_num": "connector_heads"}
 
-# By this the host knows the names that diffusers gives the layers of a VAE.
+# The tensor by which the host recognises diffusers names in a VAE.
 DIFFUSERS_VAE_KEY = "decoder.up_blocks.0.resnets.0.norm1.weight"
 
-# Tensors by which FLUX is told from other models, in the original and in the diffusers layout.
+# Tensors that identify FLUX, in the original and in the diffusers layout.
 FLUX_KEYS = (("double_blocks.0.img_attn.qkv.weight",), ("x_embedder.weight", "single_transformer_blocks.0.proj_mlp.weight"))
 
 
-# How many float32 copies of a matrix there are while it is converted to scaled fp8, at most.
+# Maximum number of float32 copies of a matrix while it is converted to scaled fp8.
 FLOATS_AT_A_TIME = 4
 
 
 @contextmanager
 def naming(name: str):
-    """Turn what is raised while a file's content is read, or handed to the host, into an error that names the file and keeps the cause.
+    """Turn errors raised while a file is read or passed to the host into one that names the file and keeps the cause.
 
-    It says nothing of whose fault it is: the file may be damaged, or the host or this pack may not know what is in it.
+    It does not blame the file: it may be damaged, or the host or this pack may not support its content.
     """
     try:
         yield
@@ -68,14 +68,18 @@ def naming(name: str):
         if isinstance(error, Step1XError) or comfy.model_management.is_oom(error):
             raise
         detail = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise Step1XError(f"{name} could not be loaded ({detail}). The file may be damaged or hold something else, or this ComfyUI or this pack does not know its "
-                          "format. Try another file; if one that is known to be good fails too, update both and report the error.") from error
+        raise Step1XError(
+            f"{name} could not be loaded ({detail}). The file may be damaged or of another kind, or this version of "
+            "ComfyUI or of this node pack may not support its format. Try another file; if a known good file also "
+            "fails, update both and report the error."
+        ) from error
 
 
 def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], dict]:
-    """All tensors of a checkpoint (memory mapped where the host does so) and the metadata of its files.
+    """Read all tensors of a checkpoint (memory-mapped if the host does so) and the metadata of its files.
 
-    Raises Step1XError for a damaged file, and the host's InterruptProcessingException when the person cancels, after any file.
+    Raises Step1XError for a damaged file, and the host's InterruptProcessingException if the user cancels, after any
+    file.
     """
     state_dict, metadata = {}, {}
     for path in checkpoint.files:
@@ -88,37 +92,45 @@ def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], di
 
 
 def strip_prefix(name: str, state_dict):
-    """The transformer's tensors without whatever stands in front of their names; marks of the whole file stay. Raises Step1XError as `transformer_names` does."""
+    """Return the transformer's tensors without prefix; markers of the whole file are kept. Raises Step1XError as
+    `transformer_names` does."""
     renamed = transformer_names(name, state_dict) or transformer_names(name, state_dict, [key for keys in FLUX_KEYS for key in keys[:1]])
     marks = {key: state_dict[key] for key in (FILE_MARKER, CONFIG_KEY) if key in state_dict}
     return marks | {short: state_dict[key] for key, short in renamed.items()} if renamed else state_dict
 
 
 def check_weights(name: str, expected: dict[str, tuple[int, ...]], state_dict: dict[str, torch.Tensor]) -> None:
-    """Raise Step1XError for tensors that are missing, of the wrong shape, or no weights."""
+    """Raise Step1XError for tensors that are missing, of the wrong shape, or not a weight dtype."""
     check_tensors(name, expected, shapes(state_dict))
     check_types(name, state_dict, [key for key in state_dict if key in expected])
 
 
 def without_scales(checkpoint: Checkpoint, state_dict, marked: set[str]) -> None:
-    """Multiply the scales out that ComfyUI would ignore, in place. Raises Step1XError for those that cannot be read."""
+    """Apply the scales that ComfyUI would ignore, in place. Raises Step1XError for scales that cannot be read."""
     name, check = checkpoint.path.name, comfy.model_management.throw_exception_if_processing_interrupted
     count = multiply_out(name, state_dict, marked, checkpoint.config, check)
     if count:
-        log.info("%s: the scales of %d weights, without ComfyUI's marker, were multiplied out to bfloat16", name, count)
+        log.info(
+            "%s: applied the scales of %d weights without ComfyUI's marker; these weights are bfloat16 now",
+            name, count,
+        )
 
 
 def check_extra(name: str, expected: dict[str, tuple[int, ...]], state_dict, marked: set[str]) -> None:
-    """Raise Step1XError for integers without a scale and scales of nothing; what no layer takes is logged."""
+    """Raise Step1XError for integer weights without a scale and for orphaned scales; log tensors that no layer uses."""
     check_leftovers(name, state_dict, marked)
     unknown = unknown_tensors(state_dict, expected, marked)
     if unknown:
         first = ", ".join(unknown[:3]) + (", ..." if unknown[3:] else "")
-        log.warning("%s holds %d tensors that the model does not have, and which are left out: %s", name, len(unknown), first)
+        log.warning(
+            "%s contains %d tensors that the model does not have; they are ignored: %s",
+            name, len(unknown), first,
+        )
 
 
 def shapes(state_dict) -> dict[str, tuple[int, ...]]:
-    """Tensor shapes by name. The size of packed 4-bit weights, which the host unpacks itself, is given unpacked."""
+    """Return tensor shapes by name. Packed 4-bit weights, which the host unpacks, are given with their unpacked
+    shape."""
     out = {}
     for key, tensor in state_dict.items():
         packed = tensor.dtype == torch.uint8 and key.endswith(".weight")
@@ -127,21 +139,22 @@ def shapes(state_dict) -> dict[str, tuple[int, ...]]:
 
 
 def model_shapes(config) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the transformer's tensors, read off the model class itself on the meta device."""
-    # Built of plain torch layers: with dynamic VRAM the host's own have no weights before they are loaded.
+    """Return names and shapes of the transformer's tensors, from the model class on the meta device."""
+    # Built from plain torch layers: with dynamic VRAM, the host's own have no weights before they are loaded.
     model = Step1XTransformer(operations=torch.nn, device="meta", dtype=torch.bfloat16, **config.transformer_params())
     return shapes(model.state_dict())
 
 
 def mllm_shapes(config: MLLMConfig) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the language model's tensors."""
     return shapes(Qwen25VL(config.__dict__, torch.bfloat16, "meta", torch.nn).state_dict())
 
 
 def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tuple[dict, dict]:
-    """Transformer weights in the original layout, ready for the host's loader, and the file metadata.
+    """Return transformer weights in the original layout, ready for the host's loader, and the file metadata.
 
-    Raises Step1XError for files that are damaged, of another model, incomplete, in another tool's format, quantised in
-    the diffusers layout or of a version that cannot be told, and for contradicting marks of a version.
+    Raises Step1XError for files that are damaged, incomplete, of another model, in another tool's format, quantised in
+    the diffusers layout or of an unknown version, and for contradicting version markers.
     """
     pipeline_layout(checkpoint)
     state_dict, metadata = read_checkpoint(checkpoint)
@@ -150,11 +163,17 @@ def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tupl
     lift_marker(state_dict)
     state_dict = strip_prefix(name, state_dict)
     metadata = shorten_metadata(name, metadata, state_dict, lambda names: {key.replace(COMPILED, ""): value for key, value in names.items()})
-    # The connector has the same names in both layouts: a foreign file is refused before the conversion copies it.
+    # The connector has the same names in both layouts, so a foreign file is refused before the conversion copies it.
     if CONNECTOR_KEY not in state_dict:
         if any(all(key in state_dict for key in keys) for keys in FLUX_KEYS):
-            raise Step1XError(f"{name} is a FLUX model: it has no Step1X-Edit connector. Load it with 'Load Diffusion Model', or choose a Step1X-Edit file here.")
-        raise Step1XError(f"{name} is not a Step1X-Edit model: {CONNECTOR_KEY} is not in it. Choose a file such as step1x-edit-v1p1-official.safetensors.")
+            raise Step1XError(
+                f"{name} is a FLUX model: it has no Step1X-Edit connector. Load it with 'Load Diffusion Model', or "
+                "choose a Step1X-Edit file here."
+            )
+        raise Step1XError(
+            f"{name} is not a Step1X-Edit model: {CONNECTOR_KEY} is missing. Choose a file such as "
+            "step1x-edit-v1p1-official.safetensors."
+        )
     marked = marked_layers(name, state_dict, metadata)
     without_scales(checkpoint, state_dict, marked)
     if is_diffusers_layout(state_dict):
@@ -170,24 +189,29 @@ def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tupl
         try:
             config = detect_config(state_dict)
         except KeyError as error:
-            raise Step1XError(f"{name} lacks the tensor {error.args[0]}. The file is incomplete; download it again.") from error
+            raise Step1XError(
+                f"{name} lacks the tensor {error.args[0]}. The file may be incomplete; download it again."
+            ) from error
         expected = model_shapes(config)
     check_weights(name, expected, state_dict)
     if is_diffusers_layout(state_dict):
-        # What the conversion left over: scales of matrices that it stacked.
-        raise Step1XError(f"{name} is a quantised file in the diffusers layout, which cannot be read. Choose a scaled file in the original layout, or the unquantised "
-                          "one with an fp8 weight_dtype.")
+        # Left over from the conversion: scales of matrices that it fused.
+        raise Step1XError(
+            f"{name} is quantised in the diffusers layout, which is not supported. Choose a scaled file in the "
+            "original layout, or the unquantised file with an fp8 weight_dtype."
+        )
     check_extra(name, expected, state_dict, marked)
-    log.info("Step1X-Edit %s from %s", config.version, checkpoint.path)
+    log.info("Loaded Step1X-Edit %s from %s", config.version, checkpoint.path)
     return state_dict, metadata
 
 
 def scaled_fp8(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The large matrices of a bf16 or plain fp8 transformer as e4m3 with scales, in the host's format; what has scales already is passed on as it is."""
+    """Convert the large matrices of a bf16 or plain fp8 transformer to e4m3 with scales, in the host's format. Weights
+    that already have scales are returned unchanged."""
     if any(key.split(".")[-1] in SCALES for key in state_dict):
         return state_dict
     device = comfy.model_management.get_torch_device()
-    # One matrix at a time, with room for it in float32 and what is made of it; the host does not know of them.
+    # Frees memory for the float32 copies of one matrix at a time, which the host does not track.
     largest = max((tensor.numel() for name, tensor in state_dict.items() if MODEL_LAYERS.fullmatch(name)), default=0)
     comfy.model_management.free_memory(largest * FLOATS_AT_A_TIME * 4, device)
     out = {}
@@ -201,12 +225,13 @@ def scaled_fp8(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def load_model(path, version: str | None = None, model_options={}, disable_dynamic=False, fp8: bool = False):
-    """Load a Step1X-Edit transformer as a ModelPatcher with norm-limited guidance switched on.
+    """Load a Step1X-Edit transformer as a ModelPatcher with norm-limited guidance enabled.
 
     path: single file (original or diffusers layout, any dtype), model folder, or diffusers repository.
     version: a name in VERSIONS, or None to detect it.
     model_options, disable_dynamic: as for `comfy.sd.load_diffusion_model`.
-    fp8: make the large matrices e4m3 with scales while loading, to be multiplied on fp8 tensor cores where the card has them.
+    fp8: whether to convert the large matrices to e4m3 with scales while loading, for fp8 tensor cores if the GPU has
+    them.
 
     Raises Step1XError as `model_state_dict` does, for an unknown version, and for weights that the host cannot load.
     """
@@ -218,14 +243,16 @@ def load_model(path, version: str | None = None, model_options={}, disable_dynam
     with naming(checkpoint.path.name):
         patcher = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=model_options, metadata=metadata, disable_dynamic=disable_dynamic)
     if patcher is None:
-        raise Step1XError(f"ComfyUI does not know {checkpoint.path.name} for a Step1X-Edit model. Restart ComfyUI; if that does not help, report it with "
-                          "ComfyUI's version and the name of the file.")
+        raise Step1XError(
+            f"ComfyUI does not recognise {checkpoint.path.name} as a Step1X-Edit model. Restart ComfyUI; if that does "
+            "not help, report it with the version of ComfyUI and the name of the file."
+        )
     patcher.cached_patcher_init = (functools.partial(load_model, fp8=fp8), (path, version, model_options))
     return with_norm_limiter(patcher)
 
 
 def mllm_state_dict(checkpoint: Checkpoint) -> tuple[dict, MLLMConfig]:
-    """Language-model weights with `model.*` and `visual.*` names, and their configuration.
+    """Return language-model weights with `model.*` and `visual.*` names, and their configuration.
 
     Raises Step1XError for files that are damaged, of another model, or incomplete.
     """
@@ -237,28 +264,38 @@ def mllm_state_dict(checkpoint: Checkpoint) -> tuple[dict, MLLMConfig]:
     metadata = shorten_metadata(name, metadata, state_dict, normalize_keys)
     state_dict, metadata = comfy.utils.convert_old_quants(state_dict, model_prefix="", metadata=metadata)
     if TEXT_KEY not in state_dict:
-        raise Step1XError(f"{name} is not a Qwen2.5-VL model: {TEXT_KEY} is not in it. Choose a file such as qwen_2.5_vl_7b.safetensors.")
+        raise Step1XError(
+            f"{name} is not a Qwen2.5-VL model: {TEXT_KEY} is missing. Choose a file such as "
+            "qwen_2.5_vl_7b.safetensors."
+        )
     if VISION_KEY not in state_dict:
-        raise Step1XError(f"{name} has no vision tower ({VISION_KEY}); Step1X-Edit must see the picture. Choose the full Qwen2.5-VL-7B-Instruct.")
+        raise Step1XError(
+            f"{name} has no vision tower ({VISION_KEY} is missing), which Step1X-Edit needs to read the image. Choose "
+            "the full Qwen2.5-VL-7B-Instruct."
+        )
     marked = marked_layers(name, state_dict, {})
     without_scales(checkpoint, state_dict, marked)
     with naming(name):
         try:
             config = detect_mllm_config(state_dict, checkpoint.config or parse_config(metadata.get(CONFIG_KEY, "{}")))
         except KeyError as error:
-            raise Step1XError(f"{name} lacks the tensor {error.args[0]}. The file is incomplete or another model; choose the full Qwen2.5-VL-7B-Instruct.") from error
+            raise Step1XError(
+                f"{name} lacks the tensor {error.args[0]}. It may be incomplete or another model; choose the full "
+                "Qwen2.5-VL-7B-Instruct."
+            ) from error
         expected = mllm_shapes(config)
     check_weights(name, expected, state_dict)
     check_extra(name, expected, state_dict, marked)
-    log.info("Step1X-Edit text encoder from %s", checkpoint.path)
+    log.info("Loaded the Step1X-Edit text encoder from %s", checkpoint.path)
     return state_dict, config
 
 
 def load_text_encoder(path, layout: str | None = None, model_options={}, disable_dynamic=False) -> comfy.sd.CLIP:
-    """Load Qwen2.5-VL as a CLIP object that tokenises and lays out prompts as Step1X-Edit was trained with.
+    """Load Qwen2.5-VL as a CLIP object that tokenises and lays out prompts as in Step1X-Edit's training.
 
-    path: the single file Qwen-Image users have (bf16 or scaled fp8), a Hugging Face folder, or a diffusers repository.
-    layout: "v1.1" (for v1.0, too), "v1.2", or None for that of the repository's version and else v1.1: other models' repositories hold the same Qwen2.5-VL.
+    path: the single file that Qwen-Image uses (bf16 or scaled fp8), a Hugging Face folder, or a diffusers repository.
+    layout: "v1.1" (also for v1.0), "v1.2", or None for the layout of the repository's version, else v1.1. Repositories
+    of other models contain the same Qwen2.5-VL.
 
     Raises Step1XError as `mllm_state_dict` does, and for weights that the host cannot load.
     """
@@ -281,7 +318,7 @@ def load_text_encoder_patcher(path, layout=None, model_options={}, disable_dynam
 def load_vae(path) -> comfy.sd.VAE:
     """Load the VAE of a diffusers repository, a model folder or a file with the host's own VAE class.
 
-    Raises Step1XError for files that are damaged, incomplete, hold no VAE or one in another tool's format.
+    Raises Step1XError for files that are damaged, incomplete, without a VAE, or in another tool's format.
     """
     checkpoint = find_checkpoint(path, "vae")
     state_dict, metadata = read_checkpoint(checkpoint)
@@ -293,13 +330,17 @@ def load_vae(path) -> comfy.sd.VAE:
     with naming(checkpoint.path.name):
         vae = comfy.sd.VAE(sd=state_dict, metadata=metadata)
         if vae.first_stage_model is None:
-            raise Step1XError(f"{checkpoint.path.name} holds no VAE that ComfyUI knows. Download the repository's vae folder again, or delete it and "
-                              "connect the stock 'Load VAE' with ae.safetensors.")
-        # The host goes on with whatever was in memory in place of a missing tensor.
+            raise Step1XError(
+                f"{checkpoint.path.name} does not contain a VAE that ComfyUI recognises. Download the repository's vae "
+                "folder again, or delete it and connect the stock 'Load VAE' with ae.safetensors."
+            )
+        # The host would use uninitialised memory in place of a missing tensor.
         check_weights(checkpoint.path.name, shapes(vae.first_stage_model.state_dict()), state_dict)
     if marked:
-        raise Step1XError(f"{checkpoint.path.name} is a quantised VAE, which ComfyUI does not read: it would ignore the scales. Take the VAE in bf16 or fp32, such as "
-                          "ae.safetensors.")
+        raise Step1XError(
+            f"{checkpoint.path.name} is a quantised VAE. ComfyUI does not support it and would ignore the scales. Use "
+            "a bf16 or fp32 VAE, such as ae.safetensors."
+        )
     check_leftovers(checkpoint.path.name, state_dict, set())
     return vae
 

@@ -1,4 +1,4 @@
-"""LoRA through the host's own machinery."""
+"""Applies LoRAs through the host's own patches."""
 
 import logging
 from pathlib import Path
@@ -22,20 +22,20 @@ from .loading import naming
 log = logging.getLogger(__name__)
 
 PREFIX = "diffusion_model."
-# What trainers put in front of a layer's name.
+# Prefixes that trainers add to a layer's name.
 PREFIXES = ("transformer.", PREFIX, "base_model.model.", "")
-# Layers that FLUX does not have; they are called the same everywhere.
+# Layers that FLUX does not have; their names are the same in every layout.
 OWN_LAYERS = (f"{PREFIX}connector.", f"{PREFIX}text_token_mapping")
-# Where the host's adapters keep the lengths of a DoRA, and those of which the shape of the change is known.
+# Where the host's adapters store the magnitudes of a DoRA; the shape of the change is known for these adapters.
 SCALE_PLACES = {LoRAAdapter: 4, LoHaAdapter: 7, LoKrAdapter: 8}
 SHAPED = (*SCALE_PLACES, OFTAdapter)
 
 
 def lora_keys(model) -> dict:
-    """Map from LoRA module names to the model's weights.
+    """Map LoRA module names to the model's weights.
 
-    The host's own map, which the stock loader uses, knows kohya's names, the original ones after "diffusion_model.", and FLUX's in diffusers. Added are the
-    names that Step1X-Edit alone has in diffusers, DiffSynth's, and every name after each prefix.
+    The host's own map, which the stock loader uses, contains kohya's names, the original ones after "diffusion_model.",
+    and FLUX's in diffusers. This adds Step1X-Edit's own diffusers names, DiffSynth's, and every name after each prefix.
     """
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
     config = model.model.model_config.unet_config
@@ -50,31 +50,34 @@ def lora_keys(model) -> dict:
 
 
 def load_lora_file(path) -> dict[str, Tensor]:
-    """The tensors of a file, which the log names.
+    """Load the tensors of a LoRA file and log its path.
 
-    Raises Step1XError for a damaged file, for anything but safetensors, and for tensors that are no weights; the host's exception when the run was cancelled.
+    Raises Step1XError for a damaged file, for other formats than safetensors, and for tensors that are not weights; the
+    host's exception if the user cancels.
     """
     path = Path(path)
     if not is_safetensors(path):
         raise Step1XError(
-            f"{path.name} is not a safetensors file. Only safetensors files are loaded; get the LoRA in that format."
+            f"{path.name} is not a safetensors file. Only safetensors files are supported; download the LoRA in that "
+            "format."
         )
     check_file(path)
     lora = comfy.utils.load_torch_file(str(path), safe_load=True)
     comfy.model_management.throw_exception_if_processing_interrupted()
     check_types(path.name, lora, lora)
     check_lora(path.name, lora)
-    log.info("Step1X-Edit LoRA from %s", path)
+    log.info("Loaded a Step1X-Edit LoRA from %s", path)
     return lora
 
 
 def model_layers(model) -> dict:
-    """Map from flat layer names (`flat`), without prefix, to what the host's patches are for: a weight's name, or a tuple of it, a part and a function."""
+    """Map flat layer names (`flat`), without prefix, to the targets of the host's patches: a weight's name, or a tuple
+    of name, part and function."""
     weights, layers = model.model.state_dict(), {}
     for name, target in lora_keys(model).items():
         key, *rest = target if isinstance(target, tuple) else (target,)
         if key not in weights:
-            # Hosts differ in what they call a norm's weight; guidance_in and other layers only FLUX has.
+            # Hosts differ in the name of a norm's weight; guidance_in and other layers exist only in FLUX.
             key = f"{key.rpartition('.')[0]}.scale"
         if key in weights:
             layers.setdefault(flat(name.removeprefix(PREFIX)), (key, *rest) if rest else key)
@@ -82,7 +85,8 @@ def model_layers(model) -> dict:
 
 
 class DoRAAdapter(WeightAdapterBase):
-    """A change of direction with the length of each output row given: m * (W + D) / |W + D|, as PEFT and LyCORIS define it. The host divides by |W|."""
+    """DoRA with a magnitude for each output row: m * (W + D) / |W + D|, as PEFT and LyCORIS define it. The host divides
+    by |W|."""
 
     name = "dora"
 
@@ -107,7 +111,7 @@ class DoRAAdapter(WeightAdapterBase):
             weight.clone(), key, 1.0, strength_model, offset, function, intermediate_dtype, original_weight
         )
         lengths = changed.norm(dim=1, keepdim=True) + torch.finfo(weight.dtype).eps
-        # `function` reorders rows where the file's order is another.
+        # `function` reorders rows if the file's order differs.
         changed *= (
             function(comfy.model_management.cast_to_device(magnitude, weight.device, intermediate_dtype)).to(
                 weight.dtype
@@ -119,9 +123,10 @@ class DoRAAdapter(WeightAdapterBase):
 
 
 def bias_patches(layer: str, target, tensors: dict[str, Tensor], biases) -> dict:
-    """The patch of a layer's bias, {} without one: the host knows none for a part of a layer. Takes it out of `tensors`.
+    """Return the patch of a layer's bias, {} without one, and remove it from `tensors`. The host has none for part of a
+    layer.
 
-    biases: names of the model's tensors. Raises Step1XError where the model's layer has no bias.
+    biases: names of the model's tensors. Raises Step1XError if the model's layer has no bias.
     """
     change = tensors.pop("diff_b", None)
     lora = tensors.pop("lora_bias", None)
@@ -136,13 +141,14 @@ def bias_patches(layer: str, target, tensors: dict[str, Tensor], biases) -> dict
     name = f"{name.rpartition('.')[0]}.bias"
     if name not in biases:
         raise Step1XError(
-            f"This LoRA does not fit the Step1X-Edit model: it changes the bias of {layer}, which has none here; choose another file."
+            f"This LoRA does not fit the Step1X-Edit model: it changes the bias of {layer}, but that layer has no "
+            "bias. Choose another file."
         )
     return {(name, *rest) if rest else name: ("diff", (change,))}
 
 
 def host_patches(model, lora: dict[str, Tensor]) -> tuple[dict, list[str]]:
-    """The host's patches for a file's tensors, and the names of those that are for none of the model's layers.
+    """Return the host's patches for a file's tensors, and the names of the tensors that match no layer of the model.
 
     Raises Step1XError as `layers_of` and `check_complete` do.
     """
@@ -165,13 +171,14 @@ def host_patches(model, lora: dict[str, Tensor]) -> tuple[dict, list[str]]:
 
 
 def target_shape(layers: dict, key: str | tuple) -> tuple[int, ...] | None:
-    """Shape of what a patch is added to: a linear layer's weight or bias, or the part (axis, start, length) of it that is second in a tuple. None for other layers.
+    """Return the shape of a patch's target: a linear layer's weight or bias, or the part (axis, start, length) in
+    second place of a tuple. None for other layers.
 
     layers: all layers of the model by name.
     """
     name, part = key[:2] if isinstance(key, tuple) else (key, None)
     module, _, kind = name.rpartition(".")
-    # The host's names include layers that only FLUX has.
+    # The host's names include layers that exist only in FLUX.
     layer = layers.get(module)
     if not hasattr(layer, "in_features"):
         return None
@@ -182,7 +189,8 @@ def target_shape(layers: dict, key: str | tuple) -> tuple[int, ...] | None:
 
 
 def matrix_shape(tensors, whole: int, first: int, second: int) -> tuple[int, ...] | None:
-    """Shape of a matrix of LoKr: tensor number `whole`, or the product of two others. None if they cannot be multiplied."""
+    """Return the shape of a LoKr matrix: of tensor number `whole`, or of the product of two others. None if they cannot
+    be multiplied."""
     if tensors[whole] is not None:
         return tuple(tensors[whole].shape)
     a, b = tensors[first], tensors[second]
@@ -190,7 +198,8 @@ def matrix_shape(tensors, whole: int, first: int, second: int) -> tuple[int, ...
 
 
 def change_shape(adapter) -> tuple[int, ...] | None:
-    """Shape [rows, columns] of what an adapter adds to a linear layer; None where its tensors do not fit together. For OFT the columns are -1: any."""
+    """Return the shape [rows, columns] of an adapter's change to a linear layer, or None if its tensors do not match
+    each other. For OFT, columns is -1: any."""
     tensors = adapter.weights
     if isinstance(adapter, LoRAAdapter):
         up, down, _, middle, _, reshaped = tensors
@@ -210,12 +219,13 @@ def change_shape(adapter) -> tuple[int, ...] | None:
 
 
 def magnitude_fits(scale: Tensor | None, shape: tuple[int, ...]) -> bool:
-    """Whether a DoRA's lengths are one for each row, [rows, 1], or for each column, [1, columns]."""
+    """Return whether the magnitudes of a DoRA are one for each row, [rows, 1], or one for each column, [1, columns]."""
     return scale is None or tuple(scale.shape) in ((shape[0], 1), (1, shape[1]))
 
 
 def check_patches(model, patches: dict) -> None:
-    """Raise Step1XError for changes and differences of another shape than their layer: the host would go on without them, or fail while sampling."""
+    """Raise Step1XError for patches whose shape differs from their layer's; the host would skip them, or fail while
+    sampling."""
     layers = dict(model.model.named_modules())
     for key, patch in patches.items():
         name, shape = key if isinstance(key, str) else key[0], target_shape(layers, key)
@@ -232,19 +242,20 @@ def check_patches(model, patches: dict) -> None:
         if not fits:
             tensors = [list(t.shape) for t in flat_tensors(patch)]
             raise Step1XError(
-                f"This LoRA does not fit the Step1X-Edit model: for {name} it has tensors of the shapes {tensors} where the layer is "
-                f"{list(shape or [])}. It belongs to a model of another size, or is damaged; choose another file."
+                f"This LoRA does not fit the Step1X-Edit model: its tensors for {name} have the shapes {tensors}, but "
+                f"the layer is {list(shape or [])}. It may belong to a model of another size, or be damaged. Choose "
+                "another file."
             )
 
 
 def dora_scale(adapter) -> Tensor | None:
-    """The lengths that the host's own adapter has, for columns."""
+    """Return the magnitudes, for columns, of the host's own adapter."""
     place = SCALE_PLACES.get(type(adapter))
     return None if place is None else adapter.weights[place]
 
 
 def flat_tensors(patch) -> list[Tensor]:
-    """All tensors of a patch."""
+    """Return all tensors of a patch."""
     if isinstance(patch, WeightAdapterBase):
         patch = patch.weights
     if isinstance(patch, (tuple, list)):
@@ -253,21 +264,22 @@ def flat_tensors(patch) -> list[Tensor]:
 
 
 def apply_lora(model, lora: dict[str, Tensor], strength: float):
-    """A clone of the model with the LoRA's patches, applied by the host when the weights are loaded or used. Tensors for other layers are named in the log.
+    """Return a clone of the model with the LoRA's patches, which the host applies when weights are loaded or used.
+    Tensors for other layers are logged.
 
-    Raises Step1XError when no layer of the LoRA is in the model, and for one that does not fit or would be applied in part.
+    Raises Step1XError if the LoRA matches no layer of the model, and if it does not fit or would be applied in part.
     """
     with naming("This LoRA"):
         patches, unknown = host_patches(model, comfy.lora_convert.convert_lora(lora))
     if not patches:
         raise Step1XError(
-            f"This LoRA fits no layer of the Step1X-Edit model; its names are {summary(list(lora))}. It was made for another model, or is in a "
-            "layout that is not known here. Choose another file."
+            f"This LoRA matches no layer of the Step1X-Edit model; its tensor names are {summary(list(lora))}. It may "
+            "belong to another model, or use an unknown layout. Choose another file."
         )
     check_patches(model, patches)
     if unknown:
         log.warning(
-            "%d of the %d tensors of this LoRA are for none of the model's layers and have no effect: %s.",
+            "%d of the %d tensors of this LoRA match no layer of the model and have no effect: %s.",
             len(unknown),
             len(lora),
             summary(unknown),

@@ -1,4 +1,4 @@
-"""The content gate in the host: its models folder, and the text encoder as a reader of instructions."""
+"""The content gate in the host: its models folder, and the text encoder as a judge of prompts."""
 
 import logging
 import os
@@ -25,7 +25,10 @@ UNCHECKED = "The content gate is off: nothing was checked."
 
 
 def classifier_folders() -> dict[str, Path]:
-    """The classifiers of the host's models folder `image_classification`, which is made known to it, by name; extra_model_paths.yaml may add others."""
+    """Return the classifiers in the host's `image_classification` models folders, by name.
+
+    Registers the folder with the host; extra_model_paths.yaml may add others.
+    """
     folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
     found = {}
     for root in map(Path, folder_paths.get_folder_paths(FOLDER)):
@@ -36,67 +39,78 @@ def classifier_folders() -> dict[str, Path]:
 
 
 def open_classifier(name: str) -> Classifier:
-    """The classifier, read anew for each run: kept, its memory would be lost to the host, which cannot unload what it does not know.
+    """Load a classifier for one run. It is not kept, because the host cannot unload memory that it does not manage.
 
-    Raises Step1XError for a name that is not offered and as `load_classifier` does.
+    Raises Step1XError for a name that is not offered, and as `load_classifier` does.
     """
     folders = classifier_folders()
     if name not in folders:
         searched = ", ".join(folder_paths.get_folder_paths(FOLDER))
-        raise Step1XError(f"The classifier '{name}' is not in the {FOLDER} folder (any more); searched: {searched}. "
-                          "Refresh the node list and choose it again.")
+        raise Step1XError(
+            f"The classifier '{name}' is not in the {FOLDER} folder; searched: {searched}. Press R to refresh the node "
+            "list, then choose it again."
+        )
     return load_classifier(folders[name])
 
 
 def refusal(prompt: str, words: str, question: str, clip) -> str:
-    """Why an instruction is refused, "" if it is not. An answer that is neither yes nor no refuses it, too.
+    """Return why a prompt is refused, or "" if it is not. An answer that is neither yes nor no also refuses it.
 
-    Raises Step1XError for words or a question with no instruction that they could be about.
+    Raises Step1XError for words or a question without a prompt to check.
     """
     if (entries(words) or plain(question)) and not plain(prompt):
-        # An input that is not connected is an empty one, too, and then nothing would ever be found.
-        raise Step1XError("The content gate is to check the instruction by 'words' or 'question', but 'prompt' is empty, so everything would pass. "
-                          "Connect to 'prompt' what goes to the encoder; or empty 'words' and 'question'.")
+        # An unconnected input is empty, too, and nothing would ever be found.
+        raise Step1XError(
+            "The content gate checks 'prompt' by 'words' or 'question', but 'prompt' is empty, so everything would "
+            "pass. Connect the encoder's prompt to 'prompt', or clear 'words' and 'question'."
+        )
     found = forbidden_words(prompt, entries(words))
     if found:
-        return f"the instruction has {', '.join(found)}"
+        return f"the prompt contains {', '.join(found)}"
     if plain(question):
         check_instruction(prompt)
         reply = generate_text(clip, QUESTION_SYSTEM, [f"{question.strip()}\n\nThe instruction:\n{prompt}"], ANSWER_TOKENS, 0, temperature=0.0)
         answer = read_answer(reply)
         if answer is None:
-            return f"the language model gave no clear answer about the instruction ({reply[:40]!r})"
+            return f"the language model gave no clear answer about the prompt ({reply[:40]!r})"
         if answer:
-            return "the language model objects to the instruction"
+            return "the language model objects to the prompt"
     return ""
 
 
 def gate(images: Tensor, action: str, classifier: str, unsafe_labels: str, threshold: float, message: str,
          prompt: str = "", words: str = "", question: str = "", clip=None) -> tuple[Tensor, int, str]:
-    """Pictures [B, H, W, C] in 0..1 -> what may go on, of the same shape; how many were found unsafe; a report.
+    """Check images [B, H, W, C] in 0..1 and their prompt; returns the images to pass on, how many were unsafe, and a
+    report.
 
-    An instruction that is refused concerns all pictures of the batch. words: a list as `entries` reads it.
+    A refused prompt applies to all images of the batch. words: a list as `entries` reads it.
 
-    Raises Step1XError for another action than those of `ACTIONS`, if there is nothing to check by, for words or a question without an
-    instruction, for a classifier or label that does not exist, and for a question without a text encoder that can answer.
+    Raises Step1XError for an unknown action, if there is nothing to check, for words or a question without a prompt,
+    for a missing classifier or label, and for a question without a text encoder that can generate text.
     """
     prompt, words, question = prompt or "", words or "", question or ""
     if action not in ACTIONS:
-        raise Step1XError(f"The content gate has no action {action!r}. Set 'action' to one of {', '.join(ACTIONS)}.")
+        raise Step1XError(f"Input 'action' is {action!r}; expected one of {', '.join(ACTIONS)}. Choose one of these.")
     check_pictures(images, "images")
     if action == OFF:
         log.warning("%s", UNCHECKED)
         return images, 0, UNCHECKED
-    # They would be black to the classifier, and something else to whatever saves them.
-    check_finite(images, "The input 'images' of the content gate holds values that are no numbers (NaN or infinity), so nothing can be said about them. "
-                         "Look at the node that made them; a VAE whose precision is too low needs ComfyUI started with --fp32-vae.")
+    # NaN is black to the classifier, and may be something else when the image is saved.
+    check_finite(
+        images,
+        "Input 'images' of the content gate contains NaN or Inf values, so it cannot be judged. Check the node that "
+        "made the images. If it is a VAE with too little precision, start ComfyUI with --fp32-vae.",
+    )
     if classifier == NONE and not entries(words) and not plain(question):
-        raise Step1XError("The content gate is on but has nothing to check by. Choose a classifier, or list words or a question for the instruction; "
-                          "or set 'action' to off.")
+        raise Step1XError(
+            "The content gate is on but has nothing to check. Choose a classifier, enter 'words' or a 'question', or "
+            "set 'action' to off."
+        )
     if plain(question):
         if clip is None:
-            raise Step1XError("The content gate is to ask a question about the instruction, but no text encoder is connected. "
-                              "Connect 'clip' or empty 'question'.")
+            raise Step1XError(
+                "Input 'question' is set, but no text encoder is connected. Connect 'clip', or clear 'question'."
+            )
         check_can_generate(clip)
     refused = refusal(prompt, words, question, clip)
     scores = [None] * len(images)
@@ -107,7 +121,7 @@ def gate(images: Tensor, action: str, classifier: str, unsafe_labels: str, thres
     findings = []
     for score in scores:
         reasons = [refused] if refused else []
-        # So put that a threshold of NaN lets nothing pass.
+        # Written so that a threshold of NaN lets nothing pass.
         if score is not None and not score < threshold:
             reasons.append(f"unsafe content {score:.0%}")
         findings.append(Finding(score, "; ".join(reasons)))

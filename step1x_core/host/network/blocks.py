@@ -1,4 +1,5 @@
-"""FLUX blocks with fewer passes over memory: the host's weights and arithmetic, results written in place, fused kernels where there are any (docs/performance.md)."""
+"""FLUX blocks with fewer passes over memory: the host's weights and arithmetic, results written in place, fused kernels
+if available (docs/performance.md)."""
 
 import functools
 import logging
@@ -21,17 +22,19 @@ from .turns import in_turn
 log = logging.getLogger(__name__)
 
 FP8_LAYOUT = "TensorCoreFP8E4M3Layout"
-# Entry of transformer_options: (T, R), the last of the T text tokens stands for R further ones that are the same.
+# Entry of transformer_options: (T, R), where the last of the T text tokens stands for R further identical ones.
 REPEATED_TEXT = "step1x_repeated_text"
-# Entry of transformer_options: how many image tokens, from the first on, are read after the last block; None for all tokens.
+# Entry of transformer_options: how many image tokens, from the first on, are read after the last block; None for all
+# tokens.
 TOKENS_READ = "step1x_tokens_read"
-# Entry of transformer_options: an attention function of e4m3 q, k and v, laid out as `attend` takes them, with an e4m3 result on the scale of v.
+# Entry of transformer_options: an attention function for e4m3 q, k and v, laid out as in `attend`, with an e4m3 result
+# on the scale of v.
 FP8_ATTENTION = "step1x_fp8_attention"
 
 
 def plain_needed(transformer_options: dict) -> bool:
-    """Whether the host's own forward is the one to run, without the shortcuts below: it computes gradients, shows q, k and v to patches and is what torch.compile
-    fuses itself."""
+    """Return whether the host's own forward must run, without the shortcuts below. It computes gradients, passes q, k
+    and v to patches, and is what torch.compile fuses itself."""
     patches = transformer_options.get("patches", {})
     return (not hasattr(ck, "rms_rope_") or torch.compiler.is_compiling() or torch.is_grad_enabled()
             or "attn1_patch" in patches or "attn1_output_patch" in patches)
@@ -39,7 +42,8 @@ def plain_needed(transformer_options: dict) -> bool:
 
 @functools.cache
 def kernels_on(device: torch.device):
-    """The module of Triton kernels where they run on this device, else None: they take an NVIDIA card, Triton, and a C compiler to build them."""
+    """Return the module of Triton kernels if they run on this device, else None. They need an NVIDIA GPU, Triton, and a
+    C compiler to build them."""
     if device.type != "cuda" or torch.version.cuda is None:
         return None
     try:
@@ -48,19 +52,23 @@ def kernels_on(device: torch.device):
         x = torch.zeros((1, 1, 16), device=device)
         kernels.add_gated(x, x.clone(), x)
     except Exception as error:
-        log.warning("Triton builds no kernels here (%s); sampling goes on without them, a little slower.", error)
+        log.warning(
+            "Triton cannot build kernels on this machine (%s); sampling continues without them, slightly slower.",
+            error,
+        )
         return None
     return kernels
 
 
 @functools.cache
 def one_on(device: torch.device) -> Tensor:
-    """1 as float32 [], made once for each device."""
+    """Return 1 as float32 [], created once for each device."""
     return torch.ones((), device=device)
 
 
 def fp8_input_scale(linear: torch.nn.Module, x: Tensor) -> Tensor | None:
-    """float32 [] by which the host would divide this layer's input to multiply it as e4m3 on tensor cores; None for all other layers."""
+    """Return the scale, float32 [], by which the host would divide this layer's input to multiply it as e4m3 on tensor
+    cores; None for all other layers."""
     if (getattr(linear, "layout_type", None) != FP8_LAYOUT or linear._full_precision_mm or linear.weight_function or linear.bias_function
             or getattr(linear, "comfy_force_cast_weights", False) or getattr(linear, "pre_quant_scale", None) is not None or "forward" in vars(linear)):
         return None
@@ -69,24 +77,27 @@ def fp8_input_scale(linear: torch.nn.Module, x: Tensor) -> Tensor | None:
 
 
 def is_ready(layer: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the host's cast_bias_weight would give back a layer's weight and bias as they are; to know that is quicker than to ask it."""
+    """Return whether the host's cast_bias_weight would return a layer's weight and bias unchanged; checking this is
+    faster than calling it."""
     return not layer.weight_function and not layer.bias_function and all(x is None or (x.device == device and x.dtype == dtype) for x in (layer.weight, layer.bias))
 
 
 def ready_weight_and_bias(layer: torch.nn.Module, device: torch.device, dtype: torch.dtype, **options) -> tuple:
-    """Weight and bias on the device in dtype, and what uncast_bias_weight wants to have back. options: further ones of the host's cast_bias_weight."""
+    """Return weight and bias on the device in dtype, and what uncast_bias_weight needs back. options: more options of
+    the host's cast_bias_weight."""
     if is_ready(layer, device, dtype):
         return layer.weight, layer.bias, None
     return cast_bias_weight(layer, device=device, dtype=dtype, bias_dtype=dtype, offloadable=True, **options)
 
 
 def multiplied_as_fp8(layer: torch.nn.Module, x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """layer of e4m3 x [N, C] times scale [] -> [N, out] of dtype.
+    """Apply a layer to e4m3 x [N, C] times scale []; returns [N, out] in dtype.
 
-    The host asks for float32 sums, which Hopper's tensor cores have to leave for; their own 14 bits are well beyond the 4 bits of what is added up.
+    The host requests float32 accumulation, for which Hopper leaves its tensor cores. Their own 14 bits are far more
+    than the 4 bits of the summands.
     """
     weight, bias, stream = ready_weight_and_bias(layer, x.device, dtype, compute_dtype=dtype, want_requant=True)
-    # A product of fp8 has no bias in float32.
+    # An fp8 product has no bias in float32.
     if isinstance(weight, QuantizedTensor) and hasattr(functional, "scaled_mm") and dtype != torch.float32:
         kind = functional.ScalingType.TensorWise
         out = functional.scaled_mm(x, weight._qdata.t(), scale, kind, weight._params.scale, kind, bias=bias, output_dtype=dtype, use_fast_accum=True)
@@ -98,25 +109,28 @@ def multiplied_as_fp8(layer: torch.nn.Module, x: Tensor, scale: Tensor, dtype: t
 
 
 def is_plain(layer: torch.nn.Module) -> bool:
-    """Whether a layer is one of the host's that multiplies with its weight as it is, so that parts of the weight can be multiplied one by one."""
+    """Return whether a layer is one of the host's that multiplies by its weight unchanged, so that parts of the weight
+    can be multiplied separately."""
     return type(layer) in (disable_weight_init.Linear, manual_cast.Linear) and layer.bias is not None and "forward" not in vars(layer)
 
 
 @contextmanager
 def weight_and_bias(layer: torch.nn.Module, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """weight [N, C] and bias [N] of a plain layer, on the device and in the dtype of x, with its LoRAs."""
+    """Yield weight [N, C] and bias [N] of a plain layer, on the device and in the dtype of x, with its LoRAs
+    applied."""
     weight, bias, stream = ready_weight_and_bias(layer, x.device, x.dtype)
     yield weight, bias
     uncast_bias_weight(layer, weight, bias, stream)
 
 
 def gelu_of_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU (tanh) of a linear layer of x [B, S, C] -> [B, S, N], in one kernel where x is on a GPU."""
+    """Apply a linear layer and GELU (tanh) to x [B, S, C]; returns [B, S, N]. One kernel on a GPU."""
     return torch._addmm_activation(bias, x.flatten(0, 1), weight.t(), use_gelu=True).unflatten(0, x.shape[:2])
 
 
 def modulated(layer: torch.nn.Module, x: Tensor, mod: ModulationOut) -> Tensor:
-    """layer of x [B, S, C] after a layer norm without weights, times 1 + mod.scale, plus mod.shift ([B, 1, C] each) -> [B, S, N]."""
+    """Apply a layer norm without weights to x [B, S, C], multiply by 1 + mod.scale, add mod.shift ([B, 1, C] each),
+    then apply the layer; returns [B, S, N]."""
     kernels = kernels_on(x.device)
     if kernels is None:
         return layer(ck.adaln(x, mod.scale, mod.shift, 1e-6))
@@ -126,7 +140,8 @@ def modulated(layer: torch.nn.Module, x: Tensor, mod: ModulationOut) -> Tensor:
 
 
 class Part(NamedTuple):
-    """Part of a layer's input: x [B, S, C], whose rows may lie apart, times scale [], through GELU (tanh) if asked."""
+    """Part of a layer's input: x [B, S, C], whose rows may be strided, times scale [], through GELU (tanh) if
+    requested."""
 
     x: Tensor
     scale: Tensor | None = None
@@ -134,14 +149,14 @@ class Part(NamedTuple):
 
 
 def projected(layer: torch.nn.Module, parts: list[Part], dtype: torch.dtype) -> Tensor:
-    """layer of the parts joined along their last axis -> [B, S, N] of dtype."""
+    """Apply a layer to the parts concatenated along their last axis; returns [B, S, N] in dtype."""
     x = parts[0].x
     kernels = kernels_on(x.device)
     if kernels is None:
         return layer(torch.cat([functional.gelu(part.x, approximate="tanh") if part.gelu else part.x for part in parts], dim=-1))
     scale = fp8_input_scale(layer, x)
     if scale is not None and len(parts) == 1 and x.dtype == kernels.FP8:
-        # What the fp8 attention wrote goes in as it is, on its own scale: not rounded a second time.
+        # The fp8 attention's result is used on its own scale, without rounding it again.
         return multiplied_as_fp8(layer, x.flatten(0, 1), parts[0].scale, dtype).unflatten(0, x.shape[:2])
     joined = torch.empty((x.shape[0] * x.shape[1], sum(part.x.shape[-1] for part in parts)), device=x.device, dtype=dtype if scale is None else kernels.FP8)
     start = 0
@@ -152,7 +167,7 @@ def projected(layer: torch.nn.Module, parts: list[Part], dtype: torch.dtype) -> 
 
 
 def mlp_of_modulated(mlp: torch.nn.Sequential, x: Tensor, mod: ModulationOut) -> Tensor:
-    """Linear, GELU (tanh), linear of the modulated x [B, S, C] -> [B, S, C]."""
+    """Apply linear, GELU (tanh), linear to the modulated x [B, S, C]; returns [B, S, C]."""
     kernels = kernels_on(x.device)
     if kernels is None or not is_plain(mlp[0]):
         return projected(mlp[2], [Part(modulated(mlp[0], x, mod), gelu=True)], x.dtype)
@@ -164,7 +179,7 @@ def mlp_of_modulated(mlp: torch.nn.Sequential, x: Tensor, mod: ModulationOut) ->
 
 
 def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> None:
-    """x + update * gate, written into x."""
+    """Add update * gate to x in place."""
     kernels = kernels_on(x.device)
     if kernels is not None and x.is_contiguous():
         kernels.add_gated(x, update, gate)
@@ -173,15 +188,18 @@ def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> None:
 
 
 def with_repeats(x: Tensor, dim: int, text: int, repeats: int) -> Tensor:
-    """x with entry text - 1 of an axis `repeats` more times behind itself."""
+    """Repeat entry text - 1 of an axis `repeats` more times, directly after itself."""
     return torch.cat((x.narrow(dim, 0, text), *[x.narrow(dim, text - 1, 1)] * repeats, x.narrow(dim, text, x.shape[dim] - text)), dim)
 
 
 def queries_keys_values(streams: list[tuple[Tensor, QKNorm]], heads: int, pe: Tensor, transformer_options: dict) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Projections [B, S_i, 3 * H * D] with their norms -> q [B, S, H, D], k, v [B, S + R, H, D], normed and with rotary positions; they may lie in the projections.
+    """Split projections [B, S_i, 3 * H * D] into q [B, S, H, D] and k, v [B, S + R, H, D], with norms and rotary
+    positions applied. They may share the projections' memory.
 
-    pe float32 [B or 1, 1, S, D / 2, 2, 2]. Key and value of the last text token stand in their place once more for each of the R tokens that are the same.
-    For the attention in e4m3 they are e4m3, the values divided by the power of two [] that is returned last and puts the largest into its range; it is None otherwise.
+    pe: float32 [B or 1, 1, S, D / 2, 2, 2]. Key and value of the last text token are repeated in place for each of the
+    R identical tokens.
+    For attention in e4m3 the outputs are e4m3, and the values are divided by a power of two [] that fits the largest
+    into its range. It is returned last; None otherwise.
     """
     text, repeats = transformer_options.get(REPEATED_TEXT, (0, 0))
     kernels = kernels_on(pe.device)
@@ -205,7 +223,7 @@ def queries_keys_values(streams: list[tuple[Tensor, QKNorm]], heads: int, pe: Te
         if kernels is None:
             ck.rms_rope_(q[:, start:end], k[:, start:end], pe[:, :, start:end].transpose(1, 2), q_weight.detach(), k_weight.detach(), 1e-6)
         else:
-            # The first stream begins with the text, and the repeats stand right behind that.
+            # The first stream starts with the text; the repeats follow it directly.
             own, before = ((0, 0), repeats) if number else ((text, repeats), 0)
             places = slice(start + before, end + repeats)
             kernels.norm_and_rotate(projection.unflatten(-1, (3, heads, -1)), q_weight, k_weight, pe[:, :, start:end], q[:, start:end], k[:, places],
@@ -219,11 +237,14 @@ def queries_keys_values(streams: list[tuple[Tensor, QKNorm]], heads: int, pe: Te
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, transformer_options: dict, mask: Tensor | None) -> Tensor:
-    """Attention of q [B, S, H, D], k and v [B, S + R, H, D] -> [B, S, H * D]. mask: the host's for S keys."""
+    """Compute attention of q [B, S, H, D], k and v [B, S + R, H, D]; returns [B, S, H * D]. mask: the host's for S
+    keys."""
     if FP8_ATTENTION in transformer_options:
         if mask is not None:
-            raise Step1XError("The fp8 attention of 'Step1X-Edit Speed' cannot work together with a node that gives the "
-                              "attention a mask. Remove that node, or choose another mode with exact attention.")
+            raise Step1XError(
+                "The fp8 attention of 'Step1X-Edit Speed' cannot be combined with a node that masks the attention. "
+                "Remove that node, or choose another mode with exact attention."
+            )
         return transformer_options[FP8_ATTENTION](q, k, v)
     text, repeats = transformer_options.get(REPEATED_TEXT, (0, 0))
     if mask is not None and mask.shape[-1] > 1 and repeats:
@@ -233,11 +254,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, transformer_options: dict, mask: Ten
 
 
 class FusedDoubleStreamBlock(DoubleStreamBlock):
-    """Same parameters and result as the host's block."""
+    """The host's double block with fused operations; same parameters and result."""
 
     @in_turn
     def forward(self, img, txt, vec, pe, attn_mask=None, modulation_dims_img=None, modulation_dims_txt=None, transformer_options={}):
-        """img [B, S_img, C], txt [B, S_txt, C], vec [B, C], pe float32 [B, 1, S_txt + S_img, D / 2, 2, 2] -> img, txt, changed in place."""
+        """Run on img [B, S_img, C], txt [B, S_txt, C], vec [B, C], pe float32 [B, 1, S_txt + S_img, D / 2, 2, 2];
+        returns img and txt, changed in place."""
         if plain_needed(transformer_options) or modulation_dims_img is not None or modulation_dims_txt is not None:
             return super().forward(img, txt, vec, pe, attn_mask, modulation_dims_img, modulation_dims_txt, transformer_options)
         img_mod1, img_mod2 = self.img_mod(vec)
@@ -261,11 +283,12 @@ class FusedDoubleStreamBlock(DoubleStreamBlock):
 
 
 class FusedSingleStreamBlock(SingleStreamBlock):
-    """Same parameters and result as the host's block."""
+    """The host's single block with fused operations; same parameters and result."""
 
     @in_turn
     def forward(self, x, vec, pe, attn_mask=None, modulation_dims=None, transformer_options={}):
-        """x [B, S, C], vec [B, C], pe float32 [B, 1, S, D / 2, 2, 2] -> x, changed in place; of the last block only the tokens that are read."""
+        """Run on x [B, S, C], vec [B, C], pe float32 [B, 1, S, D / 2, 2, 2]; returns x, changed in place. The last
+        block returns only the tokens that are read."""
         if plain_needed(transformer_options) or modulation_dims is not None:
             return super().forward(x, vec, pe, attn_mask, modulation_dims, transformer_options)
         mod, _ = self.modulation(vec)
@@ -301,7 +324,7 @@ class FusedSingleStreamBlock(SingleStreamBlock):
 
     @staticmethod
     def rows_read(transformer_options: dict) -> slice:
-        """The tokens that something reads after this block."""
+        """Return the slice of tokens that are read after this block."""
         tokens = transformer_options.get(TOKENS_READ)
         if tokens is None or transformer_options["block_index"] + 1 < transformer_options["total_blocks"]:
             return slice(None)

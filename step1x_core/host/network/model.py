@@ -27,19 +27,24 @@ log = logging.getLogger(__name__)
 
 
 def check_sampling(model_sampling) -> None:
-    """Raise Step1XError for times other than the flow's, 0..1, and for a prediction that is read as anything but the velocity from picture to noise."""
+    """Raise Step1XError for times outside the flow's 0..1, and for predictions that are not read as the velocity from
+    image to noise."""
     one = torch.ones(1)
     time = float(torch.as_tensor(model_sampling.timestep(one)).flatten()[0])
-    # At noise level 1 the picture is what is left when the prediction 0.25 is taken from 1.
+    # At noise level 1, the denoised value is 1 minus the prediction 0.25.
     denoised = float(model_sampling.calculate_denoised(one, torch.full((1, 1, 1, 1), 0.25), torch.ones(1, 1, 1, 1)))
     if abs(time - 1) > 1e-3 or abs(denoised - 0.75) > 1e-3:
-        raise Step1XError(f"The model's sampling was changed to {type(model_sampling).__bases__[0].__name__} with times up to {time:g}, but Step1X-Edit reads times "
-                          "from 0 to 1 and predicts a flow, so only noise would come of it. Remove the ModelSampling node in front of the sampler "
-                          "('ModelSamplingSD3', 'ModelSamplingDiscrete' and their kind); 'ModelSamplingFlux' works.")
+        raise Step1XError(
+            f"The model's sampling was changed to {type(model_sampling).__bases__[0].__name__} with times up to "
+            f"{time:g}; Step1X-Edit expects a flow with times from 0 to 1 and would return only noise. Remove the "
+            "ModelSampling node before the sampler ('ModelSamplingSD3', 'ModelSamplingDiscrete' or similar); "
+            "'ModelSamplingFlux' works."
+        )
 
 
 def on_device(conditioning: dict) -> dict:
-    """The conditioning's tensors on the device of the sampling, which is its entry "device". The host would copy them there in every step, and wait for the one before."""
+    """Return the conditioning's tensors on the sampling device, its entry "device". The host would copy them in every
+    step and wait for the previous one."""
     device = conditioning["device"]
     out = {name: conditioning[name].to(device) for name in ("cross_attn", "attention_mask", "text_ids", "text_embeds", "text_mask") if conditioning.get(name) is not None}
     if conditioning.get("reference_latents"):
@@ -48,7 +53,7 @@ def on_device(conditioning: dict) -> dict:
 
 
 class CONDTextTokens(comfy.conds.CONDConstant):
-    """The number of distinct text tokens, of which a batch needs the largest."""
+    """The number of distinct text tokens; a batch uses the largest."""
 
     def can_concat(self, other):
         return True
@@ -70,17 +75,24 @@ class Step1XEditModel(comfy.model_base.Flux):
         return None
 
     def extra_conds(self, **kwargs):
-        """The host's Flux conds without guidance, plus the text mask, or for v1.2 the text's positions and input embeddings.
+        """Return the host's Flux conds without guidance, plus the text mask, or for v1.2 the text's positions and input
+        embeddings.
 
-        Raises Step1XError when the conditioning was not made with a Step1X-Edit text encoder of the model's layout or was joined from two, and as
-        `check_inputs` does.
+        Raises Step1XError if the conditioning is not from a Step1X-Edit text encoder of the model's layout or was
+        concatenated, and as `check_inputs` does.
         """
         self.check_inputs(**kwargs)
         if kwargs.get("prompt_type") == "positive":
             if not kwargs.get("reference_latents") and not VERSIONS[self.diffusion_model.version].draws:
-                log.warning("Step1X-Edit v1.0 can only edit; it was not made to draw without a picture. Use v1.1 for text to image, or connect a picture.")
+                log.warning(
+                    "Step1X-Edit v1.0 only edits images; it was not trained for text to image. Connect an image, or "
+                    "use v1.1."
+                )
             if kwargs.get("guidance") is not None:
-                log.warning("FluxGuidance has no effect on Step1X-Edit, which has no distilled guidance. Use the CFG of the sampler.")
+                log.warning(
+                    "FluxGuidance has no effect on Step1X-Edit, which has no distilled guidance. Use the sampler's CFG "
+                    "instead."
+                )
         kwargs |= on_device(kwargs)
         out = super().extra_conds(**kwargs)
         out.pop("guidance", None)
@@ -88,53 +100,75 @@ class Step1XEditModel(comfy.model_base.Flux):
         expected = self.diffusion_model.connector.S.c_embedder.linear_1.in_features
         if context is None or context.shape[-1] != expected:
             found = "none" if context is None else f"{context.shape[-1]} channels"
-            raise Step1XError(f"This conditioning does not fit the Step1X-Edit model: it has {found}, the model reads {expected}. "
-                              "Encode the instruction with the text encoder from 'Load Step1X-Edit MLLM'.")
+            raise Step1XError(
+                f"This conditioning does not fit the Step1X-Edit model: it has {found}, expected {expected}. Encode "
+                "the prompt with the text encoder from 'Load Step1X-Edit MLLM'."
+            )
         mask = kwargs.get("attention_mask", None)
         if mask is not None:
             if mask.shape[1] != context.shape[1]:
-                raise Step1XError(f"This conditioning has {context.shape[1]} text positions and a mask of {mask.shape[1]}: conditionings of Step1X-Edit cannot be concatenated. "
-                                  "Write everything into one prompt.")
+                raise Step1XError(
+                    f"This conditioning has {context.shape[1]} text tokens, but a mask of {mask.shape[1]}: "
+                    "conditionings of Step1X-Edit cannot be concatenated. Write everything into one prompt."
+                )
             out["text_mask"] = comfy.conds.CONDRegular(mask)
             if kwargs.get("text_ids") is None:
                 out["text_tokens"] = CONDTextTokens(distinct_tokens(context, mask))
         return out | self.layout_conds(context, **kwargs)
 
     def check_inputs(self, noise, reference_latents=None, reference_latents_method=None, area=None, control=None, **kwargs) -> None:
-        """Raise Step1XError for latents of another model, and for what other nodes ask for and the host would do wrong or not at all."""
+        """Raise Step1XError for latents of another model, and for settings of other nodes that the host would apply
+        wrongly or ignore."""
         check_own_forward(self.diffusion_model)
         check_sampling(self.model_sampling)
         check_latent_shape(noise, self.latent_channels)
         references = reference_latents or []
         for latent in references:
             if latent.ndim != 4 or latent.shape[1] != self.latent_channels:
-                raise Step1XError(f"A reference latent of shape {list(latent.shape)} belongs to another model; Step1X-Edit needs "
-                                  f"[batch, {self.latent_channels}, height, width]. Encode the picture with 'Step1X-Edit Encode', or with the FLUX VAE.")
+                raise Step1XError(
+                    f"The reference latent has shape {list(latent.shape)}; Step1X-Edit needs [batch, "
+                    f"{self.latent_channels}, height, width]. It belongs to another model. Encode the image with "
+                    "'Step1X-Edit Encode', or with the FLUX VAE."
+                )
         if reference_latents_method is not None:
-            raise Step1XError("'Edit Model Reference Method' (FluxKontextMultiReferenceLatentMethod) places reference pictures as FLUX Kontext was trained with; "
-                              "Step1X-Edit has a fixed place for them. Remove that node.")
+            raise Step1XError(
+                "'Edit Model Reference Method' (FluxKontextMultiReferenceLatentMethod) places reference images as in "
+                "FLUX Kontext; Step1X-Edit places them itself. Remove that node."
+            )
         if references and self.diffusion_model.params.default_ref_method != FluxParams.default_ref_method:
-            raise Step1XError("'Flux KV Cache' freezes the reference picture after the first step; Step1X-Edit reads it anew in every step. Remove that node; "
-                              "'Step1X-Edit Speed' and 'EasyCache' make sampling faster.")
+            raise Step1XError(
+                "'Flux KV Cache' keeps the reference image of the first step, but Step1X-Edit recomputes it in every "
+                "step. Remove that node; 'Step1X-Edit Speed' and 'EasyCache' make sampling faster."
+            )
         if references and area is not None:
-            raise Step1XError("This instruction is limited to an area, which would cut the picture but not the reference that belongs to it. "
-                              "Use 'Conditioning (Set Mask)' with set_cond_area at default in place of 'Conditioning (Set Area)'.")
+            raise Step1XError(
+                "This conditioning is limited to an area, which would crop the image but not its reference. Use "
+                "'Conditioning (Set Mask)' with set_cond_area set to default instead of 'Conditioning (Set Area)'."
+            )
         if control is not None:
-            raise Step1XError("A ControlNet is applied to this conditioning, but there is none for Step1X-Edit: those of FLUX read another text encoder. "
-                              "Remove 'Apply ControlNet'.")
+            raise Step1XError(
+                "A ControlNet is applied to this conditioning, but none exists for Step1X-Edit; those of FLUX expect "
+                "another text encoder. Remove 'Apply ControlNet'."
+            )
 
     def layout_conds(self, context, text_ids=None, text_embeds=None, text_mask=None, **kwargs) -> dict:
-        """What the layout of v1.2 adds to the conds; {} for the other one. Raises Step1XError for a conditioning of the other layout."""
+        """Return the additional conds of the v1.2 layout; {} for the other one. Raises Step1XError for a conditioning
+        of the other layout."""
         version = self.diffusion_model.version
         layout = VERSIONS[version].layout
         if (text_ids is not None) != layout.text_positions:
-            raise Step1XError(f"The model was loaded as {version}, but the instruction was encoded for {(LAYOUT_V11 if text_ids is None else LAYOUT_V12).owners}. "
-                              f"Set the version of 'Load Step1X-Edit MLLM' to {layout.name}, or correct that of 'Load Step1X-Edit Model'.")
+            raise Step1XError(
+                f"The model was loaded as {version}, but the prompt was encoded for "
+                f"{(LAYOUT_V11 if text_ids is None else LAYOUT_V12).owners}. Set the version of 'Load Step1X-Edit "
+                f"MLLM' to {layout.name}, or correct the version of 'Load Step1X-Edit Model'."
+            )
         if text_ids is None:
             return {}
         if text_ids.shape[1] != context.shape[1]:
-            raise Step1XError(f"This conditioning has {context.shape[1]} text positions and ids for {text_ids.shape[1]}: conditionings of Step1X-Edit cannot be concatenated. "
-                              "Write everything into one prompt.")
+            raise Step1XError(
+                f"This conditioning has {context.shape[1]} text tokens, but ids for {text_ids.shape[1]}: conditionings "
+                "of Step1X-Edit cannot be concatenated. Write everything into one prompt."
+            )
         out = {"text_ids": comfy.conds.CONDRegular(position_bits(text_ids))}
         if self.diffusion_model.text_token_mapping is not None:
             out |= {"text_embeds": comfy.conds.CONDRegular(text_embeds), "quoted_mask": comfy.conds.CONDRegular(text_mask)}
@@ -142,15 +176,15 @@ class Step1XEditModel(comfy.model_base.Flux):
 
 
 class Step1XEdit(comfy.supported_models.Flux):
-    """Model family entry. A Step1X-Edit file is a FLUX file plus a connector, so it must be asked before FLUX is."""
+    """Model family entry. A Step1X-Edit file is a FLUX file plus a connector, so it must be checked before FLUX."""
 
     unet_config = {"image_model": "flux"}
-    # Measured: 1.2 at 1024x1024, 1.5 at 512x512 (docs/performance.md); the references count as much as the picture.
+    # Measured: 1.2 at 1024x1024, 1.5 at 512x512 (docs/performance.md); references count as much as the image.
     memory_usage_factor = 1.6
 
     @classmethod
     def matches(cls, unet_config, state_dict=None, unet_key_prefix=""):
-        # Not through `required_keys`: older hosts look those up without the prefix.
+        # Not through `required_keys`, because older hosts look those up without the prefix.
         return super().matches(unet_config) and state_dict is not None and any(k.endswith(CONNECTOR_KEY) for k in state_dict)
 
     def get_model(self, state_dict, prefix="", device=None):
@@ -170,7 +204,8 @@ class Step1XEdit(comfy.supported_models.Flux):
         return state_dict
 
     def process_unet_state_dict_for_saving(self, state_dict):
-        # What the file brought is passed on, a guessed version is not: tensors of v1.1 and of a v1.2-preview can be alike.
+        # What the file contained is passed on, but not a guessed version: v1.1 and a v1.2-preview can have the same
+        # tensors.
         if self.stored:
             state_dict[CONFIG_KEY] = config_tensor(self.stored)
         return super().process_unet_state_dict_for_saving(state_dict)
@@ -180,14 +215,14 @@ class Step1XEdit(comfy.supported_models.Flux):
         weights = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
         if not weights:
             return None
-        # Unknown where the host loads the text encoder alone; the transformer's tensors are still there then.
+        # Unknown if the host loads only the text encoder; the transformer's tensors are still there then.
         version = self.unet_config.get("version") or detect_config(state_dict, comfy.model_detection.unet_prefix_from_state_dict(state_dict)).version
         tokenizer = functools.partial(Step1XTokenizer, layout=VERSIONS[version].layout)
         return ClipTarget(tokenizer, functools.partial(Step1XTEModel, config=detect_mllm_config(weights, {}), **llama_detect(weights)))
 
 
 def register() -> None:
-    """Put the family at the head of the host's list, once; a host that brings a family of this name keeps its own."""
+    """Put the family at the head of the host's list, once. A host with a family of this name keeps its own."""
     models = comfy.supported_models.models
     if not any(model.__name__ == Step1XEdit.__name__ for model in models):
         models.insert(0, Step1XEdit)

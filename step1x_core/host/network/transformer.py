@@ -1,5 +1,5 @@
-"""The Step1X-Edit transformer: the host's Flux with a connector in front of it
-(docs/model.md, Transformer; v1.2 conditioning)."""
+"""The Step1X-Edit transformer: the host's Flux preceded by a connector (docs/model.md, Transformer; v1.2
+conditioning)."""
 
 import torch
 from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
@@ -14,38 +14,43 @@ from .attention import cudnn_first, cudnn_is_fastest
 from .blocks import FP8_ATTENTION, REPEATED_TEXT, TOKENS_READ, FusedDoubleStreamBlock, FusedSingleStreamBlock, plain_needed
 from .foreign import check_alone, runs_own_blocks
 
-# Text tokens are computed in multiples of this, so that not every prompt has shapes of its own.
+# Text tokens are computed in multiples of this number, so that fewer different shapes occur.
 TEXT_STEP = 16
 
 
 def position_bits(text_ids: Tensor) -> Tensor:
-    """float32 positions [B, T, 3] as int32 of the same bits.
+    """Reinterpret float32 positions [B, T, 3] as int32.
 
-    The host casts floating-point conditions to the model's dtype; fractional positions must not be rounded to bfloat16.
+    The host casts floating-point conditions to the model's dtype, and fractional positions must not be rounded to
+    bfloat16.
     """
     return text_ids.float().contiguous().view(torch.int32)
 
 
 def official_time(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Time 0..1 as v1.2's pipeline hands it to the network: rounded to the latent's dtype on the way over 0..1000 (docs/model.md, v1.2 sampling).
+    """Return the time 0..1 as v1.2's pipeline passes it to the network: rounded to the latent's dtype over 0..1000
+    (docs/model.md, v1.2 sampling).
 
-    In bfloat16 neighbouring times near 1000 are 4 apart: 993.58 becomes 992.
+    In bfloat16, neighbouring times near 1000 are 4 apart: 993.58 becomes 992.
     """
     return (t.float() * TIME_FACTOR).to(dtype) / TIME_FACTOR
 
 
 def keeps_text(transformer_options: dict) -> bool:
-    """Whether no patch between the embedders and the blocks puts tokens of its own to the text: a patch that does not says so by `keeps_text`."""
+    """Return whether no patch between the embedders and the blocks adds text tokens; a patch that adds none declares it
+    with `keeps_text`."""
     patches = transformer_options.get("patches", {}).get("post_input", [])
     return all(getattr(getattr(patch, "__self__", None), "keeps_text", False) for patch in patches)
 
 
 class Step1XTransformer(Flux):
-    """Same blocks and key names as FLUX.1 without guidance embedding, plus `connector.*`.
+    """The blocks and key names of FLUX.1 without guidance embedding, plus `connector.*`.
 
-    version: decides where reference tokens stand and how times are rounded; it may be changed after construction.
+    version: determines the positions of reference tokens and how times are rounded; it may be changed after
+    construction.
     connector: keyword arguments of the Connector.
-    text_token_mapping: whether there is v1.2's layer that shows the transformer quoted characters as the language model embeds them.
+    text_token_mapping: whether the layer of v1.2 exists that gives the transformer the language model's embeddings of
+    quoted characters.
     """
 
     def __init__(self, version, connector, depth, depth_single_blocks, text_token_mapping=False, dtype=None, device=None, operations=None, **kwargs):
@@ -63,29 +68,30 @@ class Step1XTransformer(Flux):
             self.text_token_mapping = operations.Linear(connector["in_channels"], connector["hidden_size"], dtype=dtype, device=device)
 
     def process_reference(self, latent: Tensor, index: int, transformer_options={}) -> tuple[Tensor, Tensor]:
-        """Latent [B, C, h, w] of reference number `index` (from 0) -> tokens [B, N, C*4] and position ids [B, N, 3].
+        """Convert latent [B, C, h, w] of reference number `index` (from 0) to tokens [B, N, C*4] and position ids [B,
+        N, 3].
 
-        The model was trained with one reference; further ones step along the time axis (experimental).
+        The model was trained with one reference; further ones are offset along the time axis (experimental).
         """
         t, y, x = VERSIONS[self.version].reference_offset
-        # A copy: in float32 on the CPU this is the conditioning's own tensor.
+        # A copy: in float32 on the CPU, this is the conditioning's own tensor.
         return self.process_img(latent.clone(), index=t * (index + 1), h_offset=y * self.patch_size, w_offset=x * self.patch_size, transformer_options=transformer_options)
 
     def forward(self, x, timestep, *args, **kwargs):
-        # EasyCache adds to its input in place, and in float32 that is the sampler's own tensor, as the times are.
+        # EasyCache modifies its input in place, and in float32 that is the sampler's own tensor, as are the times.
         return super().forward(x.clone(), timestep.clone(), *args, **kwargs)
 
     def _forward(self, x, timestep, context, y=None, guidance=None, ref_latents=None, control=None, transformer_options={},
                  text_mask=None, text_tokens=None, text_ids=None, text_embeds=None, quoted_mask=None, **kwargs):
-        """x [B, C, h, w] noisy latent, timestep [B] in 0..1, context [B, T, C_llm] language-model states,
-        text_mask [B, T] of 0/1, ref_latents list of [B, C, h, w] -> velocity [B, C, h, w].
+        """Predict the velocity [B, C, h, w] for the noisy latent x [B, C, h, w] at timestep [B] in 0..1.
 
-        text_tokens: from this number of text tokens on all are the same (`distinct_tokens`), None if that is not known.
+        context: language-model states [B, T, C_llm]. text_mask: [B, T] of 0/1. ref_latents: list of [B, C, h, w].
+        text_tokens: number of text tokens after which all are identical (`distinct_tokens`), or None if unknown.
 
-        v1.2 only: text_ids [B, T, 3] positions as the bits of float32 (see `position_bits`), text_embeds [B, T, C_llm]
-        input embeddings of the language model, quoted_mask [B, T] of 0/1.
+        v1.2 only: text_ids [B, T, 3], positions as the bits of float32 (see `position_bits`); text_embeds [B, T,
+        C_llm], input embeddings of the language model; quoted_mask [B, T] of 0/1.
 
-        y and guidance belong to the host's interface and are not used: the pooled vector comes from the connector.
+        y and guidance belong to the host's interface and are ignored: the pooled vector comes from the connector.
         """
         check_alone(self, transformer_options)
         height, width = x.shape[-2:]
@@ -110,7 +116,7 @@ class Step1XTransformer(Flux):
             text_mask = torch.ones(context.shape[:2], dtype=torch.long, device=context.device)
         if not plain_needed(transformer_options) and runs_own_blocks(self):
             if text_tokens is not None and keeps_text(transformer_options):
-                # Equal tokens at equal positions stay equal in every block, so one is computed for all.
+                # Identical tokens at identical positions stay identical in every block, so one is computed for all.
                 text_tokens = min(-(-text_tokens // TEXT_STEP) * TEXT_STEP, context.shape[1])
                 transformer_options[REPEATED_TEXT] = (text_tokens, context.shape[1] - text_tokens)
                 context, text_mask = context[:, :text_tokens], text_mask[:, :text_tokens]
@@ -123,12 +129,12 @@ class Step1XTransformer(Flux):
             txt_ids = torch.zeros((*txt.shape[:2], 3), device=x.device, dtype=torch.float32)
         else:
             txt_ids = text_ids.view(torch.float32).clone()  # not the conditioning's own
-        # Padded text takes part in the transformer's attention: no mask here.
+        # Padded text takes part in the transformer's attention, so there is no mask here.
         out = self.forward_orig(img, img_ids, txt, txt_ids, timestep, vec, control=control, transformer_options=transformer_options)
         return self.unpack(out[:, :img_tokens], height, width)
 
     def unpack(self, tokens: Tensor, height: int, width: int) -> Tensor:
-        """Tokens [B, N, C*4] -> latent [B, C, height, width]; the padding of odd sides is cut off."""
+        """Convert tokens [B, N, C*4] to a latent [B, C, height, width], without the padding of odd sides."""
         p = self.patch_size
         rows, columns = -(-height // p), -(-width // p)
         latent = tokens.reshape(tokens.shape[0], rows, columns, -1, p, p).permute(0, 3, 1, 4, 2, 5)

@@ -1,6 +1,7 @@
-"""Threads of MultiGPU CFG Split that take turns at starting kernels.
+"""Makes the threads of MultiGPU CFG Split take turns at launching kernels.
 
-Two threads that start kernels at the same time lose a tenth of it and more in handing Python's lock over at every call (docs/performance_notes.md).
+Two threads that launch kernels at the same time lose a tenth of the time or more to passing Python's lock at every call
+(docs/performance_notes.md).
 """
 
 import functools
@@ -8,13 +9,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# Entry of transformer_options that the host makes where it runs one thread for each device.
+# Entry of transformer_options that the host sets when it runs one thread for each device.
 THREAD_DEVICE = "multigpu_thread_device"
 
 
 class Turns:
-    """A lock that goes, of two threads, to the one that waits. It is a courtesy: after `patience` seconds a thread goes on without it, since the holder may itself be
-    waiting for weights or for its device."""
+    """A lock that alternates between two threads. It is optional: after `patience` seconds a thread continues without
+    it, since the holder may itself be waiting for weights or for its device."""
 
     def __init__(self, patience: float = 0.01):
         self.patience = patience
@@ -22,7 +23,8 @@ class Turns:
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        # One thread waits for the turn, the others for its place; with one lock alone the thread that lets go would take it again at once.
+        # One thread waits for the turn, the others for their place in the queue; with a single lock, the releasing
+        # thread would reacquire it at once.
         with self.line:
             mine = self.turn.acquire(timeout=self.patience)
         try:
@@ -32,12 +34,12 @@ class Turns:
                 self.turn.release()
 
 
-# One for all models, since Python has one lock for all threads.
+# One for all models, because Python has one lock for all threads.
 TURNS = Turns()
 
 
 def in_turn(forward: Callable) -> Callable:
-    """A block's forward that waits for its turn where there is one thread for each device."""
+    """Wrap a block's forward so that it waits for its turn if there is one thread for each device."""
     @functools.wraps(forward)
     def turned(self, *args, transformer_options={}, **kwargs):
         if THREAD_DEVICE not in transformer_options:

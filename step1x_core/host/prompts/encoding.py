@@ -1,4 +1,5 @@
-"""Picture and instruction to conditioning, latents to picture, with the host's CLIP and VAE objects."""
+"""Encodes images and prompts to conditioning and latents, and decodes latents to images, with the host's CLIP and VAE
+objects."""
 
 import comfy.model_management
 import comfy.utils
@@ -13,61 +14,83 @@ from .text_encoder import Step1XTokenizer
 from .tiling import AUTO, decode
 
 LATENT_CHANNELS = 16
-# Pixels of the picture to one of its latent, on each side.
+# Image pixels for each latent pixel, per side.
 LATENT_FACTOR = 8
-# Units of progress for one picture: two prompts and the VAE.
+# Progress units for one image: two prompts and the VAE.
 ENCODING_STEPS = 3
 
-BAD_VAE = "values that are no numbers (NaN or infinity): its file is damaged, or its precision too low. Download the VAE again, or start ComfyUI with --fp32-vae."
+BAD_VAE = (
+    "NaN or Inf values; its file may be damaged, or its precision too low. Download the VAE again, or start ComfyUI "
+    "with --fp32-vae."
+)
 
-# Entry of the latent dict that tells the decoder the prompt layout; the host's samplers pass it on.
+# Entry of the latent dict with the prompt layout, for the decoder; the host's samplers pass it on.
 LAYOUT_KEY = "step1x_layout"
 
 
 def check_vae(vae) -> None:
-    """Raise Step1XError unless the VAE makes latents like FLUX's; those of Wan and Qwen-Image have 16 channels, too, and a time axis."""
+    """Raise Step1XError unless the VAE's latents are like FLUX's. Those of Wan and Qwen-Image also have 16 channels,
+    but a time axis."""
     if vae is None:
-        raise Step1XError("The input 'vae' is empty: the model it comes from is a single file or a folder without a VAE. "
-                          "Connect the stock 'Load VAE' with ae.safetensors.")
+        raise Step1XError(
+            "Input 'vae' is empty: the model it comes from is a single file or a folder without a VAE. Connect the "
+            "stock 'Load VAE' with ae.safetensors."
+        )
     if not hasattr(vae, "latent_channels"):
-        raise Step1XError(f"The input 'vae' is not a VAE but {type(vae).__name__}. Connect the stock 'Load VAE' with ae.safetensors.")
+        raise Step1XError(
+            f"Expected a VAE, but found a value of type '{type(vae).__name__}'. Connect the stock 'Load VAE' with the "
+            "FLUX VAE (ae.safetensors)."
+        )
     if vae.latent_dim != 2:
-        raise Step1XError(f"This VAE makes latents with {vae.latent_dim} axes beside the channels, Step1X-Edit needs 2 (height and width). "
-                          "Load the FLUX VAE (ae.safetensors), not that of Qwen-Image or a video model.")
+        raise Step1XError(
+            f"This VAE's latents have {vae.latent_dim} axes besides the channels; Step1X-Edit needs 2 (height and "
+            "width). Load the FLUX VAE (ae.safetensors), not that of Qwen-Image or a video model."
+        )
     if vae.latent_channels != LATENT_CHANNELS:
-        raise Step1XError(f"This VAE makes latents of {vae.latent_channels} channels, Step1X-Edit needs {LATENT_CHANNELS}. Load the FLUX VAE (ae.safetensors).")
+        raise Step1XError(
+            f"This VAE's latents have {vae.latent_channels} channels; Step1X-Edit needs {LATENT_CHANNELS}. Load the "
+            "FLUX VAE (ae.safetensors)."
+        )
 
 
 def check_text_encoder(clip) -> None:
-    """Raise Step1XError unless the text encoder is ours."""
+    """Raise Step1XError unless the text encoder is from this pack."""
     if not isinstance(getattr(clip, "tokenizer", None), Step1XTokenizer):
-        raise Step1XError("This text encoder lays out prompts for another model. Use the one from 'Load Step1X-Edit MLLM'.")
+        raise Step1XError(
+            "This text encoder formats prompts for another model. Use the one from 'Load Step1X-Edit MLLM'."
+        )
 
 
 def check_latent(samples: Tensor, pictures: Tensor) -> None:
-    """Raise Step1XError unless this latent can stand for what the VAE would make of these pictures at working size [B, h, w, 3]."""
+    """Raise Step1XError unless the latent has the shape that the VAE would produce for these images at working size [B,
+    h, w, 3]."""
     batch, height, width = pictures.shape[:3]
     expected = [batch, LATENT_CHANNELS, height // LATENT_FACTOR, width // LATENT_FACTOR]
     if list(samples.shape) != expected:
-        raise Step1XError(f"The latent has the shape {list(samples.shape)}, but this picture is edited at {expected}. Connect the sampler's latent of the turn before, "
-                          "and the picture that 'Step1X-Edit Decode' makes of it with its source connected; keep the size level.")
+        raise Step1XError(
+            f"The latent has shape {list(samples.shape)}, but this image is edited at {expected}. Connect the "
+            "sampler's latent of the previous turn, and the image that 'Step1X-Edit Decode' made from it with its "
+            "source connected; keep the size level."
+        )
     check_finite(samples, BAD_LATENT)
 
 
 def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, size_level: int, latent: dict | None = None,
                 progress=None, known: dict | None = None) -> tuple[list, list, dict]:
-    """Pictures [B, H, W, C] in 0..1 and an instruction -> positive and negative conditioning, and the pictures' latent.
+    """Encode images [B, H, W, C] in 0..1 and a prompt to positive and negative conditioning, and the images' latent.
 
-    Every picture is brought to its working size; the language model sees it with both prompts, for v1.2
-    resized anew from the original, and its latent (posterior mean) is the reference in both. The latent
-    returned is the same one: at full denoise its content has no influence, below that sampling starts from it.
+    Every image is resized to its working size. The language model sees it with both prompts (for v1.2 resized from the
+    original), and its latent (posterior mean) is the reference in both. The same latent is returned: at full denoise
+    its content has no effect, below that sampling starts from it.
 
-    latent: what an earlier turn sampled; it is used in place of the pictures' own, which spares them a round trip through the VAE.
-    progress: object whose `update(1)` is called `ENCODING_STEPS` times for a single picture; by default the host's progress bar.
+    latent: what an earlier turn sampled. It replaces the images' own latent, which avoids a round trip through the VAE.
+    progress: object whose `update(1)` is called `ENCODING_STEPS` times for a single image; by default the host's
+    progress bar.
+    known: cache of what several prompts for the same image share, the negative conditioning and the latent. Read and
+    filled here; all other arguments must be the same.
 
-    known: what other instructions for the same picture share is taken from here, or put here: negative conditioning and latent. All else must be the same.
-
-    Raises Step1XError for what is no picture, a foreign text encoder or VAE, a latent of another size, sizes that degenerate, and damaged weights.
+    Raises Step1XError for an invalid image, a foreign text encoder or VAE, a latent of another size, sizes that
+    degenerate, and damaged weights.
     """
     check_text_encoder(clip)
     check_vae(vae)
@@ -92,7 +115,11 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
         for picture in shown:
             comfy.model_management.throw_exception_if_processing_interrupted()
             part = clip.encode_from_tokens_scheduled(clip.tokenize(text, images=[picture[None]], size_level=size_level))
-            check_finite(part[0][0], "The text encoder gave values that are no numbers (NaN or infinity): its file is damaged. Download the file of 'Load Step1X-Edit MLLM' again.")
+            check_finite(
+                part[0][0],
+                "The text encoder returned NaN or Inf values; its file may be damaged. Download the file of 'Load "
+                "Step1X-Edit MLLM' again.",
+            )
             parts.append(part)
             progress.update(1)
         conditionings.append(merge_batch(parts))
@@ -105,25 +132,26 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
 
 
 def encode_pictures(vae, pictures: Tensor) -> Tensor:
-    """Pictures [B, H, W, 3] in 0..1 -> latents. Raises Step1XError where they are no numbers."""
-    samples = vae.encode(pictures.clone())  # not a person's own picture, should the host work in place
-    check_finite(samples, f"The VAE made {BAD_VAE}")
+    """Encode images [B, H, W, 3] in 0..1 to latents. Raises Step1XError if they contain NaN or Inf."""
+    samples = vae.encode(pictures.clone())  # a copy, because the host may work in place
+    check_finite(samples, f"The VAE encoder returned {BAD_VAE}")
     return samples
 
 
 def add_references(conditionings: list[list], vae, images: list[Tensor], size_level: int) -> list[list]:
-    """Conditionings with the latents of further pictures [B, H, W, C] behind the references that they have. Only the transformer sees them (experimental).
+    """Append the latents of further images [B, H, W, C] to the references of the conditionings. Only the transformer
+    sees them (experimental).
 
-    They are resized as the edited picture is, by the rule of the version whose conditionings these are.
+    They are resized like the edited image, by the rule of the conditionings' version.
 
-    Raises Step1XError for a foreign VAE, what is no conditioning or no picture, and sizes that degenerate.
+    Raises Step1XError for a foreign VAE, an invalid conditioning or image, and sizes that degenerate.
     """
     check_vae(vae)
     for name, conditioning in zip(("positive", "negative"), conditionings):
         check_conditioning(conditioning, name)
     for image in images:
         check_pictures(image, "references")
-    # Its entry of the conditioning tells the layout: each version reads all its references resized in one way.
+    # This entry of the conditioning identifies the layout; each version resizes all its references in the same way.
     layout = LAYOUT_V12 if any("text_ids" in extra for conditioning in conditionings for _, extra in conditioning) else LAYOUT_V11
     resize = to_working_size_v12 if layout.resizes_floats else to_working_size
     latents = [encode_pictures(vae, torch.stack([resize(picture, size_level) for picture in image])) for image in images]
@@ -132,7 +160,8 @@ def add_references(conditionings: list[list], vae, images: list[Tensor], size_le
 
 
 def merge_batch(parts: list[list]) -> list:
-    """Conditionings of single pictures of one size, [1, L, C] and tensors of one row beside them -> one of B rows."""
+    """Merge conditionings of single images of one size, with tensors [1, L, C] and one-row tensors beside them, into
+    one of B rows."""
     if len(parts) == 1:
         return parts[0]
     merged = []
@@ -143,13 +172,14 @@ def merge_batch(parts: list[list]) -> list:
 
 
 def decode_edit(vae, latent: dict, source: Tensor | None = None, tiling: str = AUTO) -> Tensor:
-    """Latent dict -> pictures [B, H, W, 3] in 0..1, resized to the source picture's size where one is given.
+    """Decode a latent dict to images [B, H, W, 3] in 0..1, resized to the size of the source image if given.
 
     tiling: one of `tiling.TILING`.
 
-    The resize works on 8-bit values as the official code does; a result that has the size already keeps its full precision.
+    The resize works on 8-bit values as the official code does. A result that already has the size keeps its full
+    precision.
 
-    Raises Step1XError for a foreign VAE, a latent of another model, a source that is no picture, and damaged weights.
+    Raises Step1XError for a foreign VAE, a latent of another model, an invalid source image, and damaged weights.
     """
     check_vae(vae)
     if source is not None:
@@ -158,7 +188,7 @@ def decode_edit(vae, latent: dict, source: Tensor | None = None, tiling: str = A
     check_latent_shape(samples, LATENT_CHANNELS)
     check_finite(samples, BAD_LATENT)
     pictures = decode(vae, samples.clone(), tiling)
-    check_finite(pictures, f"The VAE decoded to {BAD_VAE}")
+    check_finite(pictures, f"The VAE decoder returned {BAD_VAE}")
     if source is None or source.shape[1:3] == pictures.shape[1:3]:
         return pictures
     size = (source.shape[2], source.shape[1])

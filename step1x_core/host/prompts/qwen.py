@@ -18,9 +18,9 @@ from ...prompts.v11 import IMAGE_PAD_ID
 from ...reasoning.token_sampling import Sampling, TokenChooser
 from ..relied_on import TEXT_ENCODER, check_intact
 
-# End of text and end of turn.
+# The ids of end of text and end of turn.
 STOP_IDS = (151643, 151645)
-# Length of the reply for which memory is set aside; the cache of a longer one grows token by token.
+# Reply length for which memory is reserved; beyond it the cache grows token by token.
 REPLY_TOKENS = 1024
 
 
@@ -33,9 +33,11 @@ class VisionTransformer(qwen_vl.Qwen2VLVisionTransformer):
         self.fullatt_block_indexes = config.vision_full_attention
 
     def forward(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        """Patches [N, 1176] of one picture, grid [1, 3] -> features [N / 4, C] in row-major order of the merged grid.
+        """Encode the patches [N, 1176] of one image, grid [1, 3], to features [N / 4, C] in row-major order of the
+        merged grid.
 
-        The host's own forward of 0.18 leaves the features in window order; Hugging Face's and later hosts restore it.
+        The host's own forward in 0.18 returns the features in window order; Hugging Face and later hosts restore the
+        order.
         """
         attention = optimized_attention_for_device(pixel_values.device, mask=False, small_input=True)
         x = self.patch_embed(pixel_values)
@@ -78,27 +80,31 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
         self.can_generate = config.lm_head or config.tie_word_embeddings
 
     def encode_image(self, image: Tensor, device) -> tuple[Tensor, tuple[int, int]]:
-        """uint8 [h, w, 3] with sides in multiples of 28 -> features [rows * columns, C] in float32 and (rows, columns)."""
+        """Encode uint8 [h, w, 3] with sides in multiples of 28 to features [rows * columns, C] in float32; also returns
+        (rows, columns)."""
         patches, grid = qwen_vl.process_qwen2vl_images(image[None].float() / 255)
         features = self.visual(patches.to(device), grid)
         return features.float(), picture_grid(image)
 
     def encode(self, sequence: list, device, hide_zeros: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """A sequence (see `embed`) with one picture -> hidden states after the final norm and input embeddings, both [1, L, C] in float32, and rope positions [3, L].
+        """Run a sequence (see `embed`) with one image; returns hidden states after the final norm and input embeddings,
+        both [1, L, C] in float32, and rope positions [3, L].
 
-        hide_zeros: whether tokens with id 0 are masked, as in v1.0 and v1.1. Their positions are those of padding in every version.
+        hide_zeros: whether tokens with id 0 are masked, as in v1.0 and v1.1. In every version they get the positions of
+        padding.
         """
         embeds, _, ids = self.embed(sequence, device, torch.float32)
         start = next(i for i, token in enumerate(sequence) if isinstance(token, dict))
         mask = attention_mask(ids)
         positions = mrope_positions(mask, start, picture_grid(sequence[start]["data"]))
-        # Copies go to the host: from 0.33 on its blocks write their result into what they are given.
+        # Copies, because from 0.33 on the host's blocks write their result into their input.
         states = self.model(None, attention_mask=mask[None] if hide_zeros else None, embeds=embeds.clone(), dtype=torch.float32,
                             position_ids=positions.clone())[0]
         return states.float(), embeds, positions
 
     def embed(self, sequence: list, device, dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids and pictures (dicts with uint8 [h, w, 3] under "data") -> embeddings [1, L, C], rope positions [3, L], ids [L]."""
+        """Embed token ids and images (dicts with uint8 [h, w, 3] under "data"); returns embeddings [1, L, C], rope
+        positions [3, L] and ids [L]."""
         parts, runs, ids = [], [], []
         for is_picture, group in itertools.groupby(sequence, lambda token: isinstance(token, dict)):
             if is_picture:
@@ -115,7 +121,7 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
         return torch.cat(parts)[None], rope_positions(runs).to(device), torch.tensor(ids, device=device)
 
     def scores(self, states: Tensor) -> Tensor:
-        """Hidden states of tokens [N, C] -> scores [N, V] of the next ones."""
+        """Return the scores [N, V] of the next tokens for hidden states [N, C]."""
         if self.model.config.lm_head:
             return self.model.lm_head(states)
         table = self.model.embed_tokens
@@ -125,14 +131,16 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
         return scores
 
     def empty_cache(self, rows: int, length: int, device, dtype) -> list[tuple[Tensor, Tensor, int]]:
-        """Room for the keys and values of so many tokens, as the host's attention fills it: per layer keys, values, and the number of tokens so far."""
+        """Allocate keys and values for this number of tokens, as the host's attention expects: per layer keys, values,
+        and the number of tokens so far."""
         config = self.model.config
         shape = (rows, config.num_key_value_heads, length, config.head_dim)
-        # Zeros, because what a mask hides still is multiplied, by 0, and a NaN would stay one.
+        # Zeros, because masked values are still multiplied by 0, and NaN would stay NaN.
         return [(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype), 0) for _ in range(config.num_hidden_layers)]
 
     def working_memory(self, sequences: list[list]) -> int:
-        """Bytes that a run over sequences needs beside the weights: widest activations, keys and values, room for replies, all in float32."""
+        """Return the bytes that a run over sequences needs besides the weights: widest activations, keys and values,
+        and room for replies, all in float32."""
         config = self.model.config
         longest = max(sum(math.prod(picture_grid(token["data"])) if isinstance(token, dict) else 1 for token in sequence) for sequence in sequences)
         activations = longest * (3 * config.intermediate_size + 8 * config.hidden_size)
@@ -140,19 +148,21 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
         return 4 * (activations + cache)
 
     def prefill(self, prompts: list[tuple[Tensor, Tensor, Tensor]], cache: list[tuple[Tensor, Tensor, int]]) -> Tensor:
-        """Fill each row of the cache from its start with one prompt (see `embed`) -> hidden states of the last tokens [N, C]."""
+        """Fill each row of the cache from its start with one prompt (see `embed`); returns the hidden states of the
+        last tokens [N, C]."""
         states = []
         for row, (embeds, positions, _) in enumerate(prompts):
             comfy.model_management.throw_exception_if_processing_interrupted()
             own = [(keys[row:row + 1], values[row:row + 1], 0) for keys, values, _ in cache]
-            # Copies, as in `encode`, of the last states too: the host may use their memory again for the next prompt.
+            # Copies, as in `encode`, also of the last states: the host may reuse their memory for the next prompt.
             states.append(self.model(None, embeds=embeds.clone(), past_key_values=own, position_ids=positions.clone())[0][:, -1].clone())
         return torch.cat(states)
 
     def decode(self, tokens: list[int], positions: Tensor, hidden: Tensor | None, cache: list[tuple[Tensor, Tensor, int]], dtype) -> tuple[Tensor, list]:
-        """Read one more token in each row -> hidden states [N, C] and the cache.
+        """Process one more token in each row; returns hidden states [N, C] and the cache.
 
-        positions: of the tokens, [N, 1]. hidden: bool [N, L], the places before the replies that hold no token of their row; None where there are none.
+        positions: of the tokens, [N, 1]. hidden: bool [N, L], positions before the replies that hold no token of their
+        row, or None if there are none.
         """
         embeds = self.model.embed_tokens(torch.tensor(tokens, device=positions.device)[:, None], out_dtype=dtype)
         mask = None
@@ -160,7 +170,7 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
             mask = torch.nn.functional.pad(~hidden, (0, cache[0][2] + 1 - hidden.shape[1]), value=True)
         config = self.model.config
         sections = config.rope_dims
-        # A token of text has one position on all three axes; with the sections the host would take the rows for the axes.
+        # A text token has the same position on all three axes. With sections set, the host would read the rows as axes.
         config.rope_dims = None
         try:
             states, _, cache = self.model(None, attention_mask=mask, embeds=embeds, past_key_values=cache, position_ids=positions)
@@ -169,11 +179,13 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
         return states[:, -1], cache
 
     def generate(self, sequences: list[list], device, max_tokens: int, samplings: list[Sampling]) -> list[list[int]]:
-        """Continue sequences (see `embed`), all at a time -> ids of each reply, its stop token included if it came to one.
+        """Continue sequences (see `embed`) as one batch; returns the ids of each reply, including its stop token if it
+        reached one.
 
-        Reading the weights takes most of the time that a token takes, so that one for each of several replies costs little more. A reply
-        is what it would be alone, up to rounding. Nothing of a sequence is masked, and positions go on after the largest one so far.
-        Raises the host's InterruptProcessingException when the person cancels, between two tokens.
+        Most of the time of a token is spent reading the weights, so further replies cost little. A reply is the same as
+        if generated alone, up to rounding. Nothing in a sequence is masked, and positions continue after the largest
+        one so far.
+        Raises the host's InterruptProcessingException if the user cancels, between two tokens.
         """
         replies = [[] for _ in sequences]
         if max_tokens < 1:
@@ -187,13 +199,13 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
         progress = comfy.utils.ProgressBar(max_tokens)
 
         states = self.prefill(prompts, cache)
-        # All replies begin behind the longest prompt.
+        # All replies start after the longest prompt.
         cache = [(keys, values, longest) for keys, values, _ in cache]
         hidden = torch.arange(longest, device=device) >= lengths if int(lengths.min()) < longest else None
         positions = torch.stack([positions.amax() for _, positions, _ in prompts])[:, None]
         for count in range(1, max_tokens + 1):
             for reply, choose, scores in zip(replies, choosers, self.scores(states)):
-                # A finished reply keeps its row: taking it out would copy the whole cache.
+                # A finished reply keeps its row, because removing it would copy the whole cache.
                 if not (reply and reply[-1] in STOP_IDS):
                     reply.append(choose(scores))
             progress.update(1)

@@ -27,11 +27,19 @@ TEXT_ENCODER_NAME = "qwen25_7b"
 
 @functools.lru_cache(maxsize=64)
 def say_cut(prompt: str, tokens: int, picture_tokens: int = 0) -> None:
-    """Log, once for each prompt, how many tokens of its end are cut, and of the picture behind it. Numbers below 1 say that nothing is."""
+    """Log, once for each prompt, how many tokens are cut off its end and off the image after it. Values below 1 mean
+    none."""
     if tokens > 0:
-        log.warning("The prompt is too long: its last %d tokens are cut and have no effect. Shorten it. It begins: %s", tokens, prompt[:60])
+        log.warning(
+            "The prompt is too long: its last %d tokens are cut off and have no effect. Shorten it. It begins: %s",
+            tokens, prompt[:60],
+        )
     elif picture_tokens > 0:
-        log.warning("The prompt is so long that the language model's view of the image loses %d tokens. Shorten it. It begins: %s", picture_tokens, prompt[:60])
+        log.warning(
+            "The prompt is so long that the language model does not see the last %d tokens of the image. Shorten it. "
+            "It begins: %s",
+            picture_tokens, prompt[:60],
+        )
 
 
 class Step1XTextModel(sd1_clip.SDClipModel):
@@ -40,9 +48,10 @@ class Step1XTextModel(sd1_clip.SDClipModel):
                          layer_norm_hidden_state=False, model_class=Qwen25VL, model_options=model_options)
 
     def forward(self, tokens):
-        """tokens: one list of ids with one picture among them, as Step1XTokenizer makes it -> states [1, L, C] and no pooled output.
+        """Encode one list of ids that contains one image, as Step1XTokenizer makes it; returns states [1, L, C] and no
+        pooled output.
 
-        For the layout of v1.2 only the kept states, and a dict with what else the transformer needs of them:
+        For the layout of v1.2, returns only the kept states, and a dict with what else the transformer needs:
         "text_ids" [1, L, 3], "text_embeds" [1, L, C], "text_mask" [1, L].
         """
         device = self.execution_device
@@ -56,21 +65,25 @@ class Step1XTextModel(sd1_clip.SDClipModel):
         states, embeds, positions = self.transformer.encode(sequence, device, hide_zeros=False)
         grid = picture_grid(picture["data"])
         mask = [*picture["text_mask"][:at], *[0] * (grid[0] * grid[1]), *picture["text_mask"][at + 1:]]
-        # The official code hands both over in bfloat16, whatever the models run in.
+        # The official code passes both in bfloat16, whatever dtype the models use.
         states, embeds = (tensor[:, KEPT].bfloat16().float() for tensor in (states, embeds))
         return states, None, {"text_ids": text_ids(positions, at, grid, picture["working_size"])[None], "text_embeds": embeds, "text_mask": torch.tensor([mask])[:, KEPT]}
 
     def check_can_generate(self) -> None:
         """Raise Step1XError for weights without a language-model head."""
         if not self.transformer.can_generate:
-            raise Step1XError("This text encoder cannot write text: its file has no language-model head (lm_head.weight). "
-                              "Load the full Qwen2.5-VL-7B-Instruct, or for v1.2 the text_encoder folder of the Step1X-Edit v1.2 repository.")
+            raise Step1XError(
+                "This text encoder cannot generate text: its file has no language-model head (lm_head.weight). Load "
+                "the full Qwen2.5-VL-7B-Instruct, or for v1.2 the text_encoder folder of the Step1X-Edit v1.2 "
+                "repository."
+            )
 
     def generate(self, tokens, do_sample, max_length, temperature, top_k, top_p, min_p, repetition_penalty, seed, presence_penalty=0.0):
-        """The host's token structure of one prompt -> ids of the reply. The settings are those of Hugging Face's `generate`.
+        """Generate the reply to one prompt in the host's token structure; returns its ids. The settings are those of
+        Hugging Face's `generate`.
 
-        Without sampling, or with a temperature of 0, the most probable token is taken every time. Of several prompts, which are answered
-        at a time, `temperature` and `seed` are lists with one for each, and so is what comes back.
+        Without sampling, or with temperature 0, the most probable token is always taken. For several prompts, generated
+        as one batch, `temperature` and `seed` are lists with one entry for each, and so is the result.
         Raises Step1XError for weights without a language-model head, and for a repetition penalty of 0.
         """
         self.check_can_generate()
@@ -84,7 +97,8 @@ class Step1XTextModel(sd1_clip.SDClipModel):
 
 
 class Step1XTEModel(sd1_clip.SD1ClipModel):
-    """Conditioning of one prompt: [1, 640, C] with its attention mask [1, 640], or for v1.2 [1, L, C] with what `Step1XTextModel.forward` gives."""
+    """Encodes one prompt to [1, 640, C] with its attention mask [1, 640], or for v1.2 to [1, L, C] with the extras of
+    `Step1XTextModel.forward`."""
 
     def __init__(self, config: MLLMConfig, device="cpu", dtype=None, model_options={}, dtype_llama=None, llama_quantization_metadata=None):
         if llama_quantization_metadata is not None:
@@ -100,19 +114,20 @@ class Step1XTEModel(sd1_clip.SD1ClipModel):
         return cond, pooled, {"attention_mask": mask}
 
     def memory_estimation_function(self, tokens, device=None) -> int:
-        """Bytes that a run over these tokens needs beside the weights; the host asks before it loads them."""
+        """Return the bytes that a run over these tokens needs besides the weights; the host asks before it loads
+        them."""
         model = getattr(self, self.clip).transformer
         sequences = [[token[0] for token in sequence] for sequence in tokens.get(TEXT_ENCODER_NAME, [])]
         return model.working_memory(sequences) if sequences else 0
 
 
 class Step1XTokenizer(sd1_clip.SD1Tokenizer):
-    """layout: how prompts are laid out."""
+    """The host's tokenizer with Step1X-Edit's prompt layouts. layout: how prompts are laid out."""
 
     def __init__(self, embedding_directory=None, tokenizer_data={}, layout=LAYOUT_V11):
         super().__init__(embedding_directory=embedding_directory, tokenizer_data=tokenizer_data, name=TEXT_ENCODER_NAME, tokenizer=Qwen25_7BVLITokenizer)
         self.layout = layout
-        # The host's tokenizer has four tags of later models, which Qwen2.5-VL reads as plain text.
+        # The host's tokenizer has four tags of later models, which are plain text to Qwen2.5-VL.
         inner = getattr(self, self.clip)
         known = {id: token for id, token in inner.tokenizer.added_tokens_decoder.items() if str(token) in SPECIAL_TOKENS}
         inner.tokenizer = type(inner.tokenizer).from_pretrained(inner.tokenizer.name_or_path, added_tokens_decoder=known)
@@ -121,40 +136,47 @@ class Step1XTokenizer(sd1_clip.SD1Tokenizer):
         return getattr(self, self.clip).tokenizer(text)["input_ids"]
 
     def tokenize_chat(self, texts: list[str], pictures: list) -> dict:
-        """Texts around pictures [H, W, C] (see chat.py) -> the host's token structure for generation."""
+        """Tokenise texts around images [H, W, C] (see chat.py) to the host's token structure for generation."""
         sequence = self.token_ids(texts[0])
         for picture, text in zip(pictures, texts[1:]):
             sequence += [{"type": "image", "data": to_thinker_size(picture)}, *self.token_ids(text)]
         return {TEXT_ENCODER_NAME: [[(token, 1.0) for token in sequence or [STOP_IDS[0]]]]}
 
     def tokenize_request(self, text, skip_template, image=None, video=None, audio=None) -> dict:
-        """What the host's 'Generate Text' node asks for: a text, and the pictures of a batch [B, H, W, C] in front of it.
+        """Tokenise a request of the host's 'Generate Text' node: a text, and the images of a batch [B, H, W, C] before
+        it.
 
-        Raises Step1XError for video and sound.
+        Raises Step1XError for video and audio.
         """
         if video is not None or audio is not None:
-            raise Step1XError("Step1X-Edit's text encoder reads pictures, not video or sound. Connect the frames to the image input.")
+            raise Step1XError(
+                "The text encoder of Step1X-Edit reads images, not video or audio. Connect the frames to the image "
+                "input."
+            )
         pictures = [] if image is None else list(image)
         return self.tokenize_chat(*(untemplated(text, pictures) if skip_template else chat(None, [*pictures, text])))
 
     def decode(self, token_ids, skip_special_tokens=True):
-        # The model has more ids than its tokenizer; some tokenizers fail on those.
+        # The model has more ids than its tokenizer, and some tokenizers fail on those.
         known = len(getattr(self, self.clip).tokenizer)
         return super().decode([token for token in token_ids if token < known], skip_special_tokens=skip_special_tokens)
 
     def tokenize_with_weights(self, text, return_word_ids=False, images=[], size_level=1024, **kwargs):
-        """Prompt and at most one picture [B, H, W, C] (its first entry) -> the host's token structure.
+        """Tokenise a prompt and at most one image [B, H, W, C] (its first entry) to the host's token structure.
 
-        The picture is the one at its working size for v1.0 and v1.1. For v1.2 it is the original, which is edited at size_level.
+        For v1.0 and v1.1 the image must be at its working size. For v1.2 it is the original, which is edited at
+        size_level.
 
-        Without a picture the model is shown a black one, as the official text-to-image does. Prompt
-        weights such as (word:1.2) do not exist here: the text is taken literally. The host's 'Generate Text'
-        node, which alone passes `skip_template`, gets its text laid out as a chat instead.
+        Without an image the model gets a black one, as in the official text to image. Prompt weights such as (word:1.2)
+        are not supported; the text is taken literally. The host's 'Generate Text' node, which alone passes
+        `skip_template`, gets its text laid out as a chat instead.
         """
         if "skip_template" in kwargs:
             return self.tokenize_request(text, kwargs["skip_template"], kwargs.get("image"), kwargs.get("video"), kwargs.get("audio"))
         if len(images) > 1:
-            raise Step1XError(f"Step1X-Edit reads one picture with the instruction, not {len(images)}. Connect a single picture.")
+            raise Step1XError(
+                f"Step1X-Edit reads one image with the prompt, but {len(images)} are connected. Connect a single image."
+            )
         picture = images[0][0] if len(images) > 0 else torch.zeros(BLACK_PICTURE, BLACK_PICTURE, 3)
         sequence = SEQUENCES[self.layout](text, picture, size_level, self.token_ids)
         say_cut(text, sequence.cut, sequence.cut_picture)

@@ -1,4 +1,4 @@
-"""Questions to the language model: texts and pictures in, a text out (docs/model.md, Text generation)."""
+"""Asks the language model: texts and images in, text out (docs/model.md, Text generation)."""
 
 from dataclasses import dataclass
 
@@ -28,14 +28,15 @@ def check_can_generate(clip) -> None:
 
 def generate_text(clip, system: str | None, content: list[str | Tensor], max_tokens: int, seed: int,
                   temperature=0.7, top_p=0.9, top_k=50, repetition_penalty=1.05) -> str:
-    """Answer of the language model to one user turn, without special tokens and surrounding white space.
+    """Return the language model's answer to one user turn, without special tokens and surrounding white space.
 
-    system: text of the system turn, None for the model's own.
-    content: texts and pictures [H, W, C] in 0..1, in the order in which the model is to read them.
-    max_tokens: the answer is cut off there. temperature: 0 takes the most probable token every time.
+    system: text of the system turn, or None for the model's default.
+    content: texts and images [H, W, C] in 0..1, in reading order.
+    max_tokens: maximum length of the answer. temperature: 0 always takes the most probable token.
     The same seed and input give the same answer; torch's global random state is neither read nor changed.
 
-    Raises Step1XError for a foreign text encoder, one without a language-model head, and pictures too long to read.
+    Raises Step1XError for a foreign text encoder, one without a language-model head, and images with too large an
+    aspect ratio.
     """
     check_text_encoder(clip)
     tokens = clip.tokenizer.tokenize_chat(*chat(system, content))
@@ -45,7 +46,8 @@ def generate_text(clip, system: str | None, content: list[str | Tensor], max_tok
 
 
 def generate_texts(clip, questions: list[Question], max_tokens: int, top_p=0.9, top_k=50, repetition_penalty=1.05) -> list[str]:
-    """The answers to questions that are asked at a time, each as `generate_text` gives it, up to rounding. Raises what that raises."""
+    """Return the answers to several questions, generated as one batch; each equals that of `generate_text`, up to
+    rounding. Raises what that raises."""
     check_text_encoder(clip)
     sequences = [clip.tokenizer.tokenize_chat(*chat(question.system, question.content))[TEXT_ENCODER_NAME][0] for question in questions]
     replies = clip.generate({TEXT_ENCODER_NAME: sequences}, max_length=max_tokens, temperature=[question.temperature for question in questions], top_k=top_k,

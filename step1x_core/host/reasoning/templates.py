@@ -1,4 +1,4 @@
-"""Where a person's own instruction texts for thinking and reflection lie."""
+"""Finds the user's own instruction texts for thinking and reflection."""
 
 import hashlib
 from pathlib import Path
@@ -7,13 +7,14 @@ import folder_paths
 
 
 def template_folder() -> Path | None:
-    """The folder with the user's own instruction texts (see templates.py), None where there is no such folder."""
+    """Return the folder with the user's own instruction texts (see templates.py), or None if there is none."""
     folder = Path(folder_paths.get_user_directory(), "step1x_edit", "templates")
     return folder if folder.is_dir() else None
 
 
 def template_fingerprint() -> str:
-    """Another text whenever a file in that folder changes: the host then asks again what was asked with the old one."""
+    """Return a text that changes whenever a file in that folder changes, so that the host repeats questions asked with
+    the old texts."""
     folder = template_folder()
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*/*.txt")) if folder else []:

@@ -1,4 +1,4 @@
-"""Thinking and reflection with the host's text encoder: one picture, one seed (docs/model.md, Calls; Rounds)."""
+"""Thinking and reflection with the host's text encoder: one image, one seed (docs/model.md, Calls; Rounds)."""
 
 import hashlib
 
@@ -16,15 +16,17 @@ from .templates import template_folder
 
 # The official setting (docs/model.md, Text generation).
 TEMPERATURE = 0.7
-# Characters of an instruction to think about. The language model's work grows with the square of them; none that a person writes is as long.
+# Maximum number of characters of a prompt to think about. The language model's work grows with its square, and no
+# hand-written prompt is as long.
 MAX_INSTRUCTION = 8000
 
 
 class Asker:
-    """The language model as reflection.py wants it: `ask(system, content, max_tokens) -> reply`.
+    """The language model as reflection.py expects it: `ask(system, content, max_tokens) -> reply`.
 
-    Each call has a seed of its own, made of `task`, `seed` and the number of calls before it: a retry asks the same and must not be
-    answered the same. exchanges: all texts so far as (system, user, reply), the user's pictures left out.
+    Each call has its own seed, made from `task`, `seed` and the number of previous calls: a retry asks the same
+    question and must not get the same answer. exchanges: all texts so far as (system, user, reply), without the user's
+    images.
     """
 
     def __init__(self, clip, task: str, seed: int, temperature: float = TEMPERATURE):
@@ -32,12 +34,12 @@ class Asker:
         self.exchanges: list[tuple[str, str, str]] = []
 
     def question(self, system: str, content: list) -> Question:
-        """The next call as it is made, with its seed."""
+        """Return the next call, with its seed."""
         digest = hashlib.sha256(f"{self.task} {self.seed} {len(self.exchanges)}".encode()).digest()
         return Question(system, content, int.from_bytes(digest[:8], "big"), self.temperature)
 
     def note(self, question: Question, reply: str) -> None:
-        """Put a call on record; the next one gets another seed."""
+        """Record a call; the next one gets another seed."""
         self.exchanges.append((question.system, "\n".join(part for part in question.content if isinstance(part, str)), reply))
 
     def __call__(self, system: str, content: list, max_tokens: int) -> str:
@@ -48,35 +50,42 @@ class Asker:
 
 
 def single_picture(image: Tensor, name: str) -> Tensor:
-    """The one picture [H, W, C] of a batch of one. name: the input, for the error. Raises Step1XError for any other batch."""
+    """Return the image [H, W, C] of a batch of one. name: the input, for the error. Raises Step1XError for any other
+    batch."""
     check_pictures(image, name)
     if image.shape[0] != 1:
-        raise Step1XError(f"The input '{name}' brings {image.shape[0]} pictures; thinking and reflection take exactly one at a time. "
-                          "Choose one with the stock 'ImageFromBatch'.")
+        raise Step1XError(
+            f"Input '{name}' has {image.shape[0]} images; thinking and reflection need exactly one. Choose one with "
+            "'ImageFromBatch'."
+        )
     return image[0]
 
 
 def check_instruction(prompt: str) -> None:
     """Raise Step1XError for a prompt that is too long to think about."""
     if len(prompt) > MAX_INSTRUCTION:
-        raise Step1XError(f"The input 'prompt' has {len(prompt)} characters; thinking and reflection take {MAX_INSTRUCTION} at most. Shorten the instruction.")
+        raise Step1XError(
+            f"Input 'prompt' has {len(prompt)} characters; thinking and reflection accept at most {MAX_INSTRUCTION}. "
+            "Shorten the prompt."
+        )
 
 
 def rules_version(model) -> str:
-    """The version whose rules apply to what a model makes: its own where it has some, else those of v1.2."""
+    """Return the version whose rules apply to a model: its own if it has rules, else v1.2."""
     version = model.model.diffusion_model.version
     return version if version in RULES else "v1.2"
 
 
 def check_thinking(clip) -> None:
-    """Raise Step1XError for a text encoder that cannot answer, and for faulty instruction texts of the user's."""
+    """Raise Step1XError for a text encoder that cannot generate text, and for faulty instruction texts of the user."""
     check_can_generate(clip)
     for language in LANGUAGES:
         load_templates(language, template_folder())
 
 
 def rewrite(clip, image: Tensor, prompt: str, seed: int, temperature: float) -> tuple[str, str]:
-    """Picture [1, H, W, C] in 0..1 and instruction -> the rewritten instruction, and a report of what was asked and answered.
+    """Rewrite an instruction for an image [1, H, W, C] in 0..1; returns the new instruction, and a report of questions
+    and answers.
 
     Raises Step1XError as `check_thinking`, `check_instruction` and `single_picture` do.
     """
@@ -86,15 +95,16 @@ def rewrite(clip, image: Tensor, prompt: str, seed: int, temperature: float) -> 
     thought = think(ask, single_picture(image, "image"), prompt, overrides=template_folder())
     (system, user, reply), = ask.exchanges
     lines = [f"Instruction: {thought.prompt}", f"Rewritten: {thought.instruction}"]
-    for title, text in (("Asked, system", system), ("Asked, after the picture", user), ("Answered", reply)):
+    for title, text in (("Asked, system", system), ("Asked, after the image", user), ("Answered", reply)):
         lines.append(f"\n{title}:\n{indent(text)}")
     return thought.instruction, clean_prompt("\n".join(lines))
 
 
 def judge(clip, source: Tensor, edited: Tensor, prompt: str, seed: int, rules: Rules) -> Reflection:
-    """The judgement on an edited picture; both pictures [1, H, W, C] in 0..1, of any size.
+    """Judge an edited image; both images are [1, H, W, C] in 0..1, of any size.
 
-    Raises Step1XError as `check_thinking`, `check_instruction` and `single_picture` do; a reply that breaks its contract is never an error.
+    Raises Step1XError as `check_thinking`, `check_instruction` and `single_picture` do; a reply that breaks its
+    contract is never an error.
     """
     check_thinking(clip)
     check_instruction(prompt)

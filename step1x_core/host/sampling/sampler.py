@@ -35,15 +35,19 @@ def check_model(model) -> None:
     """Raise Step1XError unless this is a Step1X-Edit model."""
     network = getattr(model, "model", model)
     if not isinstance(network, Step1XEditModel):
-        raise Step1XError(f"This is not a Step1X-Edit model but {type(network).__name__}. Connect the model from 'Load Step1X-Edit Model'.")
+        raise Step1XError(
+            f"Expected a Step1X-Edit model, but found {type(network).__name__}. Connect the model from 'Load "
+            "Step1X-Edit Model'."
+        )
 
 
 @dataclass(frozen=True)
 class Cfg1Saving:
-    """Around the guided prediction: at CFG 1 the unconditional pass is left out of the steps that the limiter leaves alone.
+    """Wrapper of the guided prediction: at CFG 1, skips the unconditional pass in the steps in which the limiter is
+    inactive.
 
-    Those steps are the host's own at CFG 1, to the last bit. Where another hook is in place, which may look at that pass, all is as the
-    model's options say. truncate: the limiter's.
+    Those steps are bit-identical to the host's own at CFG 1. If another hook is set, which may need that pass, the
+    model's options decide. truncate: the limiter's.
     """
 
     truncate: float
@@ -52,7 +56,7 @@ class Cfg1Saving:
         cfg = getattr(executor.class_obj, "cfg", None)
         alone = [type(hook) for hook in model_options.get(HOOKS, [])] == [NormLimiter] and not has_cfg_functions(model_options)
         if alone and isinstance(cfg, (int, float)) and math.isclose(cfg, 1.0):
-            # Compared in float32, as the limiter does.
+            # Compared in float32, like the limiter does.
             if not (timestep > torch.full((), self.truncate, dtype=torch.float32, device=timestep.device)).any():
                 model_options = model_options | {"disable_cfg1_optimization": False}
         return executor(x, timestep, model_options, seed)
@@ -63,15 +67,16 @@ def has_cfg_functions(model_options: dict) -> bool:
 
 
 def set_norm_limiter(model, limiter: NormLimiter):
-    """A clone of the model with this norm limiter among its pre-CFG hooks, in place of any earlier one.
+    """Return a clone of the model with this norm limiter as a pre-CFG hook, in place of any earlier one.
 
-    The unconditional pass is kept at CFG 1 in the steps in which the limiter is active: in v1.0 and v1.1 it still shapes the early ones.
+    At CFG 1 the unconditional pass still runs in the steps in which the limiter is active, because in v1.0 and v1.1 it
+    shapes the early steps.
     """
     model = model.clone()
     options = model.model_options
     options[HOOKS] = [hook for hook in options.get(HOOKS, []) if not isinstance(hook, NormLimiter)]
     if not (options[HOOKS] or has_cfg_functions(options)):
-        # Left by an earlier limiter: no other hook asked for it.
+        # Set by an earlier limiter; no other hook requires it.
         options.pop("disable_cfg1_optimization", None)
     shapes_cfg1 = limiter.truncate < 1 and model_version(model).uncond_at_cfg1
     model.set_model_sampler_pre_cfg_function(limiter, disable_cfg1_optimization=shapes_cfg1)
@@ -82,7 +87,8 @@ def set_norm_limiter(model, limiter: NormLimiter):
 
 
 def with_norm_limiter(model):
-    """The model itself where it has a norm limiter, else a clone with its version's (a model from a stock loader has none)."""
+    """Return the model if it has a norm limiter, else a clone with its version's. A model from a stock loader has
+    none."""
     if any(isinstance(hook, NormLimiter) for hook in model.model_options.get(HOOKS, [])):
         return model
     return set_norm_limiter(model, NormLimiter(model_version(model).guidance_truncate))
@@ -90,9 +96,11 @@ def with_norm_limiter(model):
 
 @dataclass(frozen=True)
 class GuidanceInterval:
-    """In place of the host's `calc_cond_batch`: outside the interval only the conditional pass runs, and stands for both, which is guidance of 1.
+    """Replacement of the host's `calc_cond_batch`: outside the interval only the conditional pass runs and is used for
+    both, which is CFG 1.
 
-    start, end: parts of the schedule, 0 <= start <= end <= 1, counted in steps. other: what took this place before, or None.
+    start, end: fractions of the schedule, 0 <= start <= end <= 1, counted in steps. other: the function it replaces, or
+    None.
     """
 
     start: float
@@ -100,7 +108,8 @@ class GuidanceInterval:
     other: Callable | None
 
     def __call__(self, args: dict) -> list[Tensor]:
-        """args: the host's arguments. Returns the denoised latents [B, C, H, W] of the conditional and the unconditional pass."""
+        """Return the denoised latents [B, C, H, W] of the conditional and the unconditional pass. args: the host's
+        arguments."""
         sigmas = args["model_options"]["transformer_options"]["sample_sigmas"]
         done = int((sigmas > args["sigma"].max()).sum()) / (len(sigmas) - 1)
         guided = self.start <= done < self.end or len(args["conds"]) < 2
@@ -108,13 +117,15 @@ class GuidanceInterval:
         if not guided:
             args = args | {"conds": [args["conds"][0], *(None for _ in args["conds"][1:])]}
         out = self.other(args) if self.other else comfy.samplers.calc_cond_batch(args["model"], args["conds"], args["input"], args["sigma"], args["model_options"])
-        # Each its own tensor: the host may work in place on one of them.
+        # Separate tensors, because the host may modify one in place.
         return out if guided else [out[0], *(out[0].clone() for _ in out[1:])]
 
     def guarded(self, transformer, model_options: dict) -> dict:
-        """Options with which a call is refused that runs another pack's cache: it keeps what two prompts gave and adds it to one.
+        """Return options that refuse a call which runs another pack's cache; it stores the results of two prompts and
+        adds them to one.
 
-        Functions that are in the transformer for good, as raylight's, keep nothing. A compiled model is traced once, and left alone.
+        Functions that replace parts of the transformer permanently, such as raylight's, store nothing. A compiled model
+        is traced once, and not checked.
         """
         if "torch_compile_kwargs" in model_options:
             return model_options
@@ -131,9 +142,16 @@ class GuidanceInterval:
 
 
 def set_guidance_interval(model, start: float, end: float):
-    """A clone of the model that is guided in this part of the steps only, in place of an earlier interval. Raises Step1XError if start lies behind end."""
+    """Return a clone of the model that applies guidance only in this part of the steps, in place of an earlier
+    interval.
+
+    Raises Step1XError if start is greater than end.
+    """
     if start > end:
-        raise Step1XError(f"The guidance would start at {start:g} of the steps and end at {end:g}, before it started. Set start_percent to at most end_percent.")
+        raise Step1XError(
+            f"Guidance starts at {start:g} of the steps and ends at {end:g}; start must not exceed end. Lower "
+            "start_percent or raise end_percent."
+        )
     model = model.clone()
     other = model.model_options.get(COND_BATCH)
     model.set_model_sampler_calc_cond_batch_function(GuidanceInterval(start, end, other.other if isinstance(other, GuidanceInterval) else other))
@@ -145,7 +163,7 @@ def model_version(model) -> Version:
 
 
 def version_defaults(model, steps: int, cfg: float) -> tuple[int, float]:
-    """Steps and CFG with the defaults of the model's version where they are 0."""
+    """Replace steps and CFG of 0 by the defaults of the model's version."""
     version = model_version(model)
     return steps or version.steps, cfg or version.cfg
 
@@ -158,19 +176,20 @@ def show_settings(model, steps: int, cfg: float | None = None) -> None:
 
 
 def flow_sigmas(steps: int, latent: Tensor, denoise: float = 1.0) -> Tensor:
-    """The official schedule for a latent [B, C, h, w]: [remaining steps + 1] noise levels in float32."""
+    """Return the official schedule for a latent [B, C, h, w]: [remaining steps + 1] sigmas in float32."""
     sigmas = sigma_schedule(steps, latent_tokens(*latent.shape[-2:]))
     return sigmas[image_to_image_start(steps, denoise):]
 
 
 def fit_latent(model, latent: dict) -> dict:
-    """A copy of the latent dict whose samples are [B, C, h, w] for this model: an empty one of another layout is adapted as the host's samplers do.
+    """Return a copy of the latent dict with samples [B, C, h, w] for this model. An empty latent of another layout is
+    adapted, as the host's samplers do.
 
-    Raises Step1XError for any other latent of another model, an empty one, and one with values that are no numbers.
+    Raises Step1XError for any other latent of another model, for an empty batch, and for NaN or Inf values.
     """
     samples = latent_samples(latent)
     out = latent.copy()
-    # The host's other factor is for latents with a time axis, which are refused below.
+    # The host's other factor applies to latents with a time axis, which are refused below.
     out["samples"] = samples = comfy.sample.fix_empty_latent_channels(model, samples, out.pop("downscale_ratio_spacial", None))
     check_latent_shape(samples, model.model.latent_channels)
     check_finite(samples, BAD_LATENT)
@@ -178,24 +197,28 @@ def fit_latent(model, latent: dict) -> dict:
 
 
 def check_references(model, positive: list, negative: list, cfg: float) -> None:
-    """Raise Step1XError where a prompt has the picture as its reference and another has none: their difference, which guidance follows, is then no edit.
+    """Raise Step1XError if one prompt has a reference image and another has none; their difference, which guidance
+    amplifies, would not be an edit.
 
-    At CFG 1 the negative prompt is not looked at, unless the model's options ask for it.
+    At CFG 1 the negative prompt is not checked, unless the model's options require it.
     """
     if cfg == 1 and not model.model_options.get("disable_cfg1_optimization"):
         return
     width = model.model.diffusion_model.connector.S.c_embedder.linear_1.in_features
     if any(entry[0].shape[-1] != width for entry in (*positive, *negative)):
-        return  # another model's, of which `extra_conds` says so
+        return  # of another model: `extra_conds` reports it
     lacking = [name for name, prompts in (("positive", positive), ("negative", negative)) if not all(entry[1].get("reference_latents") for entry in prompts)]
     if lacking and any(entry[1].get("reference_latents") for entry in (*positive, *negative)):
-        raise Step1XError(f"The input '{lacking[0]}' has a prompt without the reference picture that another prompt of this edit has, which gives a dark or wrong picture. "
-                          "Connect both prompts of 'Step1X-Edit Encode', or put 'ReferenceLatent' behind each; for text to image, use neither. A node that writes its own "
-                          "prompt, as a detailer's wildcard does, leaves the reference out.")
+        raise Step1XError(
+            f"Input '{lacking[0]}' has no reference image, but another prompt of this edit has one; the result would "
+            "be a dark or wrong image. Connect both prompts of 'Step1X-Edit Encode', or add 'ReferenceLatent' to each; "
+            "for text to image, use neither. A node that encodes its own prompt, such as a detailer's wildcard, omits "
+            "the reference."
+        )
 
 
 def copied(value):
-    """Tensors of a conditioning as copies, lists and dicts of them as new ones; anything else as it is."""
+    """Copy the tensors of a conditioning, including those in lists and dicts; anything else is returned unchanged."""
     if torch.is_tensor(value):
         return value.clone()
     if isinstance(value, dict):
@@ -206,10 +229,11 @@ def copied(value):
 def sample(model, positive, negative, latent: dict, sigmas: Tensor, cfg: float, seed: int, sampler_name: str = "euler", callback=None) -> dict:
     """Denoise a latent dict with the host's sampler; returns a new latent dict.
 
-    Noise is drawn on the CPU from `seed`. With fewer than two noise levels nothing is run and the latent comes back as it is.
+    Noise is drawn on the CPU from `seed`. With fewer than two sigmas nothing is run and the latent is returned
+    unchanged.
     callback: the host's step callback `(step, denoised, x, total_steps)`; by default progress bar and live preview.
 
-    Raises Step1XError for a latent or a conditioning of another model, and if the result is no picture.
+    Raises Step1XError for a latent or a conditioning of another model, and if the result contains NaN or Inf.
     """
     check_conditioning(positive, "positive")
     check_conditioning(negative, "negative")
@@ -217,17 +241,24 @@ def sample(model, positive, negative, latent: dict, sigmas: Tensor, cfg: float, 
     out = fit_latent(model, latent)
     samples, mask = out["samples"], latent.get("noise_mask")
     if mask is not None and (0 in mask.shape or not torch.isfinite(mask).all()):
-        raise Step1XError(f"The noise mask of the latent, of shape {list(mask.shape)}, is empty or holds values that are no numbers. Look at the mask of 'Set Latent Noise Mask'.")
+        raise Step1XError(
+            f"The noise mask of the latent, of shape {list(mask.shape)}, is empty or contains NaN or Inf values. Check "
+            "the mask of 'Set Latent Noise Mask'."
+        )
     if sigmas.shape[0] < 2:
         return out
     if callback is None:
         callback = latent_preview.prepare_callback(model, sigmas.shape[0] - 1)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
-    # Copies of what other nodes hold as well, which a host may write into.
+    # Copies of tensors that other nodes share, because a host may write into them.
     out["samples"] = comfy.sample.sample_custom(
         model, noise, cfg, comfy.samplers.sampler_object(sampler_name), sigmas.clone(), copied(positive), copied(negative), samples.clone(),
         noise_mask=None if mask is None else mask.clone(), callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed,
     )
-    check_finite(out["samples"], "Sampling ended in values that are no numbers (NaN or infinity), which would be a black picture. Most likely the file of the model or "
-                                 "of a LoRA is damaged, or the CFG, a LoRA's strength or float16 is too much: try without them, or download the file again.")
+    check_finite(
+        out["samples"],
+        "Sampling returned NaN or Inf values, which would be a black image. The file of the model or of a LoRA may be "
+        "damaged, or CFG or LoRA strength may be too high, or float16 may overflow. Try without these, or download the "
+        "file again.",
+    )
     return out

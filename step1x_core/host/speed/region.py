@@ -94,7 +94,8 @@ def check_other_patches(model_options: dict) -> None:
 
 
 class RegionDenoiser:
-    """The wrappers of a patched model. share: the part of all picture and reference tokens that the last run computed."""
+    """The wrappers of a patched model. share: the part of all picture and reference tokens that the last run
+    computed."""
 
     def __init__(self, settings: RegionSettings, double_blocks: int, single_blocks: int, hidden_size: int):
         self.settings = settings

@@ -228,7 +228,7 @@ def test_the_version_outlives_its_name(models, tmp_path):
     assert error(edit_v12(load_model(tmp_path / "x.safetensors")), edit_v12(load_model(tmp_path / "y.safetensors"))) < FORMATS["fp8"]
     command.convert(tmp_path / "y.safetensors", tmp_path / "z.safetensors", "int8")
     assert stored_config(load_file(tmp_path / "z.safetensors"))["version"] == "v1.2-preview"
-    with pytest.raises(Step1XError, match="their tensors are alike"):
+    with pytest.raises(Step1XError, match="their tensors have the same names and shapes"):
         command.convert(folder / "transformer", tmp_path / "w.safetensors", "fp8")
 
 
@@ -255,7 +255,7 @@ def test_language_model_is_quantised_but_for_vision_and_embeddings(float_file, p
     clips = [load_text_encoder(path) for path in (out, float_file)]
     found, expected = (clip.encode_from_tokens(clip.tokenize("make it red", images=[photo])) for clip in clips)
     assert 0 < error(found, expected) < {"fp8": 0.1, "int8": 0.03, "nvfp4": 0.3}[form]
-    with pytest.raises(Step1XError, match="quantised with scales already"):
+    with pytest.raises(Step1XError, match="is already quantised with scales"):
         command.convert(out, tmp_path / "again.safetensors", form)
 
 
@@ -312,22 +312,22 @@ def test_refusals_name_the_file_and_the_remedy(source, files, float_file, tmp_pa
     cases = [
         (flux, "out.safetensors", "neither a Step1X-Edit model"), (lacking, "out.safetensors", "lacks 1 of .* single_blocks.1.linear2.bias"),
         (blind, "out.safetensors", "lacks 1 of .* visual.merger.ln_q.weight"),
-        (damaged, "out.safetensors", f"{key} holds values that are infinite or no numbers"), (whole, "out.safetensors", f"{key} is of the type I8"),
-        (files["nvfp4"], "out.safetensors", "quantised with scales already"), (tmp_path / "gone.safetensors", "out.safetensors", "does not exist"),
-        (source, "out.gguf", "no name for the result"), (source, "nowhere/out.safetensors", "There is no folder"),
-        (source, "taken.safetensors", "exists already"), (source, "", "no name for the result"),
+        (damaged, "out.safetensors", f"{key} contains NaN or Inf values"), (whole, "out.safetensors", f"{key} has dtype I8"),
+        (files["nvfp4"], "out.safetensors", "is already quantised with scales"), (tmp_path / "gone.safetensors", "out.safetensors", "does not exist"),
+        (source, "out.gguf", "does not end with .safetensors"), (source, "nowhere/out.safetensors", "The output folder"),
+        (source, "taken.safetensors", "already exists"), (source, "", "does not end with .safetensors"),
     ]
     before = set(tmp_path.iterdir())
     for path, out, message in cases:
         with pytest.raises(Step1XError, match=message):
             command.convert(path, tmp_path / out, "fp8")
-    with pytest.raises(Step1XError, match="is the file that is to be converted"):
+    with pytest.raises(Step1XError, match="is the input file"):
         command.convert(source, source, "fp8", force=True)
     with pytest.raises(Step1XError, match="--weights-only has no effect"):
         command.convert(source, tmp_path / "out.safetensors", "int8", weights_only=True)
     Disk = namedtuple("Disk", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: Disk(10**6, 10**6 - 1000, 1000))
-    with pytest.raises(Step1XError, match="GB free, the result needs"):
+    with pytest.raises(Step1XError, match="GB free, but the output needs"):
         command.convert(source, tmp_path / "out.safetensors", "fp8")
     assert set(tmp_path.iterdir()) == before and (tmp_path / "taken.safetensors").read_bytes() == b"precious"
 

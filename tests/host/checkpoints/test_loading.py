@@ -230,7 +230,7 @@ def test_foreign_diffusers_files_are_refused_before_they_are_converted(files, tm
 
 def test_folder_whose_class_and_weights_contradict_needs_a_version(files, tmp_path):
     folder = diffusers_repository(tmp_path / "mixed", to_diffusers(load_file(files["v1.0"])))
-    with pytest.raises(Step1XError, match="Step1XEditPipeline is no v1.0, but connector.scale_factor is in v1.0 only"):
+    with pytest.raises(Step1XError, match="Step1XEditPipeline is not v1.0, but the weights contain connector.scale_factor, which only v1.0 has"):
         load_model(folder)
     assert load_model(folder, "v1.0").model.diffusion_model.version == "v1.0"
 
@@ -305,9 +305,9 @@ def test_damaged_and_foreign_files_are_named_in_one_sentence(files, tmp_path):
     data = files["v1.1"].read_bytes()
     weights = load_file(files["v1.1"])
     cases = [
-        (broken(tmp_path / "truncated.safetensors", data[:len(data) // 2]), "damaged, incomplete or no safetensors"),
-        (broken(tmp_path / "page.safetensors", b"<!DOCTYPE html><html>Not found</html>"), "damaged, incomplete or no safetensors"),
-        (broken(tmp_path / "empty.safetensors", b""), "damaged, incomplete or no safetensors"),
+        (broken(tmp_path / "truncated.safetensors", data[:len(data) // 2]), "damaged, incomplete or not a safetensors"),
+        (broken(tmp_path / "page.safetensors", b"<!DOCTYPE html><html>Not found</html>"), "damaged, incomplete or not a safetensors"),
+        (broken(tmp_path / "empty.safetensors", b""), "damaged, incomplete or not a safetensors"),
         (broken(tmp_path / "model.ckpt", b"\x80\x02}q\x00."), "not a safetensors file"),
         (tmp_path / "gone.safetensors", "does not exist"),
     ]
@@ -356,7 +356,7 @@ def test_scales_in_the_diffusers_layout_are_refused_instead_of_dropped(files, tm
     weights = to_diffusers(load_file(files["v1.1"]))
     scales = {f"transformer_blocks.0.attn.{name}.scale_weight": torch.tensor(0.5) for name in ("to_q", "to_k", "to_v")}
     save_file({**weights, **scales}, tmp_path / "scaled-v1p1.safetensors")
-    with pytest.raises(Step1XError, match="quantised file in the diffusers layout"):
+    with pytest.raises(Step1XError, match="quantised in the diffusers layout"):
         load_model(tmp_path / "scaled-v1p1.safetensors")
 
 

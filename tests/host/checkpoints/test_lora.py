@@ -213,7 +213,7 @@ def test_alpha_zero_means_rank():
 
 
 def test_foreign_lora_is_refused(model, tmp_path, caplog):
-    with pytest.raises(Step1XError, match="fits no layer"):
+    with pytest.raises(Step1XError, match="matches no layer"):
         apply_lora(model, {"lora_unet_down_blocks_0_attn.lora_down.weight": torch.zeros(2, 2)}, 1.0)
     (tmp_path / "lora.safetensors").write_bytes(b"garbage")
     with pytest.raises(Step1XError, match="damaged"):

@@ -296,5 +296,5 @@ def test_other_names_are_counted_and_named(mapped_model, caplog):
         and "text_encoder.layers.0.q_proj.lora_A.weight" in caplog.text
         and "and 2 more" in caplog.text
     )
-    with pytest.raises(Step1XError, match="fits no layer .*text_encoder.* made for another model"):
+    with pytest.raises(Step1XError, match="matches no layer .*text_encoder.* belong to another model"):
         apply_lora(mapped_model, extra, 1.0)

@@ -94,8 +94,8 @@ def test_formats_of_other_tools_are_named_with_what_to_take_instead(model_weight
     with pytest.raises(Step1XError) as error:
         state(tmp_path, stored)
     assert (
-        f"is quantised by {form.strip()} (" in str(error.value)
-        and "Take the bf16 file" in str(error.value)
+        f"is quantised with {form.strip()} (" in str(error.value)
+        and "Use the bf16 file" in str(error.value)
         and "scripts/convert.py" in str(error.value)
     )
 
@@ -103,7 +103,7 @@ def test_formats_of_other_tools_are_named_with_what_to_take_instead(model_weight
 @pytest.mark.parametrize("method, tool", [("torchao", "torchao"), ("bitsandbytes", "bitsandbytes"), ("awq", "AWQ")])
 def test_a_config_names_the_format_where_the_tensors_do_not(mllm_weights, tmp_path, method, tool):
     config = {"quantization_config": {"quant_method": method}}
-    with pytest.raises(Step1XError, match=f"quantised by {tool} \\(so says its config.json"):
+    with pytest.raises(Step1XError, match=f"quantised with {tool} according to its config.json"):
         mllm_state(
             tmp_path, mllm_weights | {"model.layers.0.mlp.up_proj.weight": torch.ones(96, 64, dtype=torch.int8)}, config
         )
@@ -117,7 +117,7 @@ def test_a_config_names_the_format_where_the_tensors_do_not(mllm_weights, tmp_pa
 def test_a_config_tells_tools_apart_that_name_tensors_alike(mllm_weights, tmp_path, method, parts, tool):
     layer = "model.layers.0.mlp.up_proj."
     packed_weight = {layer + "weight": torch.ones(96, 64, dtype=torch.uint8)} | {layer + key: torch.ones(8) for key in parts}
-    with pytest.raises(Step1XError, match=f"quantised by {tool} "):
+    with pytest.raises(Step1XError, match=f"quantised with {tool} "):
         mllm_state(tmp_path, mllm_weights | packed_weight, {"quantization_config": {"quant_method": method}})
 
 
@@ -209,7 +209,7 @@ def test_marked_layers_of_two_shards_are_joined():
 def test_a_host_that_does_not_know_the_model_is_a_sentence(model_weights, tmp_path, monkeypatch):
     save_file(model_weights, tmp_path / "model-v1p1.safetensors")
     monkeypatch.setattr(loading.comfy.sd, "load_diffusion_model_state_dict", lambda *args, **kwargs: None)
-    with pytest.raises(Step1XError, match="ComfyUI does not know model-v1p1.safetensors"):
+    with pytest.raises(Step1XError, match="ComfyUI does not recognise model-v1p1.safetensors"):
         load_model(tmp_path / "model-v1p1.safetensors")
 
 
@@ -221,8 +221,8 @@ def test_further_tensors_are_logged_once(model_weights, mllm_weights, tmp_path, 
             state(tmp_path, weights)
             assert not caplog.records
             state(tmp_path, weights | extra)
-        assert [r.getMessage().split(" holds ")[1] for r in caplog.records] == [
-            "5 tensors that the model does not have, and which are left out: notes.0, notes.1, notes.2, ..."
+        assert [r.getMessage().split(" contains ")[1] for r in caplog.records] == [
+            "5 tensors that the model does not have; they are ignored: notes.0, notes.1, notes.2, ..."
         ]
 
 
@@ -255,5 +255,5 @@ def test_a_marker_under_another_prefix_than_the_tensors_is_found(mllm_weights, t
 def test_the_convert_script_refuses_scales_of_any_name(model_weights, tmp_path, scale):
     stored, _ = unmarked(model_weights, matrices(model_weights), scale=scale)
     save_file(stored, tmp_path / "scaled.safetensors")
-    with pytest.raises(Step1XError, match="quantised with scales already"):
+    with pytest.raises(Step1XError, match="is already quantised with scales"):
         Weights([tmp_path / "scaled.safetensors"])

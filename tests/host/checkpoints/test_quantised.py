@@ -228,7 +228,7 @@ def test_what_looks_like_a_scale_and_is_not_understood_is_refused(model_weights,
         | {QKV + key: tensor for key, tensor in extra.items()}
     )
     with pytest.raises(
-        Step1XError, match=rf"holds {QKV}\w+ .* beside {QKV}weight .*looks like its scale.*Take the bf16 file"
+        Step1XError, match=rf"contains {QKV}\w+ .* beside {QKV}weight .*looks like its scale.*Use the bf16 file"
     ):
         model_state(tmp_path, stored)
 
@@ -237,7 +237,7 @@ def test_what_looks_like_a_scale_and_is_not_understood_is_refused(model_weights,
 @pytest.mark.parametrize("dtype", [FP8, torch.int8])
 def test_a_scale_outside_of_its_layer_is_refused(model_weights, tmp_path, key, dtype):
     stored = model_weights | {QKV + "weight": model_weights[QKV + "weight"].to(dtype)}
-    with pytest.raises(Step1XError, match=rf"holds {key} .* beside {QKV}weight .*looks like its scale"):
+    with pytest.raises(Step1XError, match=rf"contains {key} .* beside {QKV}weight .*looks like its scale"):
         model_state(tmp_path, stored | {key: torch.full((192, 1), 2.0)})
 
 
@@ -253,7 +253,7 @@ def test_scales_of_rows_that_lie_down_are_not_taken_for_groups_of_columns(model_
     """[1, rows] beside [rows, n * rows] would fit groups of n columns, and the product be noise."""
     weight = model_weights[key + "weight"]
     scale = torch.full((1, weight.shape[0]), 2.0)
-    with pytest.raises(Step1XError, match=rf"holds {key}weight_scale .*looks like its scale"):
+    with pytest.raises(Step1XError, match=rf"contains {key}weight_scale .*looks like its scale"):
         model_state(tmp_path, model_weights | {key + "weight": weight.to(FP8), key + "weight_scale": scale})
 
 
@@ -288,7 +288,7 @@ def test_integers_without_a_scale_are_refused(model_weights, tmp_path, dtype):
 
 def test_a_scale_that_is_no_number_is_refused(model_weights, tmp_path):
     stored, _ = unmarked(model_weights, [QKV + "weight"])
-    with pytest.raises(Step1XError, match="infinite or no numbers"):
+    with pytest.raises(Step1XError, match="contains NaN or Inf values"):
         model_state(tmp_path, stored | {QKV + "weight_scale": torch.tensor(float("nan"))})
 
 

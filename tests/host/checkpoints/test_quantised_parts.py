@@ -38,9 +38,9 @@ def test_scales_of_a_vae_are_multiplied_out(vae_weights, tmp_path, dtype, shape)
 
 @pytest.mark.parametrize("extra, message", [
     ({"weight_zero_point": torch.ones(1, dtype=torch.int8)}, "looks like its scale"),
-    ({}, "without a scale beside it"),
+    ({}, "without a scale; without one"),
     ({"weight_scale": torch.ones(()), "comfy_quant": torch.ones(8, dtype=torch.uint8)}, "is a quantised VAE"),
-    ({"weight.absmax": torch.ones(4)}, "is quantised by bitsandbytes"),
+    ({"weight.absmax": torch.ones(4)}, "is quantised with bitsandbytes"),
 ])
 def test_other_quantised_vaes_are_refused(vae_weights, tmp_path, extra, message):
     parts = {KERNEL + key: tensor for key, tensor in extra.items()}

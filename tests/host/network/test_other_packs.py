@@ -138,7 +138,7 @@ def test_two_that_run_the_blocks_are_refused_in_the_first_call(model, edit, node
     calls = []
     hook = model.model.diffusion_model.final_layer.register_forward_pre_hook(lambda *args: calls.append(1))
     try:
-        with pytest.raises(Step1XError, match=f"'{re.escape(node)}' cannot work together with another node pack .*Remove one of the two"):
+        with pytest.raises(Step1XError, match=f"'{re.escape(node)}' cannot be combined with another node pack .*Remove one of the two"):
             run(both, edit)
     finally:
         hook.remove()
@@ -152,7 +152,7 @@ def test_a_part_that_is_replaced_for_good_is_refused_too(model, edit, node, name
     transformer = model.model.diffusion_model
     function = getattr(Flux, name)
     with mock.patch.object(transformer, name, MethodType(function, transformer)):
-        with pytest.raises(Step1XError, match=f"'{re.escape(node)}' cannot work together .*{name}"):
+        with pytest.raises(Step1XError, match=f"'{re.escape(node)}' cannot be combined .*{name}"):
             run(OURS[node](model), edit)
 
 
@@ -186,7 +186,7 @@ def test_a_prompt_without_the_reference_of_the_other_is_refused(model, edit, lac
     bare = without_reference(positive)
     prompts = {"positive": (bare, negative), "negative": (positive, without_reference(negative)), "one of two": (positive + bare, negative)}[lacking]
     name = "negative" if lacking == "negative" else "positive"
-    with pytest.raises(Step1XError, match=f"The input '{name}' has a prompt without the reference picture"):
+    with pytest.raises(Step1XError, match=f"Input '{name}' has no reference image"):
         run(model, (*prompts, latent))
 
 

@@ -103,7 +103,7 @@ def test_v11_goes_on_working_with_methods_for_flux(foreign, model, clip, vae, ph
 
 def test_v12_would_be_wrong_with_methods_for_flux_and_is_refused(foreign, models, edit_v12, monkeypatch):
     model = foreign(tiny_models.V12_FILE)
-    with pytest.raises(Step1XError, match=r"replaced the forward pass of this Step1X-Edit v1\.2 model by one for FLUX"):
+    with pytest.raises(Step1XError, match=r"replaced the forward pass of this Step1X-Edit v1\.2 model with FLUX's"):
         run(model, edit_v12)
     expected = run(load_model(models / "diffusion_models" / tiny_models.V12_FILE), edit_v12)
     monkeypatch.setattr(host_model, "check_own_forward", lambda transformer: None)

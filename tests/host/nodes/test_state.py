@@ -89,7 +89,7 @@ def test_what_always_fails_is_tried_again_a_bounded_number_of_times(counted):
         before = failures("7")
         failure = attempt("7", "edit 1", fail, text=f"too narrow {run}")
         assert isinstance(failure, Failure) and f"ValueError: too narrow {run}" in failure.reason
-        assert ("is not tried again" in failure.reason) == (failures("7") == before)
+        assert ("is not retried" in failure.reason) == (failures("7") == before)
         seen.append(failures("7"))
     # The fingerprint is another one after each of the first tries, and then stays.
     assert seen == [*range(1, TRIES), *[TRIES - 1] * (7 - TRIES)]
@@ -101,10 +101,10 @@ def test_other_work_other_errors_and_a_success_give_new_tries(counted):
             before = failures("7")
             attempt("7", task, fail, kind)
             assert failures("7") == before + 1
-    assert "not tried again" not in attempt("7.0.0.round_2", "edit 1", fail).reason and failures("7") == 5
+    assert "not retried" not in attempt("7.0.0.round_2", "edit 1", fail).reason and failures("7") == 5
     assert attempt("7", "edit 1", lambda: 3) == 3
     before = failures("7")
-    assert "not tried again" not in attempt("7", "edit 1", fail).reason and failures("7") == before + 1
+    assert "not retried" not in attempt("7", "edit 1", fail).reason and failures("7") == before + 1
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         attempt("7", "edit 1", fail, comfy.model_management.InterruptProcessingException)
     assert failures("7") == before + 1

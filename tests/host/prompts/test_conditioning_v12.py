@@ -160,7 +160,7 @@ def test_without_a_picture_a_black_one_is_shown(clip_v12):
 
 
 def test_two_pictures_are_refused(clip_v12, photo):
-    with pytest.raises(Step1XError, match="one picture"):
+    with pytest.raises(Step1XError, match="one image"):
         clip_v12.tokenize("combine", images=[photo, photo])
 
 
@@ -206,7 +206,7 @@ def test_batches_are_merged_picture_by_picture(clip_v12, vae, photo):
             assert all(found[0][1][name].shape[0] == 2 and torch.equal(found[0][1][name][row], expected[0][1][name][0]) for name in EXTRAS)
 
 
-@pytest.mark.parametrize("size, message", [((3000, 1), "too long for the language model"), ((1, 3000), "too long for the language model"), ((60000, 1), "too narrow")])
+@pytest.mark.parametrize("size, message", [((3000, 1), "too elongated for the language model"), ((1, 3000), "too elongated for the language model"), ((60000, 1), "too narrow")])
 def test_extreme_pictures_are_refused_in_words(clip_v12, vae, size, message):
     level = 1024 if size[0] < 60000 else 64
     with pytest.raises(Step1XError, match=message):

@@ -121,7 +121,7 @@ def test_prompt_weights_are_literal_text(clip):
 
 
 def test_two_pictures_are_refused(clip, photo):
-    with pytest.raises(Step1XError, match="one picture"):
+    with pytest.raises(Step1XError, match="one image"):
         clip.tokenize("combine", images=[photo, photo])
 
 

@@ -398,7 +398,7 @@ def test_what_the_stock_node_asks_for(clip, photo):
     assert tokens_of(clip, "a<|image_pad|>b", skip_template=True, image=photo) == [*ids("a"), "image", *ids("b")]
     assert tokens_of(clip, "", skip_template=True) == [151643]
     for name in ("video", "audio"):
-        with pytest.raises(Step1XError, match="not video or sound"):
+        with pytest.raises(Step1XError, match="not video or audio"):
             clip.tokenize("hi", skip_template=False, **{name: photo})
 
 

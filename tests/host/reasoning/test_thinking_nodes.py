@@ -257,7 +257,7 @@ def test_what_cannot_work_is_refused_before_anything_is_asked_or_sampled(host, s
     # Without a question it still edits.
     assert not refused("no language-model head", clip=mute).run(think=False, reflect=False).error
     refused("brings 2 pictures", image=things["image"].repeat(2, 1, 1, 1))
-    refused("the image batch is empty", image=things["image"][:0])
+    refused("empty image batch", image=things["image"][:0])
     refused("brings a list of 2", image=[things["image"]] * 2)
     template = tmp_path / "step1x_edit" / "templates" / "chinese" / "reflection.user.txt"
     template.parent.mkdir(parents=True)

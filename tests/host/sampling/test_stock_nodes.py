@@ -437,18 +437,18 @@ def controlled(demo) -> tuple[list, list]:
 
 
 REFUSED = {
-    "FluxKontextMultiReferenceLatentMethod": ("fixed place for them. Remove that node", lambda demo: {
+    "FluxKontextMultiReferenceLatentMethod": ("places them itself. Remove that node", lambda demo: {
         "positive": run("FluxKontextMultiReferenceLatentMethod", conditioning=demo.edit()[0], reference_latents_method="uxo/uno")[0]}),
-    "FluxKVCache": ("reads it anew in every step. Remove that node", lambda demo: {"model": run("FluxKVCache", model=demo.model)[0]}),
-    "ControlNet": ("there is none for Step1X-Edit.* Remove 'Apply ControlNet'", lambda demo: dict(zip(("positive", "negative"), controlled(demo)))),
+    "FluxKVCache": ("recomputes it in every step. Remove that node", lambda demo: {"model": run("FluxKVCache", model=demo.model)[0]}),
+    "ControlNet": ("none exists for Step1X-Edit.* Remove 'Apply ControlNet'", lambda demo: dict(zip(("positive", "negative"), controlled(demo)))),
     "ConditioningSetArea": ("Use 'Conditioning \\(Set Mask\\)'", lambda demo: {
         "positive": run("ConditioningSetArea", conditioning=demo.edit()[0], width=SIZE, height=SIZE // 2, x=0, y=0, strength=1.0)[0]}),
     "ConditioningConcat": ("cannot be concatenated. Write everything into one prompt", lambda demo: {
         "positive": run("ConditioningConcat", conditioning_to=demo.edit()[0], conditioning_from=demo.edit("add")[0])[0]}),
-    "conditioning": ("the model reads 48. Encode the instruction with the text encoder from", lambda demo: {"positive": [[torch.ones(1, 77, 768), {}]]}),
-    "latent": ("A latent of shape \\[1, 4, 16, 16\\] belongs to another model", lambda demo: {"latent": {"samples": torch.ones(1, 4, 16, 16)}}),
-    "video latent": ("A latent of shape \\[1, 16, 1, 16, 16\\] belongs to another model", lambda demo: {"latent": {"samples": torch.ones(1, 16, 1, 16, 16)}}),
-    "reference": ("A reference latent of shape \\[1, 4, 16, 16\\] belongs to another model", lambda demo: {
+    "conditioning": ("expected 48. Encode the prompt with the text encoder from", lambda demo: {"positive": [[torch.ones(1, 77, 768), {}]]}),
+    "latent": ("The latent has shape \\[1, 4, 16, 16\\].* belongs to another model", lambda demo: {"latent": {"samples": torch.ones(1, 4, 16, 16)}}),
+    "video latent": ("The latent has shape \\[1, 16, 1, 16, 16\\].* belongs to another model", lambda demo: {"latent": {"samples": torch.ones(1, 16, 1, 16, 16)}}),
+    "reference": ("The reference latent has shape \\[1, 4, 16, 16\\].* belongs to another model", lambda demo: {
         "positive": run("ReferenceLatent", conditioning=demo.edit()[0], latent={"samples": torch.ones(1, 4, 16, 16)})[0]}),
 }
 
@@ -474,7 +474,7 @@ def test_times_and_predictions_of_other_models_are_refused_before_the_first_step
     positive, negative, latent = demo.edit()
     called = []
     monkeypatch.setattr(type(demo.model.model), "apply_model", lambda *args, **kwargs: called.append(1))
-    with pytest.raises(Step1XError, match="The model's sampling was changed to .*reads times from 0 to 1") as info:
+    with pytest.raises(Step1XError, match="The model's sampling was changed to .*a flow with times from 0 to 1") as info:
         if sampler == "ours":
             sample(model, positive, negative, latent, flow_sigmas(2, latent["samples"]), 1.5, 1, callback=lambda *args: None)
         elif sampler == "KSampler":

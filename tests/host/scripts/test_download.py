@@ -87,7 +87,7 @@ def install(*arguments, base, check=True):
 @pytest.mark.parametrize("source", hub.SOURCES)
 def test_one_command_brings_files_that_load(server, repositories, tmp_path, source):
     result = install("--download", "v1.1", "mllm", "vae", "vae", "lora", "--source", source, base=tmp_path)
-    assert f"Asking {source} what {QWEN} holds" in result.stdout and "MB/s" in result.stdout and "Everything is in place" in result.stdout
+    assert f"Listing the files of {QWEN} on {source}" in result.stdout and "MB/s" in result.stdout and "All files are in place" in result.stdout
     official, qwen = repositories[OFFICIAL], repositories[QWEN]
     assert files_of(tmp_path / "models") == {
         f"diffusion_models/{tiny_models.V11_FILE}": official[tiny_models.V11_FILE], "vae/ae.safetensors": official["vae.safetensors"],
@@ -145,7 +145,7 @@ def test_a_wrong_checksum_leaves_nothing(server, repositories, tmp_path):
     name = tiny_models.V11_FILE
     server.faults[name] = [hub_server.damaged]
     [sentence] = download.download([items(tmp_path, name, "README.md")[:1]])
-    assert "arrived with a wrong checksum and was deleted" in sentence and files_of(tmp_path) == {}
+    assert "has a wrong checksum and was deleted" in sentence and files_of(tmp_path) == {}
     assert download.download([items(tmp_path, name)]) == [] and (tmp_path / name).read_bytes() == repositories[OFFICIAL][name]
 
 
@@ -171,7 +171,7 @@ def test_a_server_without_ranges_starts_over(server, repositories, tmp_path):
 def test_a_server_without_ranges_that_always_breaks_is_given_up(server, tmp_path):
     name = tiny_models.V11_FILE
     server.faults[name] = [hub_server.without_ranges(1000)] * 100
-    assert "breaks again and again" in download.download([items(tmp_path, name)])[0]
+    assert "keeps failing" in download.download([items(tmp_path, name)])[0]
     assert len(server.requests) <= 2 * hub.ATTEMPTS
 
 
@@ -209,7 +209,7 @@ def test_a_server_that_never_recovers_is_given_up(server, tmp_path):
     name = tiny_models.V11_FILE
     server.faults[name] = [hub_server.status(502)] * 100
     [sentence] = download.download([items(tmp_path, name)])
-    assert "HTTP 502" in sentence and "Run the same command again later" in sentence
+    assert "HTTP 502" in sentence and "Rerun the command later" in sentence
     assert len(server.requests) == hub.ATTEMPTS and not any(path.endswith(".safetensors") for path in files_of(tmp_path))
 
 
@@ -219,7 +219,7 @@ def test_an_unreachable_hub_is_named(monkeypatch, tmp_path):
     with pytest.raises(hub.HubError, match="http://127.0.0.1:9/api/models/.* cannot be read"):
         hub.list_files("huggingface", OFFICIAL)
     monkeypatch.setenv("HF_ENDPOINT", "not an address")
-    with pytest.raises(hub.HubError, match="Check the address of the hub"):
+    with pytest.raises(hub.HubError, match="Check the hub's address"):
         hub.list_files("huggingface", OFFICIAL)
 
 
@@ -233,7 +233,7 @@ def test_what_is_not_there_is_said_in_one_sentence(server, tmp_path, source):
     result = install("--download", "v1.0", "fp8", "--source", source, "--repo", OFFICIAL, base=tmp_path, check=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     for title in ("Step1X-Edit v1.0", "Step1X-Edit in fp8"):
-        [line] = [line for line in result.stderr.splitlines() if f"does not have the files of {title}; " in line]
+        [line] = [line for line in result.stderr.splitlines() if f"does not contain the files of {title}; " in line]
         assert tiny_models.V11_FILE in line and "--repo" in line
 
 
@@ -246,14 +246,14 @@ def test_a_community_file_comes_from_the_usual_or_a_named_repository(server, rep
 def test_a_full_disk_is_noticed_before_anything_is_transferred(server, tmp_path):
     server.sizes[tiny_models.V11_FILE] = 10**16
     result = install("--download", "v1.1", "vae", base=tmp_path, check=False)
-    assert result.returncode == 1 and "10000000.01 GB are to come" in result.stderr and "--dir" in result.stderr
+    assert result.returncode == 1 and "10000000.01 GB to download" in result.stderr and "--dir" in result.stderr
     assert not server.requests and not files_of(tmp_path)
 
 
 def test_a_folder_that_cannot_be_made_is_named(server, tmp_path):
     (tmp_path / "file").write_bytes(b"mine")
     result = install("--download", "vae", "--dir", str(tmp_path / "file" / "models"), base=tmp_path, check=False)
-    assert result.returncode == 1 and f"The folder {tmp_path / 'file' / 'models'} cannot be made" in result.stderr and "--dir" in result.stderr
+    assert result.returncode == 1 and f"The folder {tmp_path / 'file' / 'models'} cannot be created" in result.stderr and "--dir" in result.stderr
     assert not server.requests and (tmp_path / "file").read_bytes() == b"mine"
 
 
@@ -265,7 +265,7 @@ def test_a_host_that_does_not_tell_its_folders_is_named(tmp_path):
     result = subprocess.run([sys.executable, str(PACK / "install.py"), "--download", "vae"], capture_output=True, text=True,
                             env={k: v for k, v in os.environ.items() if k != "COMFYUI_FOLDERS_BASE_PATH"} | {"STEP1X_COMFYUI": str(root)})
     assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr == "ComfyUI does not tell its models folders (no folders). Correct its extra_model_paths.yaml, or name a folder with --dir.\n"
+    assert result.stderr == "The models folders of ComfyUI cannot be read (no folders). Correct its extra_model_paths.yaml, or name a folder with --dir.\n"
 
 
 def test_progress_tells_speed_and_time_left(monkeypatch):
@@ -312,7 +312,7 @@ def test_a_file_of_the_users_own_is_never_overwritten(server, repositories, tmp_
     for content in (b"mine", bytes(len(repositories[OFFICIAL]["vae.safetensors"]))):
         own.write_bytes(content)
         result = install("--download", "vae", base=tmp_path, check=False)
-        assert result.returncode == 1 and f"{own} is there already, but is not the hub's" in result.stderr and own.read_bytes() == content
+        assert result.returncode == 1 and f"{own} already exists, but differs from" in result.stderr and own.read_bytes() == content
     assert not server.requests
 
 
@@ -325,7 +325,7 @@ def test_a_file_in_another_folder_of_the_host_is_not_downloaded_again(server, re
 
 def test_two_downloads_of_one_file_do_not_mix(server, repositories, tmp_path):
     found = items(tmp_path, tiny_models.V11_FILE)
-    with filelock.FileLock(str(found[0].beside("lock"))), pytest.raises(hub.HubError, match="is being downloaded already"):
+    with filelock.FileLock(str(found[0].beside("lock"))), pytest.raises(hub.HubError, match="is already being downloaded"):
         download.download([found])
     assert not server.requests
     assert download.download([found]) == [] and files_of(tmp_path) == {tiny_models.V11_FILE: repositories[OFFICIAL][tiny_models.V11_FILE]}
@@ -335,13 +335,13 @@ def test_two_downloads_of_one_file_do_not_mix(server, repositories, tmp_path):
 def test_names_that_lead_outside_are_refused(server, monkeypatch, path):
     monkeypatch.setitem(server.repositories, "evil/names", {path: b"x"})
     for source in hub.SOURCES:
-        with pytest.raises(hub.HubError, match="leads outside its folder"):
+        with pytest.raises(hub.HubError, match="a path outside its folder"):
             hub.list_files(source, "evil/names")
 
 
 def test_a_hub_without_checksums_is_not_trusted(server, tmp_path, monkeypatch):
     monkeypatch.setattr(hub_server.hashlib, "sha256", lambda content: hub_server.hashlib.new("md5", content))
-    assert "gives no checksum" in download.download([items(tmp_path, tiny_models.V11_FILE, source="modelscope")])[0]
+    assert "provides no checksum" in download.download([items(tmp_path, tiny_models.V11_FILE, source="modelscope")])[0]
     assert not server.requests
 
 

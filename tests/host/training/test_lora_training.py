@@ -261,7 +261,7 @@ def test_layout_of_another_version_is_refused(models, dataset, tmp_path):
     model = load_model(models / "diffusion_models" / tiny_models.V12_FILE, "v1.2")
     with pytest.raises(Step1XError, match="encoded for v1.0 or v1.1"):
         train(model, dataset, SETTINGS, tmp_path)
-    with pytest.raises(Step1XError, match="not a Step1X-Edit model"):
+    with pytest.raises(Step1XError, match="Expected a Step1X-Edit model"):
         train(SimpleNamespace(model=None), dataset, SETTINGS, tmp_path)
 
 

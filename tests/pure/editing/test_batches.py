@@ -21,7 +21,7 @@ def test_one_instruction_on_many_pictures_and_many_on_one():
 
 
 @pytest.mark.parametrize("images, prompts, seeds, message", [
-    ([torch.zeros(0, 8, 8, 3)], ["red"], [1], "There is no picture to edit"),
+    ([torch.zeros(0, 8, 8, 3)], ["red"], [1], "is an empty image batch"),
     ([torch.zeros(1, 8, 8, 3)], [" \n", ""], [1], "There is no instruction"),
     ([torch.zeros(3, 8, 8, 3)], ["red", "blue"], [1], "3 pictures and 2 instructions do not make pairs"),
     ([torch.zeros(3, 8, 8, 3)], ["red"], [1, 2], "There are 2 seeds for 3 edits"),

@@ -13,7 +13,7 @@ def test_scores_of_labels_that_exclude_each_other_are_added_and_others_are_not()
     assert unsafe_scores(logits, [1, 2], True).tolist() == pytest.approx([0.5, 0], abs=2e-4)
     # Of independent labels the most probable unsafe one counts, however improbable the other is.
     assert unsafe_scores(torch.tensor([[0.0, 9.0, -9.0]]), [1, 2], True).tolist() == pytest.approx([1], abs=2e-4)
-    with pytest.raises(Step1XError, match="no numbers"):
+    with pytest.raises(Step1XError, match="NaN or Inf scores"):
         unsafe_scores(torch.tensor([[0.0, float("nan")]]), [1], False)
     assert find_labels({0: "a", 1: "B"}, ["b", "A"], "x") == [1, 0]
 

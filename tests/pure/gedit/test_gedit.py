@@ -112,7 +112,7 @@ GOOD_ROW = {"file_name": "a.png", "key": "a", "task_type": "text_change", "instr
     ([{**GOOD_ROW, "task_type": ".."}], "cannot be a task type"),
     ([{**GOOD_ROW, "instruction_language": "fr"}], "one of en, cn as instruction_language"),
     ([{**GOOD_ROW, "Intersection_exist": "yes"}], "true or false as Intersection_exist"),
-    ([{**GOOD_ROW, "file_name": "../secret.png"}], "a picture outside of its folder"),
+    ([{**GOOD_ROW, "file_name": "../secret.png"}], "an image outside its folder"),
     ([{**GOOD_ROW, "file_name": None}], "has no 'file_name'"),
     ([GOOD_ROW, {**GOOD_ROW, "key": "A"}], "has two items text_change/en/A"),
     (["nonsense"], "has no 'file_name'"),
@@ -131,7 +131,7 @@ def test_no_dataset_no_json_and_a_damaged_picture(tmp_path):
         read_dataset(tmp_path)
     (tmp_path / METADATA).write_text(json.dumps(GOOD_ROW), encoding="utf-8")
     (tmp_path / "a.png").write_bytes(png(Image.new("RGB", (8, 8)))[:40])
-    with pytest.raises(Step1XError, match="a.png cannot be read as a picture"):
+    with pytest.raises(Step1XError, match="a.png cannot be read as an image"):
         read_dataset(tmp_path)[0].load()
 
 
@@ -142,7 +142,7 @@ def test_selection_and_the_official_layout(tmp_path):
     path = result_path(tmp_path / "results", "my method", items[0])
     assert path.relative_to(tmp_path).as_posix() == "results/my method/fullset/background_change/en/en00.png"
     save_picture(path, png(Image.new("RGB", (4, 4))))
-    with pytest.raises(Step1XError, match="cannot be read as a picture"):
+    with pytest.raises(Step1XError, match="cannot be read as an image"):
         save_picture(result_path(tmp_path / "results", "my method", items[1]), b"not a picture")
     assert unedited(items, tmp_path / "results", "my method") == items[1:]
     path.write_bytes(path.read_bytes()[:30])
@@ -199,7 +199,7 @@ def test_bad_answers_are_asked_for_again_but_not_for_ever():
     ask = Scripted(["hm"], [SCORES])
     verdict = judge_edit(ask, picture(9, 9, "red"), picture(9, 9, "red"), "x")
     assert verdict.semantics is None and verdict.quality == (6, 9) and len(ask.asked) == TRIES + 1
-    assert "no usable answer to the call 'edit_score' in 5 tries" in verdict.problem and verdict.replies == ("hm", SCORES)
+    assert "no usable reply to 'edit_score' in 5 tries" in verdict.problem and verdict.replies == ("hm", SCORES)
 
 
 # Known answers: (task type, language, key, in the intersection, semantics pair, quality pair), or a state instead of the pairs.

@@ -66,5 +66,5 @@ def test_thinker_pictures_are_thumbnails_first(photo):
     found = to_thinker_size(photo[0])
     assert found.shape == (420, 644, 3) and (found.int() - torch.tensor(to_uint8(from_uint8(expected))).int()).abs().max() <= 2
     assert to_thinker_size(torch.zeros(1000, 1500, 3)).shape == (672, 1036, 3)
-    with pytest.raises(Step1XError, match="too long"):
+    with pytest.raises(Step1XError, match="too elongated"):
         to_thinker_size(torch.zeros(4, 3000, 3))

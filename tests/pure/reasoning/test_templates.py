@@ -82,8 +82,8 @@ def test_a_changed_file_is_read_again(tmp_path):
 
 
 @pytest.mark.parametrize("name, data, message", [
-    ("rewrite.user", "Do {instruction} in {style}", r"has the unknown field \{style\}.*exactly these fields: \{instruction\}\."),
-    ("rewrite.user", "Do {Instruction}", r"lacks \{instruction\}.*exactly these fields: \{instruction\}\."),
+    ("rewrite.user", "Do {instruction} in {style}", r"has the unknown field \{style\}.*must be exactly: \{instruction\}\."),
+    ("rewrite.user", "Do {Instruction}", r"lacks \{instruction\}.*must be exactly: \{instruction\}\."),
     ("reflection.user", "{instruction} {score}", r"lacks \{reason\}.*\{instruction\}, \{score\}, \{reason\}\."),
     ("rewrite.system", "About {instruction}", r"has the unknown field \{instruction\}.*no fields at all"),
     ("quality_score.user", "{图}", r"has the unknown field \{图\}"),

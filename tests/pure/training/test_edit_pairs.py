@@ -86,7 +86,7 @@ def test_bad_folders_are_one_sentence(folder, tmp_path):
 def test_pictures_outside_of_the_root_are_refused(folder):
     assert len(read_pairs(folder, folder)) == 3
     path = write_json(folder / "source", {"0.png": {"ref_image_path": "../target/0.png", "caption": "x"}})
-    with pytest.raises(Step1XError, match="lies outside"):
+    with pytest.raises(Step1XError, match="is not inside"):
         read_pairs(path, folder / "source")
 
 
