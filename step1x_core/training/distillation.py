@@ -7,7 +7,7 @@ predict is the mean velocity over the segment. Everything here is independent of
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,15 +35,18 @@ STUDENT_CFG = 1.0
 class Distillation:
     """What a few-step LoRA is taught.
 
-    steps: of the student, 1 to 8. teacher_steps, teacher_cfg: of the teacher, whose steps are rounded up to a multiple of the student's.
+    steps: of the student, 1 to 8. teacher_steps, teacher_cfg: of the teacher, 0 for its version's.
+    grid: points of a trajectory that are stored, a multiple of steps; 0: 8 where that is one, so that students of 1, 2, 4 and 8 steps share their trajectories,
+    else steps. The teacher's steps are rounded up to a multiple of it.
     noises: trajectories of each pair. later: one of STAGES, for the last part of the training; share: how much of the training that is.
     between: share of the examples that start between two points of the trajectory. weight: additional weight of fully edited tokens.
     first, last: the student's steps that are trained, for a LoRA of a part of them; last 0 stands for all.
     """
 
     steps: int = 4
-    teacher_steps: int = 28
-    teacher_cfg: float = 6.0
+    teacher_steps: int = 0
+    teacher_cfg: float = 0.0
+    grid: int = 0
     noises: int = 1
     later: str = TRAJECTORY
     share: float = 0.5
@@ -52,6 +55,10 @@ class Distillation:
     first: int = 0
     last: int = 0
 
+    def for_teacher(self, steps: int, cfg: float) -> "Distillation":
+        """The same with the teacher's settings resolved."""
+        return replace(self, teacher_steps=steps, teacher_cfg=cfg)
+
     def check(self) -> None:
         """Raise Step1XError for values that make no training."""
         if not 1 <= self.steps <= MAX_STEPS:
@@ -59,13 +66,25 @@ class Distillation:
         if self.teacher_steps < 2 * self.steps:
             raise Step1XError(f"The teacher makes {self.teacher_steps} steps and the student {self.steps}. "
                               "Raise teacher_steps to at least twice few_steps, or lower few_steps.")
+        if self.stored % self.steps:
+            raise Step1XError(f"A grid of {self.stored} points does not hold those of {self.steps} steps. Choose a multiple of few_steps.")
         if self.later not in STAGES:
             raise Step1XError(f"There is no stage {self.later!r} of a distillation. Choose one of {', '.join(STAGES)}.")
 
     @property
+    def stored(self) -> int:
+        """Points of a trajectory that are stored."""
+        return self.grid or (MAX_STEPS if MAX_STEPS % self.steps == 0 else self.steps)
+
+    @property
+    def stride(self) -> int:
+        """Stored points in one step of the student."""
+        return self.stored // self.steps
+
+    @property
     def substeps(self) -> int:
-        """Steps of the teacher in one of the student."""
-        return math.ceil(self.teacher_steps / self.steps)
+        """Steps of the teacher between two stored points."""
+        return math.ceil(self.teacher_steps / self.stored)
 
     @property
     def trained(self) -> range:
@@ -74,7 +93,7 @@ class Distillation:
 
     def metadata(self, version: str) -> dict[str, str]:
         """What the LoRA's file says of itself. version: of the model. No schedule stands for the version's own, whose shift depends on the size of the image."""
-        teacher = {"version": version, "steps": self.steps * self.substeps, "cfg": self.teacher_cfg}
+        teacher = {"version": version, "steps": self.stored * self.substeps, "cfg": self.teacher_cfg}
         return {STEPS_KEY: str(self.steps), CFG_KEY: f"{STUDENT_CFG:g}", TEACHER_KEY: json.dumps(teacher)}
 
     def text(self) -> str:
@@ -88,8 +107,8 @@ def student_sigmas(settings: Distillation, height: int, width: int) -> Tensor:
 
 
 def teacher_sigmas(settings: Distillation, height: int, width: int) -> Tensor:
-    """The teacher's noise levels [steps * substeps + 1]: every `substeps`-th is one of the student's."""
-    return sigma_schedule(settings.steps * settings.substeps, latent_tokens(height, width))
+    """The teacher's noise levels [stored * substeps + 1]: every `substeps * stride`-th is one of the student's."""
+    return sigma_schedule(settings.stored * settings.substeps, latent_tokens(height, width))
 
 
 def follow(velocity: Callable[[Tensor, float], Tensor], x: Tensor, sigmas: Tensor, keep: int = 1) -> list[Tensor]:

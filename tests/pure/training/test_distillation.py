@@ -29,12 +29,17 @@ SETTINGS = Distillation(steps=4, teacher_steps=28, noises=3)
 
 
 def test_the_students_noise_levels_are_among_the_teachers():
-    for steps, teacher in ((1, 20), (2, 20), (3, 28), (8, 28), (8, 50)):
-        settings = Distillation(steps=steps, teacher_steps=teacher)
+    for steps, teacher, grid in ((1, 20, 0), (1, 20, 4), (2, 20, 0), (3, 28, 0), (8, 28, 0), (8, 50, 0)):
+        settings = Distillation(steps=steps, teacher_steps=teacher, grid=grid)
         students, teachers = student_sigmas(settings, 16, 24), teacher_sigmas(settings, 16, 24)
-        assert len(students) == steps + 1 and teacher <= len(teachers) - 1 < teacher + steps
+        assert len(students) == steps + 1 and teacher <= len(teachers) - 1 < teacher + settings.stored
         assert torch.equal(students, sigma_schedule(steps, 96))
-        assert torch.allclose(teachers[::settings.substeps], students, atol=1e-6)
+        assert torch.allclose(teachers[::settings.substeps * settings.stride], students, atol=1e-6)
+
+
+def test_students_of_8_4_2_and_1_steps_share_their_trajectories():
+    levels = {tuple(teacher_sigmas(Distillation(steps=steps, teacher_steps=28), 8, 8).tolist()) for steps in (1, 2, 4, 8)}
+    assert len(levels) == 1 and Distillation(steps=3, teacher_steps=28).stored == 3
 
 
 def linear_flow(x, s):
@@ -47,7 +52,7 @@ def exact(x, s, following):
 
 
 def test_many_steps_follow_a_linear_flow_and_the_segments_mean_velocity_jumps_to_their_ends():
-    settings = Distillation(steps=4, teacher_steps=4000)
+    settings = Distillation(steps=4, teacher_steps=4000, grid=4)
     x = trajectory_noise(0, 0, 0, (1, 2, 4, 4))
     sigmas = student_sigmas(settings, 4, 4)
     points = follow(linear_flow, x, teacher_sigmas(settings, 4, 4), settings.substeps)
@@ -125,7 +130,7 @@ def test_good_settings_pass(stage):
 
 
 @pytest.mark.parametrize("changes, message", [({"steps": 9}, "1 to 8 steps"), ({"steps": 0}, "1 to 8 steps"), ({"teacher_steps": 7}, "Raise teacher_steps"),
-                                              ({"later": "gan"}, "no stage 'gan'")])
+                                              ({"grid": 6}, "multiple of few_steps"), ({"later": "gan"}, "no stage 'gan'")])
 def test_bad_settings_are_one_sentence(changes, message):
     with pytest.raises(Step1XError, match=message):
         replace(SETTINGS, **changes).check()
