@@ -141,7 +141,7 @@ def train_one(options) -> None:
     import torch
 
     from step1x_core.host.training.distill import Lesson
-    from step1x_core.host.training.train import train
+    from step1x_core.host.training.train import STATE_FILE, train
 
     kind, = options.kinds
     lesson_settings, began = distillation(options, kind), time.monotonic()
@@ -170,6 +170,7 @@ def train_one(options) -> None:
                 print(f"{kind}: step {run.step}/{steps}, loss {statistics.mean(run.losses[-100:]):.4f}, {time.monotonic() - began:.0f} s", flush=True)
 
         run(options.out / kind, steps, lesson_settings, report)
+        (options.out / kind / STATE_FILE).unlink()  # six times the size of the LoRA, and not resumed
 
 
 def spawn(options, name: str, number: int, *arguments: str) -> subprocess.Popen:
