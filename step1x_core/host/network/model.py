@@ -19,6 +19,7 @@ from ...checks import check_latent_shape
 from ...errors import Step1XError
 from ...network.connector import distinct_tokens
 from ...versions import LAYOUT_V11, LAYOUT_V12, VERSIONS
+from ..left_out import LEFT_OUT, CONDLeftOut
 from ..prompts.text_encoder import TEXT_ENCODER_NAME, Step1XTEModel, Step1XTokenizer
 from .foreign import check_own_forward
 from .transformer import Step1XTransformer, position_bits
@@ -114,6 +115,8 @@ class Step1XEditModel(comfy.model_base.Flux):
             out["text_mask"] = comfy.conds.CONDRegular(mask)
             if kwargs.get("text_ids") is None:
                 out["text_tokens"] = CONDTextTokens(distinct_tokens(context, mask))
+        if kwargs.get(LEFT_OUT):
+            out[LEFT_OUT] = CONDLeftOut()
         return out | self.layout_conds(context, **kwargs)
 
     def check_inputs(self, noise, reference_latents=None, reference_latents_method=None, area=None, control=None, **kwargs) -> None:
