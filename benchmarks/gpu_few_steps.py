@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "scripts" / "su
 import environment
 from gpu_edit import PROMPT, Clock, made_up_conditioning, write_models
 
-MODES = ("bf16", "fp8_scaled", "fp8 attention")
+MODES = ("fp8 attention", "fp8_scaled", "bf16")
 PARTS = ("edit", "vae", "distill")
 STARTED = time.perf_counter()
 
@@ -36,7 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", nargs="+", type=int, default=[8, 4])
     parser.add_argument("--size", type=int, default=1024, help="size level of the edit's square picture")
     parser.add_argument("--distill-sizes", nargs="+", type=int, default=[512, 1024])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=280, help="no new measurement starts after so many")
     parser.add_argument("--tiny", action="store_true", help="miniature models")
     parser.add_argument("--models", type=Path, help="keep the checkpoints in this folder, or take those that an earlier run kept there")
