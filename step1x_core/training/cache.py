@@ -28,6 +28,10 @@ class Cache:
     def __init__(self, folder: Path):
         self.folder = folder
 
+    def beside(self, name: str) -> "Cache":
+        """A cache of its own in this one's folder, which `prune` leaves alone. name: longer than two characters."""
+        return Cache(self.folder / name)
+
     def path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
 

@@ -108,7 +108,7 @@ class Lesson:
         self.name, self.report, self.made = self.settings.text(), report, 0
 
     def cache(self, dataset: EditDataset) -> Cache:
-        return Cache(dataset.cache.folder / FOLDER)
+        return dataset.cache.beside(FOLDER)
 
     def key(self, item: CachedPair, seed: int, number: int) -> str:
         """The name of trajectory `number` of a pair in the cache."""
