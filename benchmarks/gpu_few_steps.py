@@ -360,7 +360,8 @@ def measure_distillation(options, paths: dict, folder: Path, record: Record) -> 
                 moments.clear()
                 with mock.patch.object(comfy.model_management, "load_models_gpu", watch_start(comfy.model_management.load_models_gpu, note)):
                     lesson.prepare(model, dataset, Settings(2))
-                record.add(f"distillation at {size}: a trajectory of {teacher.teacher_steps} x 2", [b - a for a, b in zip(moments, moments[1:])])
+                passes = f"{lesson.settings.stored * lesson.settings.substeps} x 2"
+                record.add(f"distillation at {size}: a trajectory of {passes}", [b - a for a, b in zip(moments, moments[1:])])
                 record.add(f"distillation at {size}: trajectory, peak", peak(), "GB")
                 if torch.cuda.is_available():
                     torch.cuda.reset_peak_memory_stats()
