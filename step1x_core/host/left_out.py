@@ -26,6 +26,11 @@ class CONDLeftOut(comfy.conds.CONDConstant):
         )
 
 
+def is_left_out(conditioning: list) -> bool:
+    """Return whether no part of this conditioning was encoded."""
+    return all(entry[1].get(LEFT_OUT) for entry in conditioning)
+
+
 def left_out(positive: list) -> list:
     """Return the replacement of the negative conditioning that belongs to this positive one."""
     return [[cond, {**extra, LEFT_OUT: True}] for cond, extra in positive]

@@ -77,12 +77,14 @@ class Step1XEditModel(comfy.model_base.Flux):
 
     def extra_conds(self, **kwargs):
         """Return the host's Flux conds without guidance, plus the text mask, or for v1.2 the text's positions and input
-        embeddings.
+        embeddings. For a prompt that was left out, returns only what refuses a pass over it.
 
         Raises Step1XError if the conditioning is not from a Step1X-Edit text encoder of the model's layout or was
         concatenated, and as `check_inputs` does.
         """
         self.check_inputs(**kwargs)
+        if kwargs.get(LEFT_OUT):
+            return {LEFT_OUT: CONDLeftOut()}
         if kwargs.get("prompt_type") == "positive":
             if not kwargs.get("reference_latents") and not VERSIONS[self.diffusion_model.version].draws:
                 log.warning(
@@ -115,8 +117,6 @@ class Step1XEditModel(comfy.model_base.Flux):
             out["text_mask"] = comfy.conds.CONDRegular(mask)
             if kwargs.get("text_ids") is None:
                 out["text_tokens"] = CONDTextTokens(distinct_tokens(context, mask))
-        if kwargs.get(LEFT_OUT):
-            out[LEFT_OUT] = CONDLeftOut()
         return out | self.layout_conds(context, **kwargs)
 
     def check_inputs(self, noise, reference_latents=None, reference_latents_method=None, area=None, control=None, **kwargs) -> None:

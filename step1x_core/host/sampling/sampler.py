@@ -18,7 +18,7 @@ from ...errors import Step1XError
 from ...sampling.guidance import NormLimiter
 from ...sampling.schedule import image_to_image_start, latent_tokens, sigma_schedule
 from ...versions import describe_settings
-from ..left_out import left_out
+from ..left_out import is_left_out, left_out
 from ..network.foreign import foreign_parts, refuse_shared, stand_alone
 from ..network.model import Step1XEditModel
 from ..status import show_status
@@ -262,9 +262,11 @@ def sample(model, positive, negative, latent: dict, sigmas: Tensor, cfg: float, 
     if callback is None:
         callback = latent_preview.prepare_callback(model, sigmas.shape[0] - 1)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
-    # Copies of tensors that other nodes share, because a host may write into them.
+    # Copies of tensors that other nodes share, because a host may write into them. What no pass reads needs none.
+    positive = copied(positive)
+    negative = left_out(positive) if is_left_out(negative) else copied(negative)
     out["samples"] = comfy.sample.sample_custom(
-        model, noise, cfg, comfy.samplers.sampler_object(sampler_name), sigmas.clone(), copied(positive), copied(negative), samples.clone(),
+        model, noise, cfg, comfy.samplers.sampler_object(sampler_name), sigmas.clone(), positive, negative, samples.clone(),
         noise_mask=None if mask is None else mask.clone(), callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed,
     )
     check_finite(
