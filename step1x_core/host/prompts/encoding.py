@@ -10,6 +10,7 @@ from ...checks import BAD_LATENT, check_conditioning, check_finite, check_latent
 from ...errors import Step1XError
 from ...images import to_output_size, to_working_size, to_working_size_v12
 from ...versions import LAYOUT_V11, LAYOUT_V12, LAYOUTS
+from ..left_out import left_out
 from .text_encoder import Step1XTokenizer
 from .tiling import AUTO, decode
 
@@ -76,7 +77,7 @@ def check_latent(samples: Tensor, pictures: Tensor) -> None:
 
 
 def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, size_level: int, latent: dict | None = None,
-                progress=None, known: dict | None = None) -> tuple[list, list, dict]:
+                progress=None, known: dict | None = None, with_negative: bool = True) -> tuple[list, list, dict]:
     """Encode images [B, H, W, C] in 0..1 and a prompt to positive and negative conditioning, and the images' latent.
 
     Every image is resized to its working size. The language model sees it with both prompts (for v1.2 resized from the
@@ -88,6 +89,7 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
     progress bar.
     known: cache of what several prompts for the same image share, the negative conditioning and the latent. Read and
     filled here; all other arguments must be the same.
+    with_negative: False if sampling will not read the negative prompt; it is then not encoded (`left_out`).
 
     Raises Step1XError for an invalid image, a foreign text encoder or VAE, a latent of another size, sizes that
     degenerate, and damaged weights.
@@ -107,6 +109,10 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
     known = {} if known is None else known
     conditionings = []
     for text in (prompt, negative_prompt):
+        if conditionings and not with_negative:
+            conditionings.append(left_out(conditionings[0]))
+            progress.update(len(pictures))
+            continue
         if len(conditionings) == 1 and "negative" in known:
             conditionings.append(known["negative"])
             progress.update(len(pictures))
@@ -125,7 +131,7 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
         conditionings.append(merge_batch(parts))
     comfy.model_management.throw_exception_if_processing_interrupted()
     samples = known["samples"] if "samples" in known else encode_pictures(vae, pictures) if latent is None else latent["samples"]
-    known |= {"negative": conditionings[1], "samples": samples}
+    known |= {"samples": samples} | ({"negative": conditionings[1]} if with_negative else {})
     progress.update(1)
     positive, negative = ([[cond, {**extra, "reference_latents": [samples]}] for cond, extra in c] for c in conditionings)
     return positive, negative, {"samples": samples, LAYOUT_KEY: layout.name}

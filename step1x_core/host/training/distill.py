@@ -33,7 +33,8 @@ from ...training.distillation import (
     trajectory_noise,
 )
 from ...training.objective import Settings
-from ..sampling.sampler import HOOKS, check_model, model_version, version_defaults
+from ..sampling.few_steps import model_version, version_defaults
+from ..sampling.sampler import HOOKS, check_model
 from .adapted import switched_off
 from .cache import fingerprint
 from .run import Run

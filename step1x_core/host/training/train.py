@@ -23,7 +23,8 @@ from ...images import to_uint8
 from ...training.cache import CachedPair, EditDataset
 from ...training.objective import Origin, Settings, add_noise, draw, flow_loss, pair_at
 from ..network.attention import torch_attention_chosen
-from ..sampling.sampler import check_model, flow_sigmas, sample, version_defaults, with_norm_limiter
+from ..sampling.few_steps import version_defaults
+from ..sampling.sampler import check_model, model_sigmas, sample, with_norm_limiter
 from .adapted import adapted, linear_shapes
 from .run import LORA_FILE, STATE_FILE, Run  # noqa: F401 (the names of what a training leaves)
 
@@ -195,6 +196,7 @@ def edit_held_out(model, vae, dataset: EditDataset, steps: int, cfg: float, seed
         target, source = dataset.latents(item)
         positive, negative = ([list(dataset.conditioning(item, negative))] for negative in (False, True))
         latent = {"samples": source}
-        edited = sample(model, positive, negative, latent, flow_sigmas(steps, source), cfg, seed, callback=lambda *args: None)["samples"]
+        sigmas = model_sigmas(model, steps, source)
+        edited = sample(model, positive, negative, latent, sigmas, cfg, seed, callback=lambda *args: None)["samples"]
         rows.append(to_uint8(torch.cat([vae.decode(part.clone())[0] for part in (source, edited, target)], dim=1)))
     return rows

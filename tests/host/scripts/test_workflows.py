@@ -10,7 +10,7 @@ from PIL import Image
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 # A person's own choice: there is no file to offer.
-OWN_FILES = {"step1x-edit-lora.safetensors"}
+OWN_FILES = {"step1x-edit-lora.safetensors", "step1x-edit-lightning.safetensors"}
 TITLE = 30
 
 
