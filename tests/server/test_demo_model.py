@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import demo
 import demo_model
 import numpy as np
 import pytest
@@ -29,8 +30,8 @@ def client(tmp_path_factory):
         yield Client(server.url)
 
 
-def edit(client, folder, pixels, instruction, seed=42) -> np.ndarray:
-    """uint8 [H, W, 3] through the shipped edit workflow with the demo model."""
+def edit(client, folder, pixels, instruction, seed=42, lora=None) -> np.ndarray:
+    """uint8 [H, W, 3] through the shipped edit workflow with the demo model; with a few-step LoRA in its steps and CFG."""
     picture = folder / "source.png"
     Image.fromarray(pixels).save(picture)
     name = f"{abs(hash((instruction, pixels.tobytes())))}.png"
@@ -42,6 +43,9 @@ def edit(client, folder, pixels, instruction, seed=42) -> np.ndarray:
         "Step1XEditSampler": {"steps": STEPS, "cfg": demo_model.CFG, "seed": seed},
     }.items():
         prompt[find_nodes(prompt, class_type)[0]]["inputs"].update(values)
+    if lora is not None:
+        demo.with_lora(prompt, lora)
+        prompt[find_nodes(prompt, "Step1XEditSampler")[0]]["inputs"].update(steps=0, cfg=0.0)
     run = client.run(prompt)
     return np.asarray(Image.open(io.BytesIO(run.images[0])).convert("RGB"))
 
@@ -54,6 +58,13 @@ def test_held_out_edits_are_right(client, tmp_path):
         verdicts.append((pair.kind, pair.instruction, judge(pair, edit(client, tmp_path, pair.source, pair.instruction)).success))
     wrong = [verdict[:2] for verdict in verdicts if not verdict[2]]
     assert EDITS - len(wrong) >= LEAST_RIGHT, wrong
+
+
+def test_the_few_step_lora_edits_right_too(client, tmp_path):
+    pairs = [pair_at(1, index, "heldout") for index in range(4)]
+    results = [edit(client, tmp_path, pair.source, pair.instruction, lora=demo_model.FAST_FILE.name) for pair in pairs]
+    wrong = [(pair.kind, pair.instruction) for pair, result in zip(pairs, results) if not judge(pair, result).success]
+    assert len(wrong) <= 1, wrong
 
 
 def test_an_empty_instruction_changes_nothing(client, tmp_path):
