@@ -2,11 +2,9 @@ from comfy_api.latest import io
 
 from ..step1x_core.host.prompts.encoding import add_references, decode_edit, encode_edit
 from ..step1x_core.host.prompts.tiling import AUTO, TILING
-from .categories import MAIN
+from .categories import EDIT_ALIASES, MAIN
 from .widgets import check_widgets
 
-# What people type who do not know the name; the blueprint's file has the same.
-EDIT_ALIASES = ["edit image", "edit picture", "edit photo", "image edit", "edit by instruction"]
 # More than a few are too much for the model, and for most graphics cards.
 MAX_REFERENCES = 8
 REFERENCE_SIZE = 512
@@ -70,7 +68,7 @@ class Step1XEditDecode(io.ComfyNode):
             display_name="Step1X-Edit Decode",
             category=MAIN,
             description="Decodes the result and brings it to the size of the source picture.",
-            search_aliases=["step1x", "vae decode", "vae decode tiled", "restore size"],
+            search_aliases=["step1x", *EDIT_ALIASES, "vae decode", "vae decode tiled", "restore size"],
             inputs=[
                 io.Latent.Input("samples", tooltip="The sampled latent."),
                 io.Vae.Input("vae", tooltip="The VAE that encoded the picture."),

@@ -7,7 +7,7 @@ from ..step1x_core.host.checkpoints.loading import load_model, load_own_vae, loa
 from ..step1x_core.host.checkpoints.lora import apply_lora, load_lora_file
 from ..step1x_core.host.sampling.sampler import check_model
 from ..step1x_core.versions import LAYOUTS, VERSIONS
-from .categories import MAIN
+from .categories import EDIT_ALIASES, MAIN
 from .widgets import check_widgets
 
 WEIGHT_DTYPES = {
@@ -19,18 +19,18 @@ WEIGHT_DTYPES = {
 }
 
 
-class Step1XEditLoadModel(io.ComfyNode):
+class Step1XEditLoader(io.ComfyNode):
     """Loads a Step1X-Edit model. Unlike the stock 'Load Diffusion Model' it also opens diffusers folders, lets you set the
     version, checks that the file is complete, and switches on the official guidance."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XEditLoadModel",
+            node_id="Step1XEditLoader",
             display_name="Load Step1X-Edit Model",
             category=MAIN,
             description="Loads a Step1X-Edit model: a single file (original, fp8 or scaled fp8) or a diffusers folder.",
-            search_aliases=["step1x", "step1x-edit", "load diffusion model", "unet loader", "image edit model"],
+            search_aliases=["step1x", *EDIT_ALIASES, "load diffusion model", "unet loader"],
             inputs=[
                 io.Combo.Input("unet_name", options=list(choices("diffusion_models", "transformer")),
                                tooltip="A file in models/diffusion_models, or a diffusers folder there or in models/diffusers, up to three levels deep (shown with a slash)."),
@@ -55,17 +55,17 @@ class Step1XEditLoadModel(io.ComfyNode):
         return io.NodeOutput(loaded, load_own_vae(path))
 
 
-class Step1XEditLoadMLLM(io.ComfyNode):
+class Step1XEditMLLM(io.ComfyNode):
     """Loads Qwen2.5-VL-7B as Step1X-Edit's text encoder. The stock 'Load CLIP' knows the file but not this model's prompt layout."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XEditLoadMLLM",
+            node_id="Step1XEditMLLM",
             display_name="Load Step1X-Edit MLLM",
             category=MAIN,
             description="Loads Qwen2.5-VL-7B-Instruct, which reads the instruction and looks at the picture. The file that Qwen-Image uses fits, bf16 or scaled fp8.",
-            search_aliases=["qwen2.5-vl", "qwen_2.5_vl_7b", "text encoder", "load clip"],
+            search_aliases=["step1x", *EDIT_ALIASES, "qwen2.5-vl", "qwen_2.5_vl_7b", "text encoder", "load clip"],
             inputs=[
                 io.Combo.Input("clip_name", options=list(choices("text_encoders", "text_encoder")),
                                tooltip="A file in models/text_encoders such as qwen_2.5_vl_7b.safetensors, or a Hugging Face folder (shown with a slash)."),

@@ -82,7 +82,7 @@ class Studio:
         prompt = to_api(json.loads((WORKFLOWS / f"{workflow}.json").read_text(encoding="utf-8")), self.info)
         sampling = {"steps": demo_model.STEPS, "cfg": demo_model.CFG}
         size = {"size_level": demo_model.SIZE_LEVEL}
-        settings = {"Step1XEditLoadModel": {"unet_name": demo_model.MODEL_FILE}, "Step1XEditLoadMLLM": {"clip_name": demo_model.MLLM_FILE},
+        settings = {"Step1XEditLoader": {"unet_name": demo_model.MODEL_FILE}, "Step1XEditMLLM": {"clip_name": demo_model.MLLM_FILE},
                     "VAELoader": {"vae_name": demo_model.VAE_FILE}, "Step1XEditEncode": size, "Step1XEditSampler": sampling, "Step1XEditBatchImages": {**size, **sampling},
                     "CFGGuider": {"cfg": demo_model.CFG}, "Step1XEditScheduler": {"steps": demo_model.STEPS}, "Step1XEditStitchCrop": {"feather": 4},
                     "Step1XEditLoadLora": {"lora_name": LORA}, "UpscaleModelLoader": {"model_name": UPSCALER}}

@@ -70,7 +70,7 @@ def test_guidance_node_takes_the_limit_of_the_models_version(schemas, models):
 
 def test_prompts_from_before_v12_still_validate(schemas):
     """They name no version for the text encoder; the host refuses a prompt that lacks a required input."""
-    required = {entry.id for entry in schemas["Step1XEditLoadMLLM"].inputs if not entry.optional}
+    required = {entry.id for entry in schemas["Step1XEditMLLM"].inputs if not entry.optional}
     assert required == {"clip_name", "device"}
 
 
