@@ -86,6 +86,10 @@ class Step1XEditMLLM(io.ComfyNode):
         return io.NodeOutput(load_text_encoder(path, None if version == "auto" else version, options))
 
 
+# The first entry of the list of LoRAs: a workflow that is opened without a LoRA then names no file that is missing.
+NO_LORA = "none"
+
+
 class Step1XEditLoadLora(io.ComfyNode):
     """The stock 'Load LoRA (Model)' works, too. This one knows more names of layers, follows the official merging rule for an alpha of 0, and
     refuses a file in which nothing fits the model, where the stock node goes on without it."""
@@ -100,8 +104,9 @@ class Step1XEditLoadLora(io.ComfyNode):
             search_aliases=["lora", "load lora"],
             inputs=[
                 io.Model.Input("model", tooltip="A Step1X-Edit model."),
-                io.Combo.Input("lora_name", options=folder_paths.get_filename_list("loras"),
-                               tooltip="A file in models/loras, in the layout of kohya, of PEFT with diffusers names, or of DiffSynth."),
+                io.Combo.Input("lora_name", options=[NO_LORA, *folder_paths.get_filename_list("loras")], default=NO_LORA,
+                               tooltip="A file in models/loras, in the layout of kohya, PEFT, diffusers, DiffSynth, LyCORIS or SimpleTuner. "
+                                       "none leaves the model as it is."),
                 io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.01, tooltip="How strongly the LoRA acts. The official code uses 1."),
             ],
             outputs=[io.Model.Output()],
@@ -112,4 +117,6 @@ class Step1XEditLoadLora(io.ComfyNode):
         check_widgets(cls, strength=strength)
         check_model(model)
         check_widgets(cls, lora_name=lora_name)
+        if lora_name == NO_LORA:
+            return io.NodeOutput(model)
         return io.NodeOutput(apply_lora(model, load_lora_file(folder_paths.get_full_path_or_raise("loras", lora_name)), strength))

@@ -13,8 +13,6 @@ const [url, executablePath, output, pack, slowdown, only] = process.argv.slice(2
 const { chromium } = createRequire(path.join(process.env.STEP1X_PLAYWRIGHT, 'package.json'))('playwright-core');
 
 const BLUEPRINT = 'Step1X-Edit Image';
-// Files that a person chooses for himself; all others must be offered for download.
-const OWN_FILES = ['step1x-edit-lora.safetensors'];
 // What makes a run short enough for a CPU, by widget.
 const SHORT = { size_level: 256, steps: 3, rounds: 1 };
 const SMALL_LATENT = { width: 256, height: 256 };
@@ -243,7 +241,7 @@ await check('without_models', async () => {
     for (const file of files) {
       const found = missing.find(model => model.name === file);
       if (!found) problems.push(`${name}: ${file} is not reported as missing`);
-      else if (!OWN_FILES.includes(file) && !(found.url && found.directory)) problems.push(`${name}: ${file} has no link`);
+      else if (!(found.url && found.directory)) problems.push(`${name}: ${file} has no link`);
     }
   }
   return problems;

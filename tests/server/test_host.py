@@ -156,8 +156,8 @@ def test_materials_are_two_edits_of_one_picture_inside_the_mask(client, prompt_o
 
 def test_lora_workflow_is_the_edit_with_a_changed_model(client, prompt_of):
     def edit(strength):
-        prompt = {"prompt": "make it red"}
-        return pixels(client.run(prompt_of("step1x_lora.json", Step1XEditLoadLora={"strength": strength}, Step1XEditEncode=prompt)))
+        prompt, lora = {"prompt": "make it red"}, {"lora_name": tiny_models.LORA_FILE, "strength": strength}
+        return pixels(client.run(prompt_of("step1x_lora.json", Step1XEditLoadLora=lora, Step1XEditEncode=prompt)))
 
     plain = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditEncode={"prompt": "make it red"}, Step1XEditSampler={"cfg": 0})))
     assert np.array_equal(edit(0.0), plain) and not np.array_equal(edit(1.0), plain)
