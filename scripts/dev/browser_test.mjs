@@ -162,6 +162,19 @@ await check('template_browser', async () => {
 });
 await page.keyboard.press('Escape');
 
+await check('search', async () => {
+  const found = await page.evaluate(words => {
+    const { nodeSearchService } = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s.get('nodeDef');
+    return words.map(word => nodeSearchService.searchNode(word).map(node => node.display_name));
+  }, ['step1x', 'edit image', 'edit picture']);
+  const plain = ['Load Step1X-Edit Model', 'Load Step1X-Edit MLLM', 'Step1X-Edit Encode', 'Step1X-Edit Sampler', 'Step1X-Edit Decode'];
+  const [all, image, picture] = found;
+  // 'Step1X-Edit Speed' is as long as the blueprint's name.
+  return [...[...plain, BLUEPRINT].filter(name => !all.slice(0, 7).includes(name)).map(name => `'step1x' does not find ${name} first, but ${all.slice(0, 8)}`),
+    ...(image[0] === BLUEPRINT ? [] : [`'edit image' finds ${image.slice(0, 3)} before the blueprint`]),
+    ...plain.filter(name => !picture.includes(name)).map(name => `'edit picture' does not find ${name}`)];
+});
+
 writeFileSync(path.join(output, 'sizes.json'), JSON.stringify(await lookAtAll(page, names, { check, open: openTemplate, atRest })));
 if (only === 'look') {
   await context.close();
