@@ -188,7 +188,9 @@ def product_variants(studio):
 
 def social_media_set(studio):
     names = [studio.upload(scene("recolour", index).source) for index in (6, 7, 3)]
-    return sheet(studio.run("step1x_social_media_set", names, Step1XEditBatchImages={"prompts": "give the picture a black background"}), 3, "one look in three formats")
+    made = studio.run("step1x_social_media_set", names, Step1XEditBatchImages={"prompts": "give the picture a black background"})
+    # Which of the three Save Image nodes ends first is open: the square ones first, the stories last.
+    return sheet(sorted(made, key=lambda image: -image.width / image.height), 3, "one look in three formats")
 
 
 def building_material(studio):
