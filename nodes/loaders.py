@@ -104,7 +104,7 @@ class Step1XEditLoadLora(io.ComfyNode):
             search_aliases=["lora", "load lora"],
             inputs=[
                 io.Model.Input("model", tooltip="A Step1X-Edit model."),
-                io.Combo.Input("lora_name", options=[NO_LORA, *folder_paths.get_filename_list("loras")], default=NO_LORA,
+                io.Combo.Input("lora_name", options=[NO_LORA, *folder_paths.get_filename_list("loras")],
                                tooltip="A file in models/loras, in the layout of kohya, PEFT, diffusers, DiffSynth, LyCORIS or SimpleTuner. "
                                        "none leaves the model as it is."),
                 io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.01, tooltip="How strongly the LoRA acts. The official code uses 1."),
