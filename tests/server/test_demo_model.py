@@ -37,7 +37,7 @@ def edit(client, folder, pixels, instruction, seed=42) -> np.ndarray:
     client.upload_image(picture, name)
     prompt = to_api(json.loads((PACK / "workflows" / "step1x_edit.json").read_text(encoding="utf-8")), client.get("/object_info"))
     for class_type, values in {
-        "Step1XEditLoadModel": {"unet_name": demo_model.MODEL_FILE}, "Step1XEditLoadMLLM": {"clip_name": demo_model.MLLM_FILE}, "VAELoader": {"vae_name": demo_model.VAE_FILE},
+        "Step1XEditLoader": {"unet_name": demo_model.MODEL_FILE}, "Step1XEditMLLM": {"clip_name": demo_model.MLLM_FILE}, "VAELoader": {"vae_name": demo_model.VAE_FILE},
         "LoadImage": {"image": name}, "Step1XEditEncode": {"prompt": instruction, "size_level": demo_model.SIZE_LEVEL},
         "Step1XEditSampler": {"steps": STEPS, "cfg": demo_model.CFG, "seed": seed},
     }.items():

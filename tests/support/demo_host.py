@@ -59,8 +59,8 @@ def demo_prompt(client, workflow: str, **changes) -> dict:
     prompt = to_api(json.loads((PACK / "workflows" / workflow).read_text(encoding="utf-8")), client.get("/object_info"))
     sampling = {"steps": STEPS, "cfg": demo_model.CFG}
     settings = {
-        "Step1XEditLoadModel": {"unet_name": demo_model.MODEL_FILE},
-        "Step1XEditLoadMLLM": {"clip_name": demo_model.MLLM_FILE},
+        "Step1XEditLoader": {"unet_name": demo_model.MODEL_FILE},
+        "Step1XEditMLLM": {"clip_name": demo_model.MLLM_FILE},
         "VAELoader": {"vae_name": demo_model.VAE_FILE},
         "Step1XEditEncode": {"size_level": demo_model.SIZE_LEVEL},
         "Step1XEditSampler": sampling,
