@@ -68,13 +68,8 @@ class Step1XEditDecode(io.ComfyNode):
             node_id="Step1XEditDecode",
             display_name="Step1X-Edit Decode",
             category=MAIN,
-<<<<<<< HEAD
             description="Decodes the result and resizes it to the size of the source image.",
-            search_aliases=["step1x", "vae decode", "vae decode tiled", "restore size"],
-=======
-            description="Decodes the result and brings it to the size of the source picture.",
             search_aliases=["step1x", *EDIT_ALIASES, "vae decode", "vae decode tiled", "restore size"],
->>>>>>> face
             inputs=[
                 io.Latent.Input("samples", tooltip="The sampled latent."),
                 io.Vae.Input("vae", tooltip="The VAE that encoded the picture."),
