@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,8 @@ def pytest_configure(config):
 
 def pytest_addoption(parser):
     parser.addoption("--random-order", metavar="SEED", type=int, help="run the files, and the tests within each, in an order drawn from SEED")
-    parser.addoption("--once-elsewhere", action="store_true", help="leave out the tests marked `once`: they run in another ComfyUI")
+    parser.addoption("--once-elsewhere", action="store_true",
+                     help="another ComfyUI has all tests: leave out those marked `once`, and all but one of n cases of those marked `sampled(n)`")
 
 
 def in_random_order(items: list, seed: int) -> list:
@@ -79,14 +81,31 @@ def in_random_order(items: list, seed: int) -> list:
     return [item for path in order for item in draw.sample(files[path], len(files[path]))]
 
 
+def elsewhere(items: list) -> list:
+    """Those that another ComfyUI runs: all marked `once`, and of a test marked `sampled(n)` all but one of every n cases. Which one changes from
+    n cases to the next, so that each value of every parameter has its turn."""
+    numbers, found = Counter(), []
+    for item in items:
+        sampled = item.get_closest_marker("sampled")
+        test = (item.path, item.originalname)
+        number, numbers[test] = numbers[test], numbers[test] + 1
+        if item.get_closest_marker("once"):
+            found.append(item)
+        elif sampled:
+            (every,) = sampled.args
+            found += [item] if (number + number // every) % every else []
+    return found
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config, items):
     for item in items:
         item.add_marker(part_of(item.path))
     if config.getoption("--once-elsewhere"):
-        elsewhere = [item for item in items if item.get_closest_marker("once")]
-        config.hook.pytest_deselected(items=elsewhere)
-        items[:] = [item for item in items if item not in elsewhere]
+        left_out = elsewhere(items)
+        config.hook.pytest_deselected(items=left_out)
+        gone = {*map(id, left_out)}
+        items[:] = [item for item in items if id(item) not in gone]
     seed = config.getoption("--random-order")
     if seed is not None:
         items[:] = in_random_order(items, seed)

