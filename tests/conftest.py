@@ -181,3 +181,29 @@ def transformers_model(float_file):
     weights = {k.replace("model.", "language_model.", 1): v for k, v in load_file(float_file).items() if not k.startswith("lm_head")}
     model.load_state_dict(weights, strict=True)
     return model
+
+
+@pytest.fixture(scope="session")
+def demo_server(tmp_path_factory):
+    """A client of a ComfyUI server with the shipped miniature model, one for all files of tests/server."""
+    from demo_host import demo_client
+
+    with demo_client(tmp_path_factory.mktemp("demo")) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tmp_path_factory):
+    """A ComfyUI server with tiny models whose replies end soon, assets/coffee.jpg as an input, and previews; one for all files of tests/server.
+
+    Tests may add models, inputs and outputs under names of their own.
+    """
+    import tiny_models
+    from comfy_server import Client, ComfyServer, install_pack
+
+    base = tmp_path_factory.mktemp("tiny")
+    tiny_models.write_all(base / "models", terse=True)
+    install_pack(base)
+    with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base, arguments=("--cpu", "--preview-method", "latent2rgb")) as server:
+        Client(server.url).upload_image(PACK / "assets" / "coffee.jpg", "coffee.jpg")
+        yield server

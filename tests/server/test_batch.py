@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from comfy_server import ExecutionError, find_nodes
-from demo_host import STEPS, demo_client, demo_model, demo_prompt, edit, load_demo, to_image, to_pixels
+from demo_host import STEPS, demo_model, demo_prompt, edit, load_demo, to_image, to_pixels
 from PIL import Image
 
 from miniature.edits import invert
@@ -130,9 +130,8 @@ def test_further_references_stand_behind_the_edited_picture(demo):
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    with demo_client(tmp_path_factory.mktemp("batch")) as client:
-        yield client
+def client(demo_server):
+    return demo_server
 
 
 def upload(client, tmp_path, name, pixels):

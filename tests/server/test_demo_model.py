@@ -2,31 +2,26 @@
 
 import io
 import json
-import os
-from pathlib import Path
 
 import demo_model
 import numpy as np
 import pytest
-from comfy_server import Client, ComfyServer, find_nodes, install_pack, to_api
+from comfy_server import find_nodes, to_api
 from conftest import PACK
 from PIL import Image
 
 from miniature.scenes import judge, pair_at
 
-EDITS = 20
+EDITS = 12
 # Fewer than the miniature's own; an edit is right or wrong after them, too.
-STEPS = 8
-# Of the 20; benchmarks/demo_quality.py measures the rate on more edits.
-LEAST_RIGHT = 18
+STEPS = 6
+# Of the 12; benchmarks/demo_quality.py measures the rate on more edits.
+LEAST_RIGHT = 11
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    base = tmp_path_factory.mktemp("demo")
-    install_pack(base)
-    with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base, demo_model.FOLDER) as server:
-        yield Client(server.url)
+def client(demo_server):
+    return demo_server
 
 
 def edit(client, folder, pixels, instruction, seed=42) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from comfy_server import AFTER_GENERATE, Client, ComfyServer, ExecutionError, find_nodes, install_pack, to_api
+from comfy_server import AFTER_GENERATE, Client, ExecutionError, find_nodes, to_api
 from conftest import PACK
 from diffusers_layout import diffusers_repository, to_diffusers
 from PIL import Image, ImageOps
@@ -26,18 +26,13 @@ PHOTO = PACK / "assets" / "coffee.jpg"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    base = tmp_path_factory.mktemp("comfyui")
-    tiny_models.write_all(base / "models", terse=True)
-    install_pack(base)
-    with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base, arguments=("--cpu", "--preview-method", "latent2rgb")) as running:
-        Client(running.url).upload_image(PHOTO, "coffee.jpg")
-        with Image.open(PHOTO) as photo:
-            # A mask as the mask editor saves it: what is painted is transparent.
-            photo.putalpha(ImageOps.invert(Image.linear_gradient("L").resize(photo.size).point(lambda value: 255 if 64 < value < 160 else 0)))
-            photo.save(base / "masked.png")
-        Client(running.url).upload_image(base / "masked.png", "masked.png")
-        yield running
+def server(tiny_server):
+    with Image.open(PHOTO) as photo:
+        # A mask as the mask editor saves it: what is painted is transparent.
+        photo.putalpha(ImageOps.invert(Image.linear_gradient("L").resize(photo.size).point(lambda value: 255 if 64 < value < 160 else 0)))
+        photo.save(tiny_server.base / "masked.png")
+    Client(tiny_server.url).upload_image(tiny_server.base / "masked.png", "masked.png")
+    return tiny_server
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 from comfy.sample import prepare_noise
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from comfy_server import ExecutionError, find_nodes
-from demo_host import demo_client, demo_prompt, edit, load_demo, to_image, to_pixels
+from demo_host import demo_prompt, edit, load_demo, to_image, to_pixels
 from PIL import Image
 
 import nodes
@@ -206,9 +206,8 @@ def test_with_a_latent_the_picture_is_read_by_the_language_model_only(demo):
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    with demo_client(tmp_path_factory.mktemp("local")) as client:
-        yield client
+def client(demo_server):
+    return demo_server
 
 
 def run_masked(client, tmp_path, pixels, mask, workflow, **changes):

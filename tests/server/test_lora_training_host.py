@@ -1,16 +1,14 @@
 """Training through the real ComfyUI: the shipped workflow with cancel and resume, stock nodes around it, and the command."""
 
 import json
-import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
-from comfy_server import Client, ComfyServer, ExecutionError, find_nodes, install_pack, to_api
+from comfy_server import Client, ExecutionError, find_nodes, to_api
 from conftest import PACK
 from PIL import Image
 from safetensors.torch import load_file
@@ -21,16 +19,13 @@ STATE, LORA = "state.safetensors", "lora.safetensors"
 
 
 @pytest.fixture(scope="module")
-def base(models, tmp_path_factory):
-    base = tmp_path_factory.mktemp("base")
-    install_pack(base)
-    return base
+def base(tiny_server):
+    return tiny_server.base
 
 
 @pytest.fixture(scope="module")
-def client(base, models):
-    with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base, models) as server:
-        yield Client(server.url)
+def client(tiny_server):
+    return Client(tiny_server.url)
 
 
 @pytest.fixture

@@ -2,13 +2,10 @@
 
 import io
 import json
-import os
 import re
-from pathlib import Path
 
 import pytest
-import tiny_models
-from comfy_server import Client, ComfyServer, ExecutionError, find_nodes, install_pack, to_api
+from comfy_server import Client, ExecutionError, find_nodes, to_api
 from conftest import PACK
 from PIL import Image
 
@@ -18,13 +15,8 @@ SMALL = {"Step1XEditEncode": {"size_level": 64}, "Step1XEditSampler": {"steps": 
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    base = tmp_path_factory.mktemp("comfyui")
-    tiny_models.write_all(base / "models", terse=True)
-    install_pack(base)
-    with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base) as running:
-        Client(running.url).upload_image(PACK / "assets" / "coffee.jpg", "coffee.jpg")
-        yield running
+def server(tiny_server):
+    return tiny_server
 
 
 @pytest.fixture(scope="module")

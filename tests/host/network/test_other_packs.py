@@ -123,6 +123,7 @@ OURS = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("theirs_first", [True, False])
 @pytest.mark.parametrize("way", [by_function, by_wrapper])
 @pytest.mark.parametrize("swap", SWAPS)

@@ -340,6 +340,7 @@ def test_caches_skip_steps_and_keep_the_edit(demo, block_calls, node, threshold)
     assert len(block_calls) <= 9 and right("recolour", demo.picture(out))
 
 
+@pytest.mark.once  # test_compile.py has the tiny model in every host
 def test_compiled_model(demo):
     """With the backend that only traces: the default one gives the same after a minute of compiling."""
     assert difference(demo.ksampler(run("TorchCompileModel", model=demo.model, backend="eager")[0], steps=FEW), demo.plain(steps=FEW)) < SAME
