@@ -181,6 +181,7 @@ COMBINATIONS = list(itertools.product(ACTIONS, (NONE, "group/red-finder"), (None
                                       ("", " ,\u200b\n", "blood, knife"), ("", " \u200b", "Is it bad?"), (False, True)))
 
 
+@pytest.mark.sampled(11)
 @pytest.mark.parametrize("action, classifier, prompt, words, question, connected", COMBINATIONS)
 def test_in_every_combination_a_gate_that_is_on_checks_or_refuses(clip, monkeypatch, action, classifier, prompt, words, question, connected):
     """What is given to check by is checked by: where it cannot be, there is an error, and never an unsafe picture that passes as found safe."""
