@@ -58,6 +58,7 @@ def test_computed_pairs_become_a_dataset_that_grows(server, client, prompt_of):
     assert len(read_pairs(dataset / "en-00000.json")) > len(pairs)
 
 
+@pytest.mark.once
 def test_a_proposed_edit_is_made_judged_and_filtered(server, client, prompt_of):
     """A model of random weights proposes nothing and judges nothing: the edits come from the table, and no pair passes."""
     prompt = prompt_of("step1x_propose_pairs.json", Step1XEditPairSave={"name": "judged"}, Step1XEditPairPropose={"count": 2})

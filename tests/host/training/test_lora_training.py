@@ -106,6 +106,7 @@ def loss_of(model, run, dataset, checkpointing=True):
     return loss.item()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ["bf16", "plain fp8", "scaled fp8"])
 def test_gradients_are_those_of_finite_differences(models, tmp_path, dataset, kind):
     with torch.inference_mode():
