@@ -141,6 +141,15 @@ def clip(models):
 
 
 @pytest.fixture(scope="session")
+def clip_v12(models):
+    import tiny_models
+
+    from step1x_core.host.checkpoints.loading import load_text_encoder
+
+    return load_text_encoder(models / "text_encoders" / tiny_models.MLLM_FILE, "v1.2")
+
+
+@pytest.fixture(scope="session")
 def vae(models):
     import comfy.sd
     import tiny_models
@@ -166,6 +175,23 @@ def float_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("mllm") / "float.safetensors"
     tiny_models.write_mllm(path, dtype=torch.float32)
     return path
+
+
+@pytest.fixture(scope="session")
+def model_weights(models):
+    """The tensors of the tiny v1.1 in bfloat16."""
+    import tiny_models
+    from safetensors.torch import load_file
+
+    return {k: v.bfloat16() for k, v in load_file(models / "diffusion_models" / tiny_models.V11_FILE).items()}
+
+
+@pytest.fixture(scope="session")
+def mllm_weights(float_file):
+    """The tensors of the tiny language model in bfloat16."""
+    from safetensors.torch import load_file
+
+    return {k: v.bfloat16() for k, v in load_file(float_file).items()}
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,8 @@
 """Names of datasets, trainings and benchmarks that lead out of their folders or that no file can have, typed in and handed over by another node."""
 
-import folder_paths
 import pytest
 import torch
-from bad_input_host import Given, Host
+from bad_input_host import Given, running_host, use_folders
 from comfy_api.latest import io
 from node_inputs import entries
 
@@ -24,13 +23,8 @@ FINE = {"Step1XEditGEditItems.dataset": ("", "  "), "Step1XEditPairSave.name": (
 @pytest.fixture(scope="module")
 def host(model, clip, vae, tmp_path_factory):
     root = tmp_path_factory.mktemp("host")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("input", "output"):
-            (root / name).mkdir()
-            patch.setattr(folder_paths, f"{name}_directory", str(root / name))
-        host = Host(patch, model, clip, vae)
+    with running_host(model, clip, vae, lambda patch: use_folders(patch, root)) as host:
         yield host
-        host.still_edits(from_the_start=True)
 
 
 def test_every_kind_of_name_is_there():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bad_input_host import NOT_CONVERTED, NOT_IN_LIST, TOO_LARGE, TOO_SMALL, Given, Host, Many
+from bad_input_host import NOT_CONVERTED, NOT_IN_LIST, TOO_LARGE, TOO_SMALL, Given, Many, running_host
 from comfy_api.latest import io
 from node_inputs import called, classes, entries, numbers, widgets
 
@@ -22,10 +22,8 @@ CHOICES = [entry for entry in entries() if isinstance(entry.input, io.Combo.Inpu
 
 @pytest.fixture(scope="module")
 def host(model, clip, vae):
-    with pytest.MonkeyPatch.context() as patch:
-        host = Host(patch, model, clip, vae)
+    with running_host(model, clip, vae) as host:
         yield host
-        host.still_edits(from_the_start=True)
 
 
 def whole(entry) -> bool:
