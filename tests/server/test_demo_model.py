@@ -1,14 +1,12 @@
 """The shipped miniature model edits right: held-out edits through the real host's API, judged on the pixels."""
 
 import io
-import json
 
 import demo_model
 import numpy as np
 import pytest
-from comfy_server import find_nodes, to_api
-from conftest import PACK
 from PIL import Image
+from shipped import shipped_prompt
 
 from miniature.scenes import judge, pair_at
 
@@ -30,13 +28,11 @@ def edit(client, folder, pixels, instruction, seed=42) -> np.ndarray:
     Image.fromarray(pixels).save(picture)
     name = f"{abs(hash((instruction, pixels.tobytes())))}.png"
     client.upload_image(picture, name)
-    prompt = to_api(json.loads((PACK / "workflows" / "step1x_edit.json").read_text(encoding="utf-8")), client.get("/object_info"))
-    for class_type, values in {
+    prompt = shipped_prompt(client, "step1x_edit.json", {
         "Step1XEditLoadModel": {"unet_name": demo_model.MODEL_FILE}, "Step1XEditLoadMLLM": {"clip_name": demo_model.MLLM_FILE}, "VAELoader": {"vae_name": demo_model.VAE_FILE},
         "LoadImage": {"image": name}, "Step1XEditEncode": {"prompt": instruction, "size_level": demo_model.SIZE_LEVEL},
         "Step1XEditSampler": {"steps": STEPS, "cfg": demo_model.CFG, "seed": seed},
-    }.items():
-        prompt[find_nodes(prompt, class_type)[0]]["inputs"].update(values)
+    })
     run = client.run(prompt)
     return np.asarray(Image.open(io.BytesIO(run.images[0])).convert("RGB"))
 

@@ -9,11 +9,12 @@ import shutil
 import numpy as np
 import pytest
 import tiny_models
-from comfy_server import Client, ExecutionError, find_nodes, to_api
+from chat_server import SCORES, chat_server, send, stall
+from comfy_server import Client, ExecutionError, find_nodes
 from conftest import PACK
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_gedit import SCORES, chat_server, send, stall
+from shipped import shipped_prompt
 
 from step1x_core.gedit.dataset import read_dataset, result_path, select
 from step1x_core.gedit.miniature import miniature
@@ -29,6 +30,7 @@ BATCH = ["--workflow", str(PACK / "workflows" / "step1x_edit_batch.json"), "--se
 
 # A judge of few words: its most probable answer ends, too, and not only one drawn by chance.
 JUDGE_FILE = "few_words.safetensors"
+SMALL = {"Step1XEditLoadMLLM": {"clip_name": JUDGE_FILE}, "Step1XEditEncode": {"size_level": 64}, "Step1XEditSampler": {"steps": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +50,7 @@ def client(server):
 @pytest.fixture
 def prompt_of(client):
     def load(name, **changes):
-        prompt = to_api(json.loads((PACK / "workflows" / name).read_text(encoding="utf-8")), client.get("/object_info"))
-        for class_type, values in {"Step1XEditLoadMLLM": {"clip_name": JUDGE_FILE}, "Step1XEditEncode": {"size_level": 64}, "Step1XEditSampler": {"steps": 1},
-                                   **changes}.items():
-            for node in find_nodes(prompt, class_type):
-                prompt[node]["inputs"].update(values)
-        return prompt
+        return shipped_prompt(client, name, SMALL, changes)
 
     return load
 

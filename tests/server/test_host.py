@@ -17,6 +17,7 @@ from conftest import PACK
 from diffusers_layout import diffusers_repository, to_diffusers
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
+from shipped import shipped_prompt
 
 from step1x_core.errors import Step1XError
 from step1x_core.host.checkpoints.folders import resolve
@@ -48,18 +49,13 @@ def object_info(client):
 
 
 @pytest.fixture
-def prompt_of(object_info):
+def prompt_of(client):
     """A shipped workflow in API form, at a size and step count for a CPU."""
     def load(name, **changes):
-        prompt = to_api(json.loads((WORKFLOWS / name).read_text(encoding="utf-8")), object_info)
         small = {"LoadImage": {"image": "coffee.jpg"}, "Step1XEditEncode": {"size_level": LEVEL}, "Step1XEditSampler": {"steps": 4}, "Step1XEditScheduler": {"steps": 4},
                  "EmptySD3LatentImage": {"width": 128, "height": 96}, "Step1XEditReflectionLoop": {"size_level": LEVEL, "steps": 4, "rounds": 2},
                  "Step1XEditBatchImages": {"size_level": LEVEL, "steps": 2}}
-        for settings in (small, changes):
-            for class_type, values in settings.items():
-                for node in find_nodes(prompt, class_type):
-                    prompt[node]["inputs"].update(values)
-        return prompt
+        return shipped_prompt(client, name, small, changes)
 
     return load
 

@@ -5,9 +5,9 @@ import json
 import re
 
 import pytest
-from comfy_server import Client, ExecutionError, find_nodes, to_api
-from conftest import PACK
+from comfy_server import Client, ExecutionError, find_nodes
 from PIL import Image
+from shipped import shipped_prompt
 
 from step1x_core.training.dataset import read_pairs
 
@@ -27,11 +27,7 @@ def client(server):
 @pytest.fixture
 def prompt_of(client):
     def load(name, **changes):
-        prompt = to_api(json.loads((PACK / "workflows" / name).read_text(encoding="utf-8")), client.get("/object_info"))
-        for class_type, values in [*SMALL.items(), *changes.items()]:
-            for node in find_nodes(prompt, class_type):
-                prompt[node]["inputs"].update(values)
-        return prompt
+        return shipped_prompt(client, name, SMALL, changes)
 
     return load
 
