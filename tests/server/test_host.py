@@ -106,6 +106,7 @@ LOOP = "step1x_edit_v12_loop.json"
 BATCH = "step1x_edit_batch.json"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name, size", SHIPPED)
 def test_shipped_workflow_makes_a_picture(client, prompt_of, name, size):
     prompt = prompt_of(name, LoadImage={"image": "masked.png"})

@@ -244,6 +244,7 @@ def test_a_lora_changes_the_converted_model_as_it_does_the_original(files, form)
     assert error(after, expected) < 2 * FORMATS[form] and error(after, expected) < error(before, expected) / 2
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("form", LOADABLE)
 def test_language_model_is_quantised_but_for_vision_and_embeddings(float_file, photo, tmp_path, form):
     out = tmp_path / "mllm.safetensors"

@@ -65,6 +65,7 @@ def test_padding_is_computed_once_and_the_last_block_only_where_it_is_read(model
     torch.testing.assert_close(got, run_plainly(model, edit, monkeypatch), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.once
 def test_with_a_block_that_is_compiled_or_replaced_every_token_is_computed(model, edit, monkeypatch):
     expected = run_plainly(model, edit, monkeypatch)
     block = model.model.diffusion_model.single_blocks[0]
