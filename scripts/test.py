@@ -33,7 +33,7 @@ def python_m(host: environment.Host, tools: Path | None, module: str, *arguments
 # The folders of tests/ that run in every ComfyUI.
 PARTS = {"host": ("tests/host", "tests/parity"), "stress": ("tests/stress",), "server": ("tests/server",)}
 # Seconds that a part takes on a core, in the first ComfyUI and in a further one. Only their order matters: what starts last should be short.
-SECONDS = {"host": (550, 300), "browser": (250, 0), "server": (240, 130), "stress": (210, 70), "pure": (40, 0)}
+SECONDS = {"host": (650, 350), "browser": (300, 0), "server": (220, 120), "stress": (210, 80), "pure": (50, 0)}
 # More at once need more memory than a small machine has.
 MOST_TOGETHER = 4
 # pytest's exit status where no test was selected, as with -k or -m.
@@ -60,7 +60,9 @@ def pytest_jobs(hosts: list[environment.Host], tools: Path | None, arguments: li
     def job(number: int, part: str, *what: str) -> Job:
         host = hosts[number]
         command = python_m(host, tools, "pytest", "--rootdir", "tests", "-c", "tests/pytest.ini", *what, *arguments)
-        return Job(f"{host.tree.name}-{part}" if part != "pure" else part, command, host.tree, SECONDS[part][min(number, 1)])
+        return Job(
+            f"{host.tree.name}-{part}" if part != "pure" else part, command, host.tree, SECONDS[part][min(number, 1)]
+        )
 
     jobs = [job(number, part, *folders, *(["--once-elsewhere"] if number else []))
             for part, folders in PARTS.items() for number in range(len(hosts))]
@@ -78,8 +80,15 @@ class Run(threading.Thread):
     def __init__(self, job: Job, threads: int):
         super().__init__(name=job.name)
         self.started = time.monotonic()
-        self.child = subprocess.Popen(job.command, cwd=environment.PACK, env=job.variables(threads), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                      encoding="utf-8", errors="replace")
+        self.child = subprocess.Popen(
+            job.command,
+            cwd=environment.PACK,
+            env=job.variables(threads),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+        )
         self.start()
 
     def run(self) -> None:
@@ -121,7 +130,9 @@ def run_jobs(jobs: list[Job]) -> list[int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--comfyui", metavar="FOLDER", help="the ComfyUI source tree to run in")
     parser.add_argument("--browser", action="store_true", help="run the shipped workflows in Chromium, too")
     options, arguments = parser.parse_known_args()

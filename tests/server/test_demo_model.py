@@ -28,11 +28,18 @@ def edit(client, folder, pixels, instruction, seed=42) -> np.ndarray:
     Image.fromarray(pixels).save(picture)
     name = f"{abs(hash((instruction, pixels.tobytes())))}.png"
     client.upload_image(picture, name)
-    prompt = shipped_prompt(client, "step1x_edit.json", {
-        "Step1XEditLoadModel": {"unet_name": demo_model.MODEL_FILE}, "Step1XEditLoadMLLM": {"clip_name": demo_model.MLLM_FILE}, "VAELoader": {"vae_name": demo_model.VAE_FILE},
-        "LoadImage": {"image": name}, "Step1XEditEncode": {"prompt": instruction, "size_level": demo_model.SIZE_LEVEL},
-        "Step1XEditSampler": {"steps": STEPS, "cfg": demo_model.CFG, "seed": seed},
-    })
+    prompt = shipped_prompt(
+        client,
+        "step1x_edit.json",
+        {
+            "Step1XEditLoadModel": {"unet_name": demo_model.MODEL_FILE},
+            "Step1XEditLoadMLLM": {"clip_name": demo_model.MLLM_FILE},
+            "VAELoader": {"vae_name": demo_model.VAE_FILE},
+            "LoadImage": {"image": name},
+            "Step1XEditEncode": {"prompt": instruction, "size_level": demo_model.SIZE_LEVEL},
+            "Step1XEditSampler": {"steps": STEPS, "cfg": demo_model.CFG, "seed": seed},
+        },
+    )
     run = client.run(prompt)
     return np.asarray(Image.open(io.BytesIO(run.images[0])).convert("RGB"))
 
@@ -42,7 +49,9 @@ def test_held_out_edits_are_right(client, tmp_path):
     verdicts = []
     for index in range(EDITS):
         pair = pair_at(1, index, "heldout")
-        verdicts.append((pair.kind, pair.instruction, judge(pair, edit(client, tmp_path, pair.source, pair.instruction)).success))
+        verdicts.append(
+            (pair.kind, pair.instruction, judge(pair, edit(client, tmp_path, pair.source, pair.instruction)).success)
+        )
     wrong = [verdict[:2] for verdict in verdicts if not verdict[2]]
     assert EDITS - len(wrong) >= LEAST_RIGHT, wrong
 

@@ -30,7 +30,9 @@ def fresh():
 
 def with_torch_attention(path):
     model = load_model(path).clone()
-    model.model_options["transformer_options"]["optimized_attention_override"] = lambda attention, *args, **kwargs: attention_pytorch.__wrapped__(*args, **kwargs)
+    model.model_options["transformer_options"]["optimized_attention_override"] = lambda attention, *args, **kwargs: (
+        attention_pytorch.__wrapped__(*args, **kwargs)
+    )
     return model
 
 
@@ -60,8 +62,12 @@ def compiled(model) -> tuple:
 
 
 def run(model, size=16, steps=3, seed=1, cfg=4.0):
-    positive, negative, latent = tiny_models.made_up_edit(model.model.diffusion_model.version, size, (30, 20), tiny_models.TINY_TRANSFORMER.text)
-    return sample(model, positive, negative, latent, flow_sigmas(steps, latent["samples"]), cfg, seed, callback=lambda *args: None)["samples"]
+    positive, negative, latent = tiny_models.made_up_edit(
+        model.model.diffusion_model.version, size, (30, 20), tiny_models.TINY_TRANSFORMER.text
+    )
+    return sample(
+        model, positive, negative, latent, flow_sigmas(steps, latent["samples"]), cfg, seed, callback=lambda *args: None
+    )["samples"]
 
 
 def test_only_new_shapes_compile_again_and_nothing_breaks_a_graph(v11):
