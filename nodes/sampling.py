@@ -15,7 +15,7 @@ from ..step1x_core.host.sampling.sampler import (
 )
 from ..step1x_core.sampling.guidance import NormLimiter
 from ..step1x_core.versions import GUIDANCE_NORM_POWER
-from .categories import MAIN
+from .categories import EDIT_ALIASES, MAIN
 from .widgets import cfg_input, check_widgets, steps_input
 
 
@@ -29,7 +29,7 @@ class Step1XEditSampler(io.ComfyNode):
             display_name="Step1X-Edit Sampler",
             category=MAIN,
             description="Edits with the schedule and guidance of the official code. KSampler works as well; its schedulers do not know the picture's size.",
-            search_aliases=["step1x", "ksampler", "sampler", "edit sampler"],
+            search_aliases=["step1x", *EDIT_ALIASES, "ksampler", "sampler", "edit sampler"],
             inputs=[
                 io.Model.Input("model", tooltip="The model from 'Load Step1X-Edit Model', with any LoRA or model patch."),
                 io.Conditioning.Input("positive", tooltip="The instruction."),

@@ -32,8 +32,8 @@ def edit(client, folder, pixels, instruction, seed=42) -> np.ndarray:
         client,
         "step1x_edit.json",
         {
-            "Step1XEditLoadModel": {"unet_name": demo_model.MODEL_FILE},
-            "Step1XEditLoadMLLM": {"clip_name": demo_model.MLLM_FILE},
+            "Step1XEditLoader": {"unet_name": demo_model.MODEL_FILE},
+            "Step1XEditMLLM": {"clip_name": demo_model.MLLM_FILE},
             "VAELoader": {"vae_name": demo_model.VAE_FILE},
             "LoadImage": {"image": name},
             "Step1XEditEncode": {"prompt": instruction, "size_level": demo_model.SIZE_LEVEL},

@@ -135,7 +135,7 @@ def test_widgets_reach_the_inputs_that_they_belong_to(offers, object_info, old):
 
 
 def parts() -> dict:
-    return {"1": {"class_type": "LoadImage", "inputs": {"image": "scene.png"}}, "2": {"class_type": "Step1XEditLoadMLLM", "inputs": {"clip_name": demo_model.MLLM_FILE,
+    return {"1": {"class_type": "LoadImage", "inputs": {"image": "scene.png"}}, "2": {"class_type": "Step1XEditMLLM", "inputs": {"clip_name": demo_model.MLLM_FILE,
             "device": "default", "version": "auto"}}, "3": {"class_type": "VAELoader", "inputs": {"vae_name": demo_model.VAE_FILE}}}
 
 

@@ -30,7 +30,7 @@ BATCH = ["--workflow", str(PACK / "workflows" / "step1x_edit_batch.json"), "--se
 
 # A judge of few words: its most probable answer ends, too, and not only one drawn by chance.
 JUDGE_FILE = "few_words.safetensors"
-SMALL = {"Step1XEditLoadMLLM": {"clip_name": JUDGE_FILE}, "Step1XEditEncode": {"size_level": 64}, "Step1XEditSampler": {"steps": 1}}
+SMALL = {"Step1XEditMLLM": {"clip_name": JUDGE_FILE}, "Step1XEditEncode": {"size_level": 64}, "Step1XEditSampler": {"steps": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def test_the_command_starts_a_comfyui_of_its_own_and_a_local_judge_answers(serve
     (["--workflow", str(PACK / "workflows" / "step1x_edit_in_turns.json")], "not clear which node of the workflow saves the result; found: .*--output-node"),
     (["--workflow", "nothing.json"], "The workflow nothing.json cannot be read"),
     (["--batch", "2"], "--batch needs a workflow with Step1X-Edit Batch Images"),
-    (["--set", "Step1XEditLoadModel.unet_name=nothing.safetensors"], "ComfyUI refuses the workflow"),
+    (["--set", "Step1XEditLoader.unet_name=nothing.safetensors"], "ComfyUI refuses the workflow"),
     (["--set", "Step1XEditEncode.size_level=1024", "--set", "Step1XEditSampler.sampler_name=euler", "--method", "a/b"], "cannot be a name of a method"),
 ])
 def test_mistakes_on_the_command_line_are_told_before_anything_runs(server, data, tmp_path, capsys, options, message):

@@ -150,8 +150,8 @@ def test_materials_are_two_edits_of_one_picture_inside_the_mask(client, prompt_o
 
 def test_lora_workflow_is_the_edit_with_a_changed_model(client, prompt_of):
     def edit(strength):
-        prompt = {"prompt": "make it red"}
-        return pixels(client.run(prompt_of("step1x_lora.json", Step1XEditLoadLora={"strength": strength}, Step1XEditEncode=prompt)))
+        prompt, lora = {"prompt": "make it red"}, {"lora_name": tiny_models.LORA_FILE, "strength": strength}
+        return pixels(client.run(prompt_of("step1x_lora.json", Step1XEditLoadLora=lora, Step1XEditEncode=prompt)))
 
     plain = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditEncode={"prompt": "make it red"}, Step1XEditSampler={"cfg": 0})))
     assert np.array_equal(edit(0.0), plain) and not np.array_equal(edit(1.0), plain)
@@ -204,7 +204,7 @@ def test_thinking_workflow_edits_by_what_it_shows(client, prompt_of):
 def test_loop_workflow_with_a_model_that_babbles(client, prompt_of):
     """Nothing is scripted here: random weights never keep a contract, and still there are pictures, a report, and one graph per round."""
     # The preview asks for no scores, which would take most of the time.
-    prompt = prompt_of(LOOP, Step1XEditLoadModel={"version": "v1.2-preview"})
+    prompt = prompt_of(LOOP, Step1XEditLoader={"version": "v1.2-preview"})
     loop, = find_nodes(prompt, "Step1XEditReflectionLoop")
     run = client.run(prompt)
     nodes = [*dict.fromkeys(node.removeprefix(f"{loop}.0.0.") for node in run.executed if node.startswith(f"{loop}."))]
@@ -308,7 +308,7 @@ def test_ksampler_and_stock_model_loader(client, prompt_of):
     """The stock nodes in place of ours: Load Diffusion Model, ModelSamplingFlux, KSampler, VAE Decode."""
     prompt = prompt_of("step1x_edit.json")
     encode = find_nodes(prompt, "Step1XEditEncode")[0]
-    loader = find_nodes(prompt, "Step1XEditLoadModel")[0]
+    loader = find_nodes(prompt, "Step1XEditLoader")[0]
     sampler, decode = find_nodes(prompt, "Step1XEditSampler")[0], find_nodes(prompt, "Step1XEditDecode")[0]
     ours = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditSampler={"seed": 5})))
     prompt[loader] = {"class_type": "UNETLoader", "inputs": {"unet_name": tiny_models.V11_FILE, "weight_dtype": "default"}}
@@ -339,19 +339,19 @@ def test_reference_latent_node_and_text_only_encoder(client, prompt_of):
 def test_unload_and_load_another_version(client, prompt_of):
     first = pixels(client.run(prompt_of("step1x_edit.json")))
     client.free()
-    other = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"unet_name": tiny_models.V10_FILE})))
+    other = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditLoader={"unet_name": tiny_models.V10_FILE})))
     assert not np.array_equal(first, other)
-    forced = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"unet_name": tiny_models.V10_FILE, "version": "v1.1"})))
+    forced = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditLoader={"unet_name": tiny_models.V10_FILE, "version": "v1.1"})))
     assert not np.array_equal(other, forced)
     assert np.array_equal(first, pixels(client.run(prompt_of("step1x_edit.json"))))
 
 
 def test_weight_dtypes_and_model_patches_run(client, prompt_of):
     exact = pixels(client.run(prompt_of("step1x_edit.json")))
-    fp8 = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"weight_dtype": "fp8_e4m3fn"})))
+    fp8 = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditLoader={"weight_dtype": "fp8_e4m3fn"})))
     assert not np.array_equal(exact, fp8)
     prompt = prompt_of("step1x_edit.json")
-    loader = find_nodes(prompt, "Step1XEditLoadModel")[0]
+    loader = find_nodes(prompt, "Step1XEditLoader")[0]
     prompt["cache"] = {"class_type": "Step1XEditSpeedPreset", "inputs": {
         "model": [loader, 0], "mode": "custom: TeaCache", "mode.threshold": 2.0, "mode.attention": "exact",
         "mode.start_percent": 0.0, "mode.end_percent": 1.0}}
@@ -363,14 +363,14 @@ def test_errors_are_sentences_and_the_next_run_works(server, client, prompt_of):
     folder = server.base / "models" / "diffusion_models"
     (folder / "page.safetensors").write_bytes(b"<html>404</html>")
     with pytest.raises(ExecutionError, match="page.safetensors is damaged, incomplete or not a safetensors file") as error:
-        client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"unet_name": "page.safetensors"}))
-    assert error.value.details["node_type"] == "Step1XEditLoadModel"
+        client.run(prompt_of("step1x_edit.json", Step1XEditLoader={"unet_name": "page.safetensors"}))
+    assert error.value.details["node_type"] == "Step1XEditLoader"
     # The host compares the name with the list the node offers; our own check is behind that (test_only_offered_names_are_resolved).
     with pytest.raises(ExecutionError, match="not in"):
-        client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"unet_name": "../../secret.safetensors"}))
+        client.run(prompt_of("step1x_edit.json", Step1XEditLoader={"unet_name": "../../secret.safetensors"}))
     with pytest.raises(ExecutionError, match="formats prompts for another model"):
         prompt = prompt_of("step1x_edit.json")
-        loader = find_nodes(prompt, "Step1XEditLoadMLLM")[0]
+        loader = find_nodes(prompt, "Step1XEditMLLM")[0]
         clip = server.base / "models" / "text_encoders" / "clip_l.safetensors"
         write_clip_l(clip)
         prompt[loader] = {"class_type": "CLIPLoader", "inputs": {"clip_name": clip.name, "type": "stable_diffusion"}}
@@ -400,11 +400,11 @@ def write_clip_l(path):
 def test_diffusers_folder_is_offered_and_loads(server, client, prompt_of):
     source = server.base / "models" / "diffusion_models" / tiny_models.V11_FILE
     diffusers_repository(server.base / "models" / "diffusers" / "Step1X-Edit-v1p1-diffusers", to_diffusers(load_file(source)))
-    info = client.get("/object_info/Step1XEditLoadModel")["Step1XEditLoadModel"]["input"]["required"]["unet_name"]
+    info = client.get("/object_info/Step1XEditLoader")["Step1XEditLoader"]["input"]["required"]["unet_name"]
     offered = info[0] if isinstance(info[0], list) else info[1]["options"]
     assert "Step1X-Edit-v1p1-diffusers/" in offered and not any("00001-of-00003" in name for name in offered)
     expected = pixels(client.run(prompt_of("step1x_edit.json")))
-    assert np.array_equal(pixels(client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"unet_name": "Step1X-Edit-v1p1-diffusers/"}))), expected)
+    assert np.array_equal(pixels(client.run(prompt_of("step1x_edit.json", Step1XEditLoader={"unet_name": "Step1X-Edit-v1p1-diffusers/"}))), expected)
 
 
 def test_only_offered_names_are_resolved(models, tmp_path, monkeypatch):

@@ -102,7 +102,7 @@ LANGUAGE_MODELS = {
 @pytest.mark.parametrize("change, expected", LANGUAGE_MODELS.values(), ids=LANGUAGE_MODELS)
 def test_language_models(host, root, memory, language_weights, change, expected):
     write(root / "text_encoders" / LANGUAGE, change(*language_weights))
-    check(host, memory, load(host, "Step1XEditLoadMLLM", LANGUAGE, device="cpu"), expected)
+    check(host, memory, load(host, "Step1XEditMLLM", LANGUAGE, device="cpu"), expected)
 
 
 VAES = {
@@ -239,7 +239,7 @@ def test_language_model_weights_that_are_no_numbers(host, root):
     config = tiny_models.TINY_MLLM
     broken = changed("model.norm.weight", lambda t: t * NAN)(tiny_models.random_weights(tiny_models.mllm_shapes(config), 2, torch.bfloat16))
     write(root / "text_encoders" / LANGUAGE, (broken, {CONFIG_KEY: json.dumps(config)}))
-    (loaded,) = load(host, "Step1XEditLoadMLLM", LANGUAGE, device="cpu").made()
+    (loaded,) = load(host, "Step1XEditMLLM", LANGUAGE, device="cpu").made()
     host.refuses(host.encode(clip=Given(loaded)), "The text encoder returned NaN or Inf values; .* Download")
     thought = host.call("Step1XEditThinkPrompt", clip=Given(loaded))
     host.refuses(thought, "The language model returned NaN values; .* Download", from_the_start=True)

@@ -306,9 +306,9 @@ def test_an_edit_of_a_batch_that_runs_out_of_memory_costs_itself_alone(host, und
 
 
 LOADERS = {
-    "model": ("Step1XEditLoadModel", {"unet_name": tiny_models.V11_FILE, "version": "v1.1", "weight_dtype": "default"}),
-    "shards": ("Step1XEditLoadModel", {"unet_name": "shards-v1p1/", "version": "auto", "weight_dtype": "default"}),
-    "clip": ("Step1XEditLoadMLLM", {"clip_name": tiny_models.MLLM_FILE, "device": "default", "version": "v1.1"}),
+    "model": ("Step1XEditLoader", {"unet_name": tiny_models.V11_FILE, "version": "v1.1", "weight_dtype": "default"}),
+    "shards": ("Step1XEditLoader", {"unet_name": "shards-v1p1/", "version": "auto", "weight_dtype": "default"}),
+    "clip": ("Step1XEditMLLM", {"clip_name": tiny_models.MLLM_FILE, "device": "default", "version": "v1.1"}),
     "lora": ("Step1XEditLoadLora", {"model": ["plain", 0], "lora_name": tiny_models.LORA_FILE, "strength": 1.0}),
 }
 # By loader: the node of `edit_prompt` that it takes the place of.

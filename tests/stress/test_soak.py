@@ -42,8 +42,8 @@ def server(tmp_path_factory):
 def edit_prompt(version: str, picture: str, seed: int, size_level: int) -> dict:
     """An edit with one of the models. The loaders of all of them are in every prompt, so that the host keeps what they loaded."""
     layout = "v1.2" if version == "v1.2" else "v1.1"
-    nodes = {f"model {name}": ("Step1XEditLoadModel", {"unet_name": file, "version": name, "weight_dtype": "default"}) for name, file in MODELS.items()}
-    nodes |= {f"mllm {name}": ("Step1XEditLoadMLLM", {"clip_name": tiny_models.MLLM_FILE, "device": "default", "version": name}) for name in ("v1.1", "v1.2")}
+    nodes = {f"model {name}": ("Step1XEditLoader", {"unet_name": file, "version": name, "weight_dtype": "default"}) for name, file in MODELS.items()}
+    nodes |= {f"mllm {name}": ("Step1XEditMLLM", {"clip_name": tiny_models.MLLM_FILE, "device": "default", "version": name}) for name in ("v1.1", "v1.2")}
     nodes |= {
         "vae": ("VAELoader", {"vae_name": tiny_models.VAE_FILE}),
         "image": ("LoadImage", {"image": picture}),

@@ -57,8 +57,8 @@ def demo_prompt(client, workflow: str, **changes) -> dict:
     """A shipped workflow in API form, set to the demo model."""
     sampling = {"steps": STEPS, "cfg": demo_model.CFG}
     settings = {
-        "Step1XEditLoadModel": {"unet_name": demo_model.MODEL_FILE},
-        "Step1XEditLoadMLLM": {"clip_name": demo_model.MLLM_FILE},
+        "Step1XEditLoader": {"unet_name": demo_model.MODEL_FILE},
+        "Step1XEditMLLM": {"clip_name": demo_model.MLLM_FILE},
         "VAELoader": {"vae_name": demo_model.VAE_FILE},
         "Step1XEditEncode": {"size_level": demo_model.SIZE_LEVEL},
         "Step1XEditSampler": sampling,
