@@ -14,7 +14,9 @@ const { chromium } = createRequire(path.join(process.env.STEP1X_PLAYWRIGHT, 'pac
 
 const BLUEPRINT = 'Step1X-Edit Image';
 // What makes a run short enough for a CPU, by widget.
-const SHORT = { size_level: 256, steps: 3, rounds: 1 };
+const SHORT = { size_level: 256, steps: 3, rounds: 1, validation: 1 };
+// Of a loop, by the loader's widget: the preview asks for a verdict alone, where v1.2 asks for scores as well. tests/host has both.
+const LOOP_VERSION = 'v1.2-preview';
 const SMALL_LATENT = { width: 256, height: 256 };
 // So long nothing may be heard of a run, and so long a state is waited for: only what never comes takes it.
 const SILENCE = 300;
@@ -119,15 +121,17 @@ const missingModels = async count => {
   return missing;
 };
 
-const shorten = () => page.evaluate(([short, small]) => {
-  const graphs = [app.graph, ...(app.graph.subgraphs?.values() ?? [])];
-  for (const node of graphs.flatMap(graph => graph.nodes)) {
+const shorten = () => page.evaluate(([short, small, loopVersion]) => {
+  const nodes = [app.graph, ...(app.graph.subgraphs?.values() ?? [])].flatMap(graph => graph.nodes);
+  const loops = nodes.some(node => node.type === 'Step1XEditReflectionLoop');
+  for (const node of nodes) {
     for (const widget of node.widgets ?? []) {
       const value = node.type === 'EmptySD3LatentImage' && widget.name in small ? small[widget.name] : short[widget.name];
       if (value !== undefined) widget.value = value;
+      if (loops && node.type === 'Step1XEditLoader' && widget.name === 'version') widget.value = loopVersion;
     }
   }
-}, [SHORT, SMALL_LATENT]);
+}, [SHORT, SMALL_LATENT, LOOP_VERSION]);
 
 // Every node that saves or previews must have something to show.
 const resultProblems = () => page.evaluate(() => app.graph.nodes.filter(node => ['SaveImage', 'PreviewImage'].includes(node.type))

@@ -4,7 +4,6 @@ import importlib.util
 import io
 import sys
 
-import demo_host
 import demo_model
 import numpy as np
 import pytest
@@ -37,10 +36,9 @@ OLD_LOADERS = {
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    with demo_host.demo_client(tmp_path_factory.mktemp("comfyui")) as client:
-        client.upload_image(PACK / "assets" / "scene.png", "scene.png")
-        yield client
+def client(demo_server):
+    demo_server.upload_image(PACK / "assets" / "scene.png", "scene.png")
+    return demo_server
 
 
 @pytest.fixture(scope="module")

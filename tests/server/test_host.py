@@ -12,32 +12,30 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from comfy_server import AFTER_GENERATE, Client, ComfyServer, ExecutionError, find_nodes, install_pack, to_api
+from comfy_server import AFTER_GENERATE, Client, ExecutionError, find_nodes, to_api
 from conftest import PACK
 from diffusers_layout import diffusers_repository, to_diffusers
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
+from shipped import shipped_prompt
 
 from step1x_core.errors import Step1XError
 from step1x_core.host.checkpoints.folders import resolve
 
 WORKFLOWS = PACK / "workflows"
 PHOTO = PACK / "assets" / "coffee.jpg"
+# Of edits on a CPU, and the photograph's working size at that level, as [height, width, channels].
+LEVEL, WORKING = 128, (96, 144, 3)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    base = tmp_path_factory.mktemp("comfyui")
-    tiny_models.write_all(base / "models", terse=True)
-    install_pack(base)
-    with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base, arguments=("--cpu", "--preview-method", "latent2rgb")) as running:
-        Client(running.url).upload_image(PHOTO, "coffee.jpg")
-        with Image.open(PHOTO) as photo:
-            # A mask as the mask editor saves it: what is painted is transparent.
-            photo.putalpha(ImageOps.invert(Image.linear_gradient("L").resize(photo.size).point(lambda value: 255 if 64 < value < 160 else 0)))
-            photo.save(base / "masked.png")
-        Client(running.url).upload_image(base / "masked.png", "masked.png")
-        yield running
+def server(tiny_server):
+    with Image.open(PHOTO) as photo:
+        # A mask as the mask editor saves it: what is painted is transparent.
+        photo.putalpha(ImageOps.invert(Image.linear_gradient("L").resize(photo.size).point(lambda value: 255 if 64 < value < 160 else 0)))
+        photo.save(tiny_server.base / "masked.png")
+    Client(tiny_server.url).upload_image(tiny_server.base / "masked.png", "masked.png")
+    return tiny_server
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +49,13 @@ def object_info(client):
 
 
 @pytest.fixture
-def prompt_of(object_info):
+def prompt_of(client):
     """A shipped workflow in API form, at a size and step count for a CPU."""
     def load(name, **changes):
-        prompt = to_api(json.loads((WORKFLOWS / name).read_text(encoding="utf-8")), object_info)
-        small = {"LoadImage": {"image": "coffee.jpg"}, "Step1XEditEncode": {"size_level": 256}, "Step1XEditSampler": {"steps": 4}, "Step1XEditScheduler": {"steps": 4},
-                 "EmptySD3LatentImage": {"width": 256, "height": 192}, "Step1XEditReflectionLoop": {"size_level": 256, "steps": 4, "rounds": 2},
-                 "Step1XEditBatchImages": {"size_level": 256, "steps": 2}}
-        for settings in (small, changes):
-            for class_type, values in settings.items():
-                for node in find_nodes(prompt, class_type):
-                    prompt[node]["inputs"].update(values)
-        return prompt
+        small = {"LoadImage": {"image": "coffee.jpg"}, "Step1XEditEncode": {"size_level": LEVEL}, "Step1XEditSampler": {"steps": 4}, "Step1XEditScheduler": {"steps": 4},
+                 "EmptySD3LatentImage": {"width": 128, "height": 96}, "Step1XEditReflectionLoop": {"size_level": LEVEL, "steps": 4, "rounds": 2},
+                 "Step1XEditBatchImages": {"size_level": LEVEL, "steps": 2}}
+        return shipped_prompt(client, name, small, changes)
 
     return load
 
@@ -102,7 +95,7 @@ def test_workflows_are_offered_as_templates(client):
 
 
 EDITED = (600, 400)
-SHIPPED = [("step1x_edit.json", EDITED), ("step1x_edit_custom_sampler.json", EDITED), ("step1x_text_to_image.json", (256, 192)), ("step1x_edit_v12.json", EDITED),
+SHIPPED = [("step1x_edit.json", EDITED), ("step1x_edit_custom_sampler.json", EDITED), ("step1x_text_to_image.json", (128, 96)), ("step1x_edit_v12.json", EDITED),
            ("step1x_edit_v12_thinking.json", EDITED), ("step1x_masked_edit.json", EDITED), ("step1x_local_edit.json", EDITED), ("step1x_edit_in_turns.json", EDITED),
            ("step1x_local_edit_upscale.json", (1200, 800)), ("step1x_interior_material.json", EDITED), ("step1x_lora.json", EDITED), ("step1x_low_vram.json", EDITED),
            ("step1x_fast.json", EDITED), ("step1x_region.json", EDITED)]
@@ -113,6 +106,7 @@ LOOP = "step1x_edit_v12_loop.json"
 BATCH = "step1x_edit_batch.json"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name, size", SHIPPED)
 def test_shipped_workflow_makes_a_picture(client, prompt_of, name, size):
     prompt = prompt_of(name, LoadImage={"image": "masked.png"})
@@ -184,7 +178,7 @@ def test_blueprint_is_offered_and_is_the_plain_edit(client, prompt_of, object_in
             assert inner[node]["inputs"][index]["name"] == port["name"] or port["name"] == "image"
             if port["name"] == "image":
                 prompt[str(node)]["inputs"][inner[node]["inputs"][index]["name"]] = ["load", 0]
-    prompt[find_nodes(prompt, "Step1XEditEncode")[0]]["inputs"] |= {"prompt": "make it red", "size_level": 256}
+    prompt[find_nodes(prompt, "Step1XEditEncode")[0]]["inputs"] |= {"prompt": "make it red", "size_level": LEVEL}
     prompt[find_nodes(prompt, "Step1XEditSampler")[0]]["inputs"]["steps"] = 4
     prompt["save"] = {"class_type": "SaveImage", "inputs": {"images": [find_nodes(prompt, "Step1XEditDecode")[0], 0], "filename_prefix": "blueprint"}}
     plain = prompt_of("step1x_edit.json", Step1XEditEncode={"prompt": "make it red"})
@@ -206,6 +200,7 @@ def test_thinking_workflow_edits_by_what_it_shows(client, prompt_of):
     assert np.array_equal(pixels(client.run(plain)), pixels(run))
 
 
+@pytest.mark.once
 def test_loop_workflow_with_a_model_that_babbles(client, prompt_of):
     """Nothing is scripted here: random weights never keep a contract, and still there are pictures, a report, and one graph per round."""
     # The preview asks for no scores, which would take most of the time.
@@ -306,7 +301,7 @@ def test_cancel_in_mid_sampling_and_run_again(client, prompt_of):
 def test_output_stays_at_working_size_without_a_source(client, prompt_of):
     prompt = prompt_of("step1x_edit.json")
     del prompt[find_nodes(prompt, "Step1XEditDecode")[0]]["inputs"]["source"]
-    assert pixels(client.run(prompt)).shape == (208, 304, 3)
+    assert pixels(client.run(prompt)).shape == WORKING
 
 
 def test_ksampler_and_stock_model_loader(client, prompt_of):
@@ -318,12 +313,12 @@ def test_ksampler_and_stock_model_loader(client, prompt_of):
     ours = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditSampler={"seed": 5})))
     prompt[loader] = {"class_type": "UNETLoader", "inputs": {"unet_name": tiny_models.V11_FILE, "weight_dtype": "default"}}
     prompt["guidance"] = {"class_type": "Step1XEditGuidance", "inputs": {"model": [loader, 0], "truncate": 0.93, "power": 0.4}}
-    prompt["shift"] = {"class_type": "ModelSamplingFlux", "inputs": {"model": ["guidance", 0], "max_shift": 1.15, "base_shift": 0.5, "width": 304, "height": 208}}
+    prompt["shift"] = {"class_type": "ModelSamplingFlux", "inputs": {"model": ["guidance", 0], "max_shift": 1.15, "base_shift": 0.5, "width": WORKING[1], "height": WORKING[0]}}
     prompt[sampler] = {"class_type": "KSampler", "inputs": {"model": ["shift", 0], "positive": [encode, 0], "negative": [encode, 1], "latent_image": [encode, 2], "seed": 5,
                                                           "steps": 4, "cfg": 6.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}}
     assert np.abs(pixels(client.run(prompt)).astype(int) - ours).mean() < 1.5
     prompt[decode] = {"class_type": "VAEDecode", "inputs": {"samples": [sampler, 0], "vae": prompt[encode]["inputs"]["vae"]}}
-    assert pixels(client.run(prompt)).shape == (208, 304, 3)
+    assert pixels(client.run(prompt)).shape == WORKING
 
 
 def test_reference_latent_node_and_text_only_encoder(client, prompt_of):
@@ -332,7 +327,7 @@ def test_reference_latent_node_and_text_only_encoder(client, prompt_of):
     without = pixels(client.run(prompt))
     vae = find_nodes(prompt, "VAELoader")[0]
     prompt["image"] = {"class_type": "LoadImage", "inputs": {"image": "coffee.jpg"}}
-    prompt["scaled"] = {"class_type": "ImageScale", "inputs": {"image": ["image", 0], "upscale_method": "lanczos", "width": 256, "height": 192, "crop": "disabled"}}
+    prompt["scaled"] = {"class_type": "ImageScale", "inputs": {"image": ["image", 0], "upscale_method": "lanczos", "width": 128, "height": 96, "crop": "disabled"}}
     prompt["latent"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["scaled", 0], "vae": [vae, 0]}}
     sampler = prompt[sampler_of(prompt)]["inputs"]
     for side in ("positive", "negative"):
@@ -425,6 +420,7 @@ def test_only_offered_names_are_resolved(models, tmp_path, monkeypatch):
             resolve(name, "diffusion_models", "transformer")
 
 
+@pytest.mark.once
 def test_the_flux_vae_of_full_size(server, client, prompt_of):
     """The published layout of ae.safetensors (with random weights, in half precision) through the stock VAE loader."""
     shapes = tiny_models.flux_vae_shapes()

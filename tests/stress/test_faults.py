@@ -229,6 +229,7 @@ def same(found: dict, expected: dict) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("share", [0.3, 0.6])
 @pytest.mark.parametrize("prompt, node", [*STAGES, ("batch", "batch")])
 def test_cancel_acts_within_a_step_and_leaves_nothing(monkeypatch, classes, things, undisturbed, prompt, node, share):
@@ -242,6 +243,7 @@ def test_cancel_acts_within_a_step_and_leaves_nothing(monkeypatch, classes, thin
     assert same(host.run(PROMPTS[prompt]), expected)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.6])
 @pytest.mark.parametrize("prompt, node", [*STAGES, ("v1.1 lora", "sampler")])
 def test_out_of_memory_frees_what_it_took(host, undisturbed, prompt, node, share):
@@ -256,6 +258,7 @@ def test_out_of_memory_frees_what_it_took(host, undisturbed, prompt, node, share
     assert same(host.run(PROMPTS[prompt]), expected)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("operation", range(0, 900, 150))
 def test_out_of_memory_while_a_lora_is_merged_spoils_no_weights(monkeypatch, classes, things, undisturbed, operation):
     host = Host(monkeypatch, classes, things)

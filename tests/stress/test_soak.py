@@ -73,6 +73,7 @@ def test_prompts_of_different_versions_in_the_queue_get_each_its_own_result(serv
     assert len(set(alone)) == 3 and together == [*alone, alone[1]]
 
 
+@pytest.mark.once
 def test_many_edits_cost_no_memory_and_equal_seeds_stay_equal(server):
     client = Client(server.url, server.log)
     process = psutil.Process(server.process.pid)

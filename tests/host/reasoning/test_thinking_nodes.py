@@ -202,6 +202,7 @@ class Broken:
 PLACES = {"encode": ("edit", "encode_edit"), "sampler": ("sampling", "sample"), "decode": ("edit", "decode_edit"), "judge": ("loop", "judge")}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("problem", [RuntimeError("no more luck"), comfy.model_management.OOM_EXCEPTION("no more memory")])
 @pytest.mark.parametrize("node", PLACES)
 def test_an_error_in_a_later_round_keeps_the_pictures_and_is_tried_again(host, script, monkeypatch, node, problem):

@@ -78,6 +78,7 @@ def test_exact_is_the_model_as_it_is(model, edit):
     assert chosen(EXACT, model) is model
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("mode, single", [
     (BALANCED, lambda model: apply_teacache(model, 0.3)),
     (FAST, lambda model: set_guidance_interval(apply_teacache(model, 0.3), 0.0, 0.5)),
