@@ -78,14 +78,14 @@ def penalise(scores: Tensor, seen: Tensor, replied: Tensor, settings: Settings) 
 def best_first(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the highest `count` scores of [N, V] in falling order and their tokens, both [N, count].
 
-    Of equal scores the lower token comes first on every device and in every batch size, which torch's topk leaves open:
-    the key holds both, the score in its upper bits as an integer of the same order.
+    Of equal scores the lower token comes first on every device and in every batch size, which torch's topk leaves open.
+    The sort key has the score in its upper bits, as an integer of the same order, and the token in its lower ones.
     """
-    bits = scores.contiguous().view(torch.int32)
+    values, tokens = scores.topk(count) if count < scores.shape[1] else (scores, torch.arange(count, device=scores.device))
+    bits = values.contiguous().view(torch.int32)
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     last = 2**TOKEN_BITS - 1
-    keys = (ordered << TOKEN_BITS) + (last - torch.arange(scores.shape[1], device=scores.device))
-    keys = keys.topk(count).values if count < scores.shape[1] else keys.sort(descending=True).values
+    keys = ((ordered << TOKEN_BITS) + (last - tokens)).sort(descending=True).values
     tokens = last - (keys & last)
     return scores.gather(1, tokens), tokens
 
