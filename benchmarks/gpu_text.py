@@ -138,7 +138,7 @@ def through_modules():
     """The host's linear layers in place of the pack's kernels."""
     from step1x_core.host.prompts.decoding import KernelSteps
 
-    with mock.patch.object(KernelSteps, "ready", lambda self: False):
+    with mock.patch.object(KernelSteps, "fits", lambda self: False):
         yield
 
 

@@ -109,12 +109,12 @@ class ModuleSteps:
 class KernelSteps:
     """The step on the pack's kernels, over weights that lie on the GPU."""
 
-    def __init__(self, model: llama.Llama2_, loan: Loan, embedding: torch.nn.Module, head: torch.nn.Module):
+    def __init__(self, model: llama.Llama2_, loan: Loan, head: torch.nn.Module, dtype: torch.dtype):
+        """loan: of the embedding, the head and all linear layers. head: the layer, or the embedding, that scores."""
         config = model.config
         self.heads, self.width, self.eps = config.num_attention_heads, config.head_dim, config.rms_norm_eps
-        self.table = loan.weights[embedding][0]
-        self.norm = model.norm.weight
-        dtype = torch.bfloat16
+        self.table = loan.weights[model.embed_tokens][0]
+        self.dtype, self.norm = dtype, model.norm.weight
         self.head = loan.projection(head, dtype)
         self.layers = []
         for layer in model.layers:
@@ -126,14 +126,19 @@ class KernelSteps:
         self.inverse = 1 / config.rope_theta ** (torch.arange(0, self.width, 2, device=self.table.device).float()
                                                  / self.width)
 
-    def ready(self) -> bool:
+    def fits(self) -> bool:
         """Whether the kernels take all of the weights."""
-        groups = [group for layer in self.layers for group in (layer[1], layer[2], layer[4], layer[5])]
-        capability = torch.cuda.get_device_capability(self.table.device)
-        return (capability >= (8, 0) and self.table.dtype == torch.bfloat16
-                and self.width in (64, 128, 256) and all(None not in group for group in [*groups, [self.head]])
+        groups = [[self.head], *(group for layer in self.layers for group in (layer[1], layer[2], layer[4], layer[5]))]
+        norms = [self.norm, *(layer[place] for layer in self.layers for place in (0, 3))]
+        return (self.width in (32, 64, 128, 256) and all(part is not None for group in groups for part in group)
                 and all(len({(part.weight.dtype, part.bias is None) for part in group}) == 1 for group in groups)
-                and (capability >= (8, 9) or all(part.scale is None for group in [*groups, [self.head]] for part in group)))
+                and all(tensor.dtype == self.dtype for tensor in (self.table, *norms)))
+
+    def runs(self) -> bool:
+        """Whether this GPU has the arithmetic that the weights need."""
+        capability = torch.cuda.get_device_capability(self.table.device)
+        fp8 = any(part.scale is not None for layer in self.layers for part in (*layer[1], *layer[5]))
+        return capability >= ((8, 9) if fp8 else (8, 0))
 
     def scores(self, states: Tensor) -> Tensor:
         return kernels.project(states.contiguous(), [self.head])

@@ -95,15 +95,18 @@ class Writer:
     def __exit__(self, *exception) -> None:
         self.drop_graph()
         if self.loan is not None:
-            if self.device.type == "cuda":
-                # Steps may still be reading the weights.
-                torch.cuda.current_stream(self.device).synchronize()
+            self.wait()  # Steps may still be reading the weights.
             self.steps = None
             self.loan.give_back()
 
+    def wait(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
     def drop_graph(self) -> None:
         if self.graph is not None:
-            torch.cuda.current_stream(self.device).synchronize()
+            self.wait()
             self.graph.reset()
             self.graph = None
 
@@ -151,10 +154,9 @@ class Writer:
         if self.loan is None or any(weight.device != self.device for weight in norms):
             say_eager("not all weights of the text encoder lie on the GPU")
             return
-        if self.dtype == torch.bfloat16 and importlib.util.find_spec("triton") and all(
-                weight.dtype == torch.bfloat16 for weight in norms):
-            steps = KernelSteps(self.model, self.loan, self.model.embed_tokens, head)
-            if steps.ready():
+        if self.dtype == torch.bfloat16 and importlib.util.find_spec("triton"):
+            steps = KernelSteps(self.model, self.loan, head, self.dtype)
+            if steps.fits() and steps.runs():
                 self.steps = steps
         # A module gives its weight back after use, and the host may then move it.
         settled = self.steps is not modules or not self.loan.pinned
