@@ -17,7 +17,7 @@ def norm_kernel(x, weight, out, columns, eps, BLOCK: tl.constexpr):
     tl.store(out + row * columns + at, values.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def project_kernel(x, w0, w1, w2, s0, s1, s2, b0, b1, b2, residual, out, rows, n0, n1, n2,
                    COLUMNS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr,
                    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
@@ -57,7 +57,7 @@ def project_kernel(x, w0, w1, w2, s0, s1, s2, b0, b1, b2, residual, out, rows, n
     tl.store(out + at, sums, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def gate_kernel(x, gate, up, gate_scale, up_scale, out, rows, outputs, COLUMNS: tl.constexpr, SCALED: tl.constexpr,
                 ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """silu(x @ gate^T) * (x @ up^T): x [rows, COLUMNS], weights [outputs, COLUMNS], out [rows, outputs]."""
@@ -107,7 +107,7 @@ def rotate_kernel(qkv, cos, sin, lengths, q, keys, values, row_stride, token_str
     tl.store(target + HALF + at, b)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def attend_kernel(q, keys, values, lengths, parts, tops, totals, scale, splits, row_stride, token_stride, head_stride,
                   HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
                   CHUNK: tl.constexpr):
@@ -140,7 +140,7 @@ def attend_kernel(q, keys, values, lengths, parts, tops, totals, scale, splits, 
         tl.store(totals + at, tl.sum(weights, 1), mask=own)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def join_kernel(parts, tops, totals, lengths, out, splits, HEADS: tl.constexpr, WIDTH: tl.constexpr,
                 CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """Add up the chunks of a head; a program is a head of a row. out: [rows, HEADS, WIDTH]."""
