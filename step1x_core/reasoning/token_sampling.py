@@ -103,8 +103,8 @@ def candidates(scores: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
         smallest = values.gather(1, (settings.top_k - 1).clamp(0, count - 1))
         values = values.masked_fill((values < smallest) & (settings.top_k > 0), -torch.inf)
     if settings.uses_top_p:
-        # The sum of a token and all less probable ones.
-        tail = values.softmax(-1).flip(-1).cumsum(-1).flip(-1)
+        # The sum of a token and all less probable ones; in float64, so that the order of adding does not matter.
+        tail = values.softmax(-1).double().flip(-1).cumsum(-1).flip(-1)
         remove = (tail <= 1 - settings.top_p) & (settings.top_p < 1)
         values = values.masked_fill(pad(remove[:, 1:], (1, 0)), -torch.inf)
     if settings.uses_min_p:
@@ -146,7 +146,6 @@ class TokenSampler:
         place = self.count.expand(len(tokens), 1)
         if settings.samples:
             chances, ids = candidates(scores, settings)
-            # float64, so that the order in which a device adds does not matter.
             sums = chances.double().cumsum(-1)
             drawn = (sums <= self.draws.gather(1, place) * sums[:, -1:]).sum(-1, keepdim=True).clamp_(max=ids.shape[1] - 1)
             tokens = torch.where(settings.sampled, ids.gather(1, drawn), tokens)

@@ -24,7 +24,7 @@ STOP_IDS = (151643, 151645)
 REPLY_TOKENS = 1024
 # Tokens that a graph writes before the CPU looks at them: a tenth of a second of a 7B model on an H100.
 BLOCK = 16
-# Tokens of several prompts that are read together, padding included.
+# Tokens of several prompts that are read together, padding included, where reading them means to move the weights.
 PREFILL_TOKENS = 2048
 
 
@@ -110,13 +110,33 @@ class Writer:
             self.graph.reset()
             self.graph = None
 
+    @property
+    def head(self) -> torch.nn.Module:
+        return self.model.lm_head if self.model.config.lm_head else self.model.embed_tokens
+
+    def borrow(self) -> Loan | None:
+        """Take all weights that a step reads; None if some move."""
+        linears = [part for part in self.model.layers.modules() if hasattr(part, "weight_function")]
+        norms = [part.weight for part in self.model.modules() if isinstance(part, llama.RMSNorm)]
+        if any(weight.device != self.device for weight in norms):
+            return None
+        return lend([self.model.embed_tokens, self.head, *linears], self.device)
+
     def read_prompts(self) -> Tensor:
-        """Fill the cache with the prompts; returns the states of their last tokens [N, C]."""
+        """Fill the cache with the prompts; returns the states of their last tokens [N, C].
+
+        One by one, so that each gives the very states that it gives alone; together if the weights move for each use.
+        """
+        loan = self.borrow()
+        limit = PREFILL_TOKENS if loan is None else 0
+        if loan is not None:
+            # The host's layers take the weights for themselves, and after each use they are the host's to move.
+            loan.give_back()
         states, start = [], 0
         while start < len(self.prompts):
             comfy.model_management.throw_exception_if_processing_interrupted()
             end = start + 1
-            while end < len(self.prompts) and (end + 1 - start) * max(self.lengths[start:end + 1]) <= PREFILL_TOKENS:
+            while end < len(self.prompts) and (end + 1 - start) * max(self.lengths[start:end + 1]) <= limit:
                 end += 1
             states.append(self.read_together(start, end))
             start = end
@@ -147,15 +167,12 @@ class Writer:
         self.steps = modules
         if self.device.type != "cuda" or torch.version.hip:
             return
-        head = self.model.lm_head if self.model.config.lm_head else self.model.embed_tokens
-        linears = [part for part in self.model.layers.modules() if hasattr(part, "weight_function")]
-        norms = [part.weight for part in self.model.modules() if isinstance(part, llama.RMSNorm)]
-        self.loan = lend([self.model.embed_tokens, head, *linears], self.device)
-        if self.loan is None or any(weight.device != self.device for weight in norms):
+        self.loan = self.borrow()
+        if self.loan is None:
             say_eager("not all weights of the text encoder lie on the GPU")
             return
         if self.dtype == torch.bfloat16 and importlib.util.find_spec("triton"):
-            steps = KernelSteps(self.model, self.loan, head, self.dtype)
+            steps = KernelSteps(self.model, self.loan, self.head, self.dtype)
             if steps.fits() and steps.runs():
                 self.steps = steps
         # A module gives its weight back after use, and the host may then move it.

@@ -190,8 +190,13 @@ def passes(monkeypatch):
 
     monkeypatch.setattr(Writer, "read_together", reading)
     monkeypatch.setattr(ModuleSteps, "__call__", stepping)
-    monkeypatch.setattr("step1x_core.host.prompts.writing.PREFILL_TOKENS", 10**6)
     return seen
+
+
+@pytest.fixture
+def moving_weights(monkeypatch):
+    """As if the host moved weights to the device for each use: prompts are read together."""
+    monkeypatch.setattr("step1x_core.host.prompts.writing.lend", lambda modules, device: None)
 
 
 @pytest.mark.parametrize("head", ["untied", "tied"])
@@ -205,18 +210,19 @@ def test_replies_at_a_time_are_those_one_by_one(request, head):
 
 def test_replies_at_a_time_need_the_passes_of_the_longest(untied, passes):
     greedy_together(untied, CONTENTS.values(), 20)
-    longest = max(prompt_length(untied, content) for content in CONTENTS.values())
-    assert passes == [(3, longest)] + [(3, 1)] * 19
+    assert passes == [(1, prompt_length(untied, content)) for content in CONTENTS.values()] + [(3, 1)] * 19
     assert greedy_together(untied, CONTENTS.values(), 0) == [[], [], []] and len(passes) == 20
 
 
-def test_prompts_that_are_too_long_together_are_read_apart(untied, passes, monkeypatch):
-    expected = greedy_together(untied, CONTENTS.values(), 12)
-    lengths = [prompt_length(untied, content) for content in CONTENTS.values()]
-    monkeypatch.setattr("step1x_core.host.prompts.writing.PREFILL_TOKENS", 2 * max(lengths[:2]))
-    passes.clear()
-    assert greedy_together(untied, CONTENTS.values(), 12) == expected
-    assert passes[:2] == [(2, max(lengths[:2])), (1, lengths[2])]
+def test_prompts_are_read_together_as_far_as_memory_allows_where_weights_move(untied, passes, monkeypatch, moving_weights):
+    contents = [*CONTENTS.values()]
+    lengths = [prompt_length(untied, content) for content in contents]
+    expected = [greedy(untied, content, 12) for content in contents]
+    for tokens, groups in ((10**6, [(3, max(lengths))]), (2 * max(lengths[:2]), [(2, max(lengths[:2])), (1, lengths[2])])):
+        monkeypatch.setattr("step1x_core.host.prompts.writing.PREFILL_TOKENS", tokens)
+        passes.clear()
+        assert greedy_together(untied, contents, 12) == expected
+        assert passes == groups + [(3, 1)] * 11
 
 
 def test_each_of_several_replies_is_drawn_by_its_own_seed_and_temperature(untied):
@@ -248,9 +254,9 @@ def test_a_reply_that_ends_leaves_the_others_alone(untied, passes):
         with torch.no_grad():
             head[[151645, free[at]]] = saved
     lengths = [len(reply) for reply in expected]
-    assert lengths[0] == at + 1 < max(lengths) and len(passes) == 1 + max(lengths) - 1
+    assert lengths[0] == at + 1 < max(lengths) and len(passes) == 3 + max(lengths) - 1
     ended = sorted(lengths)
-    assert [rows for rows, _ in passes[1:]] == [3] * (ended[1] - 1) + [1] * (ended[2] - ended[1])
+    assert [rows for rows, _ in passes[3:]] == [3] * (ended[1] - 1) + [1] * (ended[2] - ended[1])
 
 
 @pytest.mark.parametrize("stop", [151643, 151645])
@@ -374,12 +380,12 @@ def test_cancelling_several_replies_stops_between_tokens_and_the_next_call_works
     passes.clear()
 
     def update(self, value):
-        comfy.model_management.interrupt_current_processing(len(passes) == 1 + 2)
+        comfy.model_management.interrupt_current_processing(len(passes) == 3 + 2)
 
     with monkeypatch.context() as patched, pytest.raises(comfy.model_management.InterruptProcessingException):
         patched.setattr(comfy.utils.ProgressBar, "update", update)
         greedy_together(untied, CONTENTS.values())
-    assert len(passes) == 1 + 2
+    assert len(passes) == 3 + 2
     assert greedy_together(untied, CONTENTS.values()) == expected
 
 
