@@ -58,12 +58,15 @@ def main() -> int:
         made = [(torch.randn(outputs, inputs, device="cuda") * inputs**-0.5).to(kernels.FP8 if fp8 else torch.bfloat16) for _ in range(copies)]
         return [kernels.Projection(weight, scale) for weight in made]
 
+    best = {}
+
     def show(name, size, rows, fp8, label, calls):
         try:
             time_of_one = microseconds(calls)
         except Exception as error:
             print(f"{name:<5} {'fp8' if fp8 else 'bf16'} {rows} rows {label:<28} {type(error).__name__}: {str(error)[:80]}", flush=True)
             return
+        best[name, fp8, label] = best.get((name, fp8, label), 0.0) + time_of_one
         print(f"{name:<5} {'fp8' if fp8 else 'bf16'} {rows} rows {label:<28} {time_of_one:8.1f} us {size / time_of_one / 1e6:6.2f} TB/s", flush=True)
 
     with torch.inference_mode():
@@ -90,6 +93,10 @@ def main() -> int:
                     if time.perf_counter() - begun < limit:
                         show("gate", size, rows, fp8, str(tile), [lambda a=a, b=b, tile=tile: kernels.gate(x, a, b, tile=kernels.Tile(*tile)) for a, b in pairs])
             del pairs
+        for name in (*SHAPES, "gate"):
+            for fp8 in (False, True):
+                ranked = sorted((time_of_both, label) for (own, kind, label), time_of_both in best.items() if own == name and kind == fp8)
+                print(f"best {name} {'fp8' if fp8 else 'bf16'}, both numbers of rows: " + ", ".join(f"{label} {time_of_both:.0f} us" for time_of_both, label in ranked[:4]), flush=True)
         norm = torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16)
         for rows in (1, 8):
             x = torch.randn(rows, HIDDEN, device="cuda").bfloat16()

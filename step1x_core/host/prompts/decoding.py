@@ -4,6 +4,7 @@ Both kinds of step take and give the same. They wait for nothing and keep all sh
 """
 
 import functools
+import importlib.util
 import logging
 
 import torch
@@ -61,6 +62,20 @@ def hosts_attention_agrees(device: torch.device, heads: int, kv_heads: int, widt
         return False
     except Exception:  # whatever a changed host raises in there
         log.debug("Step1X-Edit: flash_attention_decode", exc_info=True)
+        return False
+
+
+@functools.cache
+def kernels_run(device: torch.device) -> bool:
+    """Whether Triton is installed and compiles for this GPU; a failure is logged once."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        ones = torch.ones(1, 64, dtype=torch.bfloat16, device=device)
+        return bool((kernels.norm(ones, ones[0], 1e-6) == 1).all())
+    except Exception as error:  # a missing C compiler, an unsupported GPU, a damaged installation
+        log.debug("Step1X-Edit: Triton", exc_info=True)
+        log.info("Step1X-Edit: Triton does not work here (%s), so text is written more slowly.", type(error).__name__)
         return False
 
 

@@ -1,7 +1,6 @@
 """Writes several replies at a time, as one batch: prefill, then step after step (docs/model.md, Text generation)."""
 
 import functools
-import importlib.util
 import logging
 
 import comfy.cli_args
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ...reasoning.kv_cache import Cache
 from ...reasoning.token_sampling import Sampling, TokenSampler
-from .decoding import KernelSteps, ModuleSteps, causal_attention
+from .decoding import KernelSteps, ModuleSteps, causal_attention, kernels_run
 from .resident import Loan, lend
 
 log = logging.getLogger(__name__)
@@ -171,7 +170,7 @@ class Writer:
         if self.loan is None:
             say_eager("not all weights of the text encoder lie on the GPU")
             return
-        if self.dtype == torch.bfloat16 and importlib.util.find_spec("triton"):
+        if self.dtype == torch.bfloat16 and kernels_run(self.device):
             steps = KernelSteps(self.model, self.loan, self.head, self.dtype)
             if steps.fits() and steps.runs():
                 self.steps = steps
