@@ -114,6 +114,7 @@ def multiply(clip, in_fp8: bool) -> None:
     for module in inner(clip).modules():
         if getattr(module, "layout_type", None) is not None and hasattr(module, "_full_precision_mm"):
             module._full_precision_mm = not in_fp8
+            module.comfy_force_cast_weights = not in_fp8  # set by the patcher, since the host computes text in float32
 
 
 def inner(clip):
