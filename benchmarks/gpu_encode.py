@@ -220,7 +220,6 @@ def transformers_states(model, sequence: list, positions, device):
 def errors(options, paths: dict[str, Path]) -> None:
     """Distances to transformers in float32, of ours and of transformers in bf16."""
     import comfy.model_management
-    import torch
 
     device = comfy.model_management.get_torch_device()
     ours, sequences = {}, {}
@@ -307,14 +306,17 @@ def proposing(options, clip, kind: str) -> None:
 
     images = [picture(1024, seed) for seed in range(options.edits)]
     with ExitStack() as stack:
-        for name in ("generate_text", "generate_texts"):
-            if hasattr(thinking, name):
-                stack.enter_context(mock.patch.object(thinking, name, replaced(name, 3 * options.tokens, IDEAS)))
+        try:
+            from step1x_core.host.reasoning import pool
+        except ImportError:  # an older core, which asks about one image at a time
+            pool = None
+        module, name = (thinking, "generate_text") if pool is None else (pool, "generate_texts")
+        stack.enter_context(mock.patch.object(module, name, replaced(name, 3 * options.tokens, IDEAS)))
 
         def run(some):
-            if hasattr(making, "propose_for_all"):
-                return making.propose_for_all(clip, some, "", 4, 0)
-            return [making.propose_edits(clip, image, "", 4, 0) for image in some]
+            if pool is None:
+                return [making.propose_edits(clip, image, "", 4, 0) for image in some]
+            return making.propose_edits(clip, [{"image": image, "kinds": "", "count": 4, "seed": 0} for image in some])
 
         run(images[:1])
         start = time.perf_counter()

@@ -1,7 +1,6 @@
 """The host's vision tower of Qwen2.5-VL with sizes taken from the checkpoint, and the features that it makes of images
 (docs/model.md, Language model)."""
 
-import hashlib
 import itertools
 
 import torch
@@ -89,11 +88,6 @@ class VisionTransformer(qwen_vl.Qwen2VLVisionTransformer):
         return self.merger(x)[back]
 
 
-def content_name(image: Tensor) -> tuple:
-    """The key of an image in a memory of features: a digest of its pixels uint8 [h, w, 3], and its shape."""
-    return hashlib.blake2b(image.contiguous().numpy().data, digest_size=16).digest(), *image.shape
-
-
 def image_features(visual: VisionTransformer, image: Tensor, device, dtype: torch.dtype) -> Tensor:
     """Encode uint8 [h, w, 3] with sides in multiples of 28 to features [rows * columns, C] in the dtype."""
     patches, _ = qwen_vl.process_qwen2vl_images(image.to(device)[None].float() / 255)
@@ -103,15 +97,13 @@ def image_features(visual: VisionTransformer, image: Tensor, device, dtype: torc
 
 
 def token_features(visual: VisionTransformer, token: dict, device, dtype: torch.dtype) -> Tensor:
-    """The features of an image in a token sequence, kept in its memory if it has one.
+    """The features of an image in a token sequence.
 
-    token: uint8 [h, w, 3] under "data", and under "known" a dict that whoever asks about the image several times made
-    and drops.
+    token: uint8 [h, w, 3] under "data", and under "memory" an ImageMemory that keeps them, if several sequences with
+    this image follow each other.
     """
-    known, image = token.get("known"), token["data"]
-    if known is None:
+    memory, image = token.get("memory"), token["data"]
+    if memory is None:
         return image_features(visual, image, device, dtype)
-    key = ("features", *content_name(image), str(device), dtype)
-    if key not in known:
-        known[key] = image_features(visual, image, device, dtype)
-    return known[key]
+    name = "features", str(device), dtype
+    return memory.once_by_content(image, name, lambda image: image_features(visual, image, device, dtype))
