@@ -15,14 +15,10 @@ from ...checkpoints.language_model import MLLMConfig
 from ...images import picture_grid
 from ...prompts.mllm import attention_mask, mrope_positions, rope_positions
 from ...prompts.v11 import IMAGE_PAD_ID
-from ...reasoning.token_sampling import Sampling, TokenChooser
+from ...reasoning.token_sampling import Sampling
 from ..relied_on import TEXT_ENCODER, check_intact
 from .vision import VisionTransformer, token_features
-
-# The ids of end of text and end of turn.
-STOP_IDS = (151643, 151645)
-# Reply length for which memory is reserved; beyond it the cache grows token by token.
-REPLY_TOKENS = 1024
+from .writing import PREFILL_TOKENS, REPLY_TOKENS, Writer, write_replies
 
 
 class Qwen25VL(llama.BaseLlama, torch.nn.Module):
@@ -108,53 +104,17 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
         comfy.ops.uncast_bias_weight(table, weight, None, stream)
         return scores
 
-    def empty_cache(self, rows: int, length: int, device, dtype) -> list[tuple[Tensor, Tensor, int]]:
-        """Allocate keys and values for this number of tokens, as the host's attention expects: per layer keys, values,
-        and the number of tokens so far."""
-        config = self.model.config
-        shape = (rows, config.num_key_value_heads, length, config.head_dim)
-        # Zeros, because masked values are still multiplied by 0, and NaN would stay NaN.
-        return [(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype), 0) for _ in range(config.num_hidden_layers)]
-
     def working_memory(self, sequences: list[list]) -> int:
         """Return the bytes that a run over sequences needs besides the weights: widest activations, keys and values,
-        and room for replies, all in float32."""
+        and room for replies, all in float32, and what choosing tokens takes."""
         config = self.model.config
         longest = max(sum(math.prod(picture_grid(token["data"])) if isinstance(token, dict) else 1 for token in sequence) for sequence in sequences)
-        activations = longest * (3 * config.intermediate_size + 8 * config.hidden_size)
+        together = max(longest, min(PREFILL_TOKENS, len(sequences) * longest))
+        activations = together * (3 * config.intermediate_size + 8 * config.hidden_size)
         cache = len(sequences) * (longest + REPLY_TOKENS) * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        return 4 * (activations + cache)
-
-    def prefill(self, prompts: list[tuple[Tensor, Tensor, Tensor]], cache: list[tuple[Tensor, Tensor, int]]) -> Tensor:
-        """Fill each row of the cache from its start with one prompt (see `embed`); returns the hidden states of the
-        last tokens [N, C]."""
-        states = []
-        for row, (embeds, positions, _) in enumerate(prompts):
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            own = [(keys[row:row + 1], values[row:row + 1], 0) for keys, values, _ in cache]
-            # Copies, as in `encode`, also of the last states: the host may reuse their memory for the next prompt.
-            states.append(self.model(None, embeds=embeds.clone(), past_key_values=own, position_ids=positions.clone())[0][:, -1].clone())
-        return torch.cat(states)
-
-    def decode(self, tokens: list[int], positions: Tensor, hidden: Tensor | None, cache: list[tuple[Tensor, Tensor, int]], dtype) -> tuple[Tensor, list]:
-        """Process one more token in each row; returns hidden states [N, C] and the cache.
-
-        positions: of the tokens, [N, 1]. hidden: bool [N, L], positions before the replies that hold no token of their
-        row, or None if there are none.
-        """
-        embeds = self.model.embed_tokens(torch.tensor(tokens, device=positions.device)[:, None], out_dtype=dtype)
-        mask = None
-        if hidden is not None:
-            mask = torch.nn.functional.pad(~hidden, (0, cache[0][2] + 1 - hidden.shape[1]), value=True)
-        config = self.model.config
-        sections = config.rope_dims
-        # A text token has the same position on all three axes. With sections set, the host would read the rows as axes.
-        config.rope_dims = None
-        try:
-            states, _, cache = self.model(None, attention_mask=mask, embeds=embeds, past_key_values=cache, position_ids=positions)
-        finally:
-            config.rope_dims = sections
-        return states[:, -1], cache
+        # Scores, their sort keys of 8 bytes and copies of both.
+        choice = len(sequences) * 8 * config.vocab_size
+        return 4 * (activations + cache + choice)
 
     def generate(self, sequences: list[list], device, max_tokens: int, samplings: list[Sampling]) -> list[list[int]]:
         """Continue sequences (see `embed`) as one batch; returns the ids of each reply, including its stop token if it
@@ -163,32 +123,11 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
         Most of the time of a token is spent reading the weights, so further replies cost little. A reply is the same as
         if generated alone, up to rounding. Nothing in a sequence is masked, and positions continue after the largest
         one so far.
-        Raises the host's InterruptProcessingException if the user cancels, between two tokens.
+        Raises the host's InterruptProcessingException if the user cancels.
         """
-        replies = [[] for _ in sequences]
         if max_tokens < 1:
-            return replies
+            return [[] for _ in sequences]
         dtype = torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float32
         prompts = [self.embed(sequence, device, dtype) for sequence in sequences]
-        lengths = torch.tensor([len(ids) for *_, ids in prompts], device=device)[:, None]
-        longest = int(lengths.max())
-        cache = self.empty_cache(len(prompts), longest + min(max_tokens, REPLY_TOKENS), device, dtype)
-        choosers = [TokenChooser(ids, self.model.vocab_size, sampling) for (*_, ids), sampling in zip(prompts, samplings)]
-        progress = comfy.utils.ProgressBar(max_tokens)
-
-        states = self.prefill(prompts, cache)
-        # All replies start after the longest prompt.
-        cache = [(keys, values, longest) for keys, values, _ in cache]
-        hidden = torch.arange(longest, device=device) >= lengths if int(lengths.min()) < longest else None
-        positions = torch.stack([positions.amax() for _, positions, _ in prompts])[:, None]
-        for count in range(1, max_tokens + 1):
-            for reply, choose, scores in zip(replies, choosers, self.scores(states)):
-                # A finished reply keeps its row, because removing it would copy the whole cache.
-                if not (reply and reply[-1] in STOP_IDS):
-                    reply.append(choose(scores))
-            progress.update(1)
-            if count == max_tokens or all(reply[-1] in STOP_IDS for reply in replies):
-                break
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            states, cache = self.decode([reply[-1] for reply in replies], positions + count, hidden, cache, dtype)
-        return replies
+        with Writer(self, prompts, samplings, max_tokens, dtype) as writer:
+            return write_replies(writer, max_tokens)

@@ -19,7 +19,8 @@ from ...prompts.mllm import layout_states
 from ...prompts.v12 import KEPT, SPECIAL_TOKENS
 from ...reasoning.token_sampling import Sampling
 from ...versions import LAYOUT_V11
-from .qwen import STOP_IDS, Qwen25VL
+from .qwen import Qwen25VL
+from .writing import STOP_IDS
 
 log = logging.getLogger(__name__)
 

@@ -108,8 +108,8 @@ def test_only_host_touches_comfyui_and_host_names_its_rooms_as_the_core_does():
     assert {name.removeprefix("host.") for name in IN_HOST if name != HOST} <= {*PLAIN}
 
 
-def test_triton_is_needed_by_one_file_and_the_network_by_none():
-    assert [module for module, tree in TREES.items() if "triton" in packages(tree)] == ["network.triton_kernels"]
+def test_triton_is_needed_by_two_files_and_the_network_by_none():
+    assert [module for module, tree in TREES.items() if "triton" in packages(tree)] == ["network.triton_kernels", "reasoning.triton_kernels"]
     for module, tree in TREES.items():
         assert not packages(tree) & {"requests", "huggingface_hub", "socket", "http", "aiohttp"}, module
 
