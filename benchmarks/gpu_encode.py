@@ -281,14 +281,17 @@ def judging(options, clip, kind: str) -> None:
     import numpy as np
     from PIL import Image
 
-    from step1x_core.host.gedit import benchmark
+    try:
+        from step1x_core.host.reasoning import judging as module
+    except ImportError:  # an older core
+        from step1x_core.host.gedit import benchmark as module
 
     random = np.random.default_rng(0)
     images = [Image.fromarray(random.integers(0, 256, (1024, 1024, 3), dtype=np.uint8)) for _ in range(4)]
     edits = [(f"edit {i}", images[i % 4], images[(i + 1) % 4], gpu_edit.PROMPT) for i in range(options.edits)]
-    with mock.patch.object(benchmark, "generate_texts", replaced("generate_texts", options.tokens, SCORES)):
+    with mock.patch.object(module, "generate_texts", replaced("generate_texts", options.tokens, SCORES)):
         def run(some):
-            found = list(benchmark.judge_edits(clip, some, 0))
+            found = list(module.judge_edits(clip, some, 0))
             assert len(found) == len(some) and all(verdict.semantics == (8, 8) for _, verdict in found)
 
         run(edits[:2])

@@ -58,7 +58,7 @@ class Step1XEditBatchImages(io.ComfyNode):
     def execute(cls, images, prompts, seed, combine, **settings) -> io.NodeOutput:
         for name, entries in {"combine": combine, **settings}.items():
             if len(entries) != 1:
-                raise Step1XError(f"The input '{name}' brings a list of {len(entries)}. Only {', '.join(LISTS)} may be lists; connect a single one.")
+                raise Step1XError(f"Input '{name}' is a list of {len(entries)}. Only {', '.join(LISTS)} may be lists; connect a single one.")
         for text in prompts:
             check_widgets(cls, prompts=text)
         for number in seed:

@@ -69,7 +69,7 @@ class Step1XEditDecode(io.ComfyNode):
             node_id="Step1XEditDecode",
             display_name="Step1X-Edit Decode",
             category=MAIN,
-            description="Decodes the result and brings it to the size of the source picture.",
+            description="Decodes the result and resizes it to the size of the source image.",
             search_aliases=["step1x", "vae decode", "vae decode tiled", "restore size"],
             inputs=[
                 io.Latent.Input("samples", tooltip="The sampled latent."),

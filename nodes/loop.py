@@ -122,7 +122,7 @@ class Step1XEditReflectionLoop(io.ComfyNode):
     def execute(cls, **lists) -> io.NodeOutput:
         for name, entries in lists.items():
             if len(entries) != 1:
-                raise Step1XError(f"The input '{name}' brings a list of {len(entries)}; the loop edits one picture at a time. Queue them one by one.")
+                raise Step1XError(f"Input '{name}' is a list of {len(entries)}; the loop edits one image at a time. Queue them one by one.")
         values = {name: entries[0] for name, entries in lists.items()}
         check_widgets(cls, **{name: values[name] for name in ("prompt", "negative_prompt", "size_level", "seed", "steps", "cfg", "rounds", "think", "reflect", "sampler_name")})
         seed, think, reflect = values["seed"], values["think"], values["reflect"]

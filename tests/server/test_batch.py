@@ -210,7 +210,7 @@ def test_only_pictures_prompts_and_seeds_may_be_lists(client, tmp_path):
     prompt = workflow_prompt(client, ("scene.png", "scene.png"), prompts="make it red", combine=PAIRS)
     prompt["vaes"] = {"class_type": "CreateList", "inputs": {f"inputs.input{i}": [find_nodes(prompt, "VAELoader")[0], 0] for i in range(2)}}
     prompt[find_nodes(prompt, "Step1XEditBatchImages")[0]]["inputs"]["vae"] = ["vaes", 0]
-    with pytest.raises(ExecutionError, match="The input 'vae' brings a list of 2"):
+    with pytest.raises(ExecutionError, match="Input 'vae' is a list of 2"):
         client.run(prompt)
 
 

@@ -23,11 +23,11 @@ def parametrize_by(kind):
 
 NO_MODEL = "Expected a Step1X-Edit model, but found .* Connect the model from 'Load Step1X-Edit Model'"
 NO_ENCODER = "This text encoder formats prompts for another model. Use the one from 'Load Step1X-Edit MLLM'"
-NO_VAE = "(Expected a VAE, but found|The input 'vae' is) .*Connect the stock 'Load VAE' with"
+NO_VAE = "(Expected a VAE, but found|Input 'vae' is) .*Connect the stock 'Load VAE' with"
 REFUSALS = {"MODEL": NO_MODEL, "CLIP": NO_ENCODER, "VAE": NO_VAE, "IMAGE": "expected a floating-point image tensor .* Connect an output of the type IMAGE",
             "MASK": "expected a mask tensor .* Connect an output of the type MASK", "LATENT": "Expected a latent, but found .* Connect an output of the type LATENT",
             "CONDITIONING": "is not a conditioning, or is empty. Connect a conditioning from 'Step1X-Edit Encode'",
-            "STEP1X_STITCH": "The input 'stitch' brings .* Connect the output 'stitch' of 'Step1X-Edit Crop to Mask'",
+            "STEP1X_STITCH": "Input 'stitch' is a value of type .* Connect the output 'stitch' of 'Step1X-Edit Crop to Mask'",
             "STEP1X_EDIT_DATASET": "Input 'dataset' is .* Connect the output of 'Step1X-Edit Dataset'",
             "STEP1X_PAIRS": "Input 'pairs' is .* Connect the output of 'Step1X-Edit Compute Pairs' or 'Step1X-Edit Record Pairs'",
             "STEP1X_PROPOSAL": "Input 'proposals' is .* Connect the output of 'Step1X-Edit Propose Edits'",

@@ -47,4 +47,4 @@ def test_names_that_lead_elsewhere_or_are_none(host, entry, name):
 @pytest.mark.parametrize("entry", TEXTS, ids=str)
 @pytest.mark.parametrize("value", [None, 5, ["a"], {"a": 1}, torch.zeros(1)], ids=["nothing", "number", "list", "table", "tensor"])
 def test_names_that_are_no_text(host, entry, value):
-    host.refuses(host.call(entry.node, **{entry.name: Given(value, "STRING")}), f"The input '{entry.name}' brings .* but it takes text")
+    host.refuses(host.call(entry.node, **{entry.name: Given(value, "STRING")}), f"Input '{entry.name}' is .* but it takes text")

@@ -10,7 +10,7 @@ from step1x_core.errors import Step1XError
 from step1x_core.speed.presets import ALL_STEPS, REGION, TEACACHE
 
 NAN, INF = float("nan"), float("inf")
-OUT_OF_RANGE = "The input '{}' brings .*, but it takes {}.*Correct it, or the node that it comes from"
+OUT_OF_RANGE = "Input '{}' is .*, but it takes {}.*Correct it, or the node that it comes from"
 SEEDS = (0, 2**64 - 1)
 NUMBERS = numbers()
 # Lists of files are checked where they are resolved: test_bad_input_checkpoints and test_gate have names that lead nowhere.

@@ -98,7 +98,7 @@ def test_a_long_instruction_is_read_as_far_as_it_was_before_it_was_cut(clip_v12,
         assert torch.allclose(states.float(), cut.float(), atol=2e-2 if encoder is clip_v12 else 1e-4)
 
 
-NO_TEXT = "brings .* but it takes text. Correct it, or the node that it comes from"
+NO_TEXT = "Input .* is .* but it takes text. Correct it, or the node that it comes from"
 TEXTS = [entry for entry in entries() if isinstance(entry.input, io.String.Input)]
 
 

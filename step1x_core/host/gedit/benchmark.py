@@ -1,9 +1,9 @@
-"""GEdit-Bench in the host: its folders, and the text encoder as judge."""
+"""GEdit-Bench in the host: its folders, results and judgements."""
 
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,9 @@ from ...gedit.miniature import miniature
 from ...gedit.report import Report, write_report
 from ...gedit.scores import ALL, UNJUDGED, UNPARSABLE, Entry, append_record, describe_states, digest, find_entries, records_path
 from ...images import from_uint8, to_rgb, truncate_uint8
-from ...reasoning.judge import RETRY_TEMPERATURE, Verdict, judging
-from ..reasoning.generation import Question, check_can_generate, generate_texts
-from ..reasoning.pool import answer_all, tasks_at_a_time
-from ..reasoning.thinking import Asker
+from ...reasoning.judge import Verdict
+from ..reasoning.generation import check_can_generate
+from ..reasoning.judging import judge_edits
 
 log = logging.getLogger(__name__)
 
@@ -105,34 +104,6 @@ def save_edit(bench: Bench, item: Item, image: Tensor) -> Path:
     path = result_path(bench.results, bench.method, item)
     save_picture(path, png(Image.fromarray(truncate_uint8(to_rgb(image[0])).numpy())))
     return path
-
-
-class LocalJudge(Asker):
-    """The text encoder as judge.py wants it, for one edit."""
-
-    def __init__(self, clip, task: str, seed: int):
-        super().__init__(clip, task, seed)
-        self.images: dict[int, tuple[Tensor, np.ndarray]] = {}
-
-    def image(self, pixels: np.ndarray) -> Tensor:
-        """The host's IMAGE of uint8 [h, w, 3], one for all questions about it."""
-        if id(pixels) not in self.images:
-            self.images[id(pixels)] = from_uint8(pixels), pixels  # kept, so that its id is not used again
-        return self.images[id(pixels)][0]
-
-    def question(self, system: str, content: list, number: str = "") -> Question:
-        repeated = any(asked == system for asked, _, _ in self.exchanges)
-        self.temperature = RETRY_TEMPERATURE if repeated else 0.0
-        return super().question(system, [part if isinstance(part, str) else self.image(part) for part in content], number)
-
-
-def judge_edits(clip, edits: Iterable[tuple[str, Image.Image, Image.Image, str]], seed: int) -> Iterator[tuple[int, Verdict]]:
-    """The verdicts on edits, with their numbers, in the order in which they are reached; a few edits are asked about at a time.
-
-    edits: name, source, edited picture and instruction; the name and the seed decide what is drawn for an answer that is asked for anew.
-    """
-    tasks = ((LocalJudge(clip, name, seed), judging(*edit)) for name, *edit in edits)
-    return answer_all(clip, tasks, tasks_at_a_time(clip), generate_texts)
 
 
 def judge_entries(clip, entries: list[Entry], seed: int) -> Iterator[tuple[Entry, Verdict]]:

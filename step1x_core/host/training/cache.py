@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ...checks import check_finite
 from ...errors import Step1XError
-from ...files import content_key
+from ...files import content_key, picture_size
 from ...images import from_uint8, resize, resize_tensor, to_rgb, to_uint8, working_size
 from ...training.cache import CACHE_FOLDER, Cache, CachedPair, EditDataset, pack_conditioning
-from ...training.dataset import EditPair, decode_picture, picture_size
+from ...training.dataset import EditPair, decode_picture
 from ...versions import PromptLayout
 from ..prompts.encoding import LATENT_FACTOR, check_text_encoder, check_vae, encode_pictures
 
@@ -87,7 +87,7 @@ class PairEncoder:
         Raises Step1XError for pictures that cannot be read or do not fit each other, for NaN, and for a full disk.
         """
         source, target = pair.source.read_bytes(), pair.target.read_bytes()
-        sizes = picture_size(source, pair.source), picture_size(target, pair.target)
+        sizes = picture_size(source, str(pair.source)), picture_size(target, str(pair.target))
         check_shapes(pair, *sizes)
         size = working_size(*sizes[0], self.size_level)
         source_key, target_key = (self.picture_key(data, size) for data in (source, target))

@@ -300,7 +300,7 @@ def test_system_text_and_pictures_change_the_answer(untied):
 
 
 def test_repetition_penalty_of_zero_is_refused(untied):
-    with pytest.raises(Step1XError, match="repetition_penalty"):
+    with pytest.raises(Step1XError, match="repetition_penalty is 0.0"):
         greedy(untied, ["x"], repetition_penalty=0.0)
 
 

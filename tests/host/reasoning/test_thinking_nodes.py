@@ -257,9 +257,9 @@ def test_what_cannot_work_is_refused_before_anything_is_asked_or_sampled(host, s
 
     # Without a question it still edits.
     assert not refused("no language-model head", clip=mute).run(think=False, reflect=False).error
-    refused("brings 2 pictures", image=things["image"].repeat(2, 1, 1, 1))
+    refused("Input 'image' has 2 images", image=things["image"].repeat(2, 1, 1, 1))
     refused("empty image batch", image=things["image"][:0])
-    refused("brings a list of 2", image=[things["image"]] * 2)
+    refused("Input 'image' is a list of 2", image=[things["image"]] * 2)
     template = tmp_path / "step1x_edit" / "templates" / "chinese" / "reflection.user.txt"
     template.parent.mkdir(parents=True)
     template.write_text("{score}", encoding="utf-8")
@@ -281,7 +281,7 @@ def test_think_node(script, classes, things):
     assert (name, tokens, temperature) == ("rewrite", 512, 0.3) and torch.equal(content[0], things["image"][0]) and "bread too long" in content[1]
     assert prompt == "Change the crust to black."
     assert report.startswith("Instruction: bread too long\nRewritten: Change the crust to black.\n") and content[1].splitlines()[0] in report
-    with pytest.raises(Step1XError, match="'image' brings 2 pictures"):
+    with pytest.raises(Step1XError, match="Input 'image' has 2 images"):
         classes["Step1XEditThinkPrompt"].execute(things["clip"], things["image"].repeat(2, 1, 1, 1), "bread", 7, 0.7)
 
 
@@ -292,7 +292,7 @@ def test_reflect_node(script, classes, things, reply, verdict, refined):
     other = torch.zeros(1, 30, 40, 3)
     out = classes["Step1XEditReflectOnEdit"].execute(things["clip"], things["image"], other, "make it red", 7, "v1.2").result
     assert out[:3] == (verdict, refined, 32.0) and f"Verdict: {verdict}" in out[3] and "A red cup." in out[3]
-    with pytest.raises(Step1XError, match="'edited' brings 2 pictures"):
+    with pytest.raises(Step1XError, match="Input 'edited' has 2 images"):
         classes["Step1XEditReflectOnEdit"].execute(things["clip"], things["image"], other.repeat(2, 1, 1, 1), "make it red", 7, "v1.2")
 
 

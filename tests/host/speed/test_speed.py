@@ -203,7 +203,7 @@ def test_no_number_behind_a_choice_is_left_out(host):
 def test_numbers_behind_a_choice_are_checked(host, mode, name, low, high):
     whole = isinstance(low, int)
     kind_of_number = "a whole number" if whole else "a number"
-    sentence = f"The input 'mode.{name}' brings .*, but it takes {kind_of_number} from {low} to {high}"
+    sentence = f"Input 'mode.{name}' is .*, but it takes {kind_of_number} from {low} to {high}"
     widgets = defaults(host, mode)
     for value, kind in ((low - 1, TOO_SMALL), (high + 1, TOO_LARGE), ("abc", NOT_CONVERTED)):
         assert kind in speed(host, **widgets | {f"mode.{name}": value}).refused
@@ -221,7 +221,7 @@ def test_choices_that_there_are_not(host, value):
     host.refuses(speed(host, mode=value), sentence)
     host.refuses(speed(host, mode=Given(value)), sentence)
     nested = defaults(host, ALL_STEPS) | {"mode.attention": Given(value)}
-    host.refuses(speed(host, **nested), "The input 'mode.attention' brings .* one of the entries")
+    host.refuses(speed(host, **nested), "Input 'mode.attention' is .* one of the entries")
 
 
 def test_a_guided_part_that_ends_before_it_starts(host):

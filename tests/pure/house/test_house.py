@@ -39,7 +39,7 @@ IN_HOST = {
     "host.training": ("host.network", "host.prompts", "host.sampling"),
     "host.gate": ("host.reasoning",),
     "host.gedit": ("host.reasoning", "reasoning"),
-    "host.pairs": ("host.gedit", "host.reasoning"),
+    "host.pairs": ("host.reasoning",),
 }
 # The guard of the host compares its blocks with ours, and is asked by them: it imports them when it is called.
 LATER = {("host.relied_on", "host.network.blocks")}
@@ -115,7 +115,7 @@ def test_triton_is_needed_by_two_files_and_the_network_by_none():
 
 
 def test_the_ground_floor_of_files_and_names_needs_no_torch():
-    for module in ("errors", "files", "sheets", "tasks", "versions"):
+    for module in ("errors", "files", "languages", "sheets", "tasks", "versions"):
         assert "torch" not in packages(TREES[module])
 
 

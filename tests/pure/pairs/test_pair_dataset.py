@@ -21,7 +21,7 @@ from step1x_core.pairs.bulk import fill_dataset, find_pictures
 from step1x_core.pairs.orders import MAKERS
 from step1x_core.pairs.record import make_pair
 from step1x_core.pairs.store import JOURNAL, PairStore, encode
-from step1x_core.training.dataset import read_pairs, read_picture
+from step1x_core.training.dataset import decode_picture, read_pairs
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,8 @@ def test_the_training_reads_what_is_stored(picture, tmp_path):
     assert [entry.instruction for entry in english] == [pair.english for pair in [*pairs, one_language]]
     assert [entry.instruction for entry in read_pairs(tmp_path / "set" / "zh-00000.json")] == [pair.chinese for pair in pairs]
     for entry, pair in zip(english, pairs):
-        assert np.array_equal(to_uint8(read_picture(entry.source)), pair.source) and np.array_equal(to_uint8(read_picture(entry.target)), pair.target)
+        for path, pixels in ((entry.source, pair.source), (entry.target, pair.target)):
+            assert np.array_equal(to_uint8(decode_picture(path.read_bytes(), path)), pixels)
     provenance = [entry["provenance"] for entry in json.loads((tmp_path / "set" / "en-00000.json").read_text(encoding="utf-8")).values()]
     assert [(row["kind"], row["maker"], row["details"]) for row in provenance[:-1]] == [(pair.kind, pair.maker, pair.details) for pair in pairs]
     unedited = {pair.source.tobytes() for pair in pairs if np.array_equal(pair.source, picture)}
