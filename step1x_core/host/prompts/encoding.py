@@ -76,7 +76,7 @@ def check_latent(samples: Tensor, pictures: Tensor) -> None:
     check_finite(samples, BAD_LATENT)
 
 
-def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, size_level: int, latent: dict | None = None,
+def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str | None, size_level: int, latent: dict | None = None,
                 progress=None, known: dict | None = None) -> tuple[list, list, dict]:
     """Encode images [B, H, W, C] in 0..1 and a prompt to positive and negative conditioning, and the images' latent.
 
@@ -84,6 +84,7 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
     original), and its latent (posterior mean) is the reference in both. The same latent is returned: at full denoise
     its content has no effect, below that sampling starts from it.
 
+    negative_prompt: None where nothing reads the negative conditioning, which is then the positive one.
     latent: what an earlier turn sampled. It replaces the images' own latent, which avoids a round trip through the VAE.
     progress: object whose `update(1)` is called `ENCODING_STEPS` times for a single image; by default the host's
     progress bar.
@@ -111,6 +112,10 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
     memory = known.setdefault("memory", ImageMemory())
     conditionings = []
     for text in (prompt, negative_prompt):
+        if text is None:
+            conditionings.append(conditionings[0])
+            progress.update(len(pictures))
+            continue
         if len(conditionings) == 1 and "negative" in known:
             conditionings.append(known["negative"])
             progress.update(len(pictures))
@@ -130,7 +135,7 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
         conditionings.append(merge_batch(parts))
     comfy.model_management.throw_exception_if_processing_interrupted()
     samples = known["samples"] if "samples" in known else encode_pictures(vae, pictures) if latent is None else latent["samples"]
-    known |= {"negative": conditionings[1], "samples": samples}
+    known |= {"samples": samples} | ({} if negative_prompt is None else {"negative": conditionings[1]})
     progress.update(1)
     positive, negative = ([[cond, {**extra, "reference_latents": [samples]}] for cond, extra in c] for c in conditionings)
     return positive, negative, {"samples": samples, LAYOUT_KEY: layout.name}

@@ -10,11 +10,14 @@ import torch
 from comfy.text_encoders import qwen_vl
 from safetensors.torch import load_file, save_file
 
-from step1x_core.host.checkpoints.loading import load_text_encoder
-from step1x_core.host.prompts.encoding import encode_edit
+from step1x_core.editing.batches import Item
+from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
+from step1x_core.host.editing.batch import edit_batch
+from step1x_core.host.prompts.encoding import decode_edit, encode_edit
 from step1x_core.host.prompts.vision import image_features
 from step1x_core.host.reasoning import thinking
 from step1x_core.host.reasoning.generation import Question, generate_texts
+from step1x_core.host.sampling.sampler import flow_sigmas, sample
 from step1x_core.images import to_working_size
 from step1x_core.prompts.memory import ImageMemory
 from step1x_core.reasoning.conversation import RULES
@@ -189,3 +192,19 @@ def test_a_judgement_encodes_each_image_once(clip, vision, monkeypatch):
     reflection = thinking.judge(clip, picture(60, 40), picture(60, 40, 1), "make it red", 3, short)
     assert vision.count == 2 and rounds[0] == 3 and len(rounds) <= 6
     assert [call.name for call in reflection.calls][-2:] == ["edit_score", "quality_score"] and reflection.calls[-1].tries == 3
+
+
+@pytest.mark.parametrize("cfg, prompts", [(1.0, 2), (2.0, 3)])
+def test_a_batch_encodes_the_negative_prompt_only_where_it_is_read(models, vae, monkeypatch, cfg, prompts):
+    """Of one image with two instructions; v1.2, which does not run the negative prompt at CFG 1."""
+    clip = load_text_encoder(models / "text_encoders" / tiny_models.MLLM_FILE, "v1.2")
+    model = load_model(models / "diffusion_models" / tiny_models.V12_FILE)
+    calls, seen = Calls(inner(clip).model), Calls(inner(clip).visual)
+    image = picture(64, 64)
+    items = [Item(image, 1, "make it red", 1), Item(image, 1, "make it blue", 2)]
+    images, _ = edit_batch("test", model, clip, vae, items, "blurry", 64, 1, cfg, "euler")
+    assert calls.count == prompts and seen.count == 1
+    for item, found in zip(items, images):
+        positive, negative, latent = encode_edit(clip, vae, image, item.prompt, "blurry", 64)
+        out = sample(model, positive, negative, latent, flow_sigmas(1, latent["samples"]), cfg, item.seed)
+        assert torch.equal(found, decode_edit(vae, out, image))
