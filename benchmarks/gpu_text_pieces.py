@@ -96,7 +96,8 @@ def main() -> int:
         for name in (*SHAPES, "gate"):
             for fp8 in (False, True):
                 ranked = sorted((time_of_both, label) for (own, kind, label), time_of_both in best.items() if own == name and kind == fp8)
-                print(f"best {name} {'fp8' if fp8 else 'bf16'}, both numbers of rows: " + ", ".join(f"{label} {time_of_both:.0f} us" for time_of_both, label in ranked[:4]), flush=True)
+                shown = ", ".join(f"{label} {time_of_both:.0f} us" for time_of_both, label in ranked[:4])
+                print(f"best {name} {'fp8' if fp8 else 'bf16'}, both numbers of rows: {shown}", flush=True)
         norm = torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16)
         for rows in (1, 8):
             x = torch.randn(rows, HIDDEN, device="cuda").bfloat16()

@@ -98,7 +98,7 @@ def test_language_model(clip_v12, monkeypatch):
     expected, written = result(clip_v12, sequence), replies()
     # Keys and values are the result; the host's own loop gives all blocks the same rotations.
     blocks = spoils(monkeypatch, llama.TransformerBlock, "forward", "past_key_value", "freqs_cis")
-    assert replies() == written and len(blocks) == len(model.model.layers)
+    assert replies() == written and len(blocks) == 2 * len(model.model.layers)
     monkeypatch.undo()
     spoilt = spoils(monkeypatch, llama.Llama2_, "forward")
     assert all(torch.equal(a, b) for a, b in zip(result(clip_v12, sequence), expected, strict=True))

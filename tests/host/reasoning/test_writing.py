@@ -156,7 +156,8 @@ CPU = torch.device("cpu")
 def linear(**settings):
     made = comfy.ops.manual_cast.Linear(64, 32, **{"bias": True, "dtype": torch.bfloat16, "device": "cpu"} | settings)
     if made.weight.device.type == "cpu":
-        torch.nn.init.normal_(made.weight)
+        for tensor in made.state_dict().values():
+            tensor.normal_()
     return made
 
 
