@@ -48,7 +48,7 @@ def node_classes(pack) -> dict:
 
 
 class Script:
-    """Stands for `generate_text`: answers each call from a list of replies, over and over its last one; an exception in the list is raised.
+    """Stands for `generate_text`, `together` for `generate_texts`: answers each call from a list of replies, over and over its last one; exceptions in it are raised.
 
     asked: what was asked, as (call, pictures and texts, most tokens, seed, temperature).
     """
@@ -66,6 +66,9 @@ class Script:
         if isinstance(reply, BaseException):
             raise reply
         return reply
+
+    def together(self, clip, questions, max_tokens):
+        return [self(clip, question.system, question.content, max_tokens, question.seed, question.temperature) for question in questions]
 
     def contents(self, name) -> list[list]:
         return [content for asked, content, *_ in self.asked if asked == name]

@@ -9,7 +9,7 @@ from ...editing.batches import Item, describe
 from ...errors import Step1XError
 from ..prompts.encoding import ENCODING_STEPS, check_text_encoder, check_vae, decode_edit, encode_edit
 from ..reasoning.rounds import Failure, attempt
-from ..sampling.sampler import check_model, flow_sigmas, sample, show_settings, version_defaults, with_norm_limiter
+from ..sampling.sampler import check_model, flow_sigmas, reads_negative, sample, show_settings, version_defaults, with_norm_limiter
 
 PREVIEW_FORMAT = "JPEG"
 # Edits that are encoded, sampled and decoded together. Their conditionings wait in main memory, some 20 MB for each at 1024x1024.
@@ -34,6 +34,9 @@ def edit_batch(node_id: str, model, clip, vae, items: list[Item], negative_promp
     model = with_norm_limiter(model)
     previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
     progress = comfy.utils.ProgressBar(len(items) * (ENCODING_STEPS + steps + 1))
+
+    if not reads_negative(model, cfg):
+        negative_prompt = None
 
     # Of the latest picture, by its number: the instructions of one picture follow each other.
     encoded = {}

@@ -9,6 +9,7 @@ from torch import Tensor
 from ...checks import BAD_LATENT, check_conditioning, check_finite, check_latent_shape, check_pictures, latent_samples
 from ...errors import Step1XError
 from ...images import to_output_size, to_working_size, to_working_size_v12
+from ...prompts.memory import ImageMemory
 from ...versions import LAYOUT_V11, LAYOUT_V12, LAYOUTS
 from .text_encoder import Step1XTokenizer
 from .tiling import AUTO, decode
@@ -75,7 +76,7 @@ def check_latent(samples: Tensor, pictures: Tensor) -> None:
     check_finite(samples, BAD_LATENT)
 
 
-def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, size_level: int, latent: dict | None = None,
+def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str | None, size_level: int, latent: dict | None = None,
                 progress=None, known: dict | None = None) -> tuple[list, list, dict]:
     """Encode images [B, H, W, C] in 0..1 and a prompt to positive and negative conditioning, and the images' latent.
 
@@ -83,11 +84,12 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
     original), and its latent (posterior mean) is the reference in both. The same latent is returned: at full denoise
     its content has no effect, below that sampling starts from it.
 
+    negative_prompt: None where nothing reads the negative conditioning, which is then the positive one.
     latent: what an earlier turn sampled. It replaces the images' own latent, which avoids a round trip through the VAE.
     progress: object whose `update(1)` is called `ENCODING_STEPS` times for a single image; by default the host's
     progress bar.
-    known: cache of what several prompts for the same image share, the negative conditioning and the latent. Read and
-    filled here; all other arguments must be the same.
+    known: cache of what several prompts for the same image share, the negative conditioning, the latent, and what the
+    language model sees. Read and filled here; all other arguments must be the same, the image the same tensor.
 
     Raises Step1XError for an invalid image, a foreign text encoder or VAE, a latent of another size, sizes that
     degenerate, and damaged weights.
@@ -97,16 +99,23 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
     check_pictures(image, "image")
     layout = clip.tokenizer.layout
     resize = to_working_size_v12 if layout.resizes_floats else to_working_size
-    pictures = torch.stack([resize(picture, size_level) for picture in image])
+    known = {} if known is None else known
+    if "pictures" not in known:
+        known["pictures"] = torch.stack([resize(picture, size_level) for picture in image])
+    pictures = known["pictures"]
     shown = image if layout.shows_original else pictures
     if latent is not None:
         check_latent(latent_samples(latent), pictures)
 
     if progress is None:
         progress = comfy.utils.ProgressBar(2 * len(pictures) + 1)
-    known = {} if known is None else known
+    memory = known.setdefault("memory", ImageMemory())
     conditionings = []
     for text in (prompt, negative_prompt):
+        if text is None:
+            conditionings.append(conditionings[0])
+            progress.update(len(pictures))
+            continue
         if len(conditionings) == 1 and "negative" in known:
             conditionings.append(known["negative"])
             progress.update(len(pictures))
@@ -114,7 +123,8 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
         parts = []
         for picture in shown:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            part = clip.encode_from_tokens_scheduled(clip.tokenize(text, images=[picture[None]], size_level=size_level))
+            part = clip.encode_from_tokens_scheduled(clip.tokenize(
+                text, images=[picture[None]], size_level=size_level, memory=memory))
             check_finite(
                 part[0][0],
                 "The text encoder returned NaN or Inf values; its file may be damaged. Download the file of 'Load "
@@ -125,7 +135,7 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
         conditionings.append(merge_batch(parts))
     comfy.model_management.throw_exception_if_processing_interrupted()
     samples = known["samples"] if "samples" in known else encode_pictures(vae, pictures) if latent is None else latent["samples"]
-    known |= {"negative": conditionings[1], "samples": samples}
+    known |= {"samples": samples} | ({} if negative_prompt is None else {"negative": conditionings[1]})
     progress.update(1)
     positive, negative = ([[cond, {**extra, "reference_latents": [samples]}] for cond, extra in c] for c in conditionings)
     return positive, negative, {"samples": samples, LAYOUT_KEY: layout.name}

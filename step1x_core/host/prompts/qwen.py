@@ -3,12 +3,12 @@
 import itertools
 import math
 
+import comfy.cli_args
 import comfy.model_management
 import comfy.ops
 import comfy.utils
 import torch
-from comfy.ldm.modules.attention import optimized_attention_for_device
-from comfy.text_encoders import llama, qwen_vl
+from comfy.text_encoders import llama
 from torch import Tensor
 
 from ...checkpoints.language_model import MLLMConfig
@@ -17,42 +17,8 @@ from ...prompts.mllm import attention_mask, mrope_positions, rope_positions
 from ...prompts.v11 import IMAGE_PAD_ID
 from ...reasoning.token_sampling import Sampling
 from ..relied_on import TEXT_ENCODER, check_intact
+from .vision import VisionTransformer, token_features
 from .writing import PREFILL_TOKENS, REPLY_TOKENS, Writer, write_replies
-
-
-class VisionTransformer(qwen_vl.Qwen2VLVisionTransformer):
-    def __init__(self, config: MLLMConfig, device=None, dtype=None, ops=None):
-        super().__init__(
-            hidden_size=config.vision_hidden_size, output_hidden_size=config.hidden_size, intermediate_size=config.vision_intermediate_size,
-            num_heads=config.vision_heads, num_layers=config.vision_depth, window_size=config.vision_window_size, device=device, dtype=dtype, ops=ops,
-        )
-        self.fullatt_block_indexes = config.vision_full_attention
-
-    def forward(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        """Encode the patches [N, 1176] of one image, grid [1, 3], to features [N / 4, C] in row-major order of the
-        merged grid.
-
-        The host's own forward in 0.18 returns the features in window order; Hugging Face and later hosts restore the
-        order.
-        """
-        attention = optimized_attention_for_device(pixel_values.device, mask=False, small_input=True)
-        x = self.patch_embed(pixel_values)
-        tokens, merge = x.shape[0], self.spatial_merge_size**2
-
-        window_index, window_ends = self.get_window_index(image_grid_thw)
-        windows = torch.unique_consecutive(torch.tensor(window_ends, device=x.device))
-        whole = torch.tensor([0, tokens], device=x.device)
-
-        def to_windows(values):
-            return values.reshape(tokens // merge, merge, -1)[window_index].reshape(tokens, -1)
-
-        angles = to_windows(self.get_position_embeddings(image_grid_thw, x.device))
-        angles = torch.cat((angles, angles), dim=-1)
-        rope = (angles.cos(), angles.sin())
-        x = to_windows(x)
-        for i, block in enumerate(self.blocks):
-            x = block(x, rope, whole if i in self.fullatt_block_indexes else windows, optimized_attention=attention)
-        return self.merger(x)[torch.argsort(window_index)]
 
 
 class Qwen25VL(llama.BaseLlama, torch.nn.Module):
@@ -75,46 +41,58 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
         self.dtype = dtype
         self.can_generate = config.lm_head or config.tie_word_embeddings
 
-    def encode_image(self, image: Tensor, device) -> tuple[Tensor, tuple[int, int]]:
-        """Encode uint8 [h, w, 3] with sides in multiples of 28 to features [rows * columns, C] in float32; also returns
-        (rows, columns)."""
-        patches, grid = qwen_vl.process_qwen2vl_images(image[None].float() / 255)
-        features = self.visual(patches.to(device), grid)
-        return features.float(), picture_grid(image)
+    def compute_dtype(self, device) -> torch.dtype:
+        """Return the dtype in which prompts are encoded on a device: that of the weights, as in the official code, which
+        for quantised ones is bfloat16.
+
+        Float32 on CPUs, on cards without bfloat16 and with the host's --fp32-text-enc.
+        """
+        weight = self.model.norm.weight.dtype
+        if weight == torch.float32 or comfy.cli_args.args.fp32_text_enc or not comfy.model_management.should_use_bf16(device):
+            return torch.float32
+        # Also for weights in float16, whose range the activations of Qwen2.5-VL leave.
+        return torch.bfloat16
 
     def encode(self, sequence: list, device, hide_zeros: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Run a sequence (see `embed`) with one image; returns hidden states after the final norm and input embeddings,
-        both [1, L, C] in float32, and rope positions [3, L].
+        both [1, L, C] in float32 on the device, and rope positions [3, L] on the CPU.
 
         hide_zeros: whether tokens with id 0 are masked, as in v1.0 and v1.1. In every version they get the positions of
         padding.
         """
-        embeds, _, ids = self.embed(sequence, device, torch.float32)
+        dtype = self.compute_dtype(device)
         start = next(i for i, token in enumerate(sequence) if isinstance(token, dict))
+        grid = picture_grid(sequence[start]["data"])
+        ids = torch.tensor([*sequence[:start], *[IMAGE_PAD_ID] * math.prod(grid), *sequence[start + 1:]])
         mask = attention_mask(ids)
-        positions = mrope_positions(mask, start, picture_grid(sequence[start]["data"]))
-        # Copies, because from 0.33 on the host's blocks write their result into their input.
-        states = self.model(None, attention_mask=mask[None] if hide_zeros else None, embeds=embeds.clone(), dtype=torch.float32,
-                            position_ids=positions.clone())[0]
-        return states.float(), embeds, positions
+        positions = mrope_positions(mask, start, grid)
+        # On their way before the image, since a copy waits for all that was started before it.
+        shown, hidden = positions.to(device, copy=True), mask[None].to(device) if hide_zeros else None
+        embeds, _, _ = self.embed(sequence, device, dtype)
+        # A copy, because from 0.33 on the host's blocks write their result into their input.
+        states = self.model(None, attention_mask=hidden, embeds=embeds.clone(), dtype=dtype, position_ids=shown)[0]
+        return states.float(), embeds.float(), positions
 
     def embed(self, sequence: list, device, dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Embed token ids and images (dicts with uint8 [h, w, 3] under "data"); returns embeddings [1, L, C], rope
+        """Embed token ids and images (dicts as for `vision.token_features`); returns embeddings [1, L, C], rope
         positions [3, L] and ids [L]."""
-        parts, runs, ids = [], [], []
+        runs, ids = [], []
         for is_picture, group in itertools.groupby(sequence, lambda token: isinstance(token, dict)):
             if is_picture:
                 for token in group:
-                    features, grid = self.encode_image(token["data"], device)
-                    parts.append(features.to(dtype))
-                    runs.append(grid)
-                    ids += [IMAGE_PAD_ID] * len(features)
+                    runs.append(picture_grid(token["data"]))
+                    ids += [IMAGE_PAD_ID] * math.prod(runs[-1])
             else:
                 text = list(group)
-                parts.append(self.model.embed_tokens(torch.tensor(text, device=device), out_dtype=dtype))
                 runs.append(len(text))
                 ids += text
-        return torch.cat(parts)[None], rope_positions(runs).to(device), torch.tensor(ids, device=device)
+        # All copies before the images, for a copy waits for all that was started before it.
+        positions, ids = rope_positions(runs).to(device), torch.tensor(ids, device=device)
+        texts = ids.split([run if isinstance(run, int) else math.prod(run) for run in runs])
+        pictures = (token for token in sequence if isinstance(token, dict))
+        parts = [self.model.embed_tokens(text, out_dtype=dtype) if isinstance(run, int)
+                 else token_features(self.visual, next(pictures), device, dtype) for run, text in zip(runs, texts)]
+        return torch.cat(parts)[None], positions, ids
 
     def scores(self, states: Tensor) -> Tensor:
         """Return the scores [N, V] of the next tokens for hidden states [N, C]."""

@@ -196,13 +196,19 @@ def fit_latent(model, latent: dict) -> dict:
     return out
 
 
+def reads_negative(model, cfg: float) -> bool:
+    """Return whether sampling with this CFG runs the negative conditioning. At 1 the host leaves it out, unless the
+    model has asked for it."""
+    return cfg != 1 or bool(model.model_options.get("disable_cfg1_optimization"))
+
+
 def check_references(model, positive: list, negative: list, cfg: float) -> None:
     """Raise Step1XError if one prompt has a reference image and another has none; their difference, which guidance
     amplifies, would not be an edit.
 
     At CFG 1 the negative prompt is not checked, unless the model's options require it.
     """
-    if cfg == 1 and not model.model_options.get("disable_cfg1_optimization"):
+    if not reads_negative(model, cfg):
         return
     width = model.model.diffusion_model.connector.S.c_embedder.linear_1.in_features
     if any(entry[0].shape[-1] != width for entry in (*positive, *negative)):

@@ -54,7 +54,7 @@ def test_what_was_judged_before_a_cancel_is_on_record(tmp_path, monkeypatch):
 
     monkeypatch.setattr(host, "check_can_generate", lambda clip: None)
     monkeypatch.setattr(judging, "generate_texts", replies)
-    monkeypatch.setattr(judging, "TOGETHER", 2)
+    monkeypatch.setattr(judging, "tasks_at_a_time", lambda clip: 2)
     with pytest.raises(InterruptProcessingException):
         host.judge_bench(bench, None, "j", 1, False)
     records = records_path(tmp_path, "m", "j")

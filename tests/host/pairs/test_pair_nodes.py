@@ -70,6 +70,7 @@ def test_the_judge_sifts_by_the_scores_it_has_just_given(picture, monkeypatch):
         return [f'{{"score": [{3 if low else 8}, 9], "reasoning": ""}}' for low in lower]
 
     monkeypatch.setattr(judging, "generate_texts", replies)
+    monkeypatch.setattr(judging, "tasks_at_a_time", lambda clip: 8)
     kept, dropped, report = pair_review.judge_and_sift(None, (first, second), 5, Thresholds(semantics=4.0, quality=3.0))
     assert [pair.verdict.semantics for pair in kept] == [(8.0, 9.0)] and [pair.verdict.semantics for pair in dropped] == [(3.0, 9.0)]
     assert report.startswith("1 of 2 pairs kept.") and "semantics 3 is below 4" in report and "2 of 2 pairs judged." in report
@@ -90,6 +91,7 @@ def test_the_judge_keeps_scores_and_asks_for_the_rest(picture, monkeypatch):
 
     known = from_uint8(to_judge_size(Image.fromarray(first.target)))
     monkeypatch.setattr(judging, "generate_texts", replies)
+    monkeypatch.setattr(judging, "tasks_at_a_time", lambda clip: 8)
     judged, report = pair_review.judge_pairs(None, (scored(first, semantics=(1.0, 2.0)), first, second), 5)
     assert judged[0].verdict.semantics == (1.0, 2.0) and judged[1].verdict.semantics == judged[1].verdict.quality == (8.0, 9.0)
     assert judged[2].verdict.problem and [len(questions) for questions in asked] == [2] * 2 + [1] * 8 and report.startswith("2 of 3 pairs judged.")
@@ -115,9 +117,8 @@ def test_pairs_at_a_time_get_the_verdicts_they_get_alone(picture, clip, monkeypa
     assert len(set(tries)) > 1 and len({verdict.replies for verdict in alone}) == len(pairs)
 
     rounds, ask_all = [], judging.generate_texts
-    monkeypatch.setattr(judging, "generate_texts", lambda clip, questions, tokens: rounds.append(len(questions)) or ask_all(clip, questions, tokens))
-    monkeypatch.setattr(judging, "ANSWER_TOKENS", 4)
-    monkeypatch.setattr(judging, "TOGETHER", 2)
+    monkeypatch.setattr(judging, "generate_texts", lambda clip, questions, tokens: rounds.append(len(questions)) or ask_all(clip, questions, 4))
+    monkeypatch.setattr(judging, "tasks_at_a_time", lambda clip: 2)
     judged, _ = pair_review.judge_pairs(clip, pairs, 5)
     assert [pair.verdict for pair in judged] == alone and [pair.english for pair in judged] == [pair.english for pair in pairs]
     assert max(rounds) == 2 and sum(rounds) == sum(tries) and len(rounds) < sum(tries)

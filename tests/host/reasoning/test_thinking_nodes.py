@@ -63,6 +63,7 @@ def script(monkeypatch):
     def use(**replies):
         model = Script(**replies)
         monkeypatch.setattr(thinking, "generate_text", model)
+        monkeypatch.setattr(thinking, "generate_texts", model.together)
         return model
 
     return use
@@ -82,7 +83,7 @@ def test_a_success_ends_the_loop_and_only_its_nodes_run(host, script):
     assert sorted(result.rounds()) == sorted(["think", *edits(1), "start", "round_1_judge", "result"])
     assert result.image.shape == (1, 48, 64, 3) and torch.equal(result.image, result.candidates)
     assert result.prompt == "Make the cup red." and "Instruction: red cup pls\nRewritten: Make the cup red." in result.report and "Best: round 1" in result.report
-    assert [name for name, *_ in model.asked] == ["rewrite", "description", "consistency", "reflection", "edit_score", "quality_score"]
+    assert [name for name, *_ in model.asked] == ["rewrite", "description", "edit_score", "quality_score", "consistency", "reflection"]
 
 
 def test_refine_and_failed_edit_what_they_should_with_the_next_seed(host, script, classes, things):
