@@ -57,7 +57,7 @@ class Step1XEditSampler(io.ComfyNode):
         return ["negative"] if negative is None and reads_negative(with_norm_limiter(model), cfg) else []
 
     @classmethod
-    def execute(cls, model, positive, latent_image, seed, steps, cfg, sampler_name, denoise, negative=None) -> io.NodeOutput:
+    def execute(cls, model, positive, negative, latent_image, seed, steps, cfg, sampler_name, denoise) -> io.NodeOutput:
         check_widgets(cls, seed=seed, steps=steps, cfg=cfg, sampler_name=sampler_name, denoise=denoise)
         check_model(model)
         show_settings(model, steps, cfg)
