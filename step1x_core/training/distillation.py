@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Step1XError
+from ..sampling.few_steps import FewSteps
 from ..sampling.schedule import latent_tokens, sigma_schedule
 from .objective import generator
 
@@ -26,8 +27,6 @@ HUBER = 0.05
 EDITED = 0.5
 # Streams of random numbers of one seed, beside those of `objective`.
 TRAJECTORIES, EXAMPLES = 10, 11
-# Names in the metadata of a few-step LoRA.
-STEPS_KEY, CFG_KEY, TEACHER_KEY = (f"step1x_edit.{name}" for name in ("steps", "cfg", "teacher"))
 STUDENT_CFG = 1.0
 
 
@@ -94,7 +93,7 @@ class Distillation:
     def metadata(self, version: str) -> dict[str, str]:
         """What the LoRA's file says of itself. version: of the model. No schedule stands for the version's own, whose shift depends on the size of the image."""
         teacher = {"version": version, "steps": self.stored * self.substeps, "cfg": self.teacher_cfg}
-        return {STEPS_KEY: str(self.steps), CFG_KEY: f"{STUDENT_CFG:g}", TEACHER_KEY: json.dumps(teacher)}
+        return FewSteps(self.steps, STUDENT_CFG, teacher=teacher).metadata()
 
     def text(self) -> str:
         """All settings on one line, to compare trainings by."""
