@@ -154,11 +154,11 @@ def distill(studio):
     """A short distillation on a few images: enough to see that it learns."""
     sources = studio.folder / "input" / "my_sources" / "source"
     sources.mkdir(parents=True)
-    for index in range(9):
+    for index in range(4):
         pair = scene("recolour", index)
         Image.fromarray(pair.source).save(sources / f"{index}.png")
         (sources / f"{index}.txt").write_text(pair.instruction, encoding="utf-8")
-    training = {"steps": 100, "learning_rate": 1e-3, "rank": 16, "alpha": 16.0, "batch_size": 2, "accumulation": 1, "ema": 0.0, "validate_every": 100,
+    training = {"steps": 40, "learning_rate": 1e-3, "rank": 8, "alpha": 8.0, "accumulation": 1, "warmup": 0, "ema": 0.0, "validate_every": 40,
                 "mode.few_steps": 2, "mode.teacher_steps": demo_model.STEPS, "mode.teacher_cfg": demo_model.CFG}
     dataset = {"size_level": demo_model.SIZE_LEVEL, "validation": 1}
     return sheet(studio.run("step1x_distill", Step1XEditTrainDataset=dataset, Step1XEditTrainLora=training), 1, "images and instructions\nto a few-step LoRA")
