@@ -16,7 +16,7 @@ const BLUEPRINT = 'Step1X-Edit Image';
 // Files that a person chooses for himself; all others must be offered for download.
 const OWN_FILES = ['step1x-edit-lora.safetensors', 'step1x-edit-lightning.safetensors'];
 // What makes a run short enough for a CPU, by widget.
-const SHORT = { size_level: 256, steps: 3, rounds: 1, 'mode.few_steps': 2, 'mode.teacher_steps': 4 };
+const SHORT = { size_level: 256, steps: 3, rounds: 1, accumulation: 1, 'mode.few_steps': 2, 'mode.teacher_steps': 4 };
 const SMALL_LATENT = { width: 256, height: 256 };
 // So long nothing may be heard of a run, and so long a state is waited for: only what never comes takes it.
 const SILENCE = 300;
