@@ -27,7 +27,7 @@ TEACHER, WITHOUT, BARE = "teacher", "without", "bare"
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--loras", nargs="*", help="NAME=FILE@STEPS; FILE+FILE: the first for the first half of the steps (default: the shipped LoRA)")
+    parser.add_argument("--loras", nargs="*", help="NAME=FILE@STEPS; FILE+FILE: the first for the first half of the steps (default: the shipped LoRA, if there is one)")
     parser.add_argument("--edits", type=int, default=200, help="number of held-out edits")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--shard", type=int, nargs=2, default=(0, 1), metavar=("NUMBER", "COUNT"), help="make only this part of the edits")
@@ -110,7 +110,7 @@ def measure(options) -> list[dict]:
     drawn = ((index, pair_at(options.seed, index, "heldout")) for index in itertools.count())
     number, count = options.shard
     edits = list(itertools.islice(((index, pair) for index, pair in drawn if pair.kind != "none"), options.edits))[number::count]
-    loras = [shipped()] if options.loras is None else options.loras
+    loras = shipped() if options.loras is None else options.loras
     ways = [(TEACHER, [], demo_model.STEPS, demo_model.CFG), *((f"{WITHOUT}, {steps}", [], steps, 1.0) for steps in PLAIN_STEPS),
             *((f"{BARE}, {steps}", [""], steps, 1.0) for steps in PLAIN_STEPS)]
     for lora in loras:
@@ -132,8 +132,8 @@ def measure(options) -> list[dict]:
     return rows
 
 
-def shipped() -> str:
-    return f"shipped={demo_model.FAST_FILE}@{demo_model.FAST_STEPS}"
+def shipped() -> list[str]:
+    return [f"shipped={demo_model.FAST_FILE}@{demo_model.FAST_STEPS}"] if demo_model.FAST_FILE.is_file() else []
 
 
 def table(rows: list[dict]) -> None:

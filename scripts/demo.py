@@ -177,6 +177,8 @@ def run_demo(options: argparse.Namespace) -> Path:
         if (demo_model.FOLDER / "diffusion_models" / demo_model.MODEL_FILE).is_file():
             say("no Step1X-Edit model found: using the miniature one that comes with the pack")
             setup = demo_setup(options.fast)
+            if options.fast and not demo_model.FAST_FILE.is_file():
+                raise FileNotFoundError(f"{demo_model.FAST_FILE} is missing. Download the pack again, make the file with miniature/few_steps.py, or leave --fast out.")
         else:
             say("no Step1X-Edit model found: using a tiny one with random weights (its pictures make no sense)")
             setup = tiny_setup()
