@@ -2,6 +2,9 @@ from comfy_api.latest import io
 
 from ..step1x_core.host.prompts.encoding import add_references, decode_edit, encode_edit
 from ..step1x_core.host.prompts.tiling import AUTO, TILING
+from ..step1x_core.host.sampling.few_steps import reads_negative
+from ..step1x_core.host.sampling.sampler import check_model, with_norm_limiter
+from ..step1x_core.host.status import show_status
 from .categories import EDIT_ALIASES, MAIN
 from .widgets import check_widgets
 
@@ -41,6 +44,10 @@ class Step1XEditEncode(io.ComfyNode):
                                           "so results vary. Each slows sampling down."),
                 io.Int.Input("reference_size", default=REFERENCE_SIZE, min=64, max=2048, step=16, optional=True, advanced=True,
                              tooltip="Each reference is scaled to about this many pixels squared. Larger shows more detail but costs time and VRAM."),
+                io.Model.Input("model", optional=True,
+                               tooltip="For few-step LoRAs: the model that will be sampled. If its default CFG is 1, "
+                                       "the negative prompt is not encoded, which saves time. Leave it unconnected "
+                                       "to sample at another CFG."),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive"),
@@ -51,12 +58,23 @@ class Step1XEditEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, vae, image, prompt, negative_prompt, size_level, latent=None, references=None,
-                reference_size=REFERENCE_SIZE) -> io.NodeOutput:
+                reference_size=REFERENCE_SIZE, model=None) -> io.NodeOutput:
         check_widgets(cls, prompt=prompt, negative_prompt=negative_prompt, size_level=size_level, reference_size=reference_size)
-        positive, negative, latent = encode_edit(clip, vae, image, prompt, negative_prompt, size_level, latent)
+        with_negative = model is None or cls.is_read(model)
+        positive, negative, latent = encode_edit(clip, vae, image, prompt, negative_prompt, size_level, latent,
+                                                 with_negative=with_negative)
         if references:
             positive, negative = add_references([positive, negative], vae, list(references.values()), reference_size)
         return io.NodeOutput(positive, negative, latent)
+
+    @classmethod
+    def is_read(cls, model) -> bool:
+        """Return whether sampling with the model's defaults reads the negative prompt; shows it if not."""
+        check_model(model)
+        if reads_negative(with_norm_limiter(model), 0.0):
+            return True
+        show_status("negative prompt not encoded (the model's default is CFG 1)")
+        return False
 
 
 class Step1XEditDecode(io.ComfyNode):

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..step1x_core.host.checkpoints.folders import choices, resolve
 from ..step1x_core.host.checkpoints.loading import load_model, load_own_vae, load_text_encoder
-from ..step1x_core.host.checkpoints.lora import apply_lora, load_lora_file
+from ..step1x_core.host.checkpoints.lora import apply_lora_file
 from ..step1x_core.host.sampling.sampler import check_model
 from ..step1x_core.versions import LAYOUTS, VERSIONS
 from .categories import EDIT_ALIASES, MAIN
@@ -100,13 +100,15 @@ class Step1XEditLoadLora(io.ComfyNode):
             node_id="Step1XEditLoadLora",
             display_name="Load Step1X-Edit LoRA",
             category=MAIN,
-            description="Applies a LoRA to a Step1X-Edit model. Several can be chained.",
-            search_aliases=["lora", "load lora"],
+            description="Applies a LoRA to a Step1X-Edit model. Several can be chained. The steps and CFG of a few-step "
+                        "LoRA become the sampler's defaults.",
+            search_aliases=["lora", "load lora", "lightning", "few steps"],
             inputs=[
                 io.Model.Input("model", tooltip="A Step1X-Edit model."),
                 io.Combo.Input("lora_name", options=[NO_LORA, *folder_paths.get_filename_list("loras")],
                                tooltip="A file in models/loras, in the layout of kohya, PEFT, diffusers, DiffSynth, LyCORIS or SimpleTuner. "
-                                       "none leaves the model as it is."),
+                                       "none leaves the model as it is. The stock 'Load LoRA' does not read the steps and CFG of a "
+                                       "few-step LoRA; set them in the sampler there."),
                 io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.01, tooltip="How strongly the LoRA acts. The official code uses 1."),
             ],
             outputs=[io.Model.Output()],
@@ -119,4 +121,5 @@ class Step1XEditLoadLora(io.ComfyNode):
         check_widgets(cls, lora_name=lora_name)
         if lora_name == NO_LORA:
             return io.NodeOutput(model)
-        return io.NodeOutput(apply_lora(model, load_lora_file(folder_paths.get_full_path_or_raise("loras", lora_name)), strength))
+        path = folder_paths.get_full_path_or_raise("loras", lora_name)
+        return io.NodeOutput(apply_lora_file(model, path, strength))

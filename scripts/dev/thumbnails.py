@@ -142,6 +142,28 @@ def train_lora(studio):
     return sheet(studio.run("step1x_train_lora", Step1XEditTrainDataset=dataset, Step1XEditTrainLora=training), 1, "from pairs of images\nto a LoRA")
 
 
+def lightning(studio):
+    """The miniature's own few-step LoRA, which decides steps and CFG."""
+    pair = scene("recolour", 4)
+    made = studio.run("step1x_lightning", [studio.upload(pair.source)], [pair.instruction], Step1XEditSampler={"steps": 0, "cfg": 0.0},
+                      Step1XEditLoadLora={"lora_name": demo_model.FAST_FILE.name})
+    return sheet([Image.fromarray(pair.source), *made], 2, "few steps, one pass each,\nwith a LoRA")
+
+
+def distill(studio):
+    """A short distillation on a few images: enough to see that it learns."""
+    sources = studio.folder / "input" / "my_sources" / "source"
+    sources.mkdir(parents=True)
+    for index in range(4):
+        pair = scene("recolour", index)
+        Image.fromarray(pair.source).save(sources / f"{index}.png")
+        (sources / f"{index}.txt").write_text(pair.instruction, encoding="utf-8")
+    training = {"steps": 40, "learning_rate": 1e-3, "rank": 8, "alpha": 8.0, "accumulation": 1, "warmup": 0, "ema": 0.0, "validate_every": 40,
+                "mode.few_steps": 2, "mode.teacher_steps": demo_model.STEPS, "mode.teacher_cfg": demo_model.CFG}
+    dataset = {"size_level": demo_model.SIZE_LEVEL, "validation": 1}
+    return sheet(studio.run("step1x_distill", Step1XEditTrainDataset=dataset, Step1XEditTrainLora=training), 1, "images and instructions\nto a few-step LoRA")
+
+
 def in_turns(studio):
     pair = scene("recolour", 3)
     prompts = [pair.instruction, "make the background light green"]
@@ -247,6 +269,8 @@ MAKERS = {
     "step1x_interior_material": building_material,
     "step1x_lora": lora,
     "step1x_train_lora": train_lora,
+    "step1x_lightning": lightning,
+    "step1x_distill": distill,
     "step1x_make_pairs": make_pairs,
     "step1x_propose_pairs": propose_pairs,
     "step1x_low_vram": lambda studio: plain(studio, "step1x_low_vram", "text", 1, "for little VRAM:\nfp8, smaller, in tiles"),
