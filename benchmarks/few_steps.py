@@ -4,13 +4,14 @@
 Edits held-out scenes with the teacher (20 steps, CFG 1.5) and at CFG 1 in 1, 2 and 4 steps, without and with few-step LoRAs, all from the same noise. At CFG 1 the
 norm limiter still mixes the negative prompt's prediction into the first steps; "bare" is the model without a LoRA and without the limiter, as a LoRA is used.
 Prints how often the edit is right, the mean squared distance of the image (0..1) to the teacher's, its ratios to the distances without a LoRA at the same steps,
-and the sharpness: the gradient energy inside the edited region, in percent of the teacher's.
+the sharpness (the gradient energy inside the edited region, in percent of the teacher's), the median distance, and how many edits are nearer than the bare model's.
 """
 
 import argparse
 import itertools
 import json
 import platform
+import statistics
 import sys
 import time
 from collections import defaultdict
@@ -144,13 +145,22 @@ def table(rows: list[dict]) -> None:
     def mean(way: str, name: str) -> float:
         return sum(row[name] for row in groups[way]) / len(groups[way])
 
-    print(f"{'':<16}{'steps':>6}{'edits':>7}{'right %':>9}{'distance':>11}{'/without':>10}{'/bare':>8}{'sharpness %':>13}")
+    def median(way: str) -> float:
+        return statistics.median(row["distance"] for row in groups[way])
+
+    def nearer(way: str, plain: str) -> float:
+        """Percentage of the edits that are nearer to the teacher than those of another way."""
+        other = {row["edit"]: row["distance"] for row in groups[plain]}
+        return 100 * sum(row["distance"] < other[row["edit"]] for row in groups[way]) / len(groups[way])
+
+    print(f"{'':<16}{'steps':>6}{'edits':>7}{'right %':>9}{'distance':>11}{'/without':>10}{'/bare':>8}{'sharpness %':>13}{'median':>10}{'/bare':>8}{'nearer %':>10}")
     for way, members in groups.items():
         steps = members[0]["steps"]
-        ratios = "".join(f"{mean(way, 'distance') / mean(plain, 'distance'):>{width}.3f}" if plain in groups else " " * width
-                         for plain, width in ((f"{WITHOUT}, {steps}", 10), (f"{BARE}, {steps}", 8)))
+        without, bare = f"{WITHOUT}, {steps}", f"{BARE}, {steps}"
+        ratios = "".join(f"{mean(way, 'distance') / mean(plain, 'distance'):>{width}.3f}" if plain in groups else " " * width for plain, width in ((without, 10), (bare, 8)))
+        middle = f"{median(way):>10.6f}{median(way) / median(bare):>8.3f}{nearer(way, bare):>10.1f}" if bare in groups else ""
         print(f"{way:<16}{steps:>6}{len(members):>7}{100 * mean(way, 'right'):>9.1f}{mean(way, 'distance'):>11.6f}{ratios}"
-              f"{100 * mean(way, 'energy') / mean(TEACHER, 'energy'):>13.1f}")
+              f"{100 * mean(way, 'energy') / mean(TEACHER, 'energy'):>13.1f}{middle}")
 
 
 def main() -> int:
