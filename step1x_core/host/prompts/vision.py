@@ -3,6 +3,7 @@
 
 import itertools
 
+import comfy.ops
 import torch
 from comfy.ldm.modules.attention import optimized_attention_for_device
 from comfy.text_encoders import qwen_vl
@@ -52,6 +53,15 @@ class VisionTransformer(qwen_vl.Qwen2VLVisionTransformer):
         )
         self.fullatt_block_indexes = config.vision_full_attention
 
+    def embed_patches(self, patches: Tensor) -> Tensor:
+        """What `patch_embed` computes for patches [N, 1176], as a matrix product: its kernel covers a whole patch. Some
+        versions of cuDNN have no fast convolution in three dimensions for bfloat16."""
+        layer = self.patch_embed.proj
+        weight, bias, stream = comfy.ops.cast_bias_weight(layer, patches, offloadable=True)
+        out = torch.nn.functional.linear(patches, weight.flatten(1), bias)
+        comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
+        return out
+
     def forward(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
         """Encode the patches [N, 1176] of one image to features [N / 4, C] in row-major order of the merged grid, both
         in the dtype of the patches.
@@ -77,7 +87,8 @@ class VisionTransformer(qwen_vl.Qwen2VLVisionTransformer):
         angles = to_windows(self.get_position_embeddings(image_grid_thw, device))
         angles = torch.cat((angles, angles), dim=-1)[:, None, None]
         cos, sin = angles.cos(), angles.sin()
-        x = to_windows(self.patch_embed(pixel_values))
+        embed = self.patch_embed if device.type == "cpu" else self.embed_patches
+        x = to_windows(embed(pixel_values))
         for i, block in enumerate(self.blocks):
             qkv = block.attn.qkv(block.norm1(x)).view(tokens, 3, block.attn.num_heads, -1)
             # In float32, as Hugging Face does.

@@ -13,14 +13,19 @@ from safetensors.torch import load_file, save_file
 from step1x_core.editing.batches import Item
 from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
 from step1x_core.host.editing.batch import edit_batch
+from step1x_core.host.pairs import making
+from step1x_core.host.pairs.making import propose_edits
 from step1x_core.host.prompts.encoding import decode_edit, encode_edit
 from step1x_core.host.prompts.vision import image_features
-from step1x_core.host.reasoning import thinking
+from step1x_core.host.reasoning import pool, thinking
 from step1x_core.host.reasoning.generation import Question, generate_texts
 from step1x_core.host.sampling.sampler import flow_sigmas, sample
 from step1x_core.images import to_working_size
+from step1x_core.pairs import propose
+from step1x_core.pairs.propose import Idea
 from step1x_core.prompts.memory import ImageMemory
 from step1x_core.reasoning.conversation import RULES
+from step1x_core.reasoning.replies import BadReply
 
 NAME = "qwen25_7b"
 
@@ -141,6 +146,13 @@ def test_windows_at_once_equal_the_hosts_one_after_the_other(float_clip, size):
     assert torch.equal(found, theirs) or torch.equal(found, theirs[order])
 
 
+def test_patches_are_embedded_by_a_matrix_product_as_by_the_convolution(float_clip):
+    visual = inner(float_clip).visual
+    patches = torch.randn(16, 1176, generator=torch.Generator().manual_seed(0))
+    found, expected = visual.embed_patches(patches), visual.patch_embed(patches)
+    assert found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("layout", ["v1.1", "v1.2"])
 def test_both_prompts_share_what_the_image_is_encoded_to(models, vae, layout):
     clip = load_text_encoder(models / "text_encoders" / tiny_models.MLLM_FILE, layout)
@@ -208,3 +220,21 @@ def test_a_batch_encodes_the_negative_prompt_only_where_it_is_read(models, vae, 
         positive, negative, latent = encode_edit(clip, vae, image, item.prompt, "blurry", 64)
         out = sample(model, positive, negative, latent, flow_sigmas(1, latent["samples"]), cfg, item.seed)
         assert torch.equal(found, decode_edit(vae, out, image))
+
+
+def test_images_of_a_list_get_the_proposals_that_they_get_one_by_one(clip, monkeypatch):
+    """With a model of random weights, of whose replies a part is taken for readable: the images need different numbers of tries."""
+    def read(reply):
+        if len(reply) % 2:
+            raise BadReply("mumbling")
+        return [Idea("subject-remove", {"object": (f"a thing {len(reply)}", "某物")})]
+
+    monkeypatch.setattr(propose, "read_ideas", read)
+    rounds, ask = [], pool.generate_texts
+    monkeypatch.setattr(pool, "generate_texts", lambda clip, questions, tokens: rounds.append(len(questions)) or ask(clip, questions, 3))
+    rows = [{"image": picture(60, 60, seed), "kinds": "", "count": 3, "seed": seed} for seed in range(5)]
+    alone = [found for row in rows for found in propose_edits(clip, [row])]
+    asked, rounds[:] = sum(rounds), []
+    monkeypatch.setattr(making, "tasks_at_a_time", lambda clip: 3)
+    assert propose_edits(clip, rows) == alone
+    assert rounds[0] == 3 and sum(rounds) == asked and len(rounds) < asked and asked > len(rows)
