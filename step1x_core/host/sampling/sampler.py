@@ -22,7 +22,7 @@ from ..left_out import is_left_out, left_out
 from ..network.foreign import foreign_parts, refuse_shared, stand_alone
 from ..network.model import Step1XEditModel
 from ..status import show_status
-from .few_steps import few_steps, model_version
+from .few_steps import few_steps, model_version, reads_negative
 
 log = logging.getLogger(__name__)
 
