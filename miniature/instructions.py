@@ -4,10 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from step1x_core import languages
+
 from .drawing import Scene
 from .layout import PLACES, in_place, pick
 
-LANGUAGES = ("en", "zh")
+LANGUAGES = tuple(language.code for language in languages.LANGUAGES)
 
 CHINESE_COLOURS = {"red": "红色", "orange": "橙色", "yellow": "黄色", "green": "绿色", "blue": "蓝色", "purple": "紫色", "pink": "粉色", "white": "白色",
                    "black": "黑色", "grey": "灰色", "beige": "米色", "light blue": "浅蓝色", "light green": "浅绿色", "navy": "深蓝色"}

@@ -5,11 +5,9 @@ from ..step1x_core.host.prompts.tiling import AUTO, TILING
 from ..step1x_core.host.sampling.few_steps import reads_negative
 from ..step1x_core.host.sampling.sampler import check_model, with_norm_limiter
 from ..step1x_core.host.status import show_status
-from .categories import MAIN
+from .categories import EDIT_ALIASES, MAIN
 from .widgets import check_widgets
 
-# What people type who do not know the name; the blueprint's file has the same.
-EDIT_ALIASES = ["edit image", "edit picture", "edit photo", "image edit", "edit by instruction"]
 # More than a few are too much for the model, and for most graphics cards.
 MAX_REFERENCES = 8
 REFERENCE_SIZE = 512
@@ -31,7 +29,8 @@ class Step1XEditEncode(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The text encoder from 'Load Step1X-Edit MLLM'."),
                 io.Vae.Input("vae", tooltip="The FLUX VAE: the stock 'Load VAE' with ae.safetensors, or the VAE output of 'Load Step1X-Edit Model' for a diffusers folder."),
                 io.Image.Input("image", tooltip="The picture to edit, of any size. A batch is edited picture by picture with the same instruction."),
-                io.String.Input("prompt", multiline=True, dynamic_prompts=True, placeholder="replace the modern sofa with a vintage leather couch",
+                io.String.Input("prompt", multiline=True, dynamic_prompts=True,
+                                placeholder="replace the modern sofa with a vintage leather couch\n把现代沙发换成复古皮沙发",
                                 tooltip="What to change, in English or Chinese. Put words that are to appear in the picture in double quotes."),
                 io.String.Input("negative_prompt", multiline=True, dynamic_prompts=True, default="", advanced=True,
                                 tooltip="What guidance steers away from. The model was trained with an empty one for edits."),
@@ -87,8 +86,8 @@ class Step1XEditDecode(io.ComfyNode):
             node_id="Step1XEditDecode",
             display_name="Step1X-Edit Decode",
             category=MAIN,
-            description="Decodes the result and brings it to the size of the source picture.",
-            search_aliases=["step1x", "vae decode", "vae decode tiled", "restore size"],
+            description="Decodes the result and resizes it to the size of the source image.",
+            search_aliases=["step1x", *EDIT_ALIASES, "vae decode", "vae decode tiled", "restore size"],
             inputs=[
                 io.Latent.Input("samples", tooltip="The sampled latent."),
                 io.Vae.Input("vae", tooltip="The VAE that encoded the picture."),

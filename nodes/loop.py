@@ -102,7 +102,9 @@ class Step1XEditReflectionLoop(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The text encoder from 'Load Step1X-Edit MLLM'. To think and to reflect its file needs a language-model head (lm_head)."),
                 io.Vae.Input("vae", tooltip="The FLUX VAE: the stock 'Load VAE' with ae.safetensors, or the VAE output of 'Load Step1X-Edit Model' for a diffusers folder."),
                 io.Image.Input("image", tooltip="The picture to edit, exactly one, of any size."),
-                io.String.Input("prompt", multiline=True, dynamic_prompts=True, placeholder="this bread stayed in too long", tooltip="What to change, in English or Chinese."),
+                io.String.Input("prompt", multiline=True, dynamic_prompts=True,
+                                placeholder="this bread stayed in too long\n面包烤过头了",
+                                tooltip="What to change, in English or Chinese."),
                 io.String.Input("negative_prompt", multiline=True, dynamic_prompts=True, default="", advanced=True,
                                 tooltip="What guidance steers away from. The model was trained with an empty one for edits."),
                 io.Int.Input("size_level", default=1024, min=64, max=2048, step=16, tooltip="The picture is edited at about this many pixels squared, keeping its aspect ratio."),
@@ -131,7 +133,7 @@ class Step1XEditReflectionLoop(io.ComfyNode):
     def execute(cls, **lists) -> io.NodeOutput:
         for name, entries in lists.items():
             if len(entries) != 1:
-                raise Step1XError(f"The input '{name}' brings a list of {len(entries)}; the loop edits one picture at a time. Queue them one by one.")
+                raise Step1XError(f"Input '{name}' is a list of {len(entries)}; the loop edits one image at a time. Queue them one by one.")
         values = {name: entries[0] for name, entries in lists.items()}
         check_widgets(cls, **{name: values[name] for name in ("prompt", "negative_prompt", "size_level", "seed", "steps", "cfg", "rounds", "think", "reflect", "sampler_name")})
         seed, think, reflect = values["seed"], values["think"], values["reflect"]

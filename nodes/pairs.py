@@ -45,6 +45,13 @@ def single(**inputs: list) -> dict:
     return {name: values[0] for name, values in inputs.items()}
 
 
+def rows_of(**inputs: list) -> list[dict]:
+    """The values of each run of a node that takes lists, as the host forms them for one that does not: a shorter list
+    goes on with its last value."""
+    count = max(map(len, inputs.values()))
+    return [{name: values[min(index, len(values) - 1)] for name, values in inputs.items()} for index in range(count)]
+
+
 def check_pairs(pairs) -> None:
     check_kind(pairs, tuple, "pairs", "'Step1X-Edit Compute Pairs' or 'Step1X-Edit Record Pairs'")
 
@@ -66,11 +73,12 @@ class Step1XEditPairPropose(io.ComfyNode):
             description="Has the language model list what is in an image, and writes edit instructions from that in "
                         "English and Chinese. Outputs lists for the nodes that make the edits.",
             search_aliases=["edit pairs", "propose", "instructions", "caption", "training data"],
+            is_input_list=True,
             inputs=[
                 io.Clip.Input("clip",
                               tooltip="Text encoder from 'Load Step1X-Edit MLLM'. The file must include a "
                                       "language-model head (lm_head)."),
-                io.Image.Input("image", tooltip="A single image. The images of a list are processed one by one."),
+                io.Image.Input("image", tooltip="A single image, or a list of them. Several images of a list are processed at a time."),
                 kinds_input(PROPOSED),
                 io.Int.Input("count", default=4, min=1, max=64,
                              tooltip="Maximum number of proposals. The kinds take turns."),
@@ -92,10 +100,14 @@ class Step1XEditPairPropose(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, image, kinds, count, seed) -> io.NodeOutput:
-        check_widgets(cls, kinds=kinds, count=count, seed=seed)
-        proposals, report = propose_edits(clip, image, kinds, count, seed)
+        rows = rows_of(image=image, kinds=kinds, count=count, seed=seed)
+        for row in rows:
+            check_widgets(cls, **{name: row[name] for name in ("kinds", "count", "seed")})
+        found = propose_edits(single(clip=clip)["clip"], rows)
+        proposals = [proposal for some, _ in found for proposal in some]
+        images = [row["image"] for row, (some, _) in zip(rows, found) for _ in some]
         texts = ([getattr(proposal, name) for proposal in proposals] for name in ("english", "thing", "content"))
-        return io.NodeOutput(proposals, [image] * len(proposals), *texts, report)
+        return io.NodeOutput(proposals, images, *texts, "\n\n".join(report for _, report in found))
 
 
 class Step1XEditPairCompute(io.ComfyNode):

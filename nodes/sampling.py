@@ -15,7 +15,7 @@ from ..step1x_core.host.sampling.sampler import (
 )
 from ..step1x_core.sampling.guidance import NormLimiter
 from ..step1x_core.versions import GUIDANCE_NORM_POWER
-from .categories import MAIN
+from .categories import EDIT_ALIASES, MAIN
 from .widgets import cfg_input, check_widgets, steps_input
 
 
@@ -29,7 +29,7 @@ class Step1XEditSampler(io.ComfyNode):
             display_name="Step1X-Edit Sampler",
             category=MAIN,
             description="Edits with the schedule and guidance of the official code. KSampler works as well; its schedulers do not know the picture's size.",
-            search_aliases=["step1x", "ksampler", "sampler", "edit sampler"],
+            search_aliases=["step1x", *EDIT_ALIASES, "ksampler", "sampler", "edit sampler"],
             inputs=[
                 io.Model.Input("model", tooltip="The model from 'Load Step1X-Edit Model', with any LoRA or model patch."),
                 io.Conditioning.Input("positive", tooltip="The instruction."),
@@ -57,7 +57,7 @@ class Step1XEditSampler(io.ComfyNode):
         return ["negative"] if negative is None and reads_negative(with_norm_limiter(model), cfg) else []
 
     @classmethod
-    def execute(cls, model, positive, latent_image, seed, steps, cfg, sampler_name, denoise, negative=None) -> io.NodeOutput:
+    def execute(cls, model, positive, negative, latent_image, seed, steps, cfg, sampler_name, denoise) -> io.NodeOutput:
         check_widgets(cls, seed=seed, steps=steps, cfg=cfg, sampler_name=sampler_name, denoise=denoise)
         check_model(model)
         show_settings(model, steps, cfg)

@@ -50,7 +50,7 @@ def check_widget(entry: io.Input, value, name: str) -> None:
     if isinstance(entry, io.DynamicCombo.Input):
         check_choice(entry, value, name)
     elif not fits(entry, value):
-        raise Step1XError(f"The input '{name}' brings {str(value)[:60]!r}, but it takes {wanted(entry)}. "
+        raise Step1XError(f"Input '{name}' is {str(value)[:60]!r}, but it takes {wanted(entry)}. "
                           "Correct it, or the node that it comes from.")
 
 

@@ -72,8 +72,8 @@ def choose_models(object_info: dict) -> dict[str, str] | None:
         return definition[0] if isinstance(definition[0], list) else definition[1]["options"]
 
     chosen = {
-        "Step1XEditLoadModel": pick(offered("Step1XEditLoadModel", "unet_name"), "step1x-edit-v1p1", "step1x"),
-        "Step1XEditLoadMLLM": pick(offered("Step1XEditLoadMLLM", "clip_name"), "qwen_2.5_vl_7b", "qwen2.5-vl-7b", "step1x"),
+        "Step1XEditLoader": pick(offered("Step1XEditLoader", "unet_name"), "step1x-edit-v1p1", "step1x"),
+        "Step1XEditMLLM": pick(offered("Step1XEditMLLM", "clip_name"), "qwen_2.5_vl_7b", "qwen2.5-vl-7b", "step1x"),
         "VAELoader": pick_vae(offered("VAELoader", "vae_name")),
     }
     return chosen if all(chosen.values()) else None
@@ -90,7 +90,7 @@ def choose_lora(object_info: dict) -> str:
 
 def with_lora(prompt: dict, name: str) -> None:
     """Put a LoRA behind the model's loader, for every node that reads the model."""
-    loader = next(node for node, content in prompt.items() if content["class_type"] == "Step1XEditLoadModel")
+    loader = next(node for node, content in prompt.items() if content["class_type"] == "Step1XEditLoader")
     for content in prompt.values():
         content["inputs"].update({name: ["lora", 0] for name, value in content["inputs"].items() if value == [loader, 0]})
     prompt["lora"] = {"class_type": "Step1XEditLoadLora", "inputs": {"model": [loader, 0], "lora_name": name, "strength": 1.0}}
@@ -98,7 +98,7 @@ def with_lora(prompt: dict, name: str) -> None:
 
 def demo_setup(fast: bool = False) -> Setup:
     """The miniature model that comes with the pack. fast: with its few-step LoRA."""
-    chosen = {"Step1XEditLoadModel": demo_model.MODEL_FILE, "Step1XEditLoadMLLM": demo_model.MLLM_FILE, "VAELoader": demo_model.VAE_FILE}
+    chosen = {"Step1XEditLoader": demo_model.MODEL_FILE, "Step1XEditMLLM": demo_model.MLLM_FILE, "VAELoader": demo_model.VAE_FILE}
     steps, cfg, lora = (0, 0.0, demo_model.FAST_FILE.name) if fast else (demo_model.STEPS, demo_model.CFG, None)
     return Setup(demo_model.FOLDER, chosen, demo_model.SAMPLE_IMAGE, demo_model.SAMPLE_PROMPT, demo_model.SIZE_LEVEL, steps, cfg, lora)
 
@@ -110,7 +110,7 @@ def tiny_setup() -> Setup:
     version = hashlib.sha256(Path(tiny_models.__file__).read_bytes()).hexdigest()[:12]
     models = environment.home() / f"tiny-models-{version}"
     tiny_models.write_all(models, prefix="tiny-")
-    chosen = {"Step1XEditLoadModel": tiny_models.V11_FILE, "Step1XEditLoadMLLM": tiny_models.MLLM_FILE, "VAELoader": tiny_models.VAE_FILE}
+    chosen = {"Step1XEditLoader": tiny_models.V11_FILE, "Step1XEditMLLM": tiny_models.MLLM_FILE, "VAELoader": tiny_models.VAE_FILE}
     return Setup(models, {node: f"tiny-{name}" for node, name in chosen.items()}, size_level=512, steps=12)
 
 
@@ -142,7 +142,7 @@ def edit(client, setup: Setup, options: argparse.Namespace) -> Path:
     if setup.lora is not None:
         with_lora(prompt, setup.lora)
 
-    say("model {Step1XEditLoadModel}, MLLM {Step1XEditLoadMLLM}, VAE {VAELoader}".format(**setup.chosen))
+    say("model {Step1XEditLoader}, MLLM {Step1XEditMLLM}, VAE {VAELoader}".format(**setup.chosen))
     say(f"editing {image.name}: {text}")
     started = time.monotonic()
     run = client.run(prompt, on_progress=progress_bar({node: content["class_type"] for node, content in prompt.items()}), timeout=3600)

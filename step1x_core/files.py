@@ -11,6 +11,8 @@ from PIL import Image, ImageOps
 
 from .errors import Step1XError
 
+# EXIF: the tag, and its values for an image that is stored lying on its side.
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 # Characters that some file system does not allow in names.
@@ -127,6 +129,11 @@ def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
+def unreadable(name: str, problem: Exception) -> Step1XError:
+    """Return the error for a file that is not an intact image."""
+    return Step1XError(f"{name} cannot be read as an image ({problem}). Replace the file.")
+
+
 def open_picture(content: bytes | Path, name: str) -> Image.Image:
     """Read an image from a file or its bytes, as RGB with its EXIF orientation applied. Raises Step1XError if it cannot
     be decoded."""
@@ -135,7 +142,18 @@ def open_picture(content: bytes | Path, name: str) -> Image.Image:
             return ImageOps.exif_transpose(picture).convert("RGB")
     # Decoders raise many kinds of errors on damaged files: SyntaxError, struct.error, ...
     except Exception as problem:
-        raise Step1XError(f"{name} cannot be read as an image ({problem}). Replace the file.") from problem
+        raise unreadable(name, problem) from problem
+
+
+def picture_size(content: bytes, name: str) -> tuple[int, int]:
+    """Return width and height of the image that `open_picture` would return, without decoding its pixels. Raises as
+    `open_picture`."""
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            size = picture.size
+            return size[::-1] if picture.getexif().get(ORIENTATION) in SIDEWAYS else size
+    except Exception as problem:  # see open_picture
+        raise unreadable(name, problem) from problem
 
 
 def is_picture(path: Path) -> bool:

@@ -94,18 +94,19 @@ def to_rgb(image: Tensor) -> Tensor:
     """Convert an image [H, W, C] to float32 [H, W, 3] in 0..1 on the CPU. Grey becomes RGB, alpha is dropped, NaN
     becomes black."""
     image = image[..., :3] if image.shape[-1] >= 3 else image[..., :1].expand(*image.shape[:-1], 3)
-    return image.float().nan_to_num(0.0).clamp(0, 1).cpu()
+    # Only the first of these makes a new tensor: a large photograph's cost is the memory, not the arithmetic.
+    return image.float().nan_to_num(0.0).clamp_(0, 1).cpu()
 
 
 def to_uint8(image: Tensor) -> np.ndarray:
     """Convert an image [H, W, C] in 0..1 to uint8 [H, W, 3]; `to_rgb` says how other channels and values are
     treated."""
-    return (to_rgb(image) * 255).round().to(torch.uint8).numpy()
+    return to_rgb(image).mul_(255).round_().to(torch.uint8).numpy()
 
 
 def from_uint8(pixels: np.ndarray) -> Tensor:
     """Convert uint8 [H, W, 3] to a float32 tensor [H, W, 3] in 0..1."""
-    return torch.from_numpy(np.array(pixels)).float() / 255
+    return torch.from_numpy(np.array(pixels)).float().div_(255)
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
@@ -179,7 +180,7 @@ def to_thinker_size(image: Tensor) -> Tensor:
 def truncate_uint8(image: Tensor) -> Tensor:
     """Convert a decoded image in 0..1 to uint8 by truncation, as the official code writes its results (docs/model.md,
     Decode)."""
-    return (image.float().clamp(0, 1) * 255).to(torch.uint8)
+    return image.float().clamp(0, 1).mul_(255).to(torch.uint8)
 
 
 def to_output_size(image: Tensor, size: tuple[int, int], truncate: bool = True) -> Tensor:

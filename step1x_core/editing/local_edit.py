@@ -120,7 +120,7 @@ def paste(result: Tensor, cutout: Cutout, feather: int) -> Tensor:
     Raises Step1XError for another number.
     """
     if not isinstance(cutout, Cutout):
-        raise Step1XError(f"The input 'stitch' brings {type(cutout).__name__}. Connect the output 'stitch' of 'Step1X-Edit Crop to Mask'.")
+        raise Step1XError(f"Input 'stitch' is a value of type {type(cutout).__name__}. Connect the output 'stitch' of 'Step1X-Edit Crop to Mask'.")
     check_pictures(result, "image")
     count = cutout.source.shape[0]
     if count not in (1, len(result)):

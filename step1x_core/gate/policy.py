@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import Step1XError
 from ..images import from_uint8, to_uint8
+from ..sheets import wrap
 
 OFF, REPORT, LABEL, BLUR, BLOCK = "off", "report", "label", "blur", "block"
 ACTIONS = (OFF, REPORT, LABEL, BLUR, BLOCK)
@@ -130,18 +131,6 @@ def blur(picture: Image.Image) -> Image.Image:
     return small.resize(picture.size, Image.Resampling.BICUBIC)
 
 
-def wrap(canvas: ImageDraw.ImageDraw, text: str, font, width: int) -> str:
-    """Break a text into lines of at most `width` pixels, as far as its words allow."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and canvas.textlength(longer, font=font) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return "\n".join(lines)
-
-
 def label(picture: Image.Image, text: str) -> Image.Image:
     """Draw a text on a black strip over the lower edge of an image."""
     width, height = picture.size
@@ -163,7 +152,7 @@ def notice(size: tuple[int, int], message: str) -> Image.Image:
     canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill="#c03028")
     canvas.rectangle((x - radius * 0.6, y - radius * 0.18, x + radius * 0.6, y + radius * 0.18), fill="#ffffff")
     font = ImageFont.load_default(max(8, min(width, height) / 18))
-    canvas.multiline_text((x, y + radius * 1.3), wrap(canvas, message, font, int(width * 0.9)), fill="#ffffff", font=font, anchor="ma", align="center")
+    canvas.multiline_text((x, y + radius * 1.3), "\n".join(wrap(canvas, message, font, int(width * 0.9))), fill="#ffffff", font=font, anchor="ma", align="center")
     return out
 
 

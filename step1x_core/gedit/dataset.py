@@ -13,10 +13,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from .. import languages
 from ..errors import Step1XError
 from ..files import check_name, is_picture, open_picture, png, safe_path, save_picture, write_file
 
-LANGUAGES = ("en", "cn")
+LANGUAGES = tuple(language.gedit for language in languages.LANGUAGES)
 METADATA = "metadata.jsonl"
 PICTURE_COLUMN = "input_image_raw"
 COLUMNS = ("key", "task_type", "instruction", "instruction_language", "Intersection_exist")

@@ -112,7 +112,11 @@ RELIED_ON = (
     Function(TRANSFORMER, flux.Flux, "forward_orig",
              ("self", "img", "img_ids", "txt", "txt_ids", "timesteps", "y", "control", "transformer_options")),
     Function(TRANSFORMER, flux.Flux, "process_img", ("self", "x", "index", "h_offset", "w_offset", "transformer_options")),
-    Function(TEXT_ENCODER, llama.Llama2_, "forward", ("self", "x", "attention_mask", "embeds", "dtype", "position_ids", "past_key_values")),
+    Function(TEXT_ENCODER, llama.Llama2_, "forward", ("self", "x", "attention_mask", "embeds", "dtype", "position_ids")),
+    Function(TEXT_ENCODER, llama.TransformerBlock, "forward",
+             ("self", "x", "attention_mask", "freqs_cis", "optimized_attention", "past_key_value")),
+    Function(TEXT_ENCODER, llama, "precompute_freqs_cis", ("head_dim", "position_ids", "theta", "rope_scale", "rope_dims", "device")),
+    Function(TEXT_ENCODER, llama, "apply_rope", ("xq", "xk", "freqs_cis")),
 )
 
 

@@ -4,11 +4,12 @@
 """
 
 import random
+from collections.abc import Generator
 from dataclasses import dataclass
 
 from ..errors import Step1XError
 from ..prompts.v11 import clean_prompt
-from ..reasoning.conversation import Ask
+from ..reasoning.conversation import Ask, Asked, answered
 from ..reasoning.replies import BadReply, json_block
 from .record import instructions, words
 
@@ -167,7 +168,13 @@ def parse_kinds(text: str, known: tuple[str, ...]) -> list[str]:
 
 
 def propose(ask: Ask, picture, kinds: list[str], count: int, seed: int) -> tuple[list[Proposal], str]:
-    """Proposals of these kinds, at most `count`, and a report. The same replies and seed give the same ones.
+    """Proposals for one image; as `proposing`."""
+    return answered(ask, proposing(picture, kinds, count, seed))
+
+
+def proposing(picture, kinds: list[str], count: int, seed: int) -> Generator[Asked, str, tuple[list[Proposal], str]]:
+    """Yield the steps (see `conversation.answered`) to proposals of these kinds, at most `count`, and a report. The same
+    replies and seed give the same ones.
 
     Where the model gives no usable reply in 3 tries, or none of a kind that a table has something for, the table is taken.
 
@@ -175,9 +182,10 @@ def propose(ask: Ask, picture, kinds: list[str], count: int, seed: int) -> tuple
     """
     ideas, problem = [], ""
     if set(kinds) - {"style_change", "tone_transfer"}:
-        for _ in range(TRIES):
+        for attempt in range(TRIES):
             try:
-                ideas = read_ideas(clean_prompt(ask(SYSTEM, [picture, USER], MAX_TOKENS)))
+                reply = yield Asked(SYSTEM, [picture, USER], MAX_TOKENS, "propose", attempt)
+                ideas = read_ideas(clean_prompt(reply))
                 break
             except BadReply as bad:
                 problem = f"The language model gave no usable list in {TRIES} tries (last problem: {bad})"

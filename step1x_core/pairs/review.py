@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 from ..files import safe_path
-from ..sheets import INK, MARGIN, PAPER, THUMBNAIL, thumbnail
+from ..sheets import INK, MARGIN, PAPER, THUMBNAIL, thumbnail, wrap
 from ..tasks import ordered_types
 from .record import Pair, changed_pixels
 
-# A line of the sheet holds so many letters of the instruction.
-LETTERS = 58
+# Height of the three lines of text below a pair.
 TEXT = 44
 
 
@@ -115,11 +114,9 @@ def spread(cards: list[Card], limit: int) -> list[Card]:
     return [groups[kind][number] for kind, number in sorted((kind, number) for number, kind in turns[:limit])]
 
 
-def wrap(text: str) -> list[str]:
-    """The first two lines of a text; letters that the font has not are left to the report."""
-    text = "".join(char if ord(char) < 0x2000 else "?" for char in text)
-    first = text[:LETTERS].rsplit(" ", 1)[0] if len(text) > LETTERS else text
-    return [first, text[len(first):].strip()[:LETTERS]]
+def caption(canvas: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Return the first two lines of an instruction. The font has no Chinese characters; the report has them."""
+    return wrap(canvas, "".join(char if ord(char) < 0x2000 else "?" for char in text), font, width)[:2]
 
 
 def contact_sheet(cards: list[Card], limit: int = 48, columns: int = 3) -> Image.Image:
@@ -134,6 +131,6 @@ def contact_sheet(cards: list[Card], limit: int = 48, columns: int = 3) -> Image
         for side, part in enumerate(entry.load()):
             picture.paste(thumbnail(part), (x + side * (THUMBNAIL + 4), y))
         scores = f"  SC {entry.scores[0]:g}  PQ {entry.scores[1]:g}" if entry.scores else ""
-        for line, text in enumerate((f"{entry.task_type}{scores}", *wrap(entry.english or entry.chinese))):
+        for line, text in enumerate((f"{entry.task_type}{scores}", *caption(canvas, entry.english or entry.chinese, font, cell_width - MARGIN))):
             canvas.text((x, y + THUMBNAIL + 3 + 16 * line), text, fill=INK, font=font)
     return picture

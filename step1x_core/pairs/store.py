@@ -17,12 +17,12 @@ from PIL import Image
 
 from ..errors import Step1XError
 from ..files import unwritable, write_file
+from ..languages import LANGUAGES
 from ..training.dataset import CAPTION, REFERENCE
 from .hashing import SIZE, Index, fingerprint
 from .record import Pair, digest
 
 JOURNAL = "pairs.jsonl"
-LANGUAGES = ("en", "zh")
 PICTURE = re.compile(r"(sources|targets)/[0-9a-f]{2}/[0-9a-f]{20}\.png")
 SHARD = 1000
 # Pairs after which the JSON files are brought up to date, for whoever reads them while the dataset grows.
@@ -94,6 +94,9 @@ class PairStore:
             folder.mkdir(parents=True, exist_ok=True)
             self.file = open(self.journal, "ab", buffering=0)
             self.file.truncate(whole)
+            # What a killed run was writing. No other process writes here now.
+            for left in folder.rglob("*.part"):
+                left.unlink()
         except OSError as problem:
             raise self.unwritable(problem) from problem
         self.rows = [row for row in rows if "turned_down" not in row]
@@ -165,7 +168,7 @@ class PairStore:
         """Bring the official JSON files up to date."""
         try:
             for number in sorted(self.stale):
-                for language in LANGUAGES:
+                for language in (language.code for language in LANGUAGES):
                     entries = official(self.rows[number * SHARD:(number + 1) * SHARD], language)
                     path = self.folder / f"{language}-{number:05}.json"
                     if entries:

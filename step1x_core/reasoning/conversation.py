@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..prompts.v11 import clean_prompt
 from .replies import (
@@ -11,8 +12,20 @@ from .replies import (
 from .templates import fill
 
 Ask = Callable[[str, list, int], str]
-# The arguments of `ask`.
-Asked = tuple[str, list, int]
+
+
+class Asked(NamedTuple):
+    """The arguments of `ask`, and which try of which call it is; the first try is 0."""
+
+    system: str
+    content: list
+    budget: int
+    name: str = ""
+    attempt: int = 0
+
+
+# Answers several questions with one budget as one batch.
+AskTogether = Callable[[list[Asked]], list[str]]
 # The content of each call's user turn, in order.
 LAYOUTS = {
     "rewrite": ("source", "text"),
@@ -64,13 +77,39 @@ def answered(ask: Ask, steps: Generator[Asked, str]):
         asked = next(steps)
         while True:
             try:
-                reply = ask(*asked)
+                reply = ask(*asked[:3])
             except BadReply as problem:
                 asked = steps.throw(problem)
             else:
                 asked = steps.send(reply)
     except StopIteration as end:
         return end.value
+
+
+def answered_together(ask: AskTogether, tracks: list[Generator[Asked, str]]) -> list:
+    """Run independent steps as for `answered` side by side; returns their results in order.
+
+    What is asked as one batch has one budget. The first unfinished steps, which should be the longest, never wait; the
+    others wait until theirs is the same.
+    """
+    results, waiting = {}, {}
+
+    def go_on(number: int, reply: str | None = None) -> None:
+        try:
+            waiting[number] = tracks[number].send(reply)
+        except StopIteration as end:
+            waiting.pop(number, None)
+            results[number] = end.value
+
+    for number in range(len(tracks)):
+        go_on(number)
+    while waiting:
+        budget = waiting[min(waiting)].budget
+        numbers = [number for number in sorted(waiting) if waiting[number].budget == budget]
+        replies = ask([waiting[number] for number in numbers])
+        for number, reply in zip(numbers, replies, strict=True):
+            go_on(number, reply)
+    return [results[number] for number in range(len(tracks))]
 
 
 class Conversation:
@@ -84,11 +123,12 @@ class Conversation:
         self.calls: list[Call] = []
 
     def question(self, call: Call, values: dict[str, str]) -> Asked:
-        """Return the arguments of `ask` for one try of a call."""
+        """Return one try of a call."""
         call.tries += 1
         parts = {**self.pictures, "text": fill(self.templates[f"{call.name}.user"], values)}
         content = [parts[part] for part in LAYOUTS[call.name]]
-        return self.templates[f"{call.name}.system"], content, self.rules.budgets[call.name]
+        return Asked(self.templates[f"{call.name}.system"], content, self.rules.budgets[call.name], call.name,
+                     call.tries - 1)
 
     def take(self, call: Call, reply: str) -> str:
         """Record the reply to one try of a call; returns it trimmed, valid or not."""
@@ -97,7 +137,7 @@ class Conversation:
 
     def attempt(self, call: Call, values: dict[str, str]) -> str:
         """Make one try of a call; returns the trimmed reply, valid or not."""
-        return self.take(call, self.ask(*self.question(call, values)))
+        return self.take(call, self.ask(*self.question(call, values)[:3]))
 
     def tries(self, name: str, read: Callable, **values: str) -> Generator[Asked, str]:
         """Yield the tries of a call as steps for `answered`; returns what `read` makes of the first valid reply.
@@ -120,10 +160,3 @@ class Conversation:
         raise BadReply(
             f"The language model gave no usable reply to '{name}' in {call.tries} tries. Last problem: {call.problem}."
         )
-
-    def retried(self, name: str, read: Callable, **values: str):
-        """Make a call until its reply is valid; returns what `read` makes of it.
-
-        Raises BadReply if every try failed; `ask` may raise it, too.
-        """
-        return answered(self.ask, self.tries(name, read, **values))

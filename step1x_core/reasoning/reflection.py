@@ -16,10 +16,21 @@ memory or the host's cancel, passes through at once.
 contracts.
 """
 
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .conversation import RULES, Ask, Call, Conversation, Rules
+from .conversation import (
+    LAYOUTS,
+    RULES,
+    Ask,
+    Asked,
+    Call,
+    Conversation,
+    Rules,
+    answered,
+    answered_together,
+)
 from .replies import (
     FAILED,
     SUCCESS,
@@ -89,13 +100,15 @@ def think(ask: Ask, source, prompt: str, rules: Rules = RULES["v1.2"], overrides
     return Thought(prompt, conversation.attempt(Call("rewrite"), {"instruction": prompt}) or prompt)
 
 
-def judge(conversation: Conversation, prompt: str) -> Reflection:
-    """Return the verdict on the edited image. A call without a valid reply makes it "failed"."""
+def judging(conversation: Conversation, prompt: str) -> Generator[Asked, str, Reflection]:
+    """Yield the steps (see `answered`) to the verdict on the edited image. A call without a valid reply makes it
+    "failed"."""
     try:
-        description = conversation.retried("description", str, instruction=prompt)
-        consistency = conversation.retried("consistency", lambda reply: read_consistency(json_block(reply)), instruction=prompt, description=description)
-        kept = conversation.retried("reflection", keep_reflection, instruction=prompt,
-                                    score=f"{consistency.score:g}", reason=consistency.reason or "N/A")
+        description = yield from conversation.tries("description", str, instruction=prompt)
+        consistency = yield from conversation.tries("consistency", lambda reply: read_consistency(json_block(reply)),
+                                                    instruction=prompt, description=description)
+        kept = yield from conversation.tries("reflection", keep_reflection, instruction=prompt,
+                                             score=f"{consistency.score:g}", reason=consistency.reason or "N/A")
     except BadReply as problem:
         return Reflection("failed", explanation=str(problem))
     outcome = read_outcome(kept)
@@ -104,12 +117,22 @@ def judge(conversation: Conversation, prompt: str) -> Reflection:
     return Reflection(verdict, refined, read_thoughts(kept), description, consistency, reply=kept)
 
 
-def rate(conversation: Conversation, name: str, **values: str) -> tuple[float, float]:
-    """Return the pair of scores that a call requests, zeros without a valid reply."""
+def judge(conversation: Conversation, prompt: str) -> Reflection:
+    """Return the verdict on the edited image, as `judging`."""
+    return answered(conversation.ask, judging(conversation, prompt))
+
+
+def rating(conversation: Conversation, name: str, **values: str) -> Generator[Asked, str, tuple[float, float]]:
+    """Yield the steps to the pair of scores that a call requests, zeros without a valid reply."""
     try:
-        return conversation.retried(name, lambda reply: score_pair(score_table(reply)), **values)
+        return (yield from conversation.tries(name, lambda reply: score_pair(score_table(reply)), **values))
     except BadReply:
         return NO_SCORES
+
+
+def rate(conversation: Conversation, name: str, **values: str) -> tuple[float, float]:
+    """Return the pair of scores that a call requests, as `rating`."""
+    return answered(conversation.ask, rating(conversation, name, **values))
 
 
 def reflect(ask: Ask, source, edited, prompt: str, rules: Rules = RULES["v1.2"], overrides: Path | None = None) -> Reflection:
@@ -117,13 +140,18 @@ def reflect(ask: Ask, source, edited, prompt: str, rules: Rules = RULES["v1.2"],
 
     Returns a verdict whatever the replies are. Raises Step1XError for faulty template files in `overrides`, and
     whatever `ask` raises.
+
+    The scores depend on no other reply. An `ask` with a method `together` (see `AskTogether`) is asked for them beside
+    the verdict, any other one after it.
     """
     conversation = Conversation(ask, rules, load_templates(language(prompt), overrides), {"source": source, "edited": edited})
-    result = judge(conversation, prompt)
+    tracks = [judging(conversation, prompt)]
     if rules.scored:
-        result = replace(result, edit_scores=rate(conversation, "edit_score", instruction=prompt),
-                         quality_scores=rate(conversation, "quality_score"))
-    return replace(result, calls=tuple(conversation.calls))
+        tracks += [rating(conversation, "edit_score", instruction=prompt), rating(conversation, "quality_score")]
+    together = getattr(ask, "together", None)
+    result, *scores = answered_together(together, tracks) if together else [answered(ask, track) for track in tracks]
+    calls = tuple(sorted(conversation.calls, key=lambda call: list(LAYOUTS).index(call.name)))
+    return replace(result, **dict(zip(("edit_scores", "quality_scores"), scores)), calls=calls)
 
 
 @dataclass(frozen=True)

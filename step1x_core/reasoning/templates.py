@@ -9,9 +9,10 @@ import re
 from functools import cache
 from pathlib import Path
 
+from .. import languages
 from ..errors import Step1XError
 
-LANGUAGES = ("english", "chinese")
+LANGUAGES = tuple(language.name for language in languages.LANGUAGES)
 
 # The fields of each file. Each of them must appear, and no other.
 FIELDS = {

@@ -1,6 +1,5 @@
 """Pairs of pictures before and after an edit: the two layouts in which they are read, and the cache of what the encoders make of them."""
 
-import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -8,18 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import Step1XError
-from ..files import PICTURE_SUFFIXES, content_key, safe_path
+from ..files import PICTURE_SUFFIXES, content_key, open_picture, safe_path
 from ..images import from_uint8
 
 SOURCES, TARGETS = "source", "target"
 # Official names (docs/model.md, LoRA training).
 REFERENCE, CAPTION = "ref_image_path", "caption"
-# EXIF: the tag, and its values for a picture that lies on its side.
-ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)
 
 
 @dataclass(frozen=True)
@@ -142,40 +138,10 @@ def _read_folder(folder: Path, root: Path | None) -> Iterator[EditPair]:
         yield EditPair(source, target, _read_text(text))
 
 
-def read_picture(path: Path) -> Tensor:
-    """float32 [H, W, 3] in 0..1, upright. Raises Step1XError for what is no picture."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise unreadable(path, error) from error
-    return decode_picture(data, path)
-
-
-def unreadable(path: Path, error: Exception) -> Step1XError:
-    return Step1XError(f"The image {path} could not be read ({error}). Replace the file, or remove the pair.")
-
-
-# Pillow's decoders raise these on damaged files.
-DECODING_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-
-
 def decode_picture(data: bytes, path: Path) -> Tensor:
-    """A file's content -> float32 [H, W, 3] in 0..1, upright. Raises Step1XError for what is no picture; path: for the error."""
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            return from_uint8(np.asarray(ImageOps.exif_transpose(picture).convert("RGB")))
-    except DECODING_ERRORS as error:
-        raise unreadable(path, error) from error
-
-
-def picture_size(data: bytes, path: Path) -> tuple[int, int]:
-    """Width and height of a picture when it is upright, without decoding it. Raises Step1XError as `decode_picture` does."""
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            size = picture.size
-            return size[::-1] if picture.getexif().get(ORIENTATION) in SIDEWAYS else size
-    except DECODING_ERRORS as error:
-        raise unreadable(path, error) from error
+    """Decode a file's content to float32 [H, W, 3] in 0..1, upright. Raises Step1XError if it is not an image; path: for
+    the error."""
+    return from_uint8(np.asarray(open_picture(data, str(path))))
 
 
 def dataset_fingerprint(path: Path, root: Path | None = None, read: Callable = read_pairs) -> str:

@@ -30,7 +30,7 @@ GOOD = {
 def load_pack():
     """The pack as a package whose core is the `step1x_core` that the tests import, so that both know the same classes."""
     for module in pkgutil.walk_packages(step1x_core.__path__, "step1x_core."):
-        if module.name != "step1x_core.network.triton_kernels":  # It needs Triton, which not every system has.
+        if not module.name.endswith(".triton_kernels"):  # It needs Triton, which not every system has.
             importlib.import_module(module.name)
     sys.modules.update({f"{NAME}.{name}": module for name, module in sys.modules.items() if name.split(".")[0] == "step1x_core"})
     spec = importlib.util.spec_from_file_location(NAME, PACK / "__init__.py", submodule_search_locations=[str(PACK)])
@@ -48,7 +48,7 @@ def node_classes(pack) -> dict:
 
 
 class Script:
-    """Stands for `generate_text`: answers each call from a list of replies, over and over its last one; an exception in the list is raised.
+    """Stands for `generate_text`, `together` for `generate_texts`: answers each call from a list of replies, over and over its last one; exceptions in it are raised.
 
     asked: what was asked, as (call, pictures and texts, most tokens, seed, temperature).
     """
@@ -66,6 +66,9 @@ class Script:
         if isinstance(reply, BaseException):
             raise reply
         return reply
+
+    def together(self, clip, questions, max_tokens):
+        return [self(clip, question.system, question.content, max_tokens, question.seed, question.temperature) for question in questions]
 
     def contents(self, name) -> list[list]:
         return [content for asked, content, *_ in self.asked if asked == name]

@@ -1,11 +1,10 @@
-"""GEdit-Bench in the host: its folders, and the text encoder as judge."""
+"""GEdit-Bench in the host: its folders, results and judgements."""
 
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import comfy.utils
@@ -22,15 +21,13 @@ from ...gedit.miniature import miniature
 from ...gedit.report import Report, write_report
 from ...gedit.scores import ALL, UNJUDGED, UNPARSABLE, Entry, append_record, describe_states, digest, find_entries, records_path
 from ...images import from_uint8, to_rgb, truncate_uint8
-from ...reasoning.judge import ANSWER_TOKENS, RETRY_TEMPERATURE, Verdict, judging
-from ..reasoning.generation import Question, check_can_generate, generate_texts
-from ..reasoning.thinking import Asker
+from ...reasoning.judge import Verdict
+from ..reasoning.generation import check_can_generate
+from ..reasoning.judging import judge_edits
 
 log = logging.getLogger(__name__)
 
 RESULTS = "gedit_bench"
-# Edits that the text encoder judges at a time. Their keys and values take about 1 GB beside the 7B model's 15, in bfloat16.
-TOGETHER = 8
 
 
 @dataclass(frozen=True)
@@ -107,39 +104,6 @@ def save_edit(bench: Bench, item: Item, image: Tensor) -> Path:
     path = result_path(bench.results, bench.method, item)
     save_picture(path, png(Image.fromarray(truncate_uint8(to_rgb(image[0])).numpy())))
     return path
-
-
-class LocalJudge(Asker):
-    """The text encoder as judge.py wants it, for one edit."""
-
-    def question(self, system: str, content: list) -> Question:
-        repeated = any(asked == system for asked, _, _ in self.exchanges)
-        self.temperature = RETRY_TEMPERATURE if repeated else 0.0
-        return super().question(system, [part if isinstance(part, str) else from_uint8(part) for part in content])
-
-
-def judge_edits(clip, edits: Iterable[tuple[str, Image.Image, Image.Image, str]], seed: int) -> Iterator[tuple[int, Verdict]]:
-    """The verdicts on edits, with their numbers, in the order in which they are reached; a few edits are asked about at a time.
-
-    edits: name, source, edited picture and instruction; the name and the seed decide what is drawn for an answer that is asked for anew.
-    """
-    waiting = enumerate(edits)
-    running = {}
-    while True:
-        for number, (name, *edit) in islice(waiting, TOGETHER - len(running)):
-            steps = judging(*edit)
-            running[number] = LocalJudge(clip, name, seed), steps, next(steps)
-        if not running:
-            return
-        questions = [judge.question(system, content) for judge, _, (system, content, _) in running.values()]
-        replies = generate_texts(clip, questions, ANSWER_TOKENS)
-        for (number, (judge, steps, _)), question, reply in zip(list(running.items()), questions, replies):
-            judge.note(question, reply)
-            try:
-                running[number] = judge, steps, steps.send(reply)
-            except StopIteration as end:
-                del running[number]
-                yield number, end.value
 
 
 def judge_entries(clip, entries: list[Entry], seed: int) -> Iterator[tuple[Entry, Verdict]]:

@@ -13,11 +13,12 @@ from ...checks import check_pictures
 from ...errors import Step1XError
 from ...images import to_uint8
 from ...pairs.orders import ORDER_KINDS, carry_out, check_side, orders, shrink
-from ...pairs.propose import PROPOSED, Proposal, parse_kinds, propose
+from ...pairs.propose import PROPOSED, Proposal, parse_kinds, proposing
 from ...pairs.record import Pair, digest, make_pair
 from ...pairs.review import describe
 from ...pairs.spool import spooled
 from ..reasoning.generation import check_can_generate
+from ..reasoning.pool import answer_all, tasks_at_a_time
 from ..reasoning.thinking import Asker, single_picture
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "both"
@@ -30,11 +31,22 @@ def pictures(images: list[Tensor], name: str) -> list[np.ndarray]:
     return [to_uint8(picture) for batch in images for picture in batch]
 
 
-def propose_edits(clip, image: Tensor, kinds: str, count: int, seed: int) -> tuple[list[Proposal], str]:
-    """Edits of one picture [1, H, W, C], and a report. Raises Step1XError as `propose` does, and for a text encoder that cannot write."""
+def propose_edits(clip, rows: list[dict]) -> list[tuple[list[Proposal], str]]:
+    """Edits of several images, and a report for each; a few images are asked about at a time.
+
+    rows: for each its "image" [1, H, W, C], "kinds", "count" and "seed".
+
+    Raises Step1XError as `proposing` does, and for a text encoder that cannot generate text.
+    """
     check_can_generate(clip)
-    picture = single_picture(image, "image")
-    return propose(Asker(clip, "propose", seed), picture, parse_kinds(kinds, PROPOSED), count, seed)
+    tasks = [(Asker(clip, "propose", row["seed"]), proposing(single_picture(row["image"], "image"), parse_kinds(row["kinds"], PROPOSED),
+                                                             row["count"], row["seed"])) for row in rows]
+    progress = comfy.utils.ProgressBar(len(rows))
+    found = {}
+    for number, result in answer_all(clip, tasks, tasks_at_a_time(clip)):
+        found[number] = result
+        progress.update_absolute(len(found))
+    return [found[number] for number in range(len(rows))]
 
 
 def algorithmic_pairs(images: list[Tensor], kinds: str, count: int, seed: int, max_side: int) -> tuple[tuple[Pair, ...], str]:

@@ -7,8 +7,8 @@ from PIL import Image
 
 from ...pairs.record import Pair, digest
 from ...pairs.review import Thresholds, describe, sift
-from ..gedit.benchmark import judge_edits
 from ..reasoning.generation import check_can_generate
+from ..reasoning.judging import judge_edits
 
 
 def judge_pairs(clip, pairs: tuple[Pair, ...], seed: int) -> tuple[tuple[Pair, ...], str]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from ...checks import BAD_LATENT, check_conditioning, check_finite, check_latent_shape, check_pictures, latent_samples
 from ...errors import Step1XError
 from ...images import to_output_size, to_working_size, to_working_size_v12
+from ...prompts.memory import ImageMemory
 from ...versions import LAYOUT_V11, LAYOUT_V12, LAYOUTS
 from ..left_out import left_out
 from .text_encoder import Step1XTokenizer
@@ -87,8 +88,8 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
     latent: what an earlier turn sampled. It replaces the images' own latent, which avoids a round trip through the VAE.
     progress: object whose `update(1)` is called `ENCODING_STEPS` times for a single image; by default the host's
     progress bar.
-    known: cache of what several prompts for the same image share, the negative conditioning and the latent. Read and
-    filled here; all other arguments must be the same.
+    known: cache of what several prompts for the same image share, the negative conditioning, the latent, and what the
+    language model sees. Read and filled here; all other arguments must be the same, the image the same tensor.
     with_negative: False if sampling will not read the negative prompt; it is then not encoded (`left_out`).
 
     Raises Step1XError for an invalid image, a foreign text encoder or VAE, a latent of another size, sizes that
@@ -99,14 +100,17 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
     check_pictures(image, "image")
     layout = clip.tokenizer.layout
     resize = to_working_size_v12 if layout.resizes_floats else to_working_size
-    pictures = torch.stack([resize(picture, size_level) for picture in image])
+    known = {} if known is None else known
+    if "pictures" not in known:
+        known["pictures"] = torch.stack([resize(picture, size_level) for picture in image])
+    pictures = known["pictures"]
     shown = image if layout.shows_original else pictures
     if latent is not None:
         check_latent(latent_samples(latent), pictures)
 
     if progress is None:
         progress = comfy.utils.ProgressBar(2 * len(pictures) + 1)
-    known = {} if known is None else known
+    memory = known.setdefault("memory", ImageMemory())
     conditionings = []
     for text in (prompt, negative_prompt):
         if conditionings and not with_negative:
@@ -120,7 +124,8 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
         parts = []
         for picture in shown:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            part = clip.encode_from_tokens_scheduled(clip.tokenize(text, images=[picture[None]], size_level=size_level))
+            part = clip.encode_from_tokens_scheduled(clip.tokenize(
+                text, images=[picture[None]], size_level=size_level, memory=memory))
             check_finite(
                 part[0][0],
                 "The text encoder returned NaN or Inf values; its file may be damaged. Download the file of 'Load "

@@ -3,60 +3,22 @@
 import itertools
 import math
 
+import comfy.cli_args
 import comfy.model_management
 import comfy.ops
 import comfy.utils
 import torch
-from comfy.ldm.modules.attention import optimized_attention_for_device
-from comfy.text_encoders import llama, qwen_vl
+from comfy.text_encoders import llama
 from torch import Tensor
 
 from ...checkpoints.language_model import MLLMConfig
 from ...images import picture_grid
 from ...prompts.mllm import attention_mask, mrope_positions, rope_positions
 from ...prompts.v11 import IMAGE_PAD_ID
-from ...reasoning.token_sampling import Sampling, TokenChooser
+from ...reasoning.token_sampling import Sampling
 from ..relied_on import TEXT_ENCODER, check_intact
-
-# The ids of end of text and end of turn.
-STOP_IDS = (151643, 151645)
-# Reply length for which memory is reserved; beyond it the cache grows token by token.
-REPLY_TOKENS = 1024
-
-
-class VisionTransformer(qwen_vl.Qwen2VLVisionTransformer):
-    def __init__(self, config: MLLMConfig, device=None, dtype=None, ops=None):
-        super().__init__(
-            hidden_size=config.vision_hidden_size, output_hidden_size=config.hidden_size, intermediate_size=config.vision_intermediate_size,
-            num_heads=config.vision_heads, num_layers=config.vision_depth, window_size=config.vision_window_size, device=device, dtype=dtype, ops=ops,
-        )
-        self.fullatt_block_indexes = config.vision_full_attention
-
-    def forward(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        """Encode the patches [N, 1176] of one image, grid [1, 3], to features [N / 4, C] in row-major order of the
-        merged grid.
-
-        The host's own forward in 0.18 returns the features in window order; Hugging Face and later hosts restore the
-        order.
-        """
-        attention = optimized_attention_for_device(pixel_values.device, mask=False, small_input=True)
-        x = self.patch_embed(pixel_values)
-        tokens, merge = x.shape[0], self.spatial_merge_size**2
-
-        window_index, window_ends = self.get_window_index(image_grid_thw)
-        windows = torch.unique_consecutive(torch.tensor(window_ends, device=x.device))
-        whole = torch.tensor([0, tokens], device=x.device)
-
-        def to_windows(values):
-            return values.reshape(tokens // merge, merge, -1)[window_index].reshape(tokens, -1)
-
-        angles = to_windows(self.get_position_embeddings(image_grid_thw, x.device))
-        angles = torch.cat((angles, angles), dim=-1)
-        rope = (angles.cos(), angles.sin())
-        x = to_windows(x)
-        for i, block in enumerate(self.blocks):
-            x = block(x, rope, whole if i in self.fullatt_block_indexes else windows, optimized_attention=attention)
-        return self.merger(x)[torch.argsort(window_index)]
+from .vision import VisionTransformer, token_features
+from .writing import PREFILL_TOKENS, REPLY_TOKENS, Writer, write_replies
 
 
 class Qwen25VL(llama.BaseLlama, torch.nn.Module):
@@ -79,46 +41,58 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
         self.dtype = dtype
         self.can_generate = config.lm_head or config.tie_word_embeddings
 
-    def encode_image(self, image: Tensor, device) -> tuple[Tensor, tuple[int, int]]:
-        """Encode uint8 [h, w, 3] with sides in multiples of 28 to features [rows * columns, C] in float32; also returns
-        (rows, columns)."""
-        patches, grid = qwen_vl.process_qwen2vl_images(image[None].float() / 255)
-        features = self.visual(patches.to(device), grid)
-        return features.float(), picture_grid(image)
+    def compute_dtype(self, device) -> torch.dtype:
+        """Return the dtype in which prompts are encoded on a device: that of the weights, as in the official code, which
+        for quantised ones is bfloat16.
+
+        Float32 on CPUs, on cards without bfloat16 and with the host's --fp32-text-enc.
+        """
+        weight = self.model.norm.weight.dtype
+        if weight == torch.float32 or comfy.cli_args.args.fp32_text_enc or not comfy.model_management.should_use_bf16(device):
+            return torch.float32
+        # Also for weights in float16, whose range the activations of Qwen2.5-VL leave.
+        return torch.bfloat16
 
     def encode(self, sequence: list, device, hide_zeros: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Run a sequence (see `embed`) with one image; returns hidden states after the final norm and input embeddings,
-        both [1, L, C] in float32, and rope positions [3, L].
+        both [1, L, C] in float32 on the device, and rope positions [3, L] on the CPU.
 
         hide_zeros: whether tokens with id 0 are masked, as in v1.0 and v1.1. In every version they get the positions of
         padding.
         """
-        embeds, _, ids = self.embed(sequence, device, torch.float32)
+        dtype = self.compute_dtype(device)
         start = next(i for i, token in enumerate(sequence) if isinstance(token, dict))
+        grid = picture_grid(sequence[start]["data"])
+        ids = torch.tensor([*sequence[:start], *[IMAGE_PAD_ID] * math.prod(grid), *sequence[start + 1:]])
         mask = attention_mask(ids)
-        positions = mrope_positions(mask, start, picture_grid(sequence[start]["data"]))
-        # Copies, because from 0.33 on the host's blocks write their result into their input.
-        states = self.model(None, attention_mask=mask[None] if hide_zeros else None, embeds=embeds.clone(), dtype=torch.float32,
-                            position_ids=positions.clone())[0]
-        return states.float(), embeds, positions
+        positions = mrope_positions(mask, start, grid)
+        # On their way before the image, since a copy waits for all that was started before it.
+        shown, hidden = positions.to(device, copy=True), mask[None].to(device) if hide_zeros else None
+        embeds, _, _ = self.embed(sequence, device, dtype)
+        # A copy, because from 0.33 on the host's blocks write their result into their input.
+        states = self.model(None, attention_mask=hidden, embeds=embeds.clone(), dtype=dtype, position_ids=shown)[0]
+        return states.float(), embeds.float(), positions
 
     def embed(self, sequence: list, device, dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Embed token ids and images (dicts with uint8 [h, w, 3] under "data"); returns embeddings [1, L, C], rope
+        """Embed token ids and images (dicts as for `vision.token_features`); returns embeddings [1, L, C], rope
         positions [3, L] and ids [L]."""
-        parts, runs, ids = [], [], []
+        runs, ids = [], []
         for is_picture, group in itertools.groupby(sequence, lambda token: isinstance(token, dict)):
             if is_picture:
                 for token in group:
-                    features, grid = self.encode_image(token["data"], device)
-                    parts.append(features.to(dtype))
-                    runs.append(grid)
-                    ids += [IMAGE_PAD_ID] * len(features)
+                    runs.append(picture_grid(token["data"]))
+                    ids += [IMAGE_PAD_ID] * math.prod(runs[-1])
             else:
                 text = list(group)
-                parts.append(self.model.embed_tokens(torch.tensor(text, device=device), out_dtype=dtype))
                 runs.append(len(text))
                 ids += text
-        return torch.cat(parts)[None], rope_positions(runs).to(device), torch.tensor(ids, device=device)
+        # All copies before the images, for a copy waits for all that was started before it.
+        positions, ids = rope_positions(runs).to(device), torch.tensor(ids, device=device)
+        texts = ids.split([run if isinstance(run, int) else math.prod(run) for run in runs])
+        pictures = (token for token in sequence if isinstance(token, dict))
+        parts = [self.model.embed_tokens(text, out_dtype=dtype) if isinstance(run, int)
+                 else token_features(self.visual, next(pictures), device, dtype) for run, text in zip(runs, texts)]
+        return torch.cat(parts)[None], positions, ids
 
     def scores(self, states: Tensor) -> Tensor:
         """Return the scores [N, V] of the next tokens for hidden states [N, C]."""
@@ -130,53 +104,17 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
         comfy.ops.uncast_bias_weight(table, weight, None, stream)
         return scores
 
-    def empty_cache(self, rows: int, length: int, device, dtype) -> list[tuple[Tensor, Tensor, int]]:
-        """Allocate keys and values for this number of tokens, as the host's attention expects: per layer keys, values,
-        and the number of tokens so far."""
-        config = self.model.config
-        shape = (rows, config.num_key_value_heads, length, config.head_dim)
-        # Zeros, because masked values are still multiplied by 0, and NaN would stay NaN.
-        return [(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype), 0) for _ in range(config.num_hidden_layers)]
-
     def working_memory(self, sequences: list[list]) -> int:
         """Return the bytes that a run over sequences needs besides the weights: widest activations, keys and values,
-        and room for replies, all in float32."""
+        and room for replies, all in float32, and what choosing tokens takes."""
         config = self.model.config
         longest = max(sum(math.prod(picture_grid(token["data"])) if isinstance(token, dict) else 1 for token in sequence) for sequence in sequences)
-        activations = longest * (3 * config.intermediate_size + 8 * config.hidden_size)
+        together = max(longest, min(PREFILL_TOKENS, len(sequences) * longest))
+        activations = together * (3 * config.intermediate_size + 8 * config.hidden_size)
         cache = len(sequences) * (longest + REPLY_TOKENS) * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        return 4 * (activations + cache)
-
-    def prefill(self, prompts: list[tuple[Tensor, Tensor, Tensor]], cache: list[tuple[Tensor, Tensor, int]]) -> Tensor:
-        """Fill each row of the cache from its start with one prompt (see `embed`); returns the hidden states of the
-        last tokens [N, C]."""
-        states = []
-        for row, (embeds, positions, _) in enumerate(prompts):
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            own = [(keys[row:row + 1], values[row:row + 1], 0) for keys, values, _ in cache]
-            # Copies, as in `encode`, also of the last states: the host may reuse their memory for the next prompt.
-            states.append(self.model(None, embeds=embeds.clone(), past_key_values=own, position_ids=positions.clone())[0][:, -1].clone())
-        return torch.cat(states)
-
-    def decode(self, tokens: list[int], positions: Tensor, hidden: Tensor | None, cache: list[tuple[Tensor, Tensor, int]], dtype) -> tuple[Tensor, list]:
-        """Process one more token in each row; returns hidden states [N, C] and the cache.
-
-        positions: of the tokens, [N, 1]. hidden: bool [N, L], positions before the replies that hold no token of their
-        row, or None if there are none.
-        """
-        embeds = self.model.embed_tokens(torch.tensor(tokens, device=positions.device)[:, None], out_dtype=dtype)
-        mask = None
-        if hidden is not None:
-            mask = torch.nn.functional.pad(~hidden, (0, cache[0][2] + 1 - hidden.shape[1]), value=True)
-        config = self.model.config
-        sections = config.rope_dims
-        # A text token has the same position on all three axes. With sections set, the host would read the rows as axes.
-        config.rope_dims = None
-        try:
-            states, _, cache = self.model(None, attention_mask=mask, embeds=embeds, past_key_values=cache, position_ids=positions)
-        finally:
-            config.rope_dims = sections
-        return states[:, -1], cache
+        # Scores, their sort keys of 8 bytes and copies of both.
+        choice = len(sequences) * 8 * config.vocab_size
+        return 4 * (activations + cache + choice)
 
     def generate(self, sequences: list[list], device, max_tokens: int, samplings: list[Sampling]) -> list[list[int]]:
         """Continue sequences (see `embed`) as one batch; returns the ids of each reply, including its stop token if it
@@ -185,32 +123,11 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
         Most of the time of a token is spent reading the weights, so further replies cost little. A reply is the same as
         if generated alone, up to rounding. Nothing in a sequence is masked, and positions continue after the largest
         one so far.
-        Raises the host's InterruptProcessingException if the user cancels, between two tokens.
+        Raises the host's InterruptProcessingException if the user cancels.
         """
-        replies = [[] for _ in sequences]
         if max_tokens < 1:
-            return replies
+            return [[] for _ in sequences]
         dtype = torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float32
         prompts = [self.embed(sequence, device, dtype) for sequence in sequences]
-        lengths = torch.tensor([len(ids) for *_, ids in prompts], device=device)[:, None]
-        longest = int(lengths.max())
-        cache = self.empty_cache(len(prompts), longest + min(max_tokens, REPLY_TOKENS), device, dtype)
-        choosers = [TokenChooser(ids, self.model.vocab_size, sampling) for (*_, ids), sampling in zip(prompts, samplings)]
-        progress = comfy.utils.ProgressBar(max_tokens)
-
-        states = self.prefill(prompts, cache)
-        # All replies start after the longest prompt.
-        cache = [(keys, values, longest) for keys, values, _ in cache]
-        hidden = torch.arange(longest, device=device) >= lengths if int(lengths.min()) < longest else None
-        positions = torch.stack([positions.amax() for _, positions, _ in prompts])[:, None]
-        for count in range(1, max_tokens + 1):
-            for reply, choose, scores in zip(replies, choosers, self.scores(states)):
-                # A finished reply keeps its row, because removing it would copy the whole cache.
-                if not (reply and reply[-1] in STOP_IDS):
-                    reply.append(choose(scores))
-            progress.update(1)
-            if count == max_tokens or all(reply[-1] in STOP_IDS for reply in replies):
-                break
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            states, cache = self.decode([reply[-1] for reply in replies], positions + count, hidden, cache, dtype)
-        return replies
+        with Writer(self, prompts, samplings, max_tokens, dtype) as writer:
+            return write_replies(writer, max_tokens)

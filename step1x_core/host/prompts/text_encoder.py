@@ -14,11 +14,13 @@ from ...images import BLACK_PICTURE, picture_grid, to_thinker_size
 from ...network.positions import text_ids
 from ...prompts.chat import chat, untemplated
 from ...prompts.layouts import SEQUENCES
+from ...prompts.memory import ImageMemory
 from ...prompts.mllm import layout_states
 from ...prompts.v12 import KEPT, SPECIAL_TOKENS
 from ...reasoning.token_sampling import Sampling
 from ...versions import LAYOUT_V11
-from .qwen import STOP_IDS, Qwen25VL
+from .qwen import Qwen25VL
+from .writing import STOP_IDS
 
 log = logging.getLogger(__name__)
 
@@ -135,11 +137,15 @@ class Step1XTokenizer(sd1_clip.SD1Tokenizer):
     def token_ids(self, text: str) -> list[int]:
         return getattr(self, self.clip).tokenizer(text)["input_ids"]
 
-    def tokenize_chat(self, texts: list[str], pictures: list) -> dict:
-        """Tokenise texts around images [H, W, C] (see chat.py) to the host's token structure for generation."""
+    def tokenize_chat(self, texts: list[str], pictures: list, memory: ImageMemory | None = None) -> dict:
+        """Tokenise texts around images [H, W, C] (see chat.py) to the host's token structure for generation.
+
+        memory: keeps what is made of the images, for further questions about them.
+        """
+        memory = ImageMemory() if memory is None else memory
         sequence = self.token_ids(texts[0])
         for picture, text in zip(pictures, texts[1:]):
-            sequence += [{"type": "image", "data": to_thinker_size(picture)}, *self.token_ids(text)]
+            sequence += [{"type": "image", "data": memory.once(picture, to_thinker_size, to_thinker_size), "memory": memory}, *self.token_ids(text)]
         return {TEXT_ENCODER_NAME: [[(token, 1.0) for token in sequence or [STOP_IDS[0]]]]}
 
     def tokenize_request(self, text, skip_template, image=None, video=None, audio=None) -> dict:
@@ -161,11 +167,11 @@ class Step1XTokenizer(sd1_clip.SD1Tokenizer):
         known = len(getattr(self, self.clip).tokenizer)
         return super().decode([token for token in token_ids if token < known], skip_special_tokens=skip_special_tokens)
 
-    def tokenize_with_weights(self, text, return_word_ids=False, images=[], size_level=1024, **kwargs):
+    def tokenize_with_weights(self, text, return_word_ids=False, images=[], size_level=1024, memory=None, **kwargs):
         """Tokenise a prompt and at most one image [B, H, W, C] (its first entry) to the host's token structure.
 
         For v1.0 and v1.1 the image must be at its working size. For v1.2 it is the original, which is edited at
-        size_level.
+        size_level. memory: an ImageMemory, for further prompts with this image.
 
         Without an image the model gets a black one, as in the official text to image. Prompt weights such as (word:1.2)
         are not supported; the text is taken literally. The host's 'Generate Text' node, which alone passes
@@ -178,6 +184,7 @@ class Step1XTokenizer(sd1_clip.SD1Tokenizer):
                 f"Step1X-Edit reads one image with the prompt, but {len(images)} are connected. Connect a single image."
             )
         picture = images[0][0] if len(images) > 0 else torch.zeros(BLACK_PICTURE, BLACK_PICTURE, 3)
-        sequence = SEQUENCES[self.layout](text, picture, size_level, self.token_ids)
+        memory = ImageMemory() if memory is None else memory
+        sequence = SEQUENCES[self.layout](text, picture, size_level, self.token_ids, memory)
         say_cut(text, sequence.cut, sequence.cut_picture)
         return {TEXT_ENCODER_NAME: [[(token, 1.0, 0) if return_word_ids else (token, 1.0) for token in sequence.tokens]]}

@@ -5,18 +5,23 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...prompts.chat import chat
+from ...prompts.memory import ImageMemory
 from ..prompts.encoding import check_text_encoder
 from ..prompts.text_encoder import TEXT_ENCODER_NAME
 
 
 @dataclass(frozen=True)
 class Question:
-    """One of several questions. The fields are those of `generate_text`."""
+    """One of several questions. The first fields are those of `generate_text`.
+
+    memory: keeps what is made of the images, for further questions about them.
+    """
 
     system: str | None
     content: list[str | Tensor]
     seed: int
     temperature: float
+    memory: ImageMemory | None = None
 
 
 def check_can_generate(clip) -> None:
@@ -49,7 +54,7 @@ def generate_texts(clip, questions: list[Question], max_tokens: int, top_p=0.9, 
     """Return the answers to several questions, generated as one batch; each equals that of `generate_text`, up to
     rounding. Raises what that raises."""
     check_text_encoder(clip)
-    sequences = [clip.tokenizer.tokenize_chat(*chat(question.system, question.content))[TEXT_ENCODER_NAME][0] for question in questions]
+    sequences = [clip.tokenizer.tokenize_chat(*chat(question.system, question.content), question.memory)[TEXT_ENCODER_NAME][0] for question in questions]
     replies = clip.generate({TEXT_ENCODER_NAME: sequences}, max_length=max_tokens, temperature=[question.temperature for question in questions], top_k=top_k,
                             top_p=top_p, repetition_penalty=repetition_penalty, seed=[question.seed for question in questions])
     return [clip.decode(reply).strip() for reply in replies]

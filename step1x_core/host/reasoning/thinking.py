@@ -6,12 +6,13 @@ from torch import Tensor
 
 from ...checks import check_pictures
 from ...errors import Step1XError
+from ...prompts.memory import ImageMemory
 from ...prompts.v11 import clean_prompt
-from ...reasoning.conversation import RULES, Rules
+from ...reasoning.conversation import LAYOUTS, RULES, Asked, Rules
 from ...reasoning.reflection import Reflection, reflect, think
 from ...reasoning.report import indent
 from ...reasoning.templates import LANGUAGES, load_templates
-from .generation import Question, check_can_generate, generate_text
+from .generation import Question, check_can_generate, generate_text, generate_texts
 from .templates import template_folder
 
 # The official setting (docs/model.md, Text generation).
@@ -19,24 +20,29 @@ TEMPERATURE = 0.7
 # Maximum number of characters of a prompt to think about. The language model's work grows with its square, and no
 # hand-written prompt is as long.
 MAX_INSTRUCTION = 8000
+# The calls about an edited image, in order.
+JUDGING = [name for name in LAYOUTS if name != "rewrite"]
 
 
 class Asker:
     """The language model as reflection.py expects it: `ask(system, content, max_tokens) -> reply`.
 
     Each call has its own seed, made from `task`, `seed` and the number of previous calls: a retry asks the same
-    question and must not get the same answer. exchanges: all texts so far as (system, user, reply), without the user's
-    images.
+    question and must not get the same answer. Calls asked together have their place in LAYOUTS for that number, and a
+    retry the number of its try beside it, so that no seed depends on the replies to other calls. exchanges: all texts
+    so far as (system, user, reply), without the user's images.
     """
 
     def __init__(self, clip, task: str, seed: int, temperature: float = TEMPERATURE):
         self.clip, self.task, self.seed, self.temperature = clip, task, seed, temperature
         self.exchanges: list[tuple[str, str, str]] = []
+        self.memory = ImageMemory()
 
-    def question(self, system: str, content: list) -> Question:
-        """Return the next call, with its seed."""
-        digest = hashlib.sha256(f"{self.task} {self.seed} {len(self.exchanges)}".encode()).digest()
-        return Question(system, content, int.from_bytes(digest[:8], "big"), self.temperature)
+    def question(self, system: str, content: list, number: str = "") -> Question:
+        """Return the next call, with its seed. number: in place of the number of previous calls."""
+        text = f"{self.task} {self.seed} {number or len(self.exchanges)}"
+        digest = hashlib.sha256(text.encode()).digest()
+        return Question(system, content, int.from_bytes(digest[:8], "big"), self.temperature, self.memory)
 
     def note(self, question: Question, reply: str) -> None:
         """Record a call; the next one gets another seed."""
@@ -47,6 +53,18 @@ class Asker:
         reply = generate_text(self.clip, system, question.content, max_tokens, question.seed, question.temperature)
         self.note(question, reply)
         return reply
+
+    def together(self, asked: list[Asked]) -> list[str]:
+        """Ask several questions with one budget as one batch; see `conversation.AskTogether`."""
+        questions = []
+        for each in asked:
+            place = JUDGING.index(each.name)
+            number = f"{place} {each.attempt}" if each.attempt else f"{place}"
+            questions.append(self.question(each.system, each.content, number))
+        replies = generate_texts(self.clip, questions, asked[0].budget)
+        for question, reply in zip(questions, replies):
+            self.note(question, reply)
+        return replies
 
 
 def single_picture(image: Tensor, name: str) -> Tensor:

@@ -22,7 +22,7 @@ from ..left_out import is_left_out, left_out
 from ..network.foreign import foreign_parts, refuse_shared, stand_alone
 from ..network.model import Step1XEditModel
 from ..status import show_status
-from .few_steps import few_steps, model_version
+from .few_steps import few_steps, model_version, reads_negative
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +213,7 @@ def check_references(model, positive: list, negative: list, cfg: float) -> None:
 
     At CFG 1 the negative prompt is not checked, unless the model's options require it.
     """
-    if cfg == 1 and not model.model_options.get("disable_cfg1_optimization"):
+    if not reads_negative(model, cfg):
         return
     width = model.model.diffusion_model.connector.S.c_embedder.linear_1.in_features
     if any(entry[0].shape[-1] != width for entry in (*positive, *negative)):

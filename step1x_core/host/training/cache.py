@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ...checks import check_finite
 from ...errors import Step1XError
-from ...files import content_key
+from ...files import content_key, picture_size
 from ...images import from_uint8, resize, resize_tensor, to_rgb, to_uint8, working_size
 from ...training.cache import CACHE_FOLDER, Cache, CachedPair, EditDataset, pack_conditioning
-from ...training.dataset import EditPair, decode_picture, picture_size
+from ...training.dataset import EditPair, decode_picture
 from ...versions import PromptLayout
 from ..prompts.encoding import LATENT_FACTOR, check_text_encoder, check_vae, encode_pictures
 
@@ -88,7 +88,7 @@ class PairEncoder:
         """
         files = [path.read_bytes() for path in pair.files]
         source, target = files[0], files[-1]
-        sizes = [picture_size(data, path) for data, path in zip(files, pair.files)]
+        sizes = [picture_size(data, str(path)) for data, path in zip(files, pair.files)]
         check_shapes(pair, sizes[0], sizes[-1])
         size = working_size(*sizes[0], self.size_level)
         source_key, target_key = (self.picture_key(data, size) for data in (source, target))

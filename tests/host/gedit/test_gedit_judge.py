@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_gedit import SCORES, picture
+from chat_server import SCORES
+from test_gedit import picture
 
 from step1x_core.files import png, save_picture
 from step1x_core.gedit.dataset import result_path, select
@@ -15,8 +16,8 @@ from step1x_core.reasoning.judge import judge_edit
 
 
 def test_the_text_encoder_judges_with_its_likeliest_answer_first(clip, monkeypatch):
-    from step1x_core.host.gedit.benchmark import LocalJudge
     from step1x_core.host.reasoning import thinking
+    from step1x_core.host.reasoning.judging import LocalJudge
 
     asked = []
 
@@ -36,6 +37,7 @@ def test_what_was_judged_before_a_cancel_is_on_record(tmp_path, monkeypatch):
     from comfy.model_management import InterruptProcessingException
 
     from step1x_core.host.gedit import benchmark as host
+    from step1x_core.host.reasoning import judging
 
     items = select(miniature(), ["en"], ["subject-add", "text_change", "style_change"])
     bench = host.Bench(tuple(items), "m", tmp_path)
@@ -51,12 +53,12 @@ def test_what_was_judged_before_a_cancel_is_on_record(tmp_path, monkeypatch):
         return [SCORES] + ["hm"] * (len(questions) - 1)
 
     monkeypatch.setattr(host, "check_can_generate", lambda clip: None)
-    monkeypatch.setattr(host, "generate_texts", replies)
-    monkeypatch.setattr(host, "TOGETHER", 2)
+    monkeypatch.setattr(judging, "generate_texts", replies)
+    monkeypatch.setattr(judging, "tasks_at_a_time", lambda clip: 2)
     with pytest.raises(InterruptProcessingException):
         host.judge_bench(bench, None, "j", 1, False)
     records = records_path(tmp_path, "m", "j")
     assert asked == [2] * 4 and list(read_records(records)) == [items[0].name]
-    monkeypatch.setattr(host, "generate_texts", lambda clip, questions, max_tokens: [SCORES] * len(questions))
+    monkeypatch.setattr(judging, "generate_texts", lambda clip, questions, max_tokens: [SCORES] * len(questions))
     assert host.judge_bench(bench, None, "j", 1, False).startswith(f"{len(items)} of {len(items)} items judged")
     assert len(records.read_text(encoding="utf-8").splitlines()) == len(items)

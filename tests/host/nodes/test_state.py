@@ -119,9 +119,9 @@ def test_switches_are_checked_like_every_widget(classes):
             for value in (True, False, 0, 1):
                 check(node, **{entry.id: value})
             for value in ("False", None, 2, 0.5, [True]):
-                with pytest.raises(ValueError, match=f"'{entry.id}' brings .* but it takes true or false"):
+                with pytest.raises(ValueError, match=f"'{entry.id}' is .* but it takes true or false"):
                     check(node, **{entry.id: value})
             # It is among those that the node hands over, too.
             assert f"{entry.id}={entry.id}" in inspect.getsource(node.execute) or f'"{entry.id}"' in inspect.getsource(node.execute), f"{name}.{entry.id}"
-    with pytest.raises(ValueError, match="'seed' brings 'True'"):
+    with pytest.raises(ValueError, match="'seed' is 'True'"):
         check(classes["Step1XEditSampler"], seed=True)

@@ -11,9 +11,9 @@ from PIL import Image
 from test_pairs import REPLY, Script, scored
 
 from step1x_core.errors import Step1XError
-from step1x_core.host.gedit import benchmark as gedit
 from step1x_core.host.pairs import making as pair_making
 from step1x_core.host.pairs import review as pair_review
+from step1x_core.host.reasoning import judging
 from step1x_core.images import from_uint8
 from step1x_core.pairs.propose import PROPOSED, SEEN, TRIES, propose, read_ideas
 from step1x_core.pairs.record import digest, make_pair
@@ -69,7 +69,8 @@ def test_the_judge_sifts_by_the_scores_it_has_just_given(picture, monkeypatch):
         lower = [any(torch.equal(part, from_uint8(low)) for part in question.content if torch.is_tensor(part)) for question in questions]
         return [f'{{"score": [{3 if low else 8}, 9], "reasoning": ""}}' for low in lower]
 
-    monkeypatch.setattr(gedit, "generate_texts", replies)
+    monkeypatch.setattr(judging, "generate_texts", replies)
+    monkeypatch.setattr(judging, "tasks_at_a_time", lambda clip: 8)
     kept, dropped, report = pair_review.judge_and_sift(None, (first, second), 5, Thresholds(semantics=4.0, quality=3.0))
     assert [pair.verdict.semantics for pair in kept] == [(8.0, 9.0)] and [pair.verdict.semantics for pair in dropped] == [(3.0, 9.0)]
     assert report.startswith("1 of 2 pairs kept.") and "semantics 3 is below 4" in report and "2 of 2 pairs judged." in report
@@ -89,13 +90,15 @@ def test_the_judge_keeps_scores_and_asks_for_the_rest(picture, monkeypatch):
                 for question in questions]
 
     known = from_uint8(to_judge_size(Image.fromarray(first.target)))
-    monkeypatch.setattr(gedit, "generate_texts", replies)
+    monkeypatch.setattr(judging, "generate_texts", replies)
+    monkeypatch.setattr(judging, "tasks_at_a_time", lambda clip: 8)
     judged, report = pair_review.judge_pairs(None, (scored(first, semantics=(1.0, 2.0)), first, second), 5)
     assert judged[0].verdict.semantics == (1.0, 2.0) and judged[1].verdict.semantics == judged[1].verdict.quality == (8.0, 9.0)
     assert judged[2].verdict.problem and [len(questions) for questions in asked] == [2] * 2 + [1] * 8 and report.startswith("2 of 3 pairs judged.")
     assert asked[0][0].seed != asked[0][1].seed and any(first.english in part for part in asked[0][0].content if isinstance(part, str))
 
 
+@pytest.mark.once
 def test_pairs_at_a_time_get_the_verdicts_they_get_alone(picture, clip, monkeypatch):
     """With a model of random weights, of whose answers a part is taken for readable: the pairs need different numbers of tries."""
     def read(reply):
@@ -107,16 +110,15 @@ def test_pairs_at_a_time_get_the_verdicts_they_get_alone(picture, clip, monkeypa
     pairs = tuple(pairs_of(picture, 3))
     alone, tries = [], []
     for pair in pairs:
-        ask = gedit.LocalJudge(clip, f"pair {digest(pair.source.tobytes(), pair.target.tobytes())}", 5)
+        ask = judging.LocalJudge(clip, f"pair {digest(pair.source.tobytes(), pair.target.tobytes())}", 5)
         # Fewer tokens than a judge may need: these answers have no end.
         alone.append(judge.judge_edit(lambda system, content, _, ask=ask: ask(system, content, 4), Image.fromarray(pair.source), Image.fromarray(pair.target), pair.instruction))
         tries.append(len(ask.exchanges))
     assert len(set(tries)) > 1 and len({verdict.replies for verdict in alone}) == len(pairs)
 
-    rounds, ask_all = [], gedit.generate_texts
-    monkeypatch.setattr(gedit, "generate_texts", lambda clip, questions, tokens: rounds.append(len(questions)) or ask_all(clip, questions, tokens))
-    monkeypatch.setattr(gedit, "ANSWER_TOKENS", 4)
-    monkeypatch.setattr(gedit, "TOGETHER", 2)
+    rounds, ask_all = [], judging.generate_texts
+    monkeypatch.setattr(judging, "generate_texts", lambda clip, questions, tokens: rounds.append(len(questions)) or ask_all(clip, questions, 4))
+    monkeypatch.setattr(judging, "tasks_at_a_time", lambda clip: 2)
     judged, _ = pair_review.judge_pairs(clip, pairs, 5)
     assert [pair.verdict for pair in judged] == alone and [pair.english for pair in judged] == [pair.english for pair in pairs]
     assert max(rounds) == 2 and sum(rounds) == sum(tries) and len(rounds) < sum(tries)

@@ -18,6 +18,8 @@ from step1x_core.errors import Step1XError
 from step1x_core.host.checkpoints.loading import load_text_encoder
 from step1x_core.host.gate.gate import gate
 from step1x_core.host.network.model import Step1XEdit
+from step1x_core.host.prompts.decoding import ModuleSteps
+from step1x_core.host.prompts.writing import Writer
 from step1x_core.host.reasoning.generation import Question, generate_text, generate_texts
 from step1x_core.host.reasoning.thinking import judge, rewrite
 from step1x_core.images import to_thinker_size
@@ -160,7 +162,7 @@ def test_every_cell_of_a_picture_counts_as_a_token_of_the_prompt(untied):
 
 
 def test_a_reply_longer_than_the_cache_goes_on(untied, references, monkeypatch):
-    monkeypatch.setattr("step1x_core.host.prompts.qwen.REPLY_TOKENS", 5)
+    monkeypatch.setattr("step1x_core.host.prompts.writing.REPLY_TOKENS", 5)
     assert greedy(untied, CONTENTS["text"]) == reference_reply(references["untied"], sequence_of(untied, CONTENTS["text"]))
 
 
@@ -169,13 +171,32 @@ def greedy_together(clip, contents, tokens=TOKENS):
     return clip.generate({NAME: sequences}, max_length=tokens, temperature=[0.0] * len(contents), seed=[0] * len(contents), repetition_penalty=1.0)
 
 
+def prompt_length(clip, content):
+    return len(reference_inputs(sequence_of(clip, content))["input_ids"][0])
+
+
 @pytest.fixture
-def passes(untied, monkeypatch):
-    """Tokens that each pass of the language model has read so far, as (rows, tokens of a row)."""
-    model, seen = untied.cond_stage_model.qwen25_7b.transformer.model, []
-    forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda x, embeds, **kwargs: seen.append(tuple(embeds.shape[:2])) or forward(x, embeds=embeds, **kwargs))
+def passes(monkeypatch):
+    """What each pass of the language model read: (rows, tokens of a row), padding included."""
+    seen, read, step = [], Writer.read_together, ModuleSteps.__call__
+
+    def reading(self, start, end):
+        seen.append((end - start, max(self.lengths[start:end])))
+        return read(self, start, end)
+
+    def stepping(self, tokens, *rest):
+        seen.append((len(tokens), 1))
+        return step(self, tokens, *rest)
+
+    monkeypatch.setattr(Writer, "read_together", reading)
+    monkeypatch.setattr(ModuleSteps, "__call__", stepping)
     return seen
+
+
+@pytest.fixture
+def moving_weights(monkeypatch):
+    """As if the host moved weights to the device for each use: prompts are read together."""
+    monkeypatch.setattr("step1x_core.host.prompts.writing.lend", lambda modules, device: None)
 
 
 @pytest.mark.parametrize("head", ["untied", "tied"])
@@ -185,13 +206,23 @@ def test_replies_at_a_time_are_those_one_by_one(request, head):
     assert greedy_together(clip, contents) == [greedy(clip, content) for content in contents]
     # Of equal length, nothing is hidden.
     assert greedy_together(clip, [["abc"], ["xyz"]]) == [greedy(clip, ["abc"]), greedy(clip, ["xyz"])]
-    assert clip.cond_stage_model.qwen25_7b.transformer.model.config.rope_dims == tiny_models.TINY_MLLM["rope_scaling"]["mrope_section"]
 
 
 def test_replies_at_a_time_need_the_passes_of_the_longest(untied, passes):
     greedy_together(untied, CONTENTS.values(), 20)
-    assert [rows for rows, _ in passes] == [1] * 3 + [3] * 19 and {tokens for _, tokens in passes[3:]} == {1}
+    assert passes == [(1, prompt_length(untied, content)) for content in CONTENTS.values()] + [(3, 1)] * 19
     assert greedy_together(untied, CONTENTS.values(), 0) == [[], [], []] and len(passes) == 22
+
+
+def test_prompts_are_read_together_as_far_as_memory_allows_where_weights_move(untied, passes, monkeypatch, moving_weights):
+    contents = [*CONTENTS.values()]
+    lengths = [prompt_length(untied, content) for content in contents]
+    expected = [greedy(untied, content, 12) for content in contents]
+    for tokens, groups in ((10**6, [(3, max(lengths))]), (2 * max(lengths[:2]), [(2, max(lengths[:2])), (1, lengths[2])])):
+        monkeypatch.setattr("step1x_core.host.prompts.writing.PREFILL_TOKENS", tokens)
+        passes.clear()
+        assert greedy_together(untied, contents, 12) == expected
+        assert passes == groups + [(3, 1)] * 11
 
 
 def test_each_of_several_replies_is_drawn_by_its_own_seed_and_temperature(untied):
@@ -203,11 +234,12 @@ def test_each_of_several_replies_is_drawn_by_its_own_seed_and_temperature(untied
 
 def test_replies_at_a_time_longer_than_the_cache_go_on(untied, monkeypatch):
     expected = [greedy(untied, content) for content in CONTENTS.values()]
-    monkeypatch.setattr("step1x_core.host.prompts.qwen.REPLY_TOKENS", 5)
+    monkeypatch.setattr("step1x_core.host.prompts.writing.REPLY_TOKENS", 5)
     assert greedy_together(untied, CONTENTS.values()) == expected
 
 
 def test_a_reply_that_ends_leaves_the_others_alone(untied, passes):
+    """Of three, one that ends stays in the batch, and two that end leave it."""
     free = greedy(untied, CONTENTS["text"])
     at = next(i for i, token in enumerate(free) if i > 8 and free.index(token) == i)
     head = untied.cond_stage_model.qwen25_7b.transformer.model.lm_head.weight
@@ -223,6 +255,8 @@ def test_a_reply_that_ends_leaves_the_others_alone(untied, passes):
             head[[151645, free[at]]] = saved
     lengths = [len(reply) for reply in expected]
     assert lengths[0] == at + 1 < max(lengths) and len(passes) == 3 + max(lengths) - 1
+    ended = sorted(lengths)
+    assert [rows for rows, _ in passes[3:]] == [3] * (ended[1] - 1) + [1] * (ended[2] - ended[1])
 
 
 @pytest.mark.parametrize("stop", [151643, 151645])
@@ -266,7 +300,7 @@ def test_system_text_and_pictures_change_the_answer(untied):
 
 
 def test_repetition_penalty_of_zero_is_refused(untied):
-    with pytest.raises(Step1XError, match="repetition penalty"):
+    with pytest.raises(Step1XError, match="repetition_penalty is 0.0"):
         greedy(untied, ["x"], repetition_penalty=0.0)
 
 

@@ -13,9 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from step1x_core.errors import Step1XError
 from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
+from step1x_core.host.prompts.text_encoder import Step1XTextModel
 from step1x_core.host.reasoning import thinking
 from step1x_core.host.reasoning.rounds import Failure, Rounds
+from step1x_core.host.sampling.few_steps import attach
 from step1x_core.reasoning.reflection import Loop
+from step1x_core.sampling.few_steps import FewSteps
 
 REFINE = "<#Think>Not yet.<#Reflection> Make it darker."
 FAILED = "<#Think>No.<#Failed>"
@@ -63,6 +66,7 @@ def script(monkeypatch):
     def use(**replies):
         model = Script(**replies)
         monkeypatch.setattr(thinking, "generate_text", model)
+        monkeypatch.setattr(thinking, "generate_texts", model.together)
         return model
 
     return use
@@ -82,7 +86,7 @@ def test_a_success_ends_the_loop_and_only_its_nodes_run(host, script):
     assert sorted(result.rounds()) == sorted(["think", *edits(1), "start", "round_1_judge", "result"])
     assert result.image.shape == (1, 48, 64, 3) and torch.equal(result.image, result.candidates)
     assert result.prompt == "Make the cup red." and "Instruction: red cup pls\nRewritten: Make the cup red." in result.report and "Best: round 1" in result.report
-    assert [name for name, *_ in model.asked] == ["rewrite", "description", "consistency", "reflection", "edit_score", "quality_score"]
+    assert [name for name, *_ in model.asked] == ["rewrite", "description", "edit_score", "quality_score", "consistency", "reflection"]
 
 
 def test_refine_and_failed_edit_what_they_should_with_the_next_seed(host, script, classes, things):
@@ -105,6 +109,22 @@ def test_the_first_round_is_the_plain_edit(host, script, classes, things):
     assert torch.equal(result.image, edit(classes, things, things["image"], "red cup pls", 5)) and torch.equal(result.image, result.candidates)
     assert result.rounds() == edits(1) and not model.asked
     assert result.report == "Instruction: red cup pls" and result.prompt == "red cup pls"
+
+
+def test_a_few_step_model_has_only_instructions_encoded(monkeypatch, classes, things, script):
+    """Also in the later rounds, whose nodes are the guarded twins."""
+    forward, prompts = Step1XTextModel.forward, []
+    monkeypatch.setattr(Step1XTextModel, "forward", lambda self, tokens: prompts.append(1) or forward(self, tokens))
+    fast = things["model"].clone()
+    attach(fast, FewSteps(2))
+    host = InProcessHost(monkeypatch, classes, {**things, "model": fast})
+    script(reflection=[REFINE, GOOD["reflection"]])
+    result = host.run(steps=0, cfg=0.0)
+    assert len(result.candidates) == 2 and len(prompts) == 2
+    prompts.clear()
+    script(reflection=[REFINE, GOOD["reflection"]])
+    result = host.run(steps=1, cfg=2.0, seed=6)  # guidance by hand
+    assert len(result.candidates) == 2 and len(prompts) == 4
 
 
 def test_thinking_without_reflection_and_reflection_without_thinking(host, script):
@@ -202,6 +222,7 @@ class Broken:
 PLACES = {"encode": ("edit", "encode_edit"), "sampler": ("sampling", "sample"), "decode": ("edit", "decode_edit"), "judge": ("loop", "judge")}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("problem", [RuntimeError("no more luck"), comfy.model_management.OOM_EXCEPTION("no more memory")])
 @pytest.mark.parametrize("node", PLACES)
 def test_an_error_in_a_later_round_keeps_the_pictures_and_is_tried_again(host, script, monkeypatch, node, problem):
@@ -256,9 +277,9 @@ def test_what_cannot_work_is_refused_before_anything_is_asked_or_sampled(host, s
 
     # Without a question it still edits.
     assert not refused("no language-model head", clip=mute).run(think=False, reflect=False).error
-    refused("brings 2 pictures", image=things["image"].repeat(2, 1, 1, 1))
+    refused("Input 'image' has 2 images", image=things["image"].repeat(2, 1, 1, 1))
     refused("empty image batch", image=things["image"][:0])
-    refused("brings a list of 2", image=[things["image"]] * 2)
+    refused("Input 'image' is a list of 2", image=[things["image"]] * 2)
     template = tmp_path / "step1x_edit" / "templates" / "chinese" / "reflection.user.txt"
     template.parent.mkdir(parents=True)
     template.write_text("{score}", encoding="utf-8")
@@ -280,7 +301,7 @@ def test_think_node(script, classes, things):
     assert (name, tokens, temperature) == ("rewrite", 512, 0.3) and torch.equal(content[0], things["image"][0]) and "bread too long" in content[1]
     assert prompt == "Change the crust to black."
     assert report.startswith("Instruction: bread too long\nRewritten: Change the crust to black.\n") and content[1].splitlines()[0] in report
-    with pytest.raises(Step1XError, match="'image' brings 2 pictures"):
+    with pytest.raises(Step1XError, match="Input 'image' has 2 images"):
         classes["Step1XEditThinkPrompt"].execute(things["clip"], things["image"].repeat(2, 1, 1, 1), "bread", 7, 0.7)
 
 
@@ -291,7 +312,7 @@ def test_reflect_node(script, classes, things, reply, verdict, refined):
     other = torch.zeros(1, 30, 40, 3)
     out = classes["Step1XEditReflectOnEdit"].execute(things["clip"], things["image"], other, "make it red", 7, "v1.2").result
     assert out[:3] == (verdict, refined, 32.0) and f"Verdict: {verdict}" in out[3] and "A red cup." in out[3]
-    with pytest.raises(Step1XError, match="'edited' brings 2 pictures"):
+    with pytest.raises(Step1XError, match="Input 'edited' has 2 images"):
         classes["Step1XEditReflectOnEdit"].execute(things["clip"], things["image"], other.repeat(2, 1, 1, 1), "make it red", 7, "v1.2")
 
 

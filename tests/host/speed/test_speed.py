@@ -78,6 +78,7 @@ def test_exact_is_the_model_as_it_is(model, edit):
     assert chosen(EXACT, model) is model
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("mode, single", [
     (BALANCED, lambda model: apply_teacache(model, 0.3)),
     (FAST, lambda model: set_guidance_interval(apply_teacache(model, 0.3), 0.0, 0.5)),
@@ -203,7 +204,7 @@ def test_no_number_behind_a_choice_is_left_out(host):
 def test_numbers_behind_a_choice_are_checked(host, mode, name, low, high):
     whole = isinstance(low, int)
     kind_of_number = "a whole number" if whole else "a number"
-    sentence = f"The input 'mode.{name}' brings .*, but it takes {kind_of_number} from {low} to {high}"
+    sentence = f"Input 'mode.{name}' is .*, but it takes {kind_of_number} from {low} to {high}"
     widgets = defaults(host, mode)
     for value, kind in ((low - 1, TOO_SMALL), (high + 1, TOO_LARGE), ("abc", NOT_CONVERTED)):
         assert kind in speed(host, **widgets | {f"mode.{name}": value}).refused
@@ -221,12 +222,12 @@ def test_choices_that_there_are_not(host, value):
     host.refuses(speed(host, mode=value), sentence)
     host.refuses(speed(host, mode=Given(value)), sentence)
     nested = defaults(host, ALL_STEPS) | {"mode.attention": Given(value)}
-    host.refuses(speed(host, **nested), "The input 'mode.attention' brings .* one of the entries")
+    host.refuses(speed(host, **nested), "Input 'mode.attention' is .* one of the entries")
 
 
 def test_a_guided_part_that_ends_before_it_starts(host):
     widgets = defaults(host, TEACACHE) | {"mode.start_percent": 0.8, "mode.end_percent": 0.7}
-    sentence = "would start at 0.8 of the steps and end at 0.7, .*Set start_percent to at most end_percent"
+    sentence = "Guidance starts at 0.8 of the steps and ends at 0.7; .*Lower start_percent or raise end_percent"
     host.refuses(speed(host, **widgets), sentence)
 
 

@@ -15,7 +15,7 @@ from step1x_core.host.prompts.encoding import encode_edit
 from step1x_core.host.training.cache import cache_pairs
 from step1x_core.host.training.folders import dataset_path
 from step1x_core.training.cache import pack_conditioning
-from step1x_core.training.dataset import dataset_fingerprint, read_pairs, read_picture
+from step1x_core.training.dataset import dataset_fingerprint, decode_picture, read_pairs
 
 LEVEL = 64
 
@@ -72,13 +72,13 @@ def test_cached_tensors_are_those_of_an_edit(clip, vae, folder):
     dataset, _ = cached(clip, vae, folder, validation=1)
     assert len(dataset.pairs) == 2 and len(dataset.validation) == 1
     for item, negative_prompt in ((dataset.pairs[0], None), (dataset.validation[0], "")):
-        picture = read_picture(item.pair.source)[None]
+        picture = decode_picture(item.pair.source.read_bytes(), item.pair.source)[None]
         positive, negative, latent = encode_edit(clip, vae, picture, item.pair.instruction, "", LEVEL)
         cond, extra = dataset.conditioning(item)
         assert torch.equal(cond, positive[0][0].bfloat16()) and torch.equal(extra["attention_mask"], positive[0][1]["attention_mask"].cpu())
         assert torch.equal(extra["reference_latents"][0], latent["samples"])
         target, source = dataset.latents(item)
-        assert torch.equal(source, latent["samples"]) and torch.equal(target, vae.encode(read_picture(item.pair.target)[None]))
+        assert torch.equal(source, latent["samples"]) and torch.equal(target, vae.encode(decode_picture(item.pair.target.read_bytes(), item.pair.target)[None]))
         assert item.size == target.shape[-2:]
         if negative_prompt is not None:
             assert torch.equal(dataset.conditioning(item, negative=True)[0], negative[0][0].bfloat16())
@@ -87,7 +87,7 @@ def test_cached_tensors_are_those_of_an_edit(clip, vae, folder):
 def test_positions_of_v12_keep_their_precision(models, folder):
     clip = load_text_encoder(models / "text_encoders" / tiny_models.MLLM_FILE, "v1.2")
     pair = read_pairs(folder)[0]
-    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize('write "A"', images=[read_picture(pair.source)[None]], size_level=LEVEL))
+    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize('write "A"', images=[decode_picture(pair.source.read_bytes(), pair.source)[None]], size_level=LEVEL))
     packed = pack_conditioning(conditioning)
     assert torch.equal(packed["text_ids"], conditioning[0][1]["text_ids"].cpu()) and packed["cond"].dtype == torch.bfloat16
     assert {"text_embeds", "text_mask"} < set(packed)

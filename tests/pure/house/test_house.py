@@ -39,7 +39,7 @@ IN_HOST = {
     "host.training": ("host.network", "host.prompts", "host.sampling"),
     "host.gate": ("host.reasoning",),
     "host.gedit": ("host.reasoning", "reasoning"),
-    "host.pairs": ("host.gedit", "host.reasoning"),
+    "host.pairs": ("host.reasoning",),
 }
 # The guard of the host compares its blocks with ours, and is asked by them: it imports them when it is called.
 LATER = {("host.relied_on", "host.network.blocks")}
@@ -108,14 +108,14 @@ def test_only_host_touches_comfyui_and_host_names_its_rooms_as_the_core_does():
     assert {name.removeprefix("host.") for name in IN_HOST if name != HOST} <= {*PLAIN}
 
 
-def test_triton_is_needed_by_one_file_and_the_network_by_none():
-    assert [module for module, tree in TREES.items() if "triton" in packages(tree)] == ["network.triton_kernels"]
+def test_triton_is_needed_by_two_files_and_the_network_by_none():
+    assert [module for module, tree in TREES.items() if "triton" in packages(tree)] == ["network.triton_kernels", "reasoning.triton_kernels"]
     for module, tree in TREES.items():
         assert not packages(tree) & {"requests", "huggingface_hub", "socket", "http", "aiohttp"}, module
 
 
 def test_the_ground_floor_of_files_and_names_needs_no_torch():
-    for module in ("errors", "files", "sheets", "tasks", "versions"):
+    for module in ("errors", "files", "languages", "sheets", "tasks", "versions"):
         assert "torch" not in packages(TREES[module])
 
 

@@ -21,7 +21,7 @@ from step1x_core.pairs.bulk import fill_dataset, find_pictures
 from step1x_core.pairs.orders import MAKERS
 from step1x_core.pairs.record import make_pair
 from step1x_core.pairs.store import JOURNAL, PairStore, encode
-from step1x_core.training.dataset import read_pairs, read_picture
+from step1x_core.training.dataset import decode_picture, read_pairs
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,8 @@ def test_the_training_reads_what_is_stored(picture, tmp_path):
     assert [entry.instruction for entry in english] == [pair.english for pair in [*pairs, one_language]]
     assert [entry.instruction for entry in read_pairs(tmp_path / "set" / "zh-00000.json")] == [pair.chinese for pair in pairs]
     for entry, pair in zip(english, pairs):
-        assert np.array_equal(to_uint8(read_picture(entry.source)), pair.source) and np.array_equal(to_uint8(read_picture(entry.target)), pair.target)
+        for path, pixels in ((entry.source, pair.source), (entry.target, pair.target)):
+            assert np.array_equal(to_uint8(decode_picture(path.read_bytes(), path)), pixels)
     provenance = [entry["provenance"] for entry in json.loads((tmp_path / "set" / "en-00000.json").read_text(encoding="utf-8")).values()]
     assert [(row["kind"], row["maker"], row["details"]) for row in provenance[:-1]] == [(pair.kind, pair.maker, pair.details) for pair in pairs]
     unedited = {pair.source.tobytes() for pair in pairs if np.array_equal(pair.source, picture)}
@@ -171,6 +172,10 @@ def test_the_command_goes_on_after_a_kill(pictures, tmp_path):
         with contextlib.suppress(psutil.NoSuchProcess):  # a worker may notice that it is alone
             process.kill()
     killed.communicate()
+    # As if the kill had struck while an image was being written, which it does now and then.
+    half = tmp_path / "set" / "targets" / "00" / "0.png.1-1.part"
+    half.parent.mkdir(parents=True, exist_ok=True)
+    half.write_bytes(b"half")
     run = command(*choice)
     output, errors = run.communicate(timeout=300)
     assert run.returncode == 0, errors

@@ -4,9 +4,10 @@ import pytest
 import torch
 import transformers
 
+from step1x_core.errors import Step1XError
 from step1x_core.prompts.chat import chat, split_at_pictures, untemplated
 from step1x_core.prompts.mllm import rope_positions
-from step1x_core.reasoning.token_sampling import Sampling, TokenChooser, filter_scores, penalise
+from step1x_core.reasoning.token_sampling import Sampling, Settings, TokenSampler, best_first, candidates, draws, penalise
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -29,26 +30,72 @@ def test_filtered_probabilities_equal_transformers(seed, temperature, top_k, top
             expected = warper(value)(history, expected)
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=1.3)
-    seen = torch.zeros(400, dtype=torch.bool)
-    seen[history[0]] = True
-    found = filter_scores(penalise(scores, seen, torch.zeros_like(seen), sampling), sampling)
-    assert torch.equal(found.softmax(0), expected[0].softmax(0)) and (found > -torch.inf).any()
+    seen = torch.zeros(1, 400, dtype=torch.bool)
+    seen[0, history[0]] = True
+    settings = Settings([sampling], "cpu")
+    chances, tokens = candidates(penalise(scores[None], seen, torch.zeros_like(seen), settings), settings)
+    found = torch.zeros(1, 400).scatter(1, tokens, chances)
+    expected = expected.softmax(-1)
+    assert torch.equal(found > 0, expected > 0) and torch.allclose(found, expected, rtol=1e-5, atol=0)
+
+
+def sampler(samplings, vocabulary=5, tokens=4000):
+    return TokenSampler([torch.tensor([0])] * len(samplings), vocabulary, samplings, tokens)
 
 
 def test_drawn_tokens_follow_the_probabilities():
-    scores = torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0])
+    scores = torch.tensor([[2.0, 1.0, 0.0, -1.0, 3.0]])
     sampling = Sampling(temperature=0.8, top_k=4, seed=3)
-    expected = filter_scores(scores, sampling).softmax(0)
-    choose = TokenChooser(torch.tensor([0]), 5, sampling)
-    counts = torch.bincount(torch.tensor([choose(scores) for _ in range(4000)]), minlength=5) / 4000
+    chances, tokens = candidates(scores, Settings([sampling], "cpu"))
+    expected = torch.zeros(1, 5).scatter(1, tokens, chances)[0]
+    drawn = sampler([sampling])
+    for _ in range(4000):
+        drawn.choose(scores)
+    counts = torch.bincount(drawn.replies[0], minlength=5) / 4000
     assert counts[3] == 0 and (counts - expected).abs().max() < 0.025
 
 
+ROWS = [Sampling(temperature=0.9, top_k=50, top_p=0.9, repetition_penalty=1.2, seed=5), Sampling(temperature=0),
+        Sampling(temperature=1.4, top_k=3, min_p=0.2, presence_penalty=0.5, seed=2**64 - 1), Sampling(temperature=0.7, top_p=0.8, seed=-1)]
+
+
+@pytest.mark.parametrize("row", range(4))
+def test_a_row_is_drawn_as_if_alone(row):
+    steps = torch.randn(30, 4, 400, generator=torch.Generator().manual_seed(1)).bfloat16() * 2
+    together, alone = sampler(ROWS, 400, 30), sampler(ROWS[row:row + 1], 400, 30)
+    for place, scores in enumerate(steps):
+        if place == 20:
+            together.keep([row])
+        together.choose(scores if place < 20 else scores[row:row + 1])
+        alone.choose(scores[row:row + 1])
+    assert torch.equal(together.replies[0], alone.replies[0])
+    assert len(alone.replies[0].unique()) > 10
+
+
+def test_a_draw_depends_on_seed_and_place_alone():
+    assert torch.equal(draws(7, 500)[:3], draws(7, 3)) and torch.equal(draws(7, 500)[:100], draws(7, 100))
+    assert not torch.equal(draws(7, 3), draws(8, 3)) and 0 <= draws(7, 500).min() and draws(7, 500).max() < 1
+
+
+def test_equal_scores_are_in_the_order_of_their_tokens():
+    scores = torch.tensor([[1.0, -2.0, 1.0, 0.0, -0.5, -2.0, torch.inf, -torch.inf, 1.0]])
+    values, tokens = best_first(scores, 9)
+    assert tokens.tolist() == [[6, 0, 2, 8, 3, 4, 1, 5, 7]] and torch.equal(values, scores[:, tokens[0]])
+    assert best_first(scores, 4)[1].tolist() == [[6, 0, 2, 8]]
+
+
+def test_a_nan_score_is_an_error_when_it_is_looked_for():
+    damaged = sampler([Sampling()])
+    damaged.choose(torch.tensor([[0.0, 1.0, torch.nan, 0.0, 0.0]]))
+    with pytest.raises(Step1XError, match="NaN"):
+        damaged.check()
+
+
 def test_penalties_count_prompt_and_reply_apart():
-    choose = TokenChooser(torch.tensor([0]), 4, Sampling(temperature=0, repetition_penalty=2.0, presence_penalty=0.7))
+    chosen = sampler([Sampling(temperature=0, repetition_penalty=2.0, presence_penalty=0.7)], 4)
     # 0 stands in the prompt: 2.0 / 2. Then 1 and 2 stand in the reply: 1.9 / 2 - 0.7 and 1.5 / 2 - 0.7.
-    scores = torch.tensor([2.0, 1.9, 1.5, -0.1])
-    assert [choose(scores) for _ in range(4)] == [1, 2, 0, 0]
+    scores = torch.tensor([[2.0, 1.9, 1.5, -0.1]])
+    assert [int(chosen.choose(scores)) for _ in range(4)] == [1, 2, 0, 0]
 
 
 def test_pictures_stand_where_the_content_has_them():

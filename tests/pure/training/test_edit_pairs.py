@@ -10,7 +10,7 @@ from PIL import Image
 
 from step1x_core.errors import Step1XError
 from step1x_core.training.cache import Cache, write_tensors
-from step1x_core.training.dataset import dataset_fingerprint, read_pairs, read_picture, read_sources
+from step1x_core.training.dataset import dataset_fingerprint, decode_picture, read_pairs, read_sources
 
 
 def write_picture(path, seed, size=(64, 64)):
@@ -95,10 +95,11 @@ def test_a_turned_photograph_is_set_upright_and_a_web_page_is_no_picture(tmp_pat
     exif = picture.getexif()
     exif[0x0112] = 6
     picture.save(tmp_path / "turned.jpg", exif=exif)
-    assert read_picture(tmp_path / "turned.jpg").shape == (40, 20, 3)
-    (tmp_path / "page.png").write_text("<html>")
-    with pytest.raises(Step1XError, match="page.png could not be read"):
-        read_picture(tmp_path / "page.png")
+    turned, page = tmp_path / "turned.jpg", tmp_path / "page.png"
+    assert decode_picture(turned.read_bytes(), turned).shape == (40, 20, 3)
+    page.write_text("<html>")
+    with pytest.raises(Step1XError, match="page.png cannot be read as an image"):
+        decode_picture(page.read_bytes(), page)
 
 
 def test_cache_files_are_whole_and_faults_are_named(tmp_path):

@@ -1,0 +1,144 @@
+"""What one step of writing text computes, on Triton kernels (triton_kernels.py, imported at the first call).
+
+Tensors are bf16 and contiguous, x is [N, C]: one token of each of a few rows. Each result of a row is the same whatever
+the number of rows. The caller makes the GPU of its tensors current.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+# Rows of a tile. Tensor cores take no fewer; rows that do not exist cost nothing, since reading the weights takes the time.
+ROWS = 16
+# Tokens that one program of the attention reads, and how many of its results are added up at a time.
+CHUNK, JOINED = 64, 16
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a product is cut up: outputs and inputs of a tile, warps, and tiles on their way from memory."""
+
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
+
+
+# The tiles by bytes of a weight (docs/performance_notes.md).
+TILES = {2: Tile(16, 256, 4, 4), 1: Tile(32, 256, 4, 4)}
+GATE_TILES = {2: Tile(32, 256, 4, 4), 1: Tile(32, 256, 4, 4)}
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear layer as it lies in memory: weight [out, in] in bf16 or e4m3, scale float32 [] for e4m3, bias [out]."""
+
+    weight: Tensor
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+
+    def fits(self) -> bool:
+        """Whether the kernels take its shape."""
+        return self.weight.is_contiguous() and self.weight.shape[1] % 64 == 0
+
+
+def divided_up(a: int, b: int) -> int:
+    """Divide a by b, rounding up."""
+    return -(-a // b)
+
+
+def inputs_of(tile: Tile, columns: int) -> int:
+    """Return the largest number of inputs up to the tile's that divides the columns, which are a multiple of 64."""
+    size = tile.inputs
+    while columns % size:
+        size //= 2
+    return size
+
+
+def given(tensors: list[Tensor | None]) -> list[Tensor | int]:
+    """Return the tensors, or zeros in their place, which a kernel does not read, where there are none."""
+    return [0 if tensor is None else tensor for tensor in tensors]
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm of x [N, C] with weight [C]."""
+    from .triton_kernels import norm_kernel
+
+    out = torch.empty_like(x)
+    rows, columns = x.shape
+    norm_kernel[(rows,)](x, weight, out, columns, eps, BLOCK=1 << (columns - 1).bit_length(), num_warps=8)
+    return out
+
+
+def project(x: Tensor, parts: list[Projection], residual: Tensor | None = None, tile: Tile | None = None) -> Tensor:
+    """Multiply x by one to three weights of the same dtype; returns their results side by side [N, sum of outs], plus
+    the residual of that shape."""
+    from .triton_kernels import project_kernel
+
+    rows, columns = x.shape
+    counts = [part.weight.shape[0] for part in parts] + [0] * (3 - len(parts))
+    all_parts = [*parts, *[parts[0]] * (3 - len(parts))]
+    tile = tile or TILES[parts[0].weight.element_size()]
+    out = x.new_empty(rows, sum(counts))
+    grid = (sum(divided_up(count, tile.outputs) for count in counts), divided_up(rows, ROWS))
+    project_kernel[grid](
+        x, *(part.weight for part in all_parts), *given([part.scale for part in all_parts]),
+        *given([part.bias for part in all_parts]),
+        residual, out, rows, *counts, COLUMNS=columns, SCALED=parts[0].scale is not None,
+        BIASED=parts[0].bias is not None, ADDED=residual is not None, ROWS=ROWS, BLOCK_N=tile.outputs,
+        BLOCK_K=inputs_of(tile, columns), num_warps=tile.warps, num_stages=tile.stages,
+    )
+    return out
+
+
+def gate(x: Tensor, gate: Projection, up: Projection, tile: Tile | None = None) -> Tensor:
+    """Return silu(x @ gate^T) * (x @ up^T), [N, out]."""
+    from .triton_kernels import gate_kernel
+
+    rows, columns = x.shape
+    outputs = gate.weight.shape[0]
+    tile = tile or GATE_TILES[gate.weight.element_size()]
+    out = x.new_empty(rows, outputs)
+    gate_kernel[(divided_up(outputs, tile.outputs), divided_up(rows, ROWS))](
+        x, gate.weight, up.weight, gate.scale, up.scale, out, rows, outputs, COLUMNS=columns,
+        SCALED=gate.scale is not None, ROWS=ROWS, BLOCK_N=tile.outputs, BLOCK_K=inputs_of(tile, columns),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )
+    return out
+
+
+def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, heads: int) -> Tensor:
+    """Rotate queries and keys of qkv [N, (heads + 2 * kv_heads) * D] by cos and sin, float32 [N, D / 2].
+
+    Writes keys and values to place lengths[row] of the cache [N, kv_heads, capacity, D]; returns queries
+    [N, heads, D].
+    """
+    from .triton_kernels import rotate_kernel
+
+    rows, kv_heads, _, width = keys.shape
+    q = qkv.new_empty(rows, heads, width)
+    rotate_kernel[(rows, heads + 2 * kv_heads)](
+        qkv, cos, sin, lengths, q, keys, values, keys.stride(0), keys.stride(2), keys.stride(1), HEADS=heads,
+        KV_HEADS=kv_heads, HALF=width // 2, num_warps=1,
+    )
+    return q
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+    """Attention of queries [N, heads, D] over places 0..lengths[row] of the cache; returns [N, heads * D]."""
+    from .triton_kernels import attend_kernel, join_kernel
+
+    rows, kv_heads, capacity, width = keys.shape
+    heads, splits = q.shape[1], divided_up(capacity, CHUNK)
+    parts = q.new_empty(rows, heads, splits, width, dtype=torch.float32)
+    tops, totals = (q.new_empty(rows, heads, splits, dtype=torch.float32) for _ in range(2))
+    attend_kernel[(rows, kv_heads, splits)](
+        q, keys, values, lengths, parts, tops, totals, width**-0.5, splits, keys.stride(0), keys.stride(2),
+        keys.stride(1), HEADS=heads, KV_HEADS=kv_heads, WIDTH=width, ROWS=max(ROWS, heads // kv_heads), CHUNK=CHUNK,
+    )
+    out = q.new_empty(rows, heads * width)
+    join_kernel[(rows, heads)](parts, tops, totals, lengths, out, splits, HEADS=heads, WIDTH=width, CHUNK=CHUNK,
+                               BLOCK=JOINED, num_warps=4)
+    return out
