@@ -87,5 +87,5 @@ def test_the_instruction_decides_which_object_changes(client, tmp_path):
 
 def test_the_demo_model_is_small_enough_for_a_clone():
     files = [path for path in demo_model.FOLDER.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 30e6
+    assert sum(path.stat().st_size for path in files) <= 32e6  # two of them the few-step LoRA
     assert (demo_model.FOLDER / "README.md").is_file()
