@@ -297,7 +297,7 @@ def train(args: argparse.Namespace) -> None:
 def smoke(args: argparse.Namespace) -> None:
     """A few steps of both stages with a smaller model on the CPU. Fails unless both losses fall."""
     quick = {"stages": ("vae", "edit"), "workers": 0, "device": "cpu", "size": SMOKE_SIZE, "pool": 64, "least": 64, "reuse": 1e9, "count": 8, "crop": 32,
-             "batch": 8, "batch_vae": 8, "steps": 40, "warm_up": 5, "compile": False, "resume": False, "log_seconds": 10, "evaluate_seconds": 1e9, "rate": 2e-3}
+             "batch": 8, "batch_vae": 8, "steps": 20, "warm_up": 4, "compile": False, "resume": False, "log_seconds": 10, "evaluate_seconds": 1e9, "rate": 2e-3}
     for name, value in quick.items():
         setattr(args, name, value)
     with tempfile.TemporaryDirectory() as folder:

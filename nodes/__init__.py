@@ -7,7 +7,7 @@ from .batch import Step1XEditBatchImages
 from .edit import Step1XEditDecode, Step1XEditEncode
 from .gate import Step1XEditContentGate
 from .gedit import GEDIT_NODES
-from .loaders import Step1XEditLoadLora, Step1XEditLoadMLLM, Step1XEditLoadModel
+from .loaders import Step1XEditLoader, Step1XEditLoadLora, Step1XEditMLLM
 from .local import Step1XEditCropToMask, Step1XEditStitchCrop
 from .loop import LOOP_NODES
 from .pairs import PAIR_NODES
@@ -25,8 +25,8 @@ class Step1XEditExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
-            Step1XEditLoadModel,
-            Step1XEditLoadMLLM,
+            Step1XEditLoader,
+            Step1XEditMLLM,
             Step1XEditLoadLora,
             Step1XEditEncode,
             Step1XEditSampler,

@@ -30,7 +30,7 @@ class Step1XEditBatchImages(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The text encoder from 'Load Step1X-Edit MLLM'."),
                 io.Vae.Input("vae", tooltip="The FLUX VAE: the stock 'Load VAE' with ae.safetensors, or the VAE output of 'Load Step1X-Edit Model' for a diffusers folder."),
                 io.Image.Input("images", tooltip="The pictures: one, a batch, or a list with pictures of different sizes, as the stock 'Create List' makes it."),
-                io.String.Input("prompts", multiline=True, dynamic_prompts=True, placeholder="make the jacket red\nmake the jacket green",
+                io.String.Input("prompts", multiline=True, dynamic_prompts=True, placeholder="make the jacket red\n把外套换成绿色",
                                 tooltip="What to change: one instruction a line. Lists can be connected, too."),
                 io.Combo.Input("combine", options=[PAIRS, ALL], default=PAIRS,
                                tooltip="pairs: the first instruction on the first picture and so on; a single one goes with all. all: every instruction on every picture."),

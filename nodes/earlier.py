@@ -35,8 +35,8 @@ class Earlier:
 # Every step guided.
 GUIDED = {"mode.start_percent": 0.0, "mode.end_percent": 1.0}
 EARLIER = {
-    "Step1XModelLoader": Earlier("Step1XEditLoadModel", "", "model version weight_dtype", 1, renamed={"model": "unet_name"}),
-    "Step1XMLLMLoader": Earlier("Step1XEditLoadMLLM", "", "mllm device version", 1, renamed={"mllm": "clip_name"}),
+    "Step1XModelLoader": Earlier("Step1XEditLoader", "", "model version weight_dtype", 1, renamed={"model": "unet_name"}),
+    "Step1XMLLMLoader": Earlier("Step1XEditMLLM", "", "mllm device version", 1, renamed={"mllm": "clip_name"}),
     # The stock 'Load VAE': it lists no diffusers folders, whose VAE comes from 'Load Step1X-Edit Model'.
     "Step1XVAELoader": Earlier("VAELoader", "", "vae", 1, renamed={"vae": "vae_name"}),
     "Step1XLoraLoader": Earlier("Step1XEditLoadLora", "model", "lora_name strength", 1),

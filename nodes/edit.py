@@ -2,11 +2,12 @@ from comfy_api.latest import io
 
 from ..step1x_core.host.prompts.encoding import add_references, decode_edit, encode_edit
 from ..step1x_core.host.prompts.tiling import AUTO, TILING
-from .categories import MAIN
+from ..step1x_core.host.sampling.few_steps import reads_negative
+from ..step1x_core.host.sampling.sampler import check_model, with_norm_limiter
+from ..step1x_core.host.status import show_status
+from .categories import EDIT_ALIASES, MAIN
 from .widgets import check_widgets
 
-# What people type who do not know the name; the blueprint's file has the same.
-EDIT_ALIASES = ["edit image", "edit picture", "edit photo", "image edit", "edit by instruction"]
 # More than a few are too much for the model, and for most graphics cards.
 MAX_REFERENCES = 8
 REFERENCE_SIZE = 512
@@ -28,7 +29,8 @@ class Step1XEditEncode(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The text encoder from 'Load Step1X-Edit MLLM'."),
                 io.Vae.Input("vae", tooltip="The FLUX VAE: the stock 'Load VAE' with ae.safetensors, or the VAE output of 'Load Step1X-Edit Model' for a diffusers folder."),
                 io.Image.Input("image", tooltip="The picture to edit, of any size. A batch is edited picture by picture with the same instruction."),
-                io.String.Input("prompt", multiline=True, dynamic_prompts=True, placeholder="replace the modern sofa with a vintage leather couch",
+                io.String.Input("prompt", multiline=True, dynamic_prompts=True,
+                                placeholder="replace the modern sofa with a vintage leather couch\n把现代沙发换成复古皮沙发",
                                 tooltip="What to change, in English or Chinese. Put words that are to appear in the picture in double quotes."),
                 io.String.Input("negative_prompt", multiline=True, dynamic_prompts=True, default="", advanced=True,
                                 tooltip="What guidance steers away from. The model was trained with an empty one for edits."),
@@ -42,6 +44,10 @@ class Step1XEditEncode(io.ComfyNode):
                                           "so results vary. Each slows sampling down."),
                 io.Int.Input("reference_size", default=REFERENCE_SIZE, min=64, max=2048, step=16, optional=True, advanced=True,
                              tooltip="Each reference is scaled to about this many pixels squared. Larger shows more detail but costs time and VRAM."),
+                io.Model.Input("model", optional=True,
+                               tooltip="For few-step LoRAs: the model that will be sampled. If its default CFG is 1, "
+                                       "the negative prompt is not encoded, which saves time. Leave it unconnected "
+                                       "to sample at another CFG."),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive"),
@@ -52,12 +58,23 @@ class Step1XEditEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, vae, image, prompt, negative_prompt, size_level, latent=None, references=None,
-                reference_size=REFERENCE_SIZE) -> io.NodeOutput:
+                reference_size=REFERENCE_SIZE, model=None) -> io.NodeOutput:
         check_widgets(cls, prompt=prompt, negative_prompt=negative_prompt, size_level=size_level, reference_size=reference_size)
-        positive, negative, latent = encode_edit(clip, vae, image, prompt, negative_prompt, size_level, latent)
+        with_negative = model is None or cls.is_read(model)
+        positive, negative, latent = encode_edit(clip, vae, image, prompt, negative_prompt, size_level, latent,
+                                                 with_negative=with_negative)
         if references:
             positive, negative = add_references([positive, negative], vae, list(references.values()), reference_size)
         return io.NodeOutput(positive, negative, latent)
+
+    @classmethod
+    def is_read(cls, model) -> bool:
+        """Return whether sampling with the model's defaults reads the negative prompt; shows it if not."""
+        check_model(model)
+        if reads_negative(with_norm_limiter(model), 0.0):
+            return True
+        show_status("negative prompt not encoded (the model's default is CFG 1)")
+        return False
 
 
 class Step1XEditDecode(io.ComfyNode):
@@ -70,7 +87,7 @@ class Step1XEditDecode(io.ComfyNode):
             display_name="Step1X-Edit Decode",
             category=MAIN,
             description="Decodes the result and resizes it to the size of the source image.",
-            search_aliases=["step1x", "vae decode", "vae decode tiled", "restore size"],
+            search_aliases=["step1x", *EDIT_ALIASES, "vae decode", "vae decode tiled", "restore size"],
             inputs=[
                 io.Latent.Input("samples", tooltip="The sampled latent."),
                 io.Vae.Input("vae", tooltip="The VAE that encoded the picture."),

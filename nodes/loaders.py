@@ -4,10 +4,10 @@ from comfy_api.latest import io
 
 from ..step1x_core.host.checkpoints.folders import choices, resolve
 from ..step1x_core.host.checkpoints.loading import load_model, load_own_vae, load_text_encoder
-from ..step1x_core.host.checkpoints.lora import apply_lora, load_lora_file
+from ..step1x_core.host.checkpoints.lora import apply_lora_file
 from ..step1x_core.host.sampling.sampler import check_model
 from ..step1x_core.versions import LAYOUTS, VERSIONS
-from .categories import MAIN
+from .categories import EDIT_ALIASES, MAIN
 from .widgets import check_widgets
 
 WEIGHT_DTYPES = {
@@ -19,18 +19,18 @@ WEIGHT_DTYPES = {
 }
 
 
-class Step1XEditLoadModel(io.ComfyNode):
+class Step1XEditLoader(io.ComfyNode):
     """Loads a Step1X-Edit model. Unlike the stock 'Load Diffusion Model' it also opens diffusers folders, lets you set the
     version, checks that the file is complete, and switches on the official guidance."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XEditLoadModel",
+            node_id="Step1XEditLoader",
             display_name="Load Step1X-Edit Model",
             category=MAIN,
             description="Loads a Step1X-Edit model: a single file (original, fp8 or scaled fp8) or a diffusers folder.",
-            search_aliases=["step1x", "step1x-edit", "load diffusion model", "unet loader", "image edit model"],
+            search_aliases=["step1x", *EDIT_ALIASES, "load diffusion model", "unet loader"],
             inputs=[
                 io.Combo.Input("unet_name", options=list(choices("diffusion_models", "transformer")),
                                tooltip="A file in models/diffusion_models, or a diffusers folder there or in models/diffusers, up to three levels deep (shown with a slash)."),
@@ -55,17 +55,17 @@ class Step1XEditLoadModel(io.ComfyNode):
         return io.NodeOutput(loaded, load_own_vae(path))
 
 
-class Step1XEditLoadMLLM(io.ComfyNode):
+class Step1XEditMLLM(io.ComfyNode):
     """Loads Qwen2.5-VL-7B as Step1X-Edit's text encoder. The stock 'Load CLIP' knows the file but not this model's prompt layout."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XEditLoadMLLM",
+            node_id="Step1XEditMLLM",
             display_name="Load Step1X-Edit MLLM",
             category=MAIN,
             description="Loads Qwen2.5-VL-7B-Instruct, which reads the instruction and looks at the picture. The file that Qwen-Image uses fits, bf16 or scaled fp8.",
-            search_aliases=["qwen2.5-vl", "qwen_2.5_vl_7b", "text encoder", "load clip"],
+            search_aliases=["step1x", *EDIT_ALIASES, "qwen2.5-vl", "qwen_2.5_vl_7b", "text encoder", "load clip"],
             inputs=[
                 io.Combo.Input("clip_name", options=list(choices("text_encoders", "text_encoder")),
                                tooltip="A file in models/text_encoders such as qwen_2.5_vl_7b.safetensors, or a Hugging Face folder (shown with a slash)."),
@@ -86,6 +86,10 @@ class Step1XEditLoadMLLM(io.ComfyNode):
         return io.NodeOutput(load_text_encoder(path, None if version == "auto" else version, options))
 
 
+# The first entry of the list of LoRAs: a workflow that is opened without a LoRA then names no file that is missing.
+NO_LORA = "none"
+
+
 class Step1XEditLoadLora(io.ComfyNode):
     """The stock 'Load LoRA (Model)' works, too. This one knows more names of layers, follows the official merging rule for an alpha of 0, and
     refuses a file in which nothing fits the model, where the stock node goes on without it."""
@@ -96,12 +100,15 @@ class Step1XEditLoadLora(io.ComfyNode):
             node_id="Step1XEditLoadLora",
             display_name="Load Step1X-Edit LoRA",
             category=MAIN,
-            description="Applies a LoRA to a Step1X-Edit model. Several can be chained.",
-            search_aliases=["lora", "load lora"],
+            description="Applies a LoRA to a Step1X-Edit model. Several can be chained. The steps and CFG of a few-step "
+                        "LoRA become the sampler's defaults.",
+            search_aliases=["lora", "load lora", "lightning", "few steps"],
             inputs=[
                 io.Model.Input("model", tooltip="A Step1X-Edit model."),
-                io.Combo.Input("lora_name", options=folder_paths.get_filename_list("loras"),
-                               tooltip="A file in models/loras, in the layout of kohya, of PEFT with diffusers names, or of DiffSynth."),
+                io.Combo.Input("lora_name", options=[NO_LORA, *folder_paths.get_filename_list("loras")],
+                               tooltip="A file in models/loras, in the layout of kohya, PEFT, diffusers, DiffSynth, LyCORIS or SimpleTuner. "
+                                       "none leaves the model as it is. The stock 'Load LoRA' does not read the steps and CFG of a "
+                                       "few-step LoRA; set them in the sampler there."),
                 io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.01, tooltip="How strongly the LoRA acts. The official code uses 1."),
             ],
             outputs=[io.Model.Output()],
@@ -112,4 +119,7 @@ class Step1XEditLoadLora(io.ComfyNode):
         check_widgets(cls, strength=strength)
         check_model(model)
         check_widgets(cls, lora_name=lora_name)
-        return io.NodeOutput(apply_lora(model, load_lora_file(folder_paths.get_full_path_or_raise("loras", lora_name)), strength))
+        if lora_name == NO_LORA:
+            return io.NodeOutput(model)
+        path = folder_paths.get_full_path_or_raise("loras", lora_name)
+        return io.NodeOutput(apply_lora_file(model, path, strength))

@@ -15,7 +15,8 @@ from ..step1x_core.host.prompts.encoding import check_vae
 from ..step1x_core.host.reasoning.rounds import HOST_KEEPS_RESULTS, Failure, Rounds, attempt, failures
 from ..step1x_core.host.reasoning.templates import template_fingerprint
 from ..step1x_core.host.reasoning.thinking import TEMPERATURE, check_instruction, check_thinking, judge, rules_version, single_picture
-from ..step1x_core.host.sampling.sampler import SAMPLERS, check_model, show_settings
+from ..step1x_core.host.sampling.few_steps import reads_negative
+from ..step1x_core.host.sampling.sampler import SAMPLERS, check_model, show_settings, with_norm_limiter
 from ..step1x_core.reasoning.conversation import RULES
 from ..step1x_core.reasoning.reflection import MAX_ROUNDS, Loop, Thought
 from ..step1x_core.reasoning.report import report
@@ -53,6 +54,11 @@ def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
             return failures(cls.hidden.unique_id)
 
         @classmethod
+        def check_lazy_status(cls, **inputs) -> list[str]:
+            # The sampler's; the other nodes have no lazy inputs, for which the host's default asks for nothing.
+            return node.check_lazy_status(**inputs) if not any(isinstance(x, Failure) for x in inputs.values()) else []
+
+        @classmethod
         def execute(cls, **inputs) -> io.NodeOutput:
             failure = next((value for value in inputs.values() if isinstance(value, Failure)), None)
             output = failure or attempt(cls.hidden.unique_id, task_of(inputs), node.execute, **inputs)
@@ -64,10 +70,13 @@ def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
 GUARDED_NODES = [guarded(node) for node in (Step1XEditEncode, Step1XEditSampler, Step1XEditDecode)]
 
 
-def add_edit(graph: GraphBuilder, name: str, inputs: dict, image, prompt, seed: int, suffix: str = ""):
-    """Add the nodes of one edit to the graph -> the link to the picture, at the size of the source."""
+def add_edit(graph: GraphBuilder, name: str, inputs: dict, image, prompt, seed: int, suffix: str = "", only_positive: bool = False):
+    """Add the nodes of one edit to the graph -> the link to the picture, at the size of the source.
+
+    only_positive: whether sampling does not read the negative prompt, so that it need not be encoded.
+    """
     encode = graph.node(f"Step1XEditEncode{suffix}", f"{name}_encode", image=image, prompt=prompt,
-                        **{key: inputs[key] for key in ("clip", "vae", "negative_prompt", "size_level")})
+                        **({"model": inputs["model"]} if only_positive else {}), **{key: inputs[key] for key in ("clip", "vae", "negative_prompt", "size_level")})
     sampler = graph.node(f"Step1XEditSampler{suffix}", f"{name}_sampler", positive=encode.out(0), negative=encode.out(1), latent_image=encode.out(2), seed=seed, denoise=1.0,
                          **{key: inputs[key] for key in ("model", "steps", "cfg", "sampler_name")})
     return graph.node(f"Step1XEditDecode{suffix}", f"{name}_decode", samples=sampler.out(0), vae=inputs["vae"], source=inputs["image"]).out(0)
@@ -93,7 +102,9 @@ class Step1XEditReflectionLoop(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The text encoder from 'Load Step1X-Edit MLLM'. To think and to reflect its file needs a language-model head (lm_head)."),
                 io.Vae.Input("vae", tooltip="The FLUX VAE: the stock 'Load VAE' with ae.safetensors, or the VAE output of 'Load Step1X-Edit Model' for a diffusers folder."),
                 io.Image.Input("image", tooltip="The picture to edit, exactly one, of any size."),
-                io.String.Input("prompt", multiline=True, dynamic_prompts=True, placeholder="this bread stayed in too long", tooltip="What to change, in English or Chinese."),
+                io.String.Input("prompt", multiline=True, dynamic_prompts=True,
+                                placeholder="this bread stayed in too long\n面包烤过头了",
+                                tooltip="What to change, in English or Chinese."),
                 io.String.Input("negative_prompt", multiline=True, dynamic_prompts=True, default="", advanced=True,
                                 tooltip="What guidance steers away from. The model was trained with an empty one for edits."),
                 io.Int.Input("size_level", default=1024, min=64, max=2048, step=16, tooltip="The picture is edited at about this many pixels squared, keeping its aspect ratio."),
@@ -142,7 +153,8 @@ class Step1XEditReflectionLoop(io.ComfyNode):
         if think:
             rewritten = graph.node("Step1XEditThinkPrompt", "think", clip=inputs["clip"], image=image, prompt=prompt, seed=seed, temperature=TEMPERATURE)
             thought, prompt, text = {"instruction": prompt}, rewritten.out(0), rewritten.out(1)
-        picture = add_edit(graph, "round_1", inputs, image, prompt, seed)
+        only_positive = not reads_negative(with_norm_limiter(values["model"]), values["cfg"])
+        picture = add_edit(graph, "round_1", inputs, image, prompt, seed, only_positive=only_positive)
         if not reflect:
             return io.NodeOutput(picture, picture, text, prompt, expand=graph.finalize())
 
@@ -152,7 +164,7 @@ class Step1XEditReflectionLoop(io.ComfyNode):
             name, round_seed = f"round_{number}", (seed + number - 1) % SEEDS
             if number > 1:
                 step = graph.node("Step1XEditLoopStep", f"{name}_step", state=state, source=image, latest=picture)
-                picture = add_edit(graph, name, inputs, step.out(0), step.out(1), round_seed, GUARDED)
+                picture = add_edit(graph, name, inputs, step.out(0), step.out(1), round_seed, GUARDED, only_positive)
             state = graph.node("Step1XEditLoopJudge", f"{name}_judge", state=state, clip=inputs["clip"], source=image, edited=picture, seed=round_seed).out(0)
             states[name] = state
         result = graph.node("Step1XEditLoopResult", "result", **states)

@@ -8,7 +8,7 @@ from comfy_api.latest import ComfyAPI, io
 
 from .earlier import own_replacements
 
-LOADER, EDIT = "Step1XEditLoadModel", "Step1XEditReflectionLoop"
+LOADER, EDIT = "Step1XEditLoader", "Step1XEditReflectionLoop"
 # The editor saves widgets by position, and one more behind each seed.
 SEED = ["seed", "control_after_generate"]
 

@@ -1,21 +1,21 @@
 from comfy_api.latest import io
 
 from ..step1x_core.checks import latent_samples
+from ..step1x_core.errors import Step1XError
+from ..step1x_core.host.sampling.few_steps import model_version, reads_negative, version_defaults
 from ..step1x_core.host.sampling.sampler import (
     SAMPLERS,
     check_model,
     fit_latent,
-    flow_sigmas,
-    model_version,
+    model_sigmas,
     sample,
     set_norm_limiter,
     show_settings,
-    version_defaults,
     with_norm_limiter,
 )
 from ..step1x_core.sampling.guidance import NormLimiter
 from ..step1x_core.versions import GUIDANCE_NORM_POWER
-from .categories import MAIN
+from .categories import EDIT_ALIASES, MAIN
 from .widgets import cfg_input, check_widgets, steps_input
 
 
@@ -29,11 +29,13 @@ class Step1XEditSampler(io.ComfyNode):
             display_name="Step1X-Edit Sampler",
             category=MAIN,
             description="Edits with the schedule and guidance of the official code. KSampler works as well; its schedulers do not know the picture's size.",
-            search_aliases=["step1x", "ksampler", "sampler", "edit sampler"],
+            search_aliases=["step1x", *EDIT_ALIASES, "ksampler", "sampler", "edit sampler"],
             inputs=[
                 io.Model.Input("model", tooltip="The model from 'Load Step1X-Edit Model', with any LoRA or model patch."),
                 io.Conditioning.Input("positive", tooltip="The instruction."),
-                io.Conditioning.Input("negative", tooltip="The negative prompt."),
+                io.Conditioning.Input("negative", lazy=True,
+                                      tooltip="The negative prompt. Not computed where sampling does not read it: at "
+                                              "CFG 1 with a few-step LoRA or v1.2."),
                 io.Latent.Input("latent_image", tooltip="The latent from 'Step1X-Edit Encode', or an empty latent for text to image."),
                 io.Int.Input("seed", default=42, min=0, max=0xffffffffffffffff, control_after_generate=True, tooltip="The random seed: same seed and inputs, same picture."),
                 steps_input(),
@@ -46,13 +48,22 @@ class Step1XEditSampler(io.ComfyNode):
         )
 
     @classmethod
+    def check_lazy_status(cls, model, steps, cfg, negative=None, **inputs) -> list[str]:
+        try:
+            check_widgets(cls, steps=steps, cfg=cfg)
+            check_model(model)
+        except Step1XError:
+            return []  # `execute` reports it
+        return ["negative"] if negative is None and reads_negative(with_norm_limiter(model), cfg) else []
+
+    @classmethod
     def execute(cls, model, positive, negative, latent_image, seed, steps, cfg, sampler_name, denoise) -> io.NodeOutput:
         check_widgets(cls, seed=seed, steps=steps, cfg=cfg, sampler_name=sampler_name, denoise=denoise)
         check_model(model)
         show_settings(model, steps, cfg)
         steps, cfg = version_defaults(model, steps, cfg)
         latent = fit_latent(model, latent_image)
-        sigmas = flow_sigmas(steps, latent["samples"], denoise)
+        sigmas = model_sigmas(model, steps, latent["samples"], denoise)
         return io.NodeOutput(sample(with_norm_limiter(model), positive, negative, latent, sigmas, cfg, seed, sampler_name))
 
 
@@ -83,7 +94,7 @@ class Step1XEditScheduler(io.ComfyNode):
         samples = latent_samples(latent_image)
         show_settings(model, steps)
         steps, _ = version_defaults(model, steps, 0.0)
-        return io.NodeOutput(flow_sigmas(steps, samples, denoise))
+        return io.NodeOutput(model_sigmas(model, steps, samples, denoise))
 
 
 class Step1XEditGuidance(io.ComfyNode):

@@ -22,7 +22,7 @@ class Step1XEditThinkPrompt(io.ComfyNode):
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder from 'Load Step1X-Edit MLLM'. Its file needs a language-model head (lm_head)."),
                 io.Image.Input("image", tooltip="The picture to edit, exactly one."),
-                io.String.Input("prompt", multiline=True, dynamic_prompts=True, placeholder="this bread stayed in too long",
+                io.String.Input("prompt", multiline=True, dynamic_prompts=True, placeholder="this bread stayed in too long\n面包烤过头了",
                                 tooltip="What to change, in your own words. The answer is in Chinese if this has at least two Chinese characters, else in English."),
                 io.Int.Input("seed", default=42, min=0, max=0xffffffffffffffff, control_after_generate=True, tooltip="The random seed: same seed and inputs, same answer."),
                 io.Float.Input("temperature", default=TEMPERATURE, min=0.0, max=2.0, step=0.05, advanced=True,

@@ -8,11 +8,13 @@ from ..step1x_core.checks import check_kind
 from ..step1x_core.host.prompts.encoding import check_vae
 from ..step1x_core.host.sampling.sampler import check_model
 from ..step1x_core.host.training.cache import cache_pairs
+from ..step1x_core.host.training.distill import Lesson
 from ..step1x_core.host.training.folders import dataset_path, run_folder
 from ..step1x_core.host.training.train import edit_held_out, train
 from ..step1x_core.images import from_uint8
 from ..step1x_core.training.cache import EditDataset
-from ..step1x_core.training.dataset import dataset_fingerprint, read_pairs
+from ..step1x_core.training.dataset import dataset_fingerprint, read_pairs, read_sources
+from ..step1x_core.training.distillation import MAX_STEPS, STAGES, TRAJECTORY, Distillation
 from ..step1x_core.training.loss_curve import draw_progress
 from ..step1x_core.training.objective import ALPHA, CONSTANT, LEARNING_RATE, RANK, SCHEDULES, Settings
 from .categories import TRAINING
@@ -22,6 +24,31 @@ DATASET = io.Custom("STEP1X_EDIT_DATASET")
 # Steps between two pictures of the curve.
 SHOW_EVERY = 5
 PREVIEW_FORMAT, PREVIEW_SIZE = "JPEG", 1024
+# What a training learns: targets of pairs, or the model's own edits in fewer steps.
+EDIT_PAIRS, FEW_STEPS = "edit pairs", "few steps"
+
+
+def few_steps() -> list[io.Input]:
+    return [
+        io.Int.Input("few_steps", default=8, min=1, max=MAX_STEPS,
+                     tooltip="Number of steps that the LoRA is made for, at CFG 1. 8 and 4 are the safest; fewer need "
+                             "a longer training."),
+        io.Int.Input("teacher_steps", default=0, min=0, max=200,
+                     tooltip="Steps of the model that is imitated. 0 uses the version's default: 28, or 50 for v1.2."),
+        io.Float.Input("teacher_cfg", default=0.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                       tooltip="CFG of the model that is imitated. 0 uses the version's default: 6, or 4 for "
+                               "v1.2-preview."),
+        io.Int.Input("noises", default=1, min=1, max=64,
+                     tooltip="Trajectories sampled for each instruction, from different noise. Each takes as long as "
+                             "an edit. Use more for a small dataset."),
+        io.Combo.Input("later", options=list(STAGES), default=TRAJECTORY,
+                       tooltip="What the later part of the training starts from and aims at. cached: the cached "
+                               "trajectories, as in the first part. trajectory: from the LoRA's own steps back to the "
+                               "cached trajectory. teacher: from its own steps to where the teacher gets from there, "
+                               "which is slower. final: the final latent, through all of its steps."),
+        io.Float.Input("share", default=0.5, min=0.0, max=1.0, step=0.05,
+                       tooltip="Part of the training that 'later' applies to, at its end."),
+    ]
 
 
 class Step1XEditTrainDataset(io.ComfyNode):
@@ -55,6 +82,10 @@ class Step1XEditTrainDataset(io.ComfyNode):
                                      " less VRAM."),
                 io.Int.Input("validation", default=2, min=0, max=64,
                              tooltip="Number of pairs held out at the end of the dataset for validation images."),
+                io.Boolean.Input("sources_only", default=False, optional=True,
+                                 tooltip="On: read source images and instructions only, for the few-step mode of "
+                                         "'Step1X-Edit Train LoRA': source/NAME.png and source/NAME.txt, with one "
+                                         "instruction per line. The targets of a dataset of pairs are not read."),
             ],
             outputs=[
                 DATASET.Output(display_name="dataset", tooltip="Encoded pairs for 'Step1X-Edit Train LoRA'."),
@@ -64,17 +95,18 @@ class Step1XEditTrainDataset(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, dataset="", **inputs):
+    def fingerprint_inputs(cls, dataset="", sources_only=False, **inputs):
         # The host does not know the value of a connected input yet; the node it comes from has its own fingerprint.
-        return dataset_fingerprint(*dataset_path(dataset)) if dataset else ""
+        return dataset_fingerprint(*dataset_path(dataset), read_sources if sources_only else read_pairs) if dataset else ""
 
     @classmethod
-    def execute(cls, clip, vae, dataset, size_level, validation) -> io.NodeOutput:
-        check_widgets(cls, dataset=dataset, size_level=size_level, validation=validation)
+    def execute(cls, clip, vae, dataset, size_level, validation, sources_only=False) -> io.NodeOutput:
+        check_widgets(cls, dataset=dataset, size_level=size_level, validation=validation, sources_only=sources_only)
         path, root = dataset_path(dataset)
         folder = path if path.is_dir() else path.parent
-        cached, computed = cache_pairs(clip, vae, read_pairs(path, root), folder, size_level, validation)
-        counts = f"{len(cached.pairs)} pairs to train on, {len(cached.validation)} held out for validation"
+        pairs = (read_sources if sources_only else read_pairs)(path, root)
+        cached, computed = cache_pairs(clip, vae, pairs, folder, size_level, validation)
+        counts = f"{len(cached.pairs)} {'instructions' if sources_only else 'pairs'} to train on, {len(cached.validation)} held out for validation"
         return io.NodeOutput(cached, f"{counts}; {computed} latents and conditionings were encoded, the rest was in the cache.")
 
 
@@ -88,9 +120,10 @@ class Step1XEditTrainLora(io.ComfyNode):
             node_id="Step1XEditTrainLora",
             display_name="Step1X-Edit Train LoRA",
             category=TRAINING,
-            description="Trains a LoRA on pairs of images. Can be cancelled and resumed. The LoRA is also saved in "
-                        "output/step1x_training.",
-            search_aliases=["train lora", "fine-tuning", "finetune", "training"],
+            description="Trains a LoRA on pairs of images, or one that edits in 1 to 8 steps as the model itself does in "
+                        "many. Can be cancelled and resumed. The LoRA is also saved in output/step1x_training.",
+            search_aliases=["train lora", "fine-tuning", "finetune", "training", "distillation", "few steps", "lightning",
+                            "turbo"],
             inputs=[
                 io.Model.Input("model",
                                tooltip="Model from 'Load Step1X-Edit Model', in any precision. fp8 halves the VRAM "
@@ -137,6 +170,12 @@ class Step1XEditTrainLora(io.ComfyNode):
                                  tooltip="Recompute each block in the backward pass. Saves most of the VRAM and "
                                          "makes steps slower."),
                 io.Vae.Input("vae", optional=True, tooltip="VAE of the dataset. Needed for validation images."),
+                io.DynamicCombo.Input(
+                    "mode", optional=True,
+                    options=[io.DynamicCombo.Option(EDIT_PAIRS, []), io.DynamicCombo.Option(FEW_STEPS, few_steps())],
+                    tooltip="edit pairs trains on the targets of the dataset. few steps distils the model: the LoRA "
+                            "learns to edit in few steps at CFG 1 as the model does with its own steps and CFG. It "
+                            "needs a dataset with 'sources_only'."),
             ],
             outputs=[
                 io.LoraModel.Output(display_name="lora",
@@ -144,22 +183,27 @@ class Step1XEditTrainLora(io.ComfyNode):
                 io.LossMap.Output(display_name="loss", tooltip="Loss of every step, for the stock 'Plot Loss Graph'."),
                 io.Int.Output(display_name="steps", tooltip="Total number of steps trained."),
                 io.Image.Output(display_name="progress",
-                                tooltip="Loss curve, with source, result and target of each validation pair below it."),
+                                tooltip="Loss curve, with source, result and target of each validation pair below it; in "
+                                        "the few-step mode the target is the teacher's edit."),
             ],
         )
 
     @classmethod
     def execute(cls, model, dataset, name, steps, learning_rate, rank, alpha, batch_size, accumulation, seed, resume,
-                save_every, validate_every, schedule, warmup, ema, gradient_checkpointing, vae=None) -> io.NodeOutput:
+                save_every, validate_every, schedule, warmup, ema, gradient_checkpointing, vae=None,
+                mode=None) -> io.NodeOutput:
         check_widgets(cls, name=name, steps=steps, learning_rate=learning_rate, rank=rank, alpha=alpha, seed=seed,
                       batch_size=batch_size, accumulation=accumulation, resume=resume, save_every=save_every,
                       validate_every=validate_every, schedule=schedule, warmup=warmup, ema=ema,
                       gradient_checkpointing=gradient_checkpointing)
+        if mode is not None:  # workflows of earlier releases have none
+            check_widgets(cls, mode=mode)
         check_model(model)
         check_kind(dataset, EditDataset, "dataset", "'Step1X-Edit Dataset'")
         if vae is not None:
             check_vae(vae)
         settings = Settings(steps, learning_rate, rank, alpha, batch_size, accumulation, seed, schedule, warmup, ema)
+        lesson = lesson_of(model, mode)
         progress, rows = comfy.utils.ProgressBar(steps), []
 
         def show(run) -> None:
@@ -169,10 +213,19 @@ class Step1XEditTrainLora(io.ComfyNode):
             progress.update_absolute(run.step, steps, picture)
 
         def validate(model, step) -> None:
-            rows[:] = edit_held_out(model, vae, dataset, 0, 0.0, seed)
+            rows[:] = (lesson.compare_held_out(model, vae, dataset, seed) if lesson
+                       else edit_held_out(model, vae, dataset, 0, 0.0, seed))
 
         looks = vae is not None and dataset.validation and validate_every
         run = train(model, dataset, settings, run_folder(name), resume, gradient_checkpointing, save_every,
-                    validate_every, validate if looks else None, show)
+                    validate_every, validate if looks else None, show, lesson)
         sheet = from_uint8(np.asarray(draw_progress(run.losses, rows)))[None]
         return io.NodeOutput(run.lora(), {"loss": run.losses}, run.step, sheet)
+
+
+def lesson_of(model, mode: dict | None) -> Lesson | None:
+    """What a choice of the training's mode teaches; None for pairs. mode: as the executor hands it over."""
+    if mode is None or mode["mode"] == EDIT_PAIRS:
+        return None
+    return Lesson(model, Distillation(steps=mode["few_steps"], teacher_steps=mode["teacher_steps"], teacher_cfg=mode["teacher_cfg"],
+                                      noises=mode["noises"], later=mode["later"], share=mode["share"]))

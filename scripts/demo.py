@@ -29,7 +29,7 @@ say = environment.say
 
 @dataclass
 class Setup:
-    """Models and the values that suit them; None leaves the workflow's own. chosen: file name by loader node."""
+    """Models and the values that suit them; None leaves the workflow's own. chosen: file name by loader node; lora: of a few-step LoRA, whose steps and CFG count."""
 
     models: Path
     chosen: dict[str, str]
@@ -38,6 +38,7 @@ class Setup:
     size_level: int | None = None
     steps: int | None = None
     cfg: float | None = None
+    lora: str | None = None
 
 
 def arguments() -> argparse.Namespace:
@@ -48,6 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size-level", type=int, help="working size; default 1024, less for the small models")
     parser.add_argument("--steps", type=int, help="denoising steps; default 28, less for the small models")
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--fast", action="store_true", help="edit in a few steps: with the few-step LoRA of the miniature model, or the first one of the installation")
     return parser.parse_args()
 
 
@@ -70,17 +72,35 @@ def choose_models(object_info: dict) -> dict[str, str] | None:
         return definition[0] if isinstance(definition[0], list) else definition[1]["options"]
 
     chosen = {
-        "Step1XEditLoadModel": pick(offered("Step1XEditLoadModel", "unet_name"), "step1x-edit-v1p1", "step1x"),
-        "Step1XEditLoadMLLM": pick(offered("Step1XEditLoadMLLM", "clip_name"), "qwen_2.5_vl_7b", "qwen2.5-vl-7b", "step1x"),
+        "Step1XEditLoader": pick(offered("Step1XEditLoader", "unet_name"), "step1x-edit-v1p1", "step1x"),
+        "Step1XEditMLLM": pick(offered("Step1XEditMLLM", "clip_name"), "qwen_2.5_vl_7b", "qwen2.5-vl-7b", "step1x"),
         "VAELoader": pick_vae(offered("VAELoader", "vae_name")),
     }
     return chosen if all(chosen.values()) else None
 
 
-def demo_setup() -> Setup:
-    """The miniature model that comes with the pack."""
-    chosen = {"Step1XEditLoadModel": demo_model.MODEL_FILE, "Step1XEditLoadMLLM": demo_model.MLLM_FILE, "VAELoader": demo_model.VAE_FILE}
-    return Setup(demo_model.FOLDER, chosen, demo_model.SAMPLE_IMAGE, demo_model.SAMPLE_PROMPT, demo_model.SIZE_LEVEL, demo_model.STEPS, demo_model.CFG)
+def choose_lora(object_info: dict) -> str:
+    """The name of an installed few-step LoRA. Raises FileNotFoundError where there is none."""
+    definition = object_info["Step1XEditLoadLora"]["input"]["required"]["lora_name"]
+    found = pick(definition[0] if isinstance(definition[0], list) else definition[1]["options"], "lightning", "fast", "few")
+    if found is None:
+        raise FileNotFoundError("--fast needs a few-step LoRA in models/loras, with 'lightning', 'fast' or 'few' in its name. See docs/few_steps.md, or leave --fast out.")
+    return found
+
+
+def with_lora(prompt: dict, name: str) -> None:
+    """Put a LoRA behind the model's loader, for every node that reads the model."""
+    loader = next(node for node, content in prompt.items() if content["class_type"] == "Step1XEditLoader")
+    for content in prompt.values():
+        content["inputs"].update({name: ["lora", 0] for name, value in content["inputs"].items() if value == [loader, 0]})
+    prompt["lora"] = {"class_type": "Step1XEditLoadLora", "inputs": {"model": [loader, 0], "lora_name": name, "strength": 1.0}}
+
+
+def demo_setup(fast: bool = False) -> Setup:
+    """The miniature model that comes with the pack. fast: with its few-step LoRA."""
+    chosen = {"Step1XEditLoader": demo_model.MODEL_FILE, "Step1XEditMLLM": demo_model.MLLM_FILE, "VAELoader": demo_model.VAE_FILE}
+    steps, cfg, lora = (0, 0.0, demo_model.FAST_FILE.name) if fast else (demo_model.STEPS, demo_model.CFG, None)
+    return Setup(demo_model.FOLDER, chosen, demo_model.SAMPLE_IMAGE, demo_model.SAMPLE_PROMPT, demo_model.SIZE_LEVEL, steps, cfg, lora)
 
 
 def tiny_setup() -> Setup:
@@ -90,7 +110,7 @@ def tiny_setup() -> Setup:
     version = hashlib.sha256(Path(tiny_models.__file__).read_bytes()).hexdigest()[:12]
     models = environment.home() / f"tiny-models-{version}"
     tiny_models.write_all(models, prefix="tiny-")
-    chosen = {"Step1XEditLoadModel": tiny_models.V11_FILE, "Step1XEditLoadMLLM": tiny_models.MLLM_FILE, "VAELoader": tiny_models.VAE_FILE}
+    chosen = {"Step1XEditLoader": tiny_models.V11_FILE, "Step1XEditMLLM": tiny_models.MLLM_FILE, "VAELoader": tiny_models.VAE_FILE}
     return Setup(models, {node: f"tiny-{name}" for node, name in chosen.items()}, size_level=512, steps=12)
 
 
@@ -119,8 +139,10 @@ def edit(client, setup: Setup, options: argparse.Namespace) -> Path:
     change("LoadImage", image=f"source{image.suffix}")
     change("Step1XEditEncode", prompt=text, size_level=options.size_level or setup.size_level)
     change("Step1XEditSampler", seed=options.seed, steps=options.steps or setup.steps, cfg=setup.cfg)
+    if setup.lora is not None:
+        with_lora(prompt, setup.lora)
 
-    say("model {Step1XEditLoadModel}, MLLM {Step1XEditLoadMLLM}, VAE {VAELoader}".format(**setup.chosen))
+    say("model {Step1XEditLoader}, MLLM {Step1XEditMLLM}, VAE {VAELoader}".format(**setup.chosen))
     say(f"editing {image.name}: {text}")
     started = time.monotonic()
     run = client.run(prompt, on_progress=progress_bar({node: content["class_type"] for node, content in prompt.items()}), timeout=3600)
@@ -150,10 +172,13 @@ def run_demo(options: argparse.Namespace) -> Path:
                 client = Client(server.url, server.log)
                 chosen = choose_models(client.get("/object_info"))
                 if chosen is not None:
-                    return edit(client, Setup(tree / "models", chosen), options)
+                    fast = {"steps": 0, "cfg": 0.0, "lora": choose_lora(client.get("/object_info"))} if options.fast else {}
+                    return edit(client, Setup(tree / "models", chosen, **fast), options)
         if (demo_model.FOLDER / "diffusion_models" / demo_model.MODEL_FILE).is_file():
             say("no Step1X-Edit model found: using the miniature one that comes with the pack")
-            setup = demo_setup()
+            setup = demo_setup(options.fast)
+            if options.fast and not demo_model.FAST_FILE.is_file():
+                raise FileNotFoundError(f"{demo_model.FAST_FILE} is missing. Download the pack again, make the file with miniature/few_steps.py, or leave --fast out.")
         else:
             say("no Step1X-Edit model found: using a tiny one with random weights (its pictures make no sense)")
             setup = tiny_setup()
@@ -171,7 +196,7 @@ def main() -> int:
 
     try:
         result = run_demo(options)
-    except (ExecutionError, ServerStopped, TimeoutError) as error:
+    except (ExecutionError, ServerStopped, TimeoutError, FileNotFoundError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     say("ComfyUI is stopped again")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes training pairs from images without any model: `python scripts/make_pairs.py PICTURES DATASET --count 1000`.
+"""Makes training pairs from images without any model: `python scripts/make_pairs.py IMAGES DATASET --count 1000`.
 
 PICTURES is a folder; DATASET becomes one with the official JSON files, as `scripts/train_lora.py` and the official training code read them. Tone, weather,
 restoration, style, colour and text are computed; instructions are in English and Chinese. If interrupted, rerun the command to resume.
@@ -18,7 +18,7 @@ import environment
 
 def arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pictures", type=Path, help="a folder; subfolders are included")
+    parser.add_argument("pictures", metavar="images", type=Path, help="a folder; subfolders are included")
     parser.add_argument("dataset", type=Path, help="a folder; created, or extended if it exists")
     parser.add_argument("--count", type=int, default=1000, help="number of pairs the dataset has in the end")
     parser.add_argument("--kinds", default="", help="comma-separated; default: all of tone_transfer, style_change, color_alter, text_change")

@@ -2,7 +2,8 @@
 """Set up what is missing and run all tests: `python scripts/test.py [pytest arguments]`.
 
 Outside a ComfyUI installation the tests run in ComfyUI 0.30.0 and 0.18.2, inside one in that one. The parts of the suite (folders of tests/)
-run side by side, one for each core; tests/pure, which needs no ComfyUI, and tests marked `once` run in the first ComfyUI only.
+run side by side, one for each core, the longest first. tests/pure, which needs no ComfyUI, and tests marked `once` run in the first ComfyUI only,
+tests marked `sampled(n)` with one of n cases in the others.
 `--comfyui FOLDER` runs them in the ComfyUI of that folder instead, a checkout of a newer one for instance: with the packages that its
 requirements.txt pins, in an environment of its own, which is built once. So does STEP1X_COMFYUI where the Python that runs this has no torch.
 `--browser` also runs the workflows in Chromium (scripts/dev/browser_test.py --install). All output is in output/tests, too, in a file for each part.
@@ -29,8 +30,10 @@ def python_m(host: environment.Host, tools: Path | None, module: str, *arguments
     return [str(host.python), "-c", code, *arguments]
 
 
-# The folders of tests/ that run in every ComfyUI, the longest first: what starts last should be short.
+# The folders of tests/ that run in every ComfyUI.
 PARTS = {"host": ("tests/host", "tests/parity"), "stress": ("tests/stress",), "server": ("tests/server",)}
+# Seconds that a part takes on a core, in the first ComfyUI and in a further one. Only their order matters: what starts last should be short.
+SECONDS = {"host": (650, 350), "browser": (300, 0), "server": (220, 120), "stress": (210, 80), "pure": (50, 0)}
 # More at once need more memory than a small machine has.
 MOST_TOGETHER = 4
 # pytest's exit status where no test was selected, as with -k or -m.
@@ -39,11 +42,12 @@ NO_TESTS = 5
 
 @dataclass(frozen=True)
 class Job:
-    """A command of its own and what it needs to know. name: of its log, and in front of its lines."""
+    """A command of its own and what it needs to know. name: of its log, and in front of its lines; seconds: about as long as it takes."""
 
     name: str
     command: list[str]
     tree: Path
+    seconds: int
 
     def variables(self, threads: int) -> dict[str, str]:
         variables = {**os.environ, "STEP1X_COMFYUI": str(self.tree), "PYTHONUNBUFFERED": "1"}
@@ -52,18 +56,22 @@ class Job:
 
 
 def pytest_jobs(hosts: list[environment.Host], tools: Path | None, arguments: list[str]) -> list[Job]:
-    """The parts in every host, part by part, and at the end what needs none."""
-    def job(host: environment.Host, part: str, *what: str) -> Job:
+    """The parts in every host, and what needs none."""
+    def job(number: int, part: str, *what: str) -> Job:
+        host = hosts[number]
         command = python_m(host, tools, "pytest", "--rootdir", "tests", "-c", "tests/pytest.ini", *what, *arguments)
-        return Job(f"{host.tree.name}-{part}" if part != "pure" else part, command, host.tree)
+        return Job(
+            f"{host.tree.name}-{part}" if part != "pure" else part, command, host.tree, SECONDS[part][min(number, 1)]
+        )
 
-    jobs = [job(host, part, *folders, *(["--once-elsewhere"] if number else []))
-            for part, folders in PARTS.items() for number, host in enumerate(hosts)]
-    return [*jobs, job(hosts[0], "pure", "tests/pure")]
+    jobs = [job(number, part, *folders, *(["--once-elsewhere"] if number else []))
+            for part, folders in PARTS.items() for number in range(len(hosts))]
+    return [*jobs, job(0, "pure", "tests/pure")]
 
 
 def browser_job(host: environment.Host) -> Job:
-    return Job("browser", [str(host.python), str(environment.PACK / "scripts" / "dev" / "browser_test.py"), "--install"], host.tree)
+    command = [str(host.python), str(environment.PACK / "scripts" / "dev" / "browser_test.py"), "--install"]
+    return Job("browser", command, host.tree, SECONDS["browser"][0])
 
 
 class Run(threading.Thread):
@@ -72,8 +80,15 @@ class Run(threading.Thread):
     def __init__(self, job: Job, threads: int):
         super().__init__(name=job.name)
         self.started = time.monotonic()
-        self.child = subprocess.Popen(job.command, cwd=environment.PACK, env=job.variables(threads), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                      encoding="utf-8", errors="replace")
+        self.child = subprocess.Popen(
+            job.command,
+            cwd=environment.PACK,
+            env=job.variables(threads),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+        )
         self.start()
 
     def run(self) -> None:
@@ -91,11 +106,11 @@ class Run(threading.Thread):
 
 
 def run_jobs(jobs: list[Job]) -> list[int]:
-    """The exit status of every job, as they end. Cancelled, it stops what it started."""
+    """The exit status of every job, as they end; the longest starts first. Cancelled, it stops what it started."""
     cores = os.cpu_count() or 1
     together = max(1, min(cores, len(jobs), MOST_TOGETHER))
     LOGS.mkdir(parents=True, exist_ok=True)
-    waiting, running, found = list(jobs), [], []
+    waiting, running, found = sorted(jobs, key=lambda job: -job.seconds), [], []
     try:
         while waiting or running:
             while waiting and len(running) < together:
@@ -115,7 +130,9 @@ def run_jobs(jobs: list[Job]) -> list[int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--comfyui", metavar="FOLDER", help="the ComfyUI source tree to run in")
     parser.add_argument("--browser", action="store_true", help="run the shipped workflows in Chromium, too")
     options, arguments = parser.parse_known_args()

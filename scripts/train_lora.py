@@ -40,6 +40,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=100)
     parser.add_argument("--validation", type=int, default=0, help="number of pairs held out at the end of the dataset for validation images")
     parser.add_argument("--validate-every", type=int, default=200)
+    parser.add_argument("--few-steps", type=int, metavar="STEPS", help="distil the model: train a LoRA that edits in 1 to 8 steps at CFG 1 as the model does with "
+                        "its own steps and CFG. DATASET then needs no targets: source/NAME.png and source/NAME.txt, one instruction per line")
+    parser.add_argument("--teacher-steps", type=int, default=0, help="with --few-steps: steps of the model that is imitated; 0 is its version's default")
+    parser.add_argument("--teacher-cfg", type=float, default=0.0, help="with --few-steps: its CFG; 0 is its version's default")
+    parser.add_argument("--noises", type=int, default=1, help="with --few-steps: trajectories sampled for each instruction")
+    parser.add_argument("--later", choices=("cached", "teacher", "trajectory", "final"), default="trajectory",
+                        help="with --few-steps: what the later part of the training starts from and aims at (docs/few_steps.md)")
+    parser.add_argument("--share", type=float, default=0.5, help="with --few-steps: how much of the training that part is")
     parser.add_argument("--restart", action="store_true", help="start over; the files of an earlier run are moved to OUT.1")
     parser.add_argument("--cpu", action="store_true")
     return parser.parse_args()
@@ -53,8 +61,10 @@ def main() -> int:
     from step1x_core.errors import Step1XError
     from step1x_core.host.checkpoints.loading import load_model, load_text_encoder, load_vae
     from step1x_core.host.training.cache import cache_pairs
+    from step1x_core.host.training.distill import Lesson
     from step1x_core.host.training.train import LORA_FILE, edit_held_out, train
-    from step1x_core.training.dataset import read_pairs
+    from step1x_core.training.dataset import read_pairs, read_sources
+    from step1x_core.training.distillation import Distillation
     from step1x_core.training.loss_curve import draw_progress
     from step1x_core.training.objective import Settings
     from step1x_core.versions import VERSIONS
@@ -76,7 +86,7 @@ def main() -> int:
     # Models must be loaded and used in the same mode, and the host uses them in this one.
     with torch.inference_mode():
         try:
-            pairs = read_pairs(options.dataset)
+            pairs = (read_pairs if options.few_steps is None else read_sources)(options.dataset)
             dtype = {"dtype": getattr(torch, options.weight_dtype)} if options.weight_dtype.startswith("float8") else {}
             model = load_model(options.model, options.version, dtype, fp8=options.weight_dtype == "fp8_scaled")
             layout = VERSIONS[model.model.diffusion_model.version].layout.name
@@ -86,14 +96,19 @@ def main() -> int:
             print(f"{len(dataset.pairs)} pairs, {computed} latents and conditionings encoded", file=sys.stderr)
             del clip
 
+            lesson = None
+            if options.few_steps is not None:
+                few = Distillation(options.few_steps, options.teacher_steps, options.teacher_cfg, noises=options.noises, later=options.later, share=options.share)
+                lesson = Lesson(model, few, lambda done, total: print(f"\r{done}/{total} trajectories ", end="", file=sys.stderr, flush=True))
+
             def validate(model, step) -> None:
-                rows[:] = edit_held_out(model, vae, dataset, 0, 0.0, options.seed)
+                rows[:] = lesson.compare_held_out(model, vae, dataset, options.seed) if lesson else edit_held_out(model, vae, dataset, 0, 0.0, options.seed)
                 draw()
 
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             run = train(model, dataset, settings, options.out, not options.restart, not options.no_checkpointing, options.save_every,
-                        options.validate_every if dataset.validation else 0, validate, tell)
+                        options.validate_every if dataset.validation else 0, validate, tell, lesson)
         except Step1XError as error:
             print(f"\n{error}", file=sys.stderr)
             return 1

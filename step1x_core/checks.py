@@ -34,7 +34,7 @@ def check_pictures(pictures: Tensor, name: str) -> None:
             f"Input '{name}' is an empty image batch of shape {list(pictures.shape)}; expected at least one image. "
             "Connect an image."
         )
-    broken = int((~torch.isfinite(pictures)).sum())
+    broken = 0 if all_finite(pictures) else int((~torch.isfinite(pictures)).sum())
     if broken:
         log.warning(
             "Input '%s': %d of %d values are NaN or Inf; NaN is read as black, Inf is clamped. Check the node that "
@@ -81,9 +81,18 @@ def check_kind(value, kind: type, name: str, nodes: str) -> None:
         raise Step1XError(f"Input '{name}' is {describe(value)}. Connect the output of {nodes}.")
 
 
+def all_finite(values: Tensor) -> bool:
+    """Return whether no value is NaN or Inf.
+
+    The sum tells in one pass without further memory: it is finite only if all values are. Where it is not, as when large
+    numbers overflow, each value is looked at.
+    """
+    return bool(torch.isfinite(values.sum()) or torch.isfinite(values).all())
+
+
 def check_finite(values: Tensor, message: str) -> None:
     """Raise Step1XError with this message if any value is NaN or Inf."""
-    if not torch.isfinite(values).all():
+    if not all_finite(values):
         raise Step1XError(message)
 
 

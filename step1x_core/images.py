@@ -188,7 +188,7 @@ def to_thinker_size(image: Tensor) -> Tensor:
 def truncate_uint8(image: Tensor) -> Tensor:
     """Convert a decoded image in 0..1 to uint8 by truncation, as the official code writes its results (docs/model.md,
     Decode)."""
-    return (image.float().clamp(0, 1) * 255).to(torch.uint8)
+    return image.float().clamp(0, 1).mul_(255).to(torch.uint8)
 
 
 def to_output_size(image: Tensor, size: tuple[int, int], truncate: bool = True) -> Tensor:

@@ -83,9 +83,13 @@ VERSIONS: dict[str, Version] = {
 }
 
 
-def describe_settings(version: str, steps: int, cfg: float | None = None) -> str:
-    """Steps and CFG that sampling uses, in words: 0 stands for the default of this version, None leaves CFG out."""
-    defaults, origin = VERSIONS[version], f"of {version}"
+def describe_settings(version: str, steps: int, cfg: float | None = None, distilled=None) -> str:
+    """Describe the steps and the CFG that sampling uses; 0 stands for the default, None leaves CFG out.
+
+    distilled: steps and cfg of a few-step LoRA, whose defaults replace those of the version.
+    """
+    defaults = distilled or VERSIONS[version]
+    origin = "of the few-step LoRA" if distilled else f"of {version}"
     count = f"{steps or defaults.steps} step{'s' if (steps or defaults.steps) != 1 else ''}"
     if not steps and cfg == 0:
         return f"{count}, CFG {defaults.cfg:g} (defaults {origin})"

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,8 @@ def pytest_configure(config):
 
 def pytest_addoption(parser):
     parser.addoption("--random-order", metavar="SEED", type=int, help="run the files, and the tests within each, in an order drawn from SEED")
-    parser.addoption("--once-elsewhere", action="store_true", help="leave out the tests marked `once`: they run in another ComfyUI")
+    parser.addoption("--once-elsewhere", action="store_true",
+                     help="another ComfyUI has all tests: leave out those marked `once`, and all but one of n cases of those marked `sampled(n)`")
 
 
 def in_random_order(items: list, seed: int) -> list:
@@ -79,14 +81,31 @@ def in_random_order(items: list, seed: int) -> list:
     return [item for path in order for item in draw.sample(files[path], len(files[path]))]
 
 
+def elsewhere(items: list) -> list:
+    """Those that another ComfyUI runs: all marked `once`, and of a test marked `sampled(n)` all but one of every n cases. Which one changes from
+    n cases to the next, so that each value of every parameter has its turn."""
+    numbers, found = Counter(), []
+    for item in items:
+        sampled = item.get_closest_marker("sampled")
+        test = (item.path, item.originalname)
+        number, numbers[test] = numbers[test], numbers[test] + 1
+        if item.get_closest_marker("once"):
+            found.append(item)
+        elif sampled:
+            (every,) = sampled.args
+            found += [item] if (number + number // every) % every else []
+    return found
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config, items):
     for item in items:
         item.add_marker(part_of(item.path))
     if config.getoption("--once-elsewhere"):
-        elsewhere = [item for item in items if item.get_closest_marker("once")]
-        config.hook.pytest_deselected(items=elsewhere)
-        items[:] = [item for item in items if item not in elsewhere]
+        left_out = elsewhere(items)
+        config.hook.pytest_deselected(items=left_out)
+        gone = {*map(id, left_out)}
+        items[:] = [item for item in items if id(item) not in gone]
     seed = config.getoption("--random-order")
     if seed is not None:
         items[:] = in_random_order(items, seed)
@@ -122,6 +141,15 @@ def clip(models):
 
 
 @pytest.fixture(scope="session")
+def clip_v12(models):
+    import tiny_models
+
+    from step1x_core.host.checkpoints.loading import load_text_encoder
+
+    return load_text_encoder(models / "text_encoders" / tiny_models.MLLM_FILE, "v1.2")
+
+
+@pytest.fixture(scope="session")
 def vae(models):
     import comfy.sd
     import tiny_models
@@ -150,6 +178,23 @@ def float_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def model_weights(models):
+    """The tensors of the tiny v1.1 in bfloat16."""
+    import tiny_models
+    from safetensors.torch import load_file
+
+    return {k: v.bfloat16() for k, v in load_file(models / "diffusion_models" / tiny_models.V11_FILE).items()}
+
+
+@pytest.fixture(scope="session")
+def mllm_weights(float_file):
+    """The tensors of the tiny language model in bfloat16."""
+    from safetensors.torch import load_file
+
+    return {k: v.bfloat16() for k, v in load_file(float_file).items()}
+
+
+@pytest.fixture(scope="session")
 def transformers_model(float_file):
     """Hugging Face's own Qwen2.5-VL with the same weights, without its head."""
     import tiny_models
@@ -162,3 +207,29 @@ def transformers_model(float_file):
     weights = {k.replace("model.", "language_model.", 1): v for k, v in load_file(float_file).items() if not k.startswith("lm_head")}
     model.load_state_dict(weights, strict=True)
     return model
+
+
+@pytest.fixture(scope="session")
+def demo_server(tmp_path_factory):
+    """A client of a ComfyUI server with the shipped miniature model, one for all files of tests/server."""
+    from demo_host import demo_client
+
+    with demo_client(tmp_path_factory.mktemp("demo")) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tmp_path_factory):
+    """A ComfyUI server with tiny models whose replies end soon, assets/coffee.jpg as an input, and previews; one for all files of tests/server.
+
+    Tests may add models, inputs and outputs under names of their own.
+    """
+    import tiny_models
+    from comfy_server import Client, ComfyServer, install_pack
+
+    base = tmp_path_factory.mktemp("tiny")
+    tiny_models.write_all(base / "models", terse=True)
+    install_pack(base)
+    with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base, arguments=("--cpu", "--preview-method", "latent2rgb")) as server:
+        Client(server.url).upload_image(PACK / "assets" / "coffee.jpg", "coffee.jpg")
+        yield server

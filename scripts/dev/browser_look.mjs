@@ -9,14 +9,16 @@ async function seen() {
     const [width, height] = [Math.max(node.size[0], drawn?.offsetWidth ?? 0), Math.max(node.size[1], (drawn?.offsetHeight ?? title) - title)];
     return { id: node.id, type: node.type, x: node.pos[0], y: node.pos[1], width, height };
   };
-  return { nodes: app.graph.nodes.map(box), groups: app.graph.groups.map(({ title: name, pos, size }) => ({ name, x: pos[0], y: pos[1], width: size[0], height: size[1] })),
+  const notes = [...document.querySelectorAll('.comfy-markdown .tiptap')].map(note => [note.clientHeight, (note.lastElementChild?.offsetTop ?? 0) + (note.lastElementChild?.offsetHeight ?? 0)]);
+  return { nodes: app.graph.nodes.map(box), notes, groups: app.graph.groups.map(({ title: name, pos, size }) => ({ name, x: pos[0], y: pos[1], width: size[0], height: size[1] })),
     scale: app.canvas.ds.scale, offset: [...app.canvas.ds.offset], title, width: app.canvas.canvas.clientWidth,
     smallestText: app.extensionManager.setting.get('LiteGraph.Canvas.MinFontSizeForLOD') / LiteGraph.NODE_TEXT_SIZE };
 }
 
-function problemsOf({ nodes, groups, scale, offset, title, width, smallestText }) {
+function problemsOf({ nodes, notes, groups, scale, offset, title, width, smallestText }) {
   const problems = [];
   if (scale < smallestText) problems.push(`opens at a zoom of ${scale.toFixed(2)}, and no text is drawn below ${smallestText.toFixed(2)}`);
+  for (const [height, needed] of notes) if (needed > height) problems.push(`the note is cut off: ${height} of ${needed}`);
   const full = nodes.map(node => ({ ...node, top: node.y - title, right: node.x + node.width, bottom: node.y + node.height }));
   const shown = full.map(node => [node.x, node.right].map(x => (x + offset[0]) * scale));
   if (shown.some(([left, right]) => left < 0 || right > width)) problems.push('is wider than the screen when it opens');

@@ -1,7 +1,7 @@
 // What browser_test.mjs waits for: states of the editor, and silence only where there is none to see. A slow machine takes longer; it does not fail.
 
 // Waits until `read` has given the same result `steady` times in a row -> that result. Throws where it still changes after `patience` milliseconds.
-export async function settled(read, { steady = 30, patience = 300000, what = 'the editor' } = {}) {
+export async function settled(read, { steady = 12, patience = 300000, what = 'the editor' } = {}) {
   const deadline = Date.now() + patience;
   let last, same = 0;
   while (same < steady) {

@@ -88,6 +88,7 @@ def prepare_base(base: Path) -> None:
             for index in range(4):
                 photo.crop((0, 0, 256, 256)).save(base / "input" / "my_pairs" / side / f"{index}.png")
                 (base / "input" / "my_pairs" / side / f"{index}.txt").write_text("make it red", encoding="utf-8")
+        shutil.copytree(base / "input" / "my_pairs" / "source", base / "input" / "my_sources" / "source")
     (base / "user" / "default").mkdir(parents=True)
     (base / "user" / "default" / "comfy.settings.json").write_text(json.dumps(SETTINGS), encoding="utf-8")
 

@@ -82,7 +82,7 @@ class Studio:
         prompt = to_api(json.loads((WORKFLOWS / f"{workflow}.json").read_text(encoding="utf-8")), self.info)
         sampling = {"steps": demo_model.STEPS, "cfg": demo_model.CFG}
         size = {"size_level": demo_model.SIZE_LEVEL}
-        settings = {"Step1XEditLoadModel": {"unet_name": demo_model.MODEL_FILE}, "Step1XEditLoadMLLM": {"clip_name": demo_model.MLLM_FILE},
+        settings = {"Step1XEditLoader": {"unet_name": demo_model.MODEL_FILE}, "Step1XEditMLLM": {"clip_name": demo_model.MLLM_FILE},
                     "VAELoader": {"vae_name": demo_model.VAE_FILE}, "Step1XEditEncode": size, "Step1XEditSampler": sampling, "Step1XEditBatchImages": {**size, **sampling},
                     "CFGGuider": {"cfg": demo_model.CFG}, "Step1XEditScheduler": {"steps": demo_model.STEPS}, "Step1XEditStitchCrop": {"feather": 4},
                     "Step1XEditLoadLora": {"lora_name": LORA}, "UpscaleModelLoader": {"model_name": UPSCALER}}
@@ -139,7 +139,29 @@ def train_lora(studio):
     write_dataset(studio.folder / "input" / "lines", [line_pair(0, index, "train") for index in range(9)])
     training = {"steps": 100, "learning_rate": 3e-3, "rank": 8, "alpha": 8.0, "batch_size": 2, "validate_every": 100}
     dataset = {"dataset": "lines", "size_level": demo_model.SIZE_LEVEL, "validation": 1}
-    return sheet(studio.run("step1x_train_lora", Step1XEditTrainDataset=dataset, Step1XEditTrainLora=training), 1, "from pairs of pictures\nto a LoRA")
+    return sheet(studio.run("step1x_train_lora", Step1XEditTrainDataset=dataset, Step1XEditTrainLora=training), 1, "from pairs of images\nto a LoRA")
+
+
+def lightning(studio):
+    """The miniature's own few-step LoRA, which decides steps and CFG."""
+    pair = scene("recolour", 4)
+    made = studio.run("step1x_lightning", [studio.upload(pair.source)], [pair.instruction], Step1XEditSampler={"steps": 0, "cfg": 0.0},
+                      Step1XEditLoadLora={"lora_name": demo_model.FAST_FILE.name})
+    return sheet([Image.fromarray(pair.source), *made], 2, "few steps, one pass each,\nwith a LoRA")
+
+
+def distill(studio):
+    """A short distillation on a few images: enough to see that it learns."""
+    sources = studio.folder / "input" / "my_sources" / "source"
+    sources.mkdir(parents=True)
+    for index in range(4):
+        pair = scene("recolour", index)
+        Image.fromarray(pair.source).save(sources / f"{index}.png")
+        (sources / f"{index}.txt").write_text(pair.instruction, encoding="utf-8")
+    training = {"steps": 40, "learning_rate": 1e-3, "rank": 8, "alpha": 8.0, "accumulation": 1, "warmup": 0, "ema": 0.0, "validate_every": 40,
+                "mode.few_steps": 2, "mode.teacher_steps": demo_model.STEPS, "mode.teacher_cfg": demo_model.CFG}
+    dataset = {"size_level": demo_model.SIZE_LEVEL, "validation": 1}
+    return sheet(studio.run("step1x_distill", Step1XEditTrainDataset=dataset, Step1XEditTrainLora=training), 1, "images and instructions\nto a few-step LoRA")
 
 
 def in_turns(studio):
@@ -161,7 +183,7 @@ def on_the_wall(studio, workflow, prompt):
 
 
 def crop_and_stitch(studio):
-    return sheet(on_the_wall(studio, "step1x_local_edit", "Please color the orange circle blue"), 2, "a small part\nof a large picture")
+    return sheet(on_the_wall(studio, "step1x_local_edit", "Please color the orange circle blue"), 2, "a small part\nof a large image")
 
 
 def crop_stitch_upscale(studio):
@@ -175,7 +197,7 @@ def batch(studio):
     prompts = "give the picture a black background\nturn the picture into a negative"
     made = studio.run("step1x_edit_batch", [studio.upload(source) for source in sources], Step1XEditBatchImages={"prompts": prompts})
     tiles = [picture for i, source in enumerate(sources) for picture in (Image.fromarray(source), *made[2 * i:2 * i + 2])]
-    return sheet(tiles, 3, "every instruction on every picture")
+    return sheet(tiles, 3, "every instruction on every image")
 
 
 def product_variants(studio):
@@ -188,7 +210,9 @@ def product_variants(studio):
 
 def social_media_set(studio):
     names = [studio.upload(scene("recolour", index).source) for index in (6, 7, 3)]
-    return sheet(studio.run("step1x_social_media_set", names, Step1XEditBatchImages={"prompts": "give the picture a black background"}), 3, "one look in three formats")
+    made = studio.run("step1x_social_media_set", names, Step1XEditBatchImages={"prompts": "give the picture a black background"})
+    # Which of the three Save Image nodes ends first is open: the square ones first, the stories last.
+    return sheet(sorted(made, key=lambda image: -image.width / image.height), 3, "one look in three formats")
 
 
 def building_material(studio):
@@ -201,7 +225,7 @@ def building_material(studio):
 def text_to_image(studio):
     made = studio.run("step1x_text_to_image", CLIPTextEncode={"text": "draw a yellow star in the top left corner."},
                       EmptySD3LatentImage={"width": 128, "height": 128}, Step1XEditSampler={"seed": 1})
-    return sheet(made, 1, "a picture from words")
+    return sheet(made, 1, "an image from text")
 
 
 def loop(studio):
@@ -217,7 +241,7 @@ def make_pairs(studio):
     pairs, = studio.run("step1x_make_pairs", [studio.upload(np.asarray(source))], Step1XEditPairCompute={"count": 4}, Step1XEditPairSave={"name": "", "limit": 4})
     # Source and target of the first two pairs, without letters and margins.
     tiles = [pairs.crop((left, 70, left + 200, 202)) for left in (12, 216, 428, 632)]
-    return sheet(tiles, 2, "training pairs from a picture,\ncomputed, with instructions")
+    return sheet(tiles, 2, "training pairs from an image,\ncomputed, with instructions")
 
 
 def propose_pairs(studio):
@@ -245,12 +269,14 @@ MAKERS = {
     "step1x_interior_material": building_material,
     "step1x_lora": lora,
     "step1x_train_lora": train_lora,
+    "step1x_lightning": lightning,
+    "step1x_distill": distill,
     "step1x_make_pairs": make_pairs,
     "step1x_propose_pairs": propose_pairs,
     "step1x_low_vram": lambda studio: plain(studio, "step1x_low_vram", "text", 1, "for little VRAM:\nfp8, smaller, in tiles"),
     "step1x_fast": lambda studio: plain(studio, "step1x_fast", "text", 5, "fast: fp8, TeaCache,\nfewer steps"),
-    "step1x_gated_edit": lambda studio: plain(studio, "step1x_edit", "recolour", 3, "a content gate\nbefore the picture is saved"),
-    "step1x_gedit_edit": lambda studio: plain(studio, "step1x_edit", "replace", 2, "GEdit-Bench:\nedit its pictures"),
+    "step1x_gated_edit": lambda studio: plain(studio, "step1x_edit", "recolour", 3, "a content gate\nbefore the image is saved"),
+    "step1x_gedit_edit": lambda studio: plain(studio, "step1x_edit", "replace", 2, "GEdit-Bench:\nedit its images"),
     "step1x_gedit_judge": lambda studio: plain(studio, "step1x_edit", "replace", 4, "GEdit-Bench:\njudge and report"),
     "step1x_region": lambda studio: plain(studio, "step1x_region", "recolour", 0, "only the edited region\nis computed"),
 }

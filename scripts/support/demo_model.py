@@ -15,3 +15,7 @@ CFG = 1.5
 # What the demo does with it. The picture is one the model was not trained on.
 SAMPLE_IMAGE = PACK / "assets" / "scene.png"
 SAMPLE_PROMPT = "make the green triangle purple"
+
+# A LoRA that makes the same edits in FAST_STEPS steps at CFG 1 (miniature/few_steps.py).
+FAST_FILE = FOLDER / "loras" / "step1x-edit-demo-fast.safetensors"
+FAST_STEPS = 2

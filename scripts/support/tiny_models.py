@@ -21,6 +21,7 @@ MLLM_FP8_FILE = "qwen_2.5_vl_7b_fp8_scaled.safetensors"
 V12_FOLDER = "Step1X-Edit-v1p2"
 VAE_FILE = "ae.safetensors"
 LORA_FILE = "step1x-edit-lora.safetensors"
+FEW_STEP_LORA_FILE = "step1x-edit-lightning.safetensors"
 UPSCALER_FILE = "RealESRGAN_x4plus.safetensors"
 
 VOCABULARY = 152064
@@ -305,15 +306,16 @@ def write_vae(path: Path, seed: int = 3) -> None:
     save_file(random_weights(vae_shapes(), seed), path)
 
 
-def write_lora(path: Path, size: TransformerSize = TINY_TRANSFORMER, seed: int = 4) -> None:
-    """A LoRA of rank 4 in kohya's layout for the fused attention layers."""
+def write_lora(path: Path, size: TransformerSize = TINY_TRANSFORMER, seed: int = 4, few_steps: int = 0) -> None:
+    """A LoRA of rank 4 in kohya's layout for the fused attention layers. few_steps: what its metadata says it was distilled for, 0 nothing."""
     shapes = {}
     for i in range(size.depth):
         for stream in ("img", "txt"):
             name = f"lora_unet_double_blocks_{i}_{stream}_attn_qkv"
             shapes |= {f"{name}.lora_down.weight": (4, size.hidden), f"{name}.lora_up.weight": (3 * size.hidden, 4)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(random_weights(shapes, seed), path)
+    settings = {"step1x_edit.steps": str(few_steps), "step1x_edit.cfg": "1"} if few_steps else None
+    save_file(random_weights(shapes, seed), path, metadata=settings)
 
 
 def made_up_edit(version: str, size: int, lengths: tuple[int, int], width: int) -> tuple:
@@ -346,6 +348,7 @@ def write_all(models: Path, prefix: str = "", terse: bool = False) -> None:
         (models / "text_encoders" / (prefix + MLLM_FP8_FILE), lambda p: write_mllm(p, terse=terse, scaled=True)),
         (models / "vae" / (prefix + VAE_FILE), write_vae),
         (models / "loras" / (prefix + LORA_FILE), write_lora),
+        (models / "loras" / (prefix + FEW_STEP_LORA_FILE), lambda p: write_lora(p, few_steps=4)),
         (models / "upscale_models" / (prefix + UPSCALER_FILE), write_upscaler),
     ):
         if not path.exists():

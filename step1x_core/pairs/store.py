@@ -94,6 +94,9 @@ class PairStore:
             folder.mkdir(parents=True, exist_ok=True)
             self.file = open(self.journal, "ab", buffering=0)
             self.file.truncate(whole)
+            # What a killed run was writing. No other process writes here now.
+            for left in folder.rglob("*.part"):
+                left.unlink()
         except OSError as problem:
             raise self.unwritable(problem) from problem
         self.rows = [row for row in rows if "turned_down" not in row]

@@ -27,8 +27,8 @@ class Tile:
 
 
 # The tiles by bytes of a weight (docs/performance_notes.md).
-TILES = {2: Tile(16, 256, 4, 4), 1: Tile(16, 256, 4, 5)}
-GATE_TILES = {2: Tile(16, 256, 4, 3), 1: Tile(16, 256, 4, 4)}
+TILES = {2: Tile(16, 256, 4, 4), 1: Tile(32, 256, 4, 4)}
+GATE_TILES = {2: Tile(32, 256, 4, 4), 1: Tile(32, 256, 4, 4)}
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,10 @@ class Cache:
     def __init__(self, folder: Path):
         self.folder = folder
 
+    def beside(self, name: str) -> "Cache":
+        """A cache of its own in this one's folder, which `prune` leaves alone. name: longer than two characters."""
+        return Cache(self.folder / name)
+
     def path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
 
@@ -85,12 +89,13 @@ def pack_conditioning(conditioning: list) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class CachedPair:
-    """Keys into the cache. size: height and width of the latents. negative: the conditioning of the empty prompt, for pairs that are only edited and compared."""
+    """Keys into the cache. target: None for a source without one. size: height and width of the latents. negative: the conditioning of the empty prompt, for
+    sources without targets and for pairs that are only edited and compared."""
 
     pair: EditPair
     conditioning: str
     source: str
-    target: str
+    target: str | None
     size: tuple[int, int]
     negative: str | None = None
     # A name for the pictures and the instruction, whatever encoders they went through.
@@ -110,8 +115,15 @@ class EditDataset:
         return content_key(*(part for item in self.pairs for part in (item.content or f"{item.conditioning} {item.source} {item.target}", *item.size)))
 
     def latents(self, item: CachedPair) -> tuple[Tensor, Tensor]:
-        """Target and source, float32 [1, C, h, w] each."""
-        return self.cache.load(item.target)["latent"], self.cache.load(item.source)["latent"]
+        """Target and source, float32 [1, C, h, w] each. Raises Step1XError where the item has no target."""
+        if item.target is None:
+            raise Step1XError("The dataset holds sources and instructions, but training on pairs needs targets. "
+                              "Choose the mode 'few steps', or turn off 'sources_only' in 'Step1X-Edit Dataset'.")
+        return self.cache.load(item.target)["latent"], self.source(item)
+
+    def source(self, item: CachedPair) -> Tensor:
+        """Float32 [1, C, h, w]."""
+        return self.cache.load(item.source)["latent"]
 
     def conditioning(self, item: CachedPair, negative: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """Language-model states bfloat16 [1, T, C_llm], and the tensors beside them, with the source's latent as the reference."""

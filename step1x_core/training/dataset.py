@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +20,15 @@ REFERENCE, CAPTION = "ref_image_path", "caption"
 
 @dataclass(frozen=True)
 class EditPair:
+    """target: None where only a source and an instruction are given, as for a distillation."""
+
     source: Path
-    target: Path
+    target: Path | None
     instruction: str
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.source,) if self.target is None else (self.source, self.target)
 
 
 def read_pairs(path: Path, root: Path | None = None) -> list[EditPair]:
@@ -44,11 +50,49 @@ def read_pairs(path: Path, root: Path | None = None) -> list[EditPair]:
     if not pairs:
         raise Step1XError(f"The dataset {path} holds no pairs. It needs '{SOURCES}/NAME.png', '{TARGETS}/NAME.png' and "
                           f"'{TARGETS}/NAME.txt', or a JSON file of pairs.")
+    return _existing(pairs, path)
+
+
+def read_sources(path: Path, root: Path | None = None) -> list[EditPair]:
+    """The sources and instructions of a dataset, without targets, in the order of their names.
+
+    path: a folder with `source/NAME.png` and `source/NAME.txt`, which holds one instruction a line; or any dataset of pairs, whose targets are not read and
+    need not exist. root: as for `read_pairs`.
+
+    Raises Step1XError as `read_pairs` does.
+    """
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []
+    pairs = [replace(pair, target=None) for file in files for pair in _read_json(file, root)] if files else list(_read_texts(path, root))
+    if not pairs:
+        raise Step1XError(f"The dataset {path} holds no sources. It needs '{SOURCES}/NAME.png' and '{SOURCES}/NAME.txt' with one instruction per line, "
+                          "or pairs as for training.")
+    return _existing(pairs, path)
+
+
+def _existing(pairs: list[EditPair], path: Path) -> list[EditPair]:
     for pair in pairs:
-        for file in (pair.source, pair.target):
+        for file in pair.files:
             if not os.path.isfile(file):
                 raise Step1XError(f"The image {file} of the dataset {path} does not exist. Put it there, or remove the pair.")
     return pairs
+
+
+def _read_texts(folder: Path, root: Path | None) -> Iterator[EditPair]:
+    """One entry for each line of the text beside a source or, where there is none, beside its target."""
+    for name, sources in _pictures(folder / SOURCES).items():
+        source = safe_path(folder, os.path.relpath(_only(sources), folder), root, f"The dataset {folder}")
+        texts = [folder / part / f"{name}.txt" for part in (SOURCES, TARGETS)]
+        text = next((file for file in texts if file.is_file()), texts[0])
+        for line in _read_text(safe_path(folder, os.path.relpath(text, folder), root, f"The dataset {folder}")).splitlines():
+            if line.strip():
+                yield EditPair(source, None, line.strip())
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except (OSError, ValueError) as error:
+        raise Step1XError(f"The instruction {path} could not be read ({error}). Write it into that file, in UTF-8.") from error
 
 
 def _read_json(path: Path, root: Path | None) -> Iterator[EditPair]:
@@ -91,11 +135,7 @@ def _read_folder(folder: Path, root: Path | None) -> Iterator[EditPair]:
             raise Step1XError(f"{target} has no image of that name in {folder / SOURCES}. Put it there, or remove the pair.")
         text = target.with_suffix(".txt")
         source, target, text = (safe_path(folder, os.path.relpath(file, folder), root, f"The dataset {folder}") for file in (_only(sources[name]), target, text))
-        try:
-            instruction = text.read_text(encoding="utf-8-sig").strip()
-        except (OSError, ValueError) as error:
-            raise Step1XError(f"The instruction {text} could not be read ({error}). Write it into that file, in UTF-8.") from error
-        yield EditPair(source, target, instruction)
+        yield EditPair(source, target, _read_text(text))
 
 
 def decode_picture(data: bytes, path: Path) -> Tensor:
@@ -104,11 +144,12 @@ def decode_picture(data: bytes, path: Path) -> Tensor:
     return from_uint8(np.asarray(open_picture(data, str(path))))
 
 
-def dataset_fingerprint(path: Path, root: Path | None = None) -> str:
-    """Another text whenever a picture or an instruction of the dataset was changed, or where its faults are others. root: see `read_pairs`."""
+def dataset_fingerprint(path: Path, root: Path | None = None, read: Callable = read_pairs) -> str:
+    """Another text whenever a picture or an instruction of the dataset was changed, or where its faults are others. root: see `read_pairs`;
+    read: it or `read_sources`."""
     try:
-        pairs = read_pairs(path, root)
-        stats = [(file, file.stat()) for pair in pairs for file in (pair.source, pair.target)]
+        pairs = read(path, root)
+        stats = [(file, file.stat()) for pair in pairs for file in pair.files]
     except (Step1XError, OSError) as error:
         return str(error)
     return content_key(*(pair.instruction for pair in pairs), *(f"{file}{stat.st_size}{stat.st_mtime_ns}" for file, stat in stats))

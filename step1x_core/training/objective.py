@@ -68,10 +68,11 @@ def check_resumed(stored: dict, settings: Settings, place: str) -> None:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a LoRA is trained on. dataset: the fingerprint of its pairs; version: of the model."""
+    """What a LoRA is trained on. dataset: the fingerprint of its pairs; version: of the model; lesson: the settings of a distillation, "" for pairs."""
 
     dataset: str = ""
     version: str = ""
+    lesson: str = ""
 
 
 def check_origin(stored: dict, origin: Origin, place: str) -> None:
@@ -85,6 +86,8 @@ def check_origin(stored: dict, origin: Origin, place: str) -> None:
         raise Step1XError(f"The run in {place} is for Step1X-Edit {version}, but the model is {origin.version}. {advice}")
     if dataset is not None and dataset != origin.dataset:
         raise Step1XError(f"The run in {place} uses another dataset, size level or number of held-out pairs. {advice}")
+    if stored.get("lesson", "") != origin.lesson:
+        raise Step1XError(f"The run in {place} was trained in another mode or with other few-step settings. {advice}")
     if version is None or dataset is None:
         log.warning("The run in %s is from an earlier release and does not name its dataset or version. "
                     "It is resumed with the current ones.", place)
@@ -140,6 +143,8 @@ class LoraLayer(nn.Module):
         self.down = nn.Parameter(torch.rand((rank, inputs), generator=numbers) * 2 * bound - bound)
         self.up = nn.Parameter(torch.zeros((outputs, rank)))
         self.scale = alpha / rank
+        # Off, the layer below gives what it gives without a LoRA.
+        self.enabled = True
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the dtype of x."""

@@ -133,7 +133,7 @@ def test_a_full_disk_leaves_the_earlier_file_and_nothing_half_written(tmp_path, 
     path = tmp_path / "file"
     path.write_bytes(b"old")
     FullDisk(monkeypatch)
-    with pytest.raises(Step1XError, match="cannot be written .*No space left.*Free space on the disk"):
+    with pytest.raises(Step1XError, match="cannot be written .*No space left.*Free disk space"):
         write(path)
     assert [file.name for file in tmp_path.iterdir()] == ["file"] and path.read_bytes() == b"old"
 

@@ -14,7 +14,7 @@ import torch
 from golden_files import TOLERANCE, Golden
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_goldens import GOLDENS
+from test_goldens import GOLDENS, size_table
 
 from step1x_core.host.network.transformer import position_bits
 from step1x_core.host.prompts.text_encoder import Step1XTokenizer
@@ -274,7 +274,7 @@ def test_rounds_may_have_a_null_reply_and_no_scores(tmp_path, version):
 
 
 def test_size_table_may_name_no_error_as_null(tmp_path):
-    table = json.loads((GOLDENS / "resize.json").read_text())
+    table = size_table()
     for row in table["rows"]:
         row.setdefault("error", None)
         row.setdefault("mllm_error", None)

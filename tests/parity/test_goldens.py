@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 GOLDENS = Path(__file__).parent / "goldens"
+
+
+def size_table() -> dict:
+    """The golden table of sizes with a row in thirteen; `test_golden` has the whole one."""
+    table = json.loads((GOLDENS / "resize.json").read_text())
+    return table | {"rows": table["rows"][::13]}
 
 
 @pytest.mark.parametrize("path", sorted(p for p in GOLDENS.rglob("*") if p.is_file()), ids=lambda path: path.name)
@@ -34,7 +39,7 @@ def parity(*arguments) -> subprocess.CompletedProcess:
 
 @pytest.mark.once
 def test_parity_runner_prints_a_line_per_file_and_fails_on_wrong_and_unknown_files(tmp_path):
-    shutil.copy(GOLDENS / "resize.json", tmp_path / "resize.json")
+    (tmp_path / "resize.json").write_text(json.dumps(size_table()))
     good = parity(tmp_path)
     assert good.returncode == 0 and good.stdout.strip() == "PASS resize.json max_err=0.00e+00 tol=1e-05"
 
@@ -55,7 +60,7 @@ def test_parity_runner_prints_a_line_per_file_and_fails_on_wrong_and_unknown_fil
 
 @pytest.mark.parametrize("column, value", [("output_size", [1, 1]), ("resized", [16, 16])])
 def test_wrong_columns_of_the_size_table_are_found(tmp_path, column, value):
-    table = json.loads((GOLDENS / "resize.json").read_text())
+    table = size_table()
     table["rows"][0][column] = value
     (tmp_path / "resize.json").write_text(json.dumps(table))
     assert golden_runner.check_file(tmp_path / "resize.json") == MISMATCH

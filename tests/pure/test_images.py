@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from step1x_core.checks import check_pictures
+from step1x_core.checks import all_finite, check_pictures
 from step1x_core.errors import Step1XError
 from step1x_core.images import from_uint8, to_output_size, to_uint8, to_vision_size, to_working_size, truncate_uint8, vision_sizes, working_size
 
@@ -35,6 +35,30 @@ def test_grey_and_alpha_become_rgb(channels):
 def test_values_outside_the_range_are_clamped():
     picture = torch.tensor([[[float("nan"), -3.0, 7.0]]])
     assert to_uint8(picture).tolist() == [[[0, 0, 255]]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_conversions_leave_their_input_alone_and_round_as_written_out(dtype):
+    picture = (torch.rand(37, 53, 4, generator=torch.Generator().manual_seed(0)) * 1.4 - 0.2).to(dtype)
+    picture[0, :3, 0] = torch.tensor([float("nan"), float("inf"), float("-inf")])
+    for view in (picture, picture.transpose(0, 1), picture[::2, 1:], picture[..., :1]):
+        before = view.clone()
+        rgb = view[..., :3] if view.shape[-1] > 3 else view[..., :1].expand(*view.shape[:-1], 3)
+        expected = rgb.float().nan_to_num(0.0).clamp(0, 1)
+        assert np.array_equal(to_uint8(view), (expected * 255).round().to(torch.uint8).numpy())
+        assert torch.equal(truncate_uint8(expected), (expected * 255).to(torch.uint8))
+        assert torch.equal(view.nan_to_num(5.0), before.nan_to_num(5.0))
+    pixels = to_uint8(picture)
+    assert torch.equal(from_uint8(pixels), torch.from_numpy(pixels.copy()).float() / 255)
+
+
+@pytest.mark.parametrize("values, finite", [
+    ([1.0, -2.0, 0.0], True), ([1.0, float("nan")], False), ([float("inf"), 1.0], False),
+    ([float("inf"), float("-inf")], False), ([3e38, 3e38, 1.0], True), ([3e38, 3e38, float("-inf")], False),
+])
+def test_what_counts_as_finite(values, finite):
+    assert all_finite(torch.tensor(values)) is finite
+    assert all_finite(torch.tensor(values).to(torch.bfloat16)) is finite
 
 
 def test_working_size_resize_is_pillow_lanczos():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from comfy_server import ExecutionError, find_nodes
-from demo_host import STEPS, demo_client, demo_model, demo_prompt, edit, load_demo, to_image, to_pixels
+from demo_host import STEPS, demo_model, demo_prompt, edit, load_demo, to_image, to_pixels
 from PIL import Image
 
 from miniature.edits import invert
@@ -36,6 +36,7 @@ def batch(demo, items, **changes):
     return edit_batch("test", demo.model, demo.clip, demo.vae, items, **settings)
 
 
+@pytest.mark.once
 def test_each_edit_is_the_single_one_with_its_seed_and_a_bad_picture_costs_no_other(demo):
     pairs = [recolouring(index) for index in (0, 1)]
     wide = to_image(np.asarray(Image.fromarray(pairs[0].source).resize((192, 96))))
@@ -51,6 +52,7 @@ def test_each_edit_is_the_single_one_with_its_seed_and_a_bad_picture_costs_no_ot
     assert [line.endswith(": made") for line in lines[1:]] == [True, False, True, True] and failures("test") == before + 1
 
 
+@pytest.mark.once
 def test_a_picture_and_the_negative_prompt_are_encoded_once_and_few_edits_wait(demo, monkeypatch):
     pictures = [to_image(recolouring(index).source) for index in (0, 1)]
     items = lay_out(pictures, ["make it red\nmake it blue\nmake it green"], [1], ALL)
@@ -130,9 +132,8 @@ def test_further_references_stand_behind_the_edited_picture(demo):
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    with demo_client(tmp_path_factory.mktemp("batch")) as client:
-        yield client
+def client(demo_server):
+    return demo_server
 
 
 def upload(client, tmp_path, name, pixels):

@@ -1,32 +1,25 @@
 """The shipped miniature model edits right: held-out edits through the real host's API, judged on the pixels."""
 
 import io
-import json
-import os
-from pathlib import Path
 
 import demo_model
 import numpy as np
 import pytest
-from comfy_server import Client, ComfyServer, find_nodes, install_pack, to_api
-from conftest import PACK
 from PIL import Image
+from shipped import shipped_prompt
 
 from miniature.scenes import judge, pair_at
 
-EDITS = 20
+EDITS = 12
 # Fewer than the miniature's own; an edit is right or wrong after them, too.
-STEPS = 8
-# Of the 20; benchmarks/demo_quality.py measures the rate on more edits.
-LEAST_RIGHT = 18
+STEPS = 6
+# Of the 12; benchmarks/demo_quality.py measures the rate on more edits.
+LEAST_RIGHT = 11
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    base = tmp_path_factory.mktemp("demo")
-    install_pack(base)
-    with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base, demo_model.FOLDER) as server:
-        yield Client(server.url)
+def client(demo_server):
+    return demo_server
 
 
 def edit(client, folder, pixels, instruction, seed=42) -> np.ndarray:
@@ -35,13 +28,18 @@ def edit(client, folder, pixels, instruction, seed=42) -> np.ndarray:
     Image.fromarray(pixels).save(picture)
     name = f"{abs(hash((instruction, pixels.tobytes())))}.png"
     client.upload_image(picture, name)
-    prompt = to_api(json.loads((PACK / "workflows" / "step1x_edit.json").read_text(encoding="utf-8")), client.get("/object_info"))
-    for class_type, values in {
-        "Step1XEditLoadModel": {"unet_name": demo_model.MODEL_FILE}, "Step1XEditLoadMLLM": {"clip_name": demo_model.MLLM_FILE}, "VAELoader": {"vae_name": demo_model.VAE_FILE},
-        "LoadImage": {"image": name}, "Step1XEditEncode": {"prompt": instruction, "size_level": demo_model.SIZE_LEVEL},
-        "Step1XEditSampler": {"steps": STEPS, "cfg": demo_model.CFG, "seed": seed},
-    }.items():
-        prompt[find_nodes(prompt, class_type)[0]]["inputs"].update(values)
+    prompt = shipped_prompt(
+        client,
+        "step1x_edit.json",
+        {
+            "Step1XEditLoader": {"unet_name": demo_model.MODEL_FILE},
+            "Step1XEditMLLM": {"clip_name": demo_model.MLLM_FILE},
+            "VAELoader": {"vae_name": demo_model.VAE_FILE},
+            "LoadImage": {"image": name},
+            "Step1XEditEncode": {"prompt": instruction, "size_level": demo_model.SIZE_LEVEL},
+            "Step1XEditSampler": {"steps": STEPS, "cfg": demo_model.CFG, "seed": seed},
+        },
+    )
     run = client.run(prompt)
     return np.asarray(Image.open(io.BytesIO(run.images[0])).convert("RGB"))
 
@@ -51,7 +49,9 @@ def test_held_out_edits_are_right(client, tmp_path):
     verdicts = []
     for index in range(EDITS):
         pair = pair_at(1, index, "heldout")
-        verdicts.append((pair.kind, pair.instruction, judge(pair, edit(client, tmp_path, pair.source, pair.instruction)).success))
+        verdicts.append(
+            (pair.kind, pair.instruction, judge(pair, edit(client, tmp_path, pair.source, pair.instruction)).success)
+        )
     wrong = [verdict[:2] for verdict in verdicts if not verdict[2]]
     assert EDITS - len(wrong) >= LEAST_RIGHT, wrong
 

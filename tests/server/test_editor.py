@@ -4,7 +4,6 @@ import importlib.util
 import io
 import sys
 
-import demo_host
 import demo_model
 import numpy as np
 import pytest
@@ -37,10 +36,9 @@ OLD_LOADERS = {
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    with demo_host.demo_client(tmp_path_factory.mktemp("comfyui")) as client:
-        client.upload_image(PACK / "assets" / "scene.png", "scene.png")
-        yield client
+def client(demo_server):
+    demo_server.upload_image(PACK / "assets" / "scene.png", "scene.png")
+    return demo_server
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +135,7 @@ def test_widgets_reach_the_inputs_that_they_belong_to(offers, object_info, old):
 
 
 def parts() -> dict:
-    return {"1": {"class_type": "LoadImage", "inputs": {"image": "scene.png"}}, "2": {"class_type": "Step1XEditLoadMLLM", "inputs": {"clip_name": demo_model.MLLM_FILE,
+    return {"1": {"class_type": "LoadImage", "inputs": {"image": "scene.png"}}, "2": {"class_type": "Step1XEditMLLM", "inputs": {"clip_name": demo_model.MLLM_FILE,
             "device": "default", "version": "auto"}}, "3": {"class_type": "VAELoader", "inputs": {"vae_name": demo_model.VAE_FILE}}}
 
 

@@ -176,10 +176,10 @@ def test_a_running_host_offers_and_logs_them(models, tmp_path):
     name = os.path.join("Step1x-Edit", tiny_models.V11_FILE)
     with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), tmp_path, models) as server:
         client = Client(server.url)
-        options = client.get("/object_info/Step1XEditLoadModel")["Step1XEditLoadModel"]["input"]["required"]["unet_name"]
+        options = client.get("/object_info/Step1XEditLoader")["Step1XEditLoader"]["input"]["required"]["unet_name"]
         offered = options[0] if isinstance(options[0], list) else options[1]["options"]
         assert name in offered and tiny_models.V12_FILE in offered
-        prompt = {"1": {"class_type": "Step1XEditLoadModel", "inputs": {"unet_name": name, "version": "auto", "weight_dtype": "default"}},
+        prompt = {"1": {"class_type": "Step1XEditLoader", "inputs": {"unet_name": name, "version": "auto", "weight_dtype": "default"}},
                   "2": {"class_type": "ModelSave", "inputs": {"model": ["1", 0], "filename_prefix": "saved"}}}
         client.run(prompt)
         assert f"'{name}' is {path}" in server.log_text() and f"Step1X-Edit v1.1 from {path}" in server.log_text()

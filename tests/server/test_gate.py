@@ -7,14 +7,12 @@ import json
 import os
 import socket
 import weakref
-from pathlib import Path
 
 import folder_paths
 import numpy as np
 import pytest
-import tiny_models
 import torch
-from comfy_server import Client, ComfyServer, ExecutionError, find_nodes, install_pack, to_api
+from comfy_server import Client, ExecutionError, find_nodes, to_api
 from conftest import PACK
 from PIL import Image
 
@@ -183,6 +181,7 @@ COMBINATIONS = list(itertools.product(ACTIONS, (NONE, "group/red-finder"), (None
                                       ("", " ,\u200b\n", "blood, knife"), ("", " \u200b", "Is it bad?"), (False, True)))
 
 
+@pytest.mark.sampled(11)
 @pytest.mark.parametrize("action, classifier, prompt, words, question, connected", COMBINATIONS)
 def test_in_every_combination_a_gate_that_is_on_checks_or_refuses(clip, monkeypatch, action, classifier, prompt, words, question, connected):
     """What is given to check by is checked by: where it cannot be, there is an error, and never an unsafe picture that passes as found safe."""
@@ -277,40 +276,37 @@ def test_a_classifier_with_independent_labels_and_one_that_was_exchanged(models_
         check(RED, classifier="independent", labels="very red")
 
 
-def test_the_shipped_workflow_in_the_host(tmp_path_factory, models_dir):
-    base = tmp_path_factory.mktemp("comfyui")
-    tiny_models.write_all(base / "models", terse=True)
+def test_the_shipped_workflow_in_the_host(tiny_server, models_dir):
+    base, server = tiny_server.base, tiny_server
     (base / "models" / "image_classification").mkdir()
     os.rename(copy_classifier(models_dir, "served"), base / "models" / "image_classification" / "served")
-    install_pack(base)
     Image.fromarray((RED[0] * 255).byte().numpy()).save(base / "red.png")
-    with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base) as server:
-        client = Client(server.url)
-        client.upload_image(base / "red.png", "red.png")
-        info = client.get("/object_info")
-        options = info["Step1XEditContentGate"]["input"]["required"]["classifier"]
-        assert (options[0] if isinstance(options[0], list) else options[1]["options"]) == ["none", "served"]
-        assert "image_classification" in client.get("/models")
-        shipped = to_api(json.loads((PACK / "workflows" / "step1x_gated_edit.json").read_text(encoding="utf-8")), info)
+    client = Client(server.url)
+    client.upload_image(base / "red.png", "red.png")
+    info = client.get("/object_info")
+    options = info["Step1XEditContentGate"]["input"]["required"]["classifier"]
+    assert (options[0] if isinstance(options[0], list) else options[1]["options"]) == ["none", "served"]
+    assert "image_classification" in client.get("/models")
+    shipped = to_api(json.loads((PACK / "workflows" / "step1x_gated_edit.json").read_text(encoding="utf-8")), info)
 
-        def run(instruction, **changes):
-            prompt = json.loads(json.dumps(shipped))
-            for class_type, values in {"LoadImage": {"image": "red.png"}, "Step1XEditEncode": {"size_level": 64}, "Step1XEditSampler": {"steps": 1},
-                                       "PrimitiveStringMultiline": {"value": instruction}, "Step1XEditContentGate": changes}.items():
-                prompt[find_nodes(prompt, class_type)[0]]["inputs"].update(values)
-            ran = client.run(prompt)
-            gate_node, = find_nodes(prompt, "Step1XEditContentGate")
-            report, = (data["output"]["text"][0] for kind, data in ran.events if kind == "executed" and prompt[data["node"]]["class_type"] == "PreviewAny")
-            return np.asarray(Image.open(io.BytesIO(ran.images[0])).convert("RGB")), report, ran, gate_node
+    def run(instruction, **changes):
+        prompt = json.loads(json.dumps(shipped))
+        for class_type, values in {"LoadImage": {"image": "red.png"}, "Step1XEditEncode": {"size_level": 64}, "Step1XEditSampler": {"steps": 1},
+                                   "PrimitiveStringMultiline": {"value": instruction}, "Step1XEditContentGate": changes}.items():
+            prompt[find_nodes(prompt, class_type)[0]]["inputs"].update(values)
+        ran = client.run(prompt)
+        gate_node, = find_nodes(prompt, "Step1XEditContentGate")
+        report, = (data["output"]["text"][0] for kind, data in ran.events if kind == "executed" and prompt[data["node"]]["class_type"] == "PreviewAny")
+        return np.asarray(Image.open(io.BytesIO(ran.images[0])).convert("RGB")), report, ran, gate_node
 
-        passed, report, _, _ = run("turn it green")
-        assert report.startswith("Content gate: nothing found in the prompt. The images were not checked")
-        off, report, _, _ = run("make her naked", action="off")
-        assert "is off" in report and off.std() > 5
-        withheld, report, ran, _ = run("make her naked")
-        assert "withheld" in report and not np.array_equal(withheld, passed) and np.array_equal(withheld, run("undress him")[0])
-        # Shown on the node itself, and in the log; the picture was found unsafe by the classifier, too.
-        assert ran.previews > 0 and "Content gate: 1 of 1 images withheld." in server.log_text()
-        assert "unsafe content" in run("turn it green", classifier="served", unsafe_labels="safe, red, very red")[1]
-        with pytest.raises(ExecutionError, match="nothing to check"):
-            run("turn it green", words="")
+    passed, report, _, _ = run("turn it green")
+    assert report.startswith("Content gate: nothing found in the prompt. The images were not checked")
+    off, report, _, _ = run("make her naked", action="off")
+    assert "is off" in report and off.std() > 5
+    withheld, report, ran, _ = run("make her naked")
+    assert "withheld" in report and not np.array_equal(withheld, passed) and np.array_equal(withheld, run("undress him")[0])
+    # Shown on the node itself, and in the log; the picture was found unsafe by the classifier, too.
+    assert ran.previews > 0 and "Content gate: 1 of 1 images withheld." in server.log_text()
+    assert "unsafe content" in run("turn it green", classifier="served", unsafe_labels="safe, red, very red")[1]
+    with pytest.raises(ExecutionError, match="nothing to check"):
+        run("turn it green", words="")

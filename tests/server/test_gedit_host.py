@@ -3,19 +3,18 @@
 import importlib.util
 import io
 import json
-import os
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_models
-from comfy_server import Client, ComfyServer, ExecutionError, find_nodes, install_pack, to_api
+from chat_server import SCORES, chat_server, send, stall
+from comfy_server import Client, ExecutionError, find_nodes
 from conftest import PACK
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_gedit import SCORES, chat_server, send, stall
+from shipped import shipped_prompt
 
 from step1x_core.gedit.dataset import read_dataset, result_path, select
 from step1x_core.gedit.miniature import miniature
@@ -29,19 +28,18 @@ spec.loader.exec_module(command)
 FAST = ["--set", "Step1XEditEncode.size_level=64", "--set", "Step1XEditSampler.steps=1"]
 BATCH = ["--workflow", str(PACK / "workflows" / "step1x_edit_batch.json"), "--set", "Step1XEditBatchImages.size_level=64", "--set", "Step1XEditBatchImages.steps=1"]
 
+# A judge of few words: its most probable answer ends, too, and not only one drawn by chance.
+JUDGE_FILE = "few_words.safetensors"
+SMALL = {"Step1XEditMLLM": {"clip_name": JUDGE_FILE}, "Step1XEditEncode": {"size_level": 64}, "Step1XEditSampler": {"steps": 1}}
+
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    base = tmp_path_factory.mktemp("comfyui")
-    tiny_models.write_all(base / "models", terse=True)
-    # A judge of few words: its most probable answer ends, too, and not only one drawn by chance.
-    path = base / "models" / "text_encoders" / tiny_models.MLLM_FILE
-    weights = load_file(path)
+def server(tiny_server):
+    folder = tiny_server.base / "models" / "text_encoders"
+    weights = load_file(folder / tiny_models.MLLM_FILE)
     weights["lm_head.weight"][tiny_models.TURN_END_ID] *= 100
-    save_file(weights, path, metadata={"step1x_edit_config": json.dumps(tiny_models.TINY_MLLM)})
-    install_pack(base)
-    with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base) as running:
-        yield running
+    save_file(weights, folder / JUDGE_FILE, metadata={"step1x_edit_config": json.dumps(tiny_models.TINY_MLLM)})
+    return tiny_server
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +50,7 @@ def client(server):
 @pytest.fixture
 def prompt_of(client):
     def load(name, **changes):
-        prompt = to_api(json.loads((PACK / "workflows" / name).read_text(encoding="utf-8")), client.get("/object_info"))
-        for class_type, values in {"Step1XEditEncode": {"size_level": 64}, "Step1XEditSampler": {"steps": 1}, **changes}.items():
-            for node in find_nodes(prompt, class_type):
-                prompt[node]["inputs"].update(values)
-        return prompt
+        return shipped_prompt(client, name, SMALL, changes)
 
     return load
 
@@ -184,9 +178,9 @@ def test_the_command_runs_batches_and_falls_back_to_single_items(server, data, t
 def test_the_command_starts_a_comfyui_of_its_own_and_a_local_judge_answers(server, data, tmp_path, capsys):
     choice = ["--data", str(data), "--results", str(tmp_path), "--method", "own", "--tasks", "ps_human", "--languages", "en"]
     assert command.main(["edit", *choice, "--models", str(server.base / "models"), *FAST]) == 0
-    assert command.main(["judge", *choice, "--mllm", str(server.base / "models" / "text_encoders" / tiny_models.MLLM_FILE)]) == 0
+    assert command.main(["judge", *choice, "--mllm", str(server.base / "models" / "text_encoders" / JUDGE_FILE)]) == 0
     assert "0 of 1 items judged; 0 missing, 1 unparsable" in capsys.readouterr().err
-    assert command.main(["report", *choice, "--judge", "qwen_2.5_vl_7b"]) == 0 and (tmp_path / "own" / "scores" / "qwen_2.5_vl_7b" / "radar.png").is_file()
+    assert command.main(["report", *choice, "--judge", "few_words"]) == 0 and (tmp_path / "own" / "scores" / "few_words" / "radar.png").is_file()
 
 
 @pytest.mark.parametrize("options, message", [
@@ -194,7 +188,7 @@ def test_the_command_starts_a_comfyui_of_its_own_and_a_local_judge_answers(serve
     (["--workflow", str(PACK / "workflows" / "step1x_edit_in_turns.json")], "not clear which node of the workflow saves the result; found: .*--output-node"),
     (["--workflow", "nothing.json"], "The workflow nothing.json cannot be read"),
     (["--batch", "2"], "--batch needs a workflow with Step1X-Edit Batch Images"),
-    (["--set", "Step1XEditLoadModel.unet_name=nothing.safetensors"], "ComfyUI refuses the workflow"),
+    (["--set", "Step1XEditLoader.unet_name=nothing.safetensors"], "ComfyUI refuses the workflow"),
     (["--set", "Step1XEditEncode.size_level=1024", "--set", "Step1XEditSampler.sampler_name=euler", "--method", "a/b"], "cannot be a name of a method"),
 ])
 def test_mistakes_on_the_command_line_are_told_before_anything_runs(server, data, tmp_path, capsys, options, message):

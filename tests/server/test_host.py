@@ -12,32 +12,30 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from comfy_server import AFTER_GENERATE, Client, ComfyServer, ExecutionError, find_nodes, install_pack, to_api
+from comfy_server import AFTER_GENERATE, Client, ExecutionError, find_nodes, to_api
 from conftest import PACK
 from diffusers_layout import diffusers_repository, to_diffusers
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
+from shipped import shipped_prompt
 
 from step1x_core.errors import Step1XError
 from step1x_core.host.checkpoints.folders import resolve
 
 WORKFLOWS = PACK / "workflows"
 PHOTO = PACK / "assets" / "coffee.jpg"
+# Of edits on a CPU, and the photograph's working size at that level, as [height, width, channels].
+LEVEL, WORKING = 128, (96, 144, 3)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    base = tmp_path_factory.mktemp("comfyui")
-    tiny_models.write_all(base / "models", terse=True)
-    install_pack(base)
-    with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base, arguments=("--cpu", "--preview-method", "latent2rgb")) as running:
-        Client(running.url).upload_image(PHOTO, "coffee.jpg")
-        with Image.open(PHOTO) as photo:
-            # A mask as the mask editor saves it: what is painted is transparent.
-            photo.putalpha(ImageOps.invert(Image.linear_gradient("L").resize(photo.size).point(lambda value: 255 if 64 < value < 160 else 0)))
-            photo.save(base / "masked.png")
-        Client(running.url).upload_image(base / "masked.png", "masked.png")
-        yield running
+def server(tiny_server):
+    with Image.open(PHOTO) as photo:
+        # A mask as the mask editor saves it: what is painted is transparent.
+        photo.putalpha(ImageOps.invert(Image.linear_gradient("L").resize(photo.size).point(lambda value: 255 if 64 < value < 160 else 0)))
+        photo.save(tiny_server.base / "masked.png")
+    Client(tiny_server.url).upload_image(tiny_server.base / "masked.png", "masked.png")
+    return tiny_server
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +49,13 @@ def object_info(client):
 
 
 @pytest.fixture
-def prompt_of(object_info):
+def prompt_of(client):
     """A shipped workflow in API form, at a size and step count for a CPU."""
     def load(name, **changes):
-        prompt = to_api(json.loads((WORKFLOWS / name).read_text(encoding="utf-8")), object_info)
-        small = {"LoadImage": {"image": "coffee.jpg"}, "Step1XEditEncode": {"size_level": 256}, "Step1XEditSampler": {"steps": 4}, "Step1XEditScheduler": {"steps": 4},
-                 "EmptySD3LatentImage": {"width": 256, "height": 192}, "Step1XEditReflectionLoop": {"size_level": 256, "steps": 4, "rounds": 2},
-                 "Step1XEditBatchImages": {"size_level": 256, "steps": 2}}
-        for settings in (small, changes):
-            for class_type, values in settings.items():
-                for node in find_nodes(prompt, class_type):
-                    prompt[node]["inputs"].update(values)
-        return prompt
+        small = {"LoadImage": {"image": "coffee.jpg"}, "Step1XEditEncode": {"size_level": LEVEL}, "Step1XEditSampler": {"steps": 4}, "Step1XEditScheduler": {"steps": 4},
+                 "EmptySD3LatentImage": {"width": 128, "height": 96}, "Step1XEditReflectionLoop": {"size_level": LEVEL, "steps": 4, "rounds": 2},
+                 "Step1XEditBatchImages": {"size_level": LEVEL, "steps": 2}}
+        return shipped_prompt(client, name, small, changes)
 
     return load
 
@@ -102,7 +95,7 @@ def test_workflows_are_offered_as_templates(client):
 
 
 EDITED = (600, 400)
-SHIPPED = [("step1x_edit.json", EDITED), ("step1x_edit_custom_sampler.json", EDITED), ("step1x_text_to_image.json", (256, 192)), ("step1x_edit_v12.json", EDITED),
+SHIPPED = [("step1x_edit.json", EDITED), ("step1x_edit_custom_sampler.json", EDITED), ("step1x_text_to_image.json", (128, 96)), ("step1x_edit_v12.json", EDITED),
            ("step1x_edit_v12_thinking.json", EDITED), ("step1x_masked_edit.json", EDITED), ("step1x_local_edit.json", EDITED), ("step1x_edit_in_turns.json", EDITED),
            ("step1x_local_edit_upscale.json", (1200, 800)), ("step1x_interior_material.json", EDITED), ("step1x_lora.json", EDITED), ("step1x_low_vram.json", EDITED),
            ("step1x_fast.json", EDITED), ("step1x_region.json", EDITED)]
@@ -113,6 +106,7 @@ LOOP = "step1x_edit_v12_loop.json"
 BATCH = "step1x_edit_batch.json"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name, size", SHIPPED)
 def test_shipped_workflow_makes_a_picture(client, prompt_of, name, size):
     prompt = prompt_of(name, LoadImage={"image": "masked.png"})
@@ -156,8 +150,8 @@ def test_materials_are_two_edits_of_one_picture_inside_the_mask(client, prompt_o
 
 def test_lora_workflow_is_the_edit_with_a_changed_model(client, prompt_of):
     def edit(strength):
-        prompt = {"prompt": "make it red"}
-        return pixels(client.run(prompt_of("step1x_lora.json", Step1XEditLoadLora={"strength": strength}, Step1XEditEncode=prompt)))
+        prompt, lora = {"prompt": "make it red"}, {"lora_name": tiny_models.LORA_FILE, "strength": strength}
+        return pixels(client.run(prompt_of("step1x_lora.json", Step1XEditLoadLora=lora, Step1XEditEncode=prompt)))
 
     plain = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditEncode={"prompt": "make it red"}, Step1XEditSampler={"cfg": 0})))
     assert np.array_equal(edit(0.0), plain) and not np.array_equal(edit(1.0), plain)
@@ -184,7 +178,7 @@ def test_blueprint_is_offered_and_is_the_plain_edit(client, prompt_of, object_in
             assert inner[node]["inputs"][index]["name"] == port["name"] or port["name"] == "image"
             if port["name"] == "image":
                 prompt[str(node)]["inputs"][inner[node]["inputs"][index]["name"]] = ["load", 0]
-    prompt[find_nodes(prompt, "Step1XEditEncode")[0]]["inputs"] |= {"prompt": "make it red", "size_level": 256}
+    prompt[find_nodes(prompt, "Step1XEditEncode")[0]]["inputs"] |= {"prompt": "make it red", "size_level": LEVEL}
     prompt[find_nodes(prompt, "Step1XEditSampler")[0]]["inputs"]["steps"] = 4
     prompt["save"] = {"class_type": "SaveImage", "inputs": {"images": [find_nodes(prompt, "Step1XEditDecode")[0], 0], "filename_prefix": "blueprint"}}
     plain = prompt_of("step1x_edit.json", Step1XEditEncode={"prompt": "make it red"})
@@ -206,10 +200,11 @@ def test_thinking_workflow_edits_by_what_it_shows(client, prompt_of):
     assert np.array_equal(pixels(client.run(plain)), pixels(run))
 
 
+@pytest.mark.once
 def test_loop_workflow_with_a_model_that_babbles(client, prompt_of):
     """Nothing is scripted here: random weights never keep a contract, and still there are pictures, a report, and one graph per round."""
     # The preview asks for no scores, which would take most of the time.
-    prompt = prompt_of(LOOP, Step1XEditLoadModel={"version": "v1.2-preview"})
+    prompt = prompt_of(LOOP, Step1XEditLoader={"version": "v1.2-preview"})
     loop, = find_nodes(prompt, "Step1XEditReflectionLoop")
     run = client.run(prompt)
     nodes = [*dict.fromkeys(node.removeprefix(f"{loop}.0.0.") for node in run.executed if node.startswith(f"{loop}."))]
@@ -306,24 +301,24 @@ def test_cancel_in_mid_sampling_and_run_again(client, prompt_of):
 def test_output_stays_at_working_size_without_a_source(client, prompt_of):
     prompt = prompt_of("step1x_edit.json")
     del prompt[find_nodes(prompt, "Step1XEditDecode")[0]]["inputs"]["source"]
-    assert pixels(client.run(prompt)).shape == (208, 304, 3)
+    assert pixels(client.run(prompt)).shape == WORKING
 
 
 def test_ksampler_and_stock_model_loader(client, prompt_of):
     """The stock nodes in place of ours: Load Diffusion Model, ModelSamplingFlux, KSampler, VAE Decode."""
     prompt = prompt_of("step1x_edit.json")
     encode = find_nodes(prompt, "Step1XEditEncode")[0]
-    loader = find_nodes(prompt, "Step1XEditLoadModel")[0]
+    loader = find_nodes(prompt, "Step1XEditLoader")[0]
     sampler, decode = find_nodes(prompt, "Step1XEditSampler")[0], find_nodes(prompt, "Step1XEditDecode")[0]
     ours = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditSampler={"seed": 5})))
     prompt[loader] = {"class_type": "UNETLoader", "inputs": {"unet_name": tiny_models.V11_FILE, "weight_dtype": "default"}}
     prompt["guidance"] = {"class_type": "Step1XEditGuidance", "inputs": {"model": [loader, 0], "truncate": 0.93, "power": 0.4}}
-    prompt["shift"] = {"class_type": "ModelSamplingFlux", "inputs": {"model": ["guidance", 0], "max_shift": 1.15, "base_shift": 0.5, "width": 304, "height": 208}}
+    prompt["shift"] = {"class_type": "ModelSamplingFlux", "inputs": {"model": ["guidance", 0], "max_shift": 1.15, "base_shift": 0.5, "width": WORKING[1], "height": WORKING[0]}}
     prompt[sampler] = {"class_type": "KSampler", "inputs": {"model": ["shift", 0], "positive": [encode, 0], "negative": [encode, 1], "latent_image": [encode, 2], "seed": 5,
                                                           "steps": 4, "cfg": 6.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}}
     assert np.abs(pixels(client.run(prompt)).astype(int) - ours).mean() < 1.5
     prompt[decode] = {"class_type": "VAEDecode", "inputs": {"samples": [sampler, 0], "vae": prompt[encode]["inputs"]["vae"]}}
-    assert pixels(client.run(prompt)).shape == (208, 304, 3)
+    assert pixels(client.run(prompt)).shape == WORKING
 
 
 def test_reference_latent_node_and_text_only_encoder(client, prompt_of):
@@ -332,7 +327,7 @@ def test_reference_latent_node_and_text_only_encoder(client, prompt_of):
     without = pixels(client.run(prompt))
     vae = find_nodes(prompt, "VAELoader")[0]
     prompt["image"] = {"class_type": "LoadImage", "inputs": {"image": "coffee.jpg"}}
-    prompt["scaled"] = {"class_type": "ImageScale", "inputs": {"image": ["image", 0], "upscale_method": "lanczos", "width": 256, "height": 192, "crop": "disabled"}}
+    prompt["scaled"] = {"class_type": "ImageScale", "inputs": {"image": ["image", 0], "upscale_method": "lanczos", "width": 128, "height": 96, "crop": "disabled"}}
     prompt["latent"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["scaled", 0], "vae": [vae, 0]}}
     sampler = prompt[sampler_of(prompt)]["inputs"]
     for side in ("positive", "negative"):
@@ -344,19 +339,19 @@ def test_reference_latent_node_and_text_only_encoder(client, prompt_of):
 def test_unload_and_load_another_version(client, prompt_of):
     first = pixels(client.run(prompt_of("step1x_edit.json")))
     client.free()
-    other = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"unet_name": tiny_models.V10_FILE})))
+    other = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditLoader={"unet_name": tiny_models.V10_FILE})))
     assert not np.array_equal(first, other)
-    forced = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"unet_name": tiny_models.V10_FILE, "version": "v1.1"})))
+    forced = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditLoader={"unet_name": tiny_models.V10_FILE, "version": "v1.1"})))
     assert not np.array_equal(other, forced)
     assert np.array_equal(first, pixels(client.run(prompt_of("step1x_edit.json"))))
 
 
 def test_weight_dtypes_and_model_patches_run(client, prompt_of):
     exact = pixels(client.run(prompt_of("step1x_edit.json")))
-    fp8 = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"weight_dtype": "fp8_e4m3fn"})))
+    fp8 = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditLoader={"weight_dtype": "fp8_e4m3fn"})))
     assert not np.array_equal(exact, fp8)
     prompt = prompt_of("step1x_edit.json")
-    loader = find_nodes(prompt, "Step1XEditLoadModel")[0]
+    loader = find_nodes(prompt, "Step1XEditLoader")[0]
     prompt["cache"] = {"class_type": "Step1XEditSpeedPreset", "inputs": {
         "model": [loader, 0], "mode": "custom: TeaCache", "mode.threshold": 2.0, "mode.attention": "exact",
         "mode.start_percent": 0.0, "mode.end_percent": 1.0}}
@@ -368,14 +363,14 @@ def test_errors_are_sentences_and_the_next_run_works(server, client, prompt_of):
     folder = server.base / "models" / "diffusion_models"
     (folder / "page.safetensors").write_bytes(b"<html>404</html>")
     with pytest.raises(ExecutionError, match="page.safetensors is damaged, incomplete or not a safetensors file") as error:
-        client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"unet_name": "page.safetensors"}))
-    assert error.value.details["node_type"] == "Step1XEditLoadModel"
+        client.run(prompt_of("step1x_edit.json", Step1XEditLoader={"unet_name": "page.safetensors"}))
+    assert error.value.details["node_type"] == "Step1XEditLoader"
     # The host compares the name with the list the node offers; our own check is behind that (test_only_offered_names_are_resolved).
     with pytest.raises(ExecutionError, match="not in"):
-        client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"unet_name": "../../secret.safetensors"}))
+        client.run(prompt_of("step1x_edit.json", Step1XEditLoader={"unet_name": "../../secret.safetensors"}))
     with pytest.raises(ExecutionError, match="formats prompts for another model"):
         prompt = prompt_of("step1x_edit.json")
-        loader = find_nodes(prompt, "Step1XEditLoadMLLM")[0]
+        loader = find_nodes(prompt, "Step1XEditMLLM")[0]
         clip = server.base / "models" / "text_encoders" / "clip_l.safetensors"
         write_clip_l(clip)
         prompt[loader] = {"class_type": "CLIPLoader", "inputs": {"clip_name": clip.name, "type": "stable_diffusion"}}
@@ -405,11 +400,11 @@ def write_clip_l(path):
 def test_diffusers_folder_is_offered_and_loads(server, client, prompt_of):
     source = server.base / "models" / "diffusion_models" / tiny_models.V11_FILE
     diffusers_repository(server.base / "models" / "diffusers" / "Step1X-Edit-v1p1-diffusers", to_diffusers(load_file(source)))
-    info = client.get("/object_info/Step1XEditLoadModel")["Step1XEditLoadModel"]["input"]["required"]["unet_name"]
+    info = client.get("/object_info/Step1XEditLoader")["Step1XEditLoader"]["input"]["required"]["unet_name"]
     offered = info[0] if isinstance(info[0], list) else info[1]["options"]
     assert "Step1X-Edit-v1p1-diffusers/" in offered and not any("00001-of-00003" in name for name in offered)
     expected = pixels(client.run(prompt_of("step1x_edit.json")))
-    assert np.array_equal(pixels(client.run(prompt_of("step1x_edit.json", Step1XEditLoadModel={"unet_name": "Step1X-Edit-v1p1-diffusers/"}))), expected)
+    assert np.array_equal(pixels(client.run(prompt_of("step1x_edit.json", Step1XEditLoader={"unet_name": "Step1X-Edit-v1p1-diffusers/"}))), expected)
 
 
 def test_only_offered_names_are_resolved(models, tmp_path, monkeypatch):
@@ -425,6 +420,7 @@ def test_only_offered_names_are_resolved(models, tmp_path, monkeypatch):
             resolve(name, "diffusion_models", "transformer")
 
 
+@pytest.mark.once
 def test_the_flux_vae_of_full_size(server, client, prompt_of):
     """The published layout of ae.safetensors (with random weights, in half precision) through the stock VAE loader."""
     shapes = tiny_models.flux_vae_shapes()

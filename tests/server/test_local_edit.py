@@ -8,7 +8,7 @@ import torch
 from comfy.sample import prepare_noise
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from comfy_server import ExecutionError, find_nodes
-from demo_host import demo_client, demo_prompt, edit, load_demo, to_image, to_pixels
+from demo_host import demo_prompt, edit, load_demo, to_image, to_pixels
 from PIL import Image
 
 import nodes
@@ -155,6 +155,7 @@ def test_partial_denoise_starts_from_noise_and_picture_mixed(demo):
     assert torch.allclose(first[0], sigmas[0] * noise + (1 - sigmas[0]) * clean, atol=1e-5)
 
 
+@pytest.mark.once
 def test_partial_denoise_keeps_more_of_the_start(demo):
     """From one scene's latent with another scene as the reference: a little denoise keeps the former, a full one makes the latter."""
     here, there = (to_image(recolouring(index).source) for index in (0, 3))
@@ -169,6 +170,7 @@ def test_partial_denoise_keeps_more_of_the_start(demo):
     assert distance(0.2, there) < distance(0.6, there) < distance(1.0, there) and distance(0.0, there) < 0.05
 
 
+@pytest.mark.once
 def test_turns_on_latents_keep_what_is_not_edited(demo):
     """Four recolourings of one object: a VAE round trip in each turn wears off the rest of the picture, the latent chain does not."""
     pair = recolouring(0)
@@ -206,9 +208,8 @@ def test_with_a_latent_the_picture_is_read_by_the_language_model_only(demo):
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    with demo_client(tmp_path_factory.mktemp("local")) as client:
-        yield client
+def client(demo_server):
+    return demo_server
 
 
 def run_masked(client, tmp_path, pixels, mask, workflow, **changes):

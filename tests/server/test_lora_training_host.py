@@ -1,16 +1,15 @@
 """Training through the real ComfyUI: the shipped workflow with cancel and resume, stock nodes around it, and the command."""
 
 import json
-import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
-from comfy_server import Client, ComfyServer, ExecutionError, find_nodes, install_pack, to_api
+import train_lora
+from comfy_server import Client, ExecutionError, find_nodes, to_api
 from conftest import PACK
 from PIL import Image
 from safetensors.torch import load_file
@@ -21,16 +20,13 @@ STATE, LORA = "state.safetensors", "lora.safetensors"
 
 
 @pytest.fixture(scope="module")
-def base(models, tmp_path_factory):
-    base = tmp_path_factory.mktemp("base")
-    install_pack(base)
-    return base
+def base(tiny_server):
+    return tiny_server.base
 
 
 @pytest.fixture(scope="module")
-def client(base, models):
-    with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base, models) as server:
-        yield Client(server.url)
+def client(tiny_server):
+    return Client(tiny_server.url)
 
 
 @pytest.fixture
@@ -107,8 +103,18 @@ def command(models, data, out, *options):
             *(str(part) for pair in files.items() for part in pair), *options]
 
 
+@pytest.fixture
+def run_here(monkeypatch):
+    """Runs the command in this process, which has ComfyUI already -> its exit status."""
+    def run(line):
+        monkeypatch.setattr(sys, "argv", line[1:])
+        return train_lora.main()
+
+    return run
+
+
 @pytest.mark.once
-def test_the_command_goes_on_after_a_kill(models, tmp_path):
+def test_the_command_goes_on_after_a_kill(models, tmp_path, run_here, capsys):
     data = write_folder(tmp_path / "pairs", 3)
     killed = subprocess.Popen(command(models, data, tmp_path / "killed", "--steps", "100000", "--save-every", "1"), stderr=subprocess.DEVNULL)
     while not (tmp_path / "killed" / STATE).is_file():
@@ -118,25 +124,22 @@ def test_the_command_goes_on_after_a_kill(models, tmp_path):
     killed.wait()
     steps = str(steps_done(tmp_path / "killed") + 2)
     for name in ("killed", "whole"):
-        result = subprocess.run(command(models, data, tmp_path / name, "--steps", steps, "--validation", "0"), capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        assert "0 latents and conditionings encoded" in result.stderr and (tmp_path / name / "progress.png").is_file()
+        assert run_here(command(models, data, tmp_path / name, "--steps", steps, "--validation", "0")) == 0
+        assert "0 latents and conditionings encoded" in capsys.readouterr().err and (tmp_path / name / "progress.png").is_file()
     killed, whole = (load_file(tmp_path / name / LORA) for name in ("killed", "whole"))
     assert all(torch.equal(tensor, whole[name]) for name, tensor in killed.items())
 
 
 @pytest.mark.once
-def test_the_command_shows_the_pairs_for_validation_after_the_last_step(models, tmp_path):
+def test_the_command_shows_the_pairs_for_validation_after_the_last_step(models, tmp_path, run_here):
     data = write_folder(tmp_path / "pairs", 3)
     sizes = []
     for options in (["--validation", "0"], ["--validation", "1", "--validate-every", "5", "--weight-dtype", "fp8_scaled"]):
-        result = subprocess.run(command(models, data, tmp_path / "out", "--steps", "1", "--restart", *options), capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
+        assert run_here(command(models, data, tmp_path / "out", "--steps", "1", "--restart", *options)) == 0
         sizes.append(Image.open(tmp_path / "out" / "progress.png").size)
     assert sizes[1][1] > sizes[0][1]
 
 
 @pytest.mark.once
-def test_the_command_says_what_is_wrong(models, tmp_path):
-    result = subprocess.run(command(models, tmp_path / "nothing", tmp_path / "out"), capture_output=True, text=True)
-    assert result.returncode == 1 and "There is no dataset" in result.stderr and "Traceback" not in result.stderr
+def test_the_command_says_what_is_wrong(models, tmp_path, run_here, capsys):
+    assert run_here(command(models, tmp_path / "nothing", tmp_path / "out")) == 1 and "There is no dataset" in capsys.readouterr().err

@@ -2,15 +2,12 @@
 
 import io
 import json
-import os
 import re
-from pathlib import Path
 
 import pytest
-import tiny_models
-from comfy_server import Client, ComfyServer, ExecutionError, find_nodes, install_pack, to_api
-from conftest import PACK
+from comfy_server import Client, ExecutionError, find_nodes
 from PIL import Image
+from shipped import shipped_prompt
 
 from step1x_core.training.dataset import read_pairs
 
@@ -18,13 +15,8 @@ SMALL = {"Step1XEditEncode": {"size_level": 64}, "Step1XEditSampler": {"steps": 
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    base = tmp_path_factory.mktemp("comfyui")
-    tiny_models.write_all(base / "models", terse=True)
-    install_pack(base)
-    with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base) as running:
-        Client(running.url).upload_image(PACK / "assets" / "coffee.jpg", "coffee.jpg")
-        yield running
+def server(tiny_server):
+    return tiny_server
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +27,7 @@ def client(server):
 @pytest.fixture
 def prompt_of(client):
     def load(name, **changes):
-        prompt = to_api(json.loads((PACK / "workflows" / name).read_text(encoding="utf-8")), client.get("/object_info"))
-        for class_type, values in [*SMALL.items(), *changes.items()]:
-            for node in find_nodes(prompt, class_type):
-                prompt[node]["inputs"].update(values)
-        return prompt
+        return shipped_prompt(client, name, SMALL, changes)
 
     return load
 
@@ -66,6 +54,7 @@ def test_computed_pairs_become_a_dataset_that_grows(server, client, prompt_of):
     assert len(read_pairs(dataset / "en-00000.json")) > len(pairs)
 
 
+@pytest.mark.once
 def test_a_proposed_edit_is_made_judged_and_filtered(server, client, prompt_of):
     """A model of random weights proposes nothing and judges nothing: the edits come from the table, and no pair passes."""
     prompt = prompt_of("step1x_propose_pairs.json", Step1XEditPairSave={"name": "judged"}, Step1XEditPairPropose={"count": 2})

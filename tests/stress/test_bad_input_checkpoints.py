@@ -12,12 +12,15 @@ import pytest
 import tiny_models
 import torch
 from bad_input_files import DAMAGED, INCOMPLETE, MODEL, NO_WEIGHTS, QKV, TYPES, UNREADABLE, WRONG, Bomb, changed, check, configured, load, load_model, without, write
-from bad_input_host import NOT_IN_LIST, Given, Host, peak_memory, use_models
+from bad_input_host import NOT_IN_LIST, Given, peak_memory, running_host, use_models
 from diffusers_layout import diffusers_repository, to_diffusers
 from node_inputs import entries
 from safetensors.torch import load_file, save
 
 from step1x_core.checkpoints.detection import CONFIG_KEY
+
+# Nodes and their checks are the same in every host. A sample of the cases shows what a further host makes of them.
+pytestmark = pytest.mark.sampled(11)
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +30,8 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def host(root, models, model, clip, vae):
-    with pytest.MonkeyPatch.context() as patch:
-        use_models(patch, root)
-        shutil.copy(models / "diffusion_models" / tiny_models.V11_FILE, root / "diffusion_models")
-        host = Host(patch, model, clip, vae)
+    with running_host(model, clip, vae, lambda patch: use_models(patch, root, models)) as host:
         yield host
-        host.still_edits(from_the_start=True)
 
 
 @pytest.fixture(scope="module")

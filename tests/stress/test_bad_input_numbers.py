@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from bad_input_host import NOT_CONVERTED, NOT_IN_LIST, TOO_LARGE, TOO_SMALL, Given, Host, Many
+from bad_input_host import NOT_CONVERTED, NOT_IN_LIST, TOO_LARGE, TOO_SMALL, Given, Many, running_host
 from comfy_api.latest import io
 from node_inputs import called, classes, entries, numbers, widgets
 
 from step1x_core.errors import Step1XError
 from step1x_core.speed.presets import ALL_STEPS, REGION, TEACACHE
+
+# Nodes and their checks are the same in every host. A sample of the cases shows what a further host makes of them.
+pytestmark = pytest.mark.sampled(11)
 
 NAN, INF = float("nan"), float("inf")
 OUT_OF_RANGE = "Input '{}' is .*, but it takes {}.*Correct it, or the node that it comes from"
@@ -19,10 +22,8 @@ CHOICES = [entry for entry in entries() if isinstance(entry.input, io.Combo.Inpu
 
 @pytest.fixture(scope="module")
 def host(model, clip, vae):
-    with pytest.MonkeyPatch.context() as patch:
-        host = Host(patch, model, clip, vae)
+    with running_host(model, clip, vae) as host:
         yield host
-        host.still_edits(from_the_start=True)
 
 
 def whole(entry) -> bool:

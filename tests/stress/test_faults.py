@@ -229,6 +229,7 @@ def same(found: dict, expected: dict) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("share", [0.3, 0.6])
 @pytest.mark.parametrize("prompt, node", [*STAGES, ("batch", "batch")])
 def test_cancel_acts_within_a_step_and_leaves_nothing(monkeypatch, classes, things, undisturbed, prompt, node, share):
@@ -242,6 +243,7 @@ def test_cancel_acts_within_a_step_and_leaves_nothing(monkeypatch, classes, thin
     assert same(host.run(PROMPTS[prompt]), expected)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.6])
 @pytest.mark.parametrize("prompt, node", [*STAGES, ("v1.1 lora", "sampler")])
 def test_out_of_memory_frees_what_it_took(host, undisturbed, prompt, node, share):
@@ -256,6 +258,7 @@ def test_out_of_memory_frees_what_it_took(host, undisturbed, prompt, node, share
     assert same(host.run(PROMPTS[prompt]), expected)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("operation", range(0, 900, 150))
 def test_out_of_memory_while_a_lora_is_merged_spoils_no_weights(monkeypatch, classes, things, undisturbed, operation):
     host = Host(monkeypatch, classes, things)
@@ -303,9 +306,9 @@ def test_an_edit_of_a_batch_that_runs_out_of_memory_costs_itself_alone(host, und
 
 
 LOADERS = {
-    "model": ("Step1XEditLoadModel", {"unet_name": tiny_models.V11_FILE, "version": "v1.1", "weight_dtype": "default"}),
-    "shards": ("Step1XEditLoadModel", {"unet_name": "shards-v1p1/", "version": "auto", "weight_dtype": "default"}),
-    "clip": ("Step1XEditLoadMLLM", {"clip_name": tiny_models.MLLM_FILE, "device": "default", "version": "v1.1"}),
+    "model": ("Step1XEditLoader", {"unet_name": tiny_models.V11_FILE, "version": "v1.1", "weight_dtype": "default"}),
+    "shards": ("Step1XEditLoader", {"unet_name": "shards-v1p1/", "version": "auto", "weight_dtype": "default"}),
+    "clip": ("Step1XEditMLLM", {"clip_name": tiny_models.MLLM_FILE, "device": "default", "version": "v1.1"}),
     "lora": ("Step1XEditLoadLora", {"model": ["plain", 0], "lora_name": tiny_models.LORA_FILE, "strength": 1.0}),
 }
 # By loader: the node of `edit_prompt` that it takes the place of.

@@ -15,6 +15,8 @@ from diffusers_layout import diffusers_repository, to_diffusers
 from PIL import Image
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.once
+
 # What runs in ComfyUI, and what else is shipped.
 NODE_PACK = ("__init__.py", "nodes", "step1x_core")
 SHIPPED = (*NODE_PACK, "install.py", "scripts", "miniature", "benchmarks")

@@ -42,8 +42,8 @@ def server(tmp_path_factory):
 def edit_prompt(version: str, picture: str, seed: int, size_level: int) -> dict:
     """An edit with one of the models. The loaders of all of them are in every prompt, so that the host keeps what they loaded."""
     layout = "v1.2" if version == "v1.2" else "v1.1"
-    nodes = {f"model {name}": ("Step1XEditLoadModel", {"unet_name": file, "version": name, "weight_dtype": "default"}) for name, file in MODELS.items()}
-    nodes |= {f"mllm {name}": ("Step1XEditLoadMLLM", {"clip_name": tiny_models.MLLM_FILE, "device": "default", "version": name}) for name in ("v1.1", "v1.2")}
+    nodes = {f"model {name}": ("Step1XEditLoader", {"unet_name": file, "version": name, "weight_dtype": "default"}) for name, file in MODELS.items()}
+    nodes |= {f"mllm {name}": ("Step1XEditMLLM", {"clip_name": tiny_models.MLLM_FILE, "device": "default", "version": name}) for name in ("v1.1", "v1.2")}
     nodes |= {
         "vae": ("VAELoader", {"vae_name": tiny_models.VAE_FILE}),
         "image": ("LoadImage", {"image": picture}),
@@ -73,6 +73,7 @@ def test_prompts_of_different_versions_in_the_queue_get_each_its_own_result(serv
     assert len(set(alone)) == 3 and together == [*alone, alone[1]]
 
 
+@pytest.mark.once
 def test_many_edits_cost_no_memory_and_equal_seeds_stay_equal(server):
     client = Client(server.url, server.log)
     process = psutil.Process(server.process.pid)

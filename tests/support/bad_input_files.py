@@ -47,7 +47,7 @@ def load(host, node, name, **changes):
 
 
 def load_model(host, model=MODEL, **changes):
-    return load(host, "Step1XEditLoadModel", model, **changes)
+    return load(host, "Step1XEditLoader", model, **changes)
 
 
 class Bomb:

@@ -4,7 +4,10 @@ import asyncio
 import itertools
 import os
 import re
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ from typing import Any
 import execution
 import folder_paths
 import psutil
+import pytest
+import tiny_models
 import torch
 from loop_host import load_pack, node_classes
 from node_inputs import FILE, classes, entries, socket, widgets
@@ -256,10 +261,28 @@ class Many(list):
     """A list that a node hands out as a list of single things."""
 
 
-def use_models(monkeypatch, root: Path) -> None:
-    """Make the folders below `root` the host's model folders."""
+@contextmanager
+def running_host(model, clip, vae, prepare=lambda patch: None) -> Iterator[Host]:
+    """A host that must still make the good edit, with its encoding, when the tests have done with it. prepare: what is patched before it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        prepare(patch)
+        host = Host(patch, model, clip, vae)
+        yield host
+        host.still_edits(from_the_start=True)
+
+
+def use_folders(monkeypatch, root: Path) -> None:
+    """Make input/ and output/ below `root` the host's own."""
+    for name in ("input", "output"):
+        (root / name).mkdir(exist_ok=True)
+        monkeypatch.setattr(folder_paths, f"{name}_directory", str(root / name))
+
+
+def use_models(monkeypatch, root: Path, models: Path) -> None:
+    """Make the folders below `root` the host's model folders; a good model from the folder `models` is in them."""
     for name in FOLDERS:
         (root / name).mkdir(parents=True, exist_ok=True)
         _, suffixes = folder_paths.folder_names_and_paths[name]
         monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(root / name)], suffixes))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    shutil.copy(models / "diffusion_models" / tiny_models.V11_FILE, root / "diffusion_models")

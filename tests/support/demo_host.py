@@ -1,6 +1,5 @@
 """The shipped demo model in this process and in a server, for tests on what edits mean."""
 
-import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +10,8 @@ import comfy.utils
 import demo_model
 import numpy as np
 import torch
-from comfy_server import Client, ComfyServer, find_nodes, install_pack, to_api
-from environment import PACK
+from comfy_server import Client, ComfyServer, install_pack
+from shipped import shipped_prompt
 
 from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
 from step1x_core.host.prompts.encoding import decode_edit, encode_edit
@@ -56,18 +55,13 @@ def demo_client(base: Path):
 
 def demo_prompt(client, workflow: str, **changes) -> dict:
     """A shipped workflow in API form, set to the demo model."""
-    prompt = to_api(json.loads((PACK / "workflows" / workflow).read_text(encoding="utf-8")), client.get("/object_info"))
     sampling = {"steps": STEPS, "cfg": demo_model.CFG}
     settings = {
-        "Step1XEditLoadModel": {"unet_name": demo_model.MODEL_FILE},
-        "Step1XEditLoadMLLM": {"clip_name": demo_model.MLLM_FILE},
+        "Step1XEditLoader": {"unet_name": demo_model.MODEL_FILE},
+        "Step1XEditMLLM": {"clip_name": demo_model.MLLM_FILE},
         "VAELoader": {"vae_name": demo_model.VAE_FILE},
         "Step1XEditEncode": {"size_level": demo_model.SIZE_LEVEL},
         "Step1XEditSampler": sampling,
         "Step1XEditBatchImages": {"size_level": demo_model.SIZE_LEVEL, **sampling},
     }
-    for values in (settings, changes):
-        for class_type, inputs in values.items():
-            for node in find_nodes(prompt, class_type):
-                prompt[node]["inputs"].update(inputs)
-    return prompt
+    return shipped_prompt(client, workflow, settings, changes)

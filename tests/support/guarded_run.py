@@ -68,10 +68,10 @@ def main(base: Path, report: Path) -> None:
     with torch.inference_mode():
         vae = load_vae(base / "models" / "vae" / tiny_models.VAE_FILE)
         for file, version, layout in ((tiny_models.V11_FILE, "auto", "v1.1"), ("shards-v1p1/", "auto", "v1.1"), (tiny_models.V12_FILE, "v1.2", "v1.2")):
-            model, _ = run("Step1XEditLoadModel", unet_name=file, version=version, weight_dtype="default")
+            model, _ = run("Step1XEditLoader", unet_name=file, version=version, weight_dtype="default")
             if version == "auto":
                 model, = run("Step1XEditLoadLora", model=model, lora_name=tiny_models.LORA_FILE, strength=1.0)
-            clip, = run("Step1XEditLoadMLLM", clip_name=tiny_models.MLLM_FILE, device="default", version=layout)
+            clip, = run("Step1XEditMLLM", clip_name=tiny_models.MLLM_FILE, device="default", version=layout)
             prompt, _ = run("Step1XEditThinkPrompt", clip=clip, image=image, prompt="make it red", seed=1, temperature=0.7)
             positive, negative, latent = run("Step1XEditEncode", clip=clip, vae=vae, image=image, prompt=prompt, negative_prompt="", size_level=64)
             latent, = run("Step1XEditSampler", model=model, positive=positive, negative=negative, latent_image=latent, seed=1, steps=1, cfg=4.0, sampler_name="euler", denoise=1.0)

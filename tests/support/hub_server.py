@@ -4,8 +4,10 @@ import hashlib
 import json
 import threading
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from web_server import serving
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -77,19 +79,8 @@ class Hub:
             def log_message(self, *args):
                 pass
 
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, request, client_address):
-                pass  # a client that was killed
-
-        server = Server(("localhost", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
-            server.server_close()
+        with serving(Handler, "localhost") as port:
+            yield f"http://127.0.0.1:{port}"
 
 
 def reply(handler, status: int, content: bytes, headers: dict | None = None, length: int | None = None) -> None:

@@ -17,6 +17,8 @@ from ...checkpoints.lora import diffsynth_names, official_alphas
 from ...checkpoints.lora_names import check_complete, find_layer, flat, layers_of, summary
 from ...checkpoints.quantised import check_lora
 from ...errors import Step1XError
+from ..sampling.few_steps import attach, read_few_steps
+from ..sampling.sampler import renew_norm_limiter
 from .loading import naming
 
 log = logging.getLogger(__name__)
@@ -68,6 +70,21 @@ def load_lora_file(path) -> dict[str, Tensor]:
     check_lora(path.name, lora)
     log.info("Loaded a Step1X-Edit LoRA from %s", path)
     return lora
+
+
+def apply_lora_file(model, path, strength: float):
+    """Return a clone of the model with a LoRA file applied (`load_lora_file`, `apply_lora`).
+
+    The settings of a few-step LoRA become the model's defaults, unless its strength is 0. Raises Step1XError if the
+    model already follows another one.
+    """
+    lora = load_lora_file(path)
+    settings = read_few_steps(path) if strength else None
+    model = apply_lora(model, lora, strength)
+    if settings is None:
+        return model
+    attach(model, settings)
+    return renew_norm_limiter(model)
 
 
 def model_layers(model) -> dict:

@@ -9,7 +9,8 @@ from ...editing.batches import Item, describe
 from ...errors import Step1XError
 from ..prompts.encoding import ENCODING_STEPS, check_text_encoder, check_vae, decode_edit, encode_edit
 from ..reasoning.rounds import Failure, attempt
-from ..sampling.sampler import check_model, flow_sigmas, reads_negative, sample, show_settings, version_defaults, with_norm_limiter
+from ..sampling.few_steps import reads_negative, version_defaults
+from ..sampling.sampler import check_model, model_sigmas, sample, show_settings, with_norm_limiter
 
 PREVIEW_FORMAT = "JPEG"
 # Edits that are encoded, sampled and decoded together. Their conditionings wait in main memory, some 20 MB for each at 1024x1024.
@@ -22,7 +23,7 @@ def edit_batch(node_id: str, model, clip, vae, items: list[Item], negative_promp
 
     Many items are encoded first, then sampled, then decoded, so that on a small card each model is loaded seldom; of a picture's instructions only the first
     encodes the picture itself and the negative prompt.
-    node_id: the node on whose account failures are put. steps, cfg: 0 takes the version's default.
+    node_id: the node on whose account failures are put. steps, cfg: 0 takes the default of the version, or of a few-step LoRA.
 
     Raises Step1XError for models of another kind and if all items failed, and the host's exception when the run is cancelled.
     """
@@ -32,11 +33,9 @@ def edit_batch(node_id: str, model, clip, vae, items: list[Item], negative_promp
     show_settings(model, steps, cfg)
     steps, cfg = version_defaults(model, steps, cfg)
     model = with_norm_limiter(model)
+    with_negative = reads_negative(model, cfg)
     previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
     progress = comfy.utils.ProgressBar(len(items) * (ENCODING_STEPS + steps + 1))
-
-    if not reads_negative(model, cfg):
-        negative_prompt = None
 
     # Of the latest picture, by its number: the instructions of one picture follow each other.
     encoded = {}
@@ -45,7 +44,8 @@ def edit_batch(node_id: str, model, clip, vae, items: list[Item], negative_promp
         shared = encoded.pop(item.number, {})
         encoded.clear()
         encoded[item.number] = shared
-        return encode_edit(clip, vae, item.picture, item.prompt, negative_prompt, size_level, progress=progress, known=shared)
+        return encode_edit(clip, vae, item.picture, item.prompt, negative_prompt, size_level, progress=progress,
+                           known=shared, with_negative=with_negative)
 
     def denoise(item: Item, encoded):
         start = progress.current
@@ -53,7 +53,8 @@ def edit_batch(node_id: str, model, clip, vae, items: list[Item], negative_promp
         def show(step, denoised, x, total):
             progress.update_absolute(start + step + 1, preview=previewer and previewer.decode_latent_to_preview_image(PREVIEW_FORMAT, denoised))
 
-        return sample(model, *encoded, flow_sigmas(steps, encoded[2]["samples"]), cfg, item.seed, sampler_name, show)
+        sigmas = model_sigmas(model, steps, encoded[2]["samples"])
+        return sample(model, *encoded, sigmas, cfg, item.seed, sampler_name, show)
 
     def decode(item: Item, latent):
         return decode_edit(vae, latent, item.picture)

@@ -19,6 +19,7 @@ from ...checks import check_latent_shape
 from ...errors import Step1XError
 from ...network.connector import distinct_tokens
 from ...versions import LAYOUT_V11, LAYOUT_V12, VERSIONS
+from ..left_out import LEFT_OUT, CONDLeftOut
 from ..prompts.text_encoder import TEXT_ENCODER_NAME, Step1XTEModel, Step1XTokenizer
 from .foreign import check_own_forward
 from .transformer import Step1XTransformer, position_bits
@@ -76,12 +77,14 @@ class Step1XEditModel(comfy.model_base.Flux):
 
     def extra_conds(self, **kwargs):
         """Return the host's Flux conds without guidance, plus the text mask, or for v1.2 the text's positions and input
-        embeddings.
+        embeddings. For a prompt that was left out, returns only what refuses a pass over it.
 
         Raises Step1XError if the conditioning is not from a Step1X-Edit text encoder of the model's layout or was
         concatenated, and as `check_inputs` does.
         """
         self.check_inputs(**kwargs)
+        if kwargs.get(LEFT_OUT):
+            return {LEFT_OUT: CONDLeftOut()}
         if kwargs.get("prompt_type") == "positive":
             if not kwargs.get("reference_latents") and not VERSIONS[self.diffusion_model.version].draws:
                 log.warning(

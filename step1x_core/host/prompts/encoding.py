@@ -11,6 +11,7 @@ from ...errors import Step1XError
 from ...images import to_output_size, to_working_size, to_working_size_v12
 from ...prompts.memory import ImageMemory
 from ...versions import LAYOUT_V11, LAYOUT_V12, LAYOUTS
+from ..left_out import left_out
 from .text_encoder import Step1XTokenizer
 from .tiling import AUTO, decode
 
@@ -76,20 +77,20 @@ def check_latent(samples: Tensor, pictures: Tensor) -> None:
     check_finite(samples, BAD_LATENT)
 
 
-def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str | None, size_level: int, latent: dict | None = None,
-                progress=None, known: dict | None = None) -> tuple[list, list, dict]:
+def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, size_level: int, latent: dict | None = None,
+                progress=None, known: dict | None = None, with_negative: bool = True) -> tuple[list, list, dict]:
     """Encode images [B, H, W, C] in 0..1 and a prompt to positive and negative conditioning, and the images' latent.
 
     Every image is resized to its working size. The language model sees it with both prompts (for v1.2 resized from the
     original), and its latent (posterior mean) is the reference in both. The same latent is returned: at full denoise
     its content has no effect, below that sampling starts from it.
 
-    negative_prompt: None where nothing reads the negative conditioning, which is then the positive one.
     latent: what an earlier turn sampled. It replaces the images' own latent, which avoids a round trip through the VAE.
     progress: object whose `update(1)` is called `ENCODING_STEPS` times for a single image; by default the host's
     progress bar.
     known: cache of what several prompts for the same image share, the negative conditioning, the latent, and what the
     language model sees. Read and filled here; all other arguments must be the same, the image the same tensor.
+    with_negative: False if sampling will not read the negative prompt; it is then not encoded (`left_out`).
 
     Raises Step1XError for an invalid image, a foreign text encoder or VAE, a latent of another size, sizes that
     degenerate, and damaged weights.
@@ -112,8 +113,8 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str | No
     memory = known.setdefault("memory", ImageMemory())
     conditionings = []
     for text in (prompt, negative_prompt):
-        if text is None:
-            conditionings.append(conditionings[0])
+        if conditionings and not with_negative:
+            conditionings.append(left_out(conditionings[0]))
             progress.update(len(pictures))
             continue
         if len(conditionings) == 1 and "negative" in known:
@@ -135,7 +136,7 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str | No
         conditionings.append(merge_batch(parts))
     comfy.model_management.throw_exception_if_processing_interrupted()
     samples = known["samples"] if "samples" in known else encode_pictures(vae, pictures) if latent is None else latent["samples"]
-    known |= {"samples": samples} | ({} if negative_prompt is None else {"negative": conditionings[1]})
+    known |= {"samples": samples} | ({"negative": conditionings[1]} if with_negative else {})
     progress.update(1)
     positive, negative = ([[cond, {**extra, "reference_latents": [samples]}] for cond, extra in c] for c in conditionings)
     return positive, negative, {"samples": samples, LAYOUT_KEY: layout.name}

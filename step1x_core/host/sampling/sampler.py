@@ -17,10 +17,12 @@ from ...checks import BAD_LATENT, check_conditioning, check_finite, check_latent
 from ...errors import Step1XError
 from ...sampling.guidance import NormLimiter
 from ...sampling.schedule import image_to_image_start, latent_tokens, sigma_schedule
-from ...versions import VERSIONS, Version, describe_settings
+from ...versions import describe_settings
+from ..left_out import is_left_out, left_out
 from ..network.foreign import foreign_parts, refuse_shared, stand_alone
 from ..network.model import Step1XEditModel
 from ..status import show_status
+from .few_steps import few_steps, model_version, reads_negative
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ def set_norm_limiter(model, limiter: NormLimiter):
     """Return a clone of the model with this norm limiter as a pre-CFG hook, in place of any earlier one.
 
     At CFG 1 the unconditional pass still runs in the steps in which the limiter is active, because in v1.0 and v1.1 it
-    shapes the early steps.
+    shapes the early steps. A LoRA that was distilled for CFG 1 was trained without that pass.
     """
     model = model.clone()
     options = model.model_options
@@ -78,7 +80,8 @@ def set_norm_limiter(model, limiter: NormLimiter):
     if not (options[HOOKS] or has_cfg_functions(options)):
         # Set by an earlier limiter; no other hook requires it.
         options.pop("disable_cfg1_optimization", None)
-    shapes_cfg1 = limiter.truncate < 1 and model_version(model).uncond_at_cfg1
+    distilled = few_steps(model) is not None and math.isclose(few_steps(model).cfg, 1.0)
+    shapes_cfg1 = limiter.truncate < 1 and model_version(model).uncond_at_cfg1 and not distilled
     model.set_model_sampler_pre_cfg_function(limiter, disable_cfg1_optimization=shapes_cfg1)
     model.remove_wrappers_with_key(WrappersMP.PREDICT_NOISE, CFG1_KEY)
     if shapes_cfg1:
@@ -158,19 +161,16 @@ def set_guidance_interval(model, start: float, end: float):
     return model
 
 
-def model_version(model) -> Version:
-    return VERSIONS[model.model.diffusion_model.version]
-
-
-def version_defaults(model, steps: int, cfg: float) -> tuple[int, float]:
-    """Replace steps and CFG of 0 by the defaults of the model's version."""
-    version = model_version(model)
-    return steps or version.steps, cfg or version.cfg
+def renew_norm_limiter(model):
+    """Return a clone whose norm limiter follows the model's present settings; the model itself if it has none."""
+    limiter = next((hook for hook in model.model_options.get(HOOKS, []) if isinstance(hook, NormLimiter)), None)
+    return model if limiter is None else set_norm_limiter(model, limiter)
 
 
 def show_settings(model, steps: int, cfg: float | None = None) -> None:
-    """Tell in the log and on the running node which steps and CFG are used; 0 stands for the version's default, None leaves CFG out."""
-    text = describe_settings(model.model.diffusion_model.version, steps, cfg)
+    """Tell in the log and on the running node which steps and CFG are used; 0 stands for the default of the version or
+    of a few-step LoRA, None leaves CFG out."""
+    text = describe_settings(model.model.diffusion_model.version, steps, cfg, few_steps(model))
     log.info("Step1X-Edit samples with %s", text)
     show_status(text)
 
@@ -179,6 +179,17 @@ def flow_sigmas(steps: int, latent: Tensor, denoise: float = 1.0) -> Tensor:
     """Return the official schedule for a latent [B, C, h, w]: [remaining steps + 1] sigmas in float32."""
     sigmas = sigma_schedule(steps, latent_tokens(*latent.shape[-2:]))
     return sigmas[image_to_image_start(steps, denoise):]
+
+
+def model_sigmas(model, steps: int, latent: Tensor, denoise: float = 1.0) -> Tensor:
+    """Return the schedule of this many steps for a latent [B, C, h, w]: [remaining steps + 1] sigmas in float32.
+
+    A few-step LoRA may have its own for the steps that it was distilled for; otherwise it is the official one.
+    """
+    settings = few_steps(model)
+    if settings is None or settings.schedule is None or settings.steps != steps:
+        return flow_sigmas(steps, latent, denoise)
+    return torch.tensor(settings.schedule, dtype=torch.float32)[image_to_image_start(steps, denoise):]
 
 
 def fit_latent(model, latent: dict) -> dict:
@@ -194,12 +205,6 @@ def fit_latent(model, latent: dict) -> dict:
     check_latent_shape(samples, model.model.latent_channels)
     check_finite(samples, BAD_LATENT)
     return out
-
-
-def reads_negative(model, cfg: float) -> bool:
-    """Return whether sampling with this CFG runs the negative conditioning. At 1 the host leaves it out, unless the
-    model has asked for it."""
-    return cfg != 1 or bool(model.model_options.get("disable_cfg1_optimization"))
 
 
 def check_references(model, positive: list, negative: list, cfg: float) -> None:
@@ -236,12 +241,13 @@ def sample(model, positive, negative, latent: dict, sigmas: Tensor, cfg: float, 
     """Denoise a latent dict with the host's sampler; returns a new latent dict.
 
     Noise is drawn on the CPU from `seed`. With fewer than two sigmas nothing is run and the latent is returned
-    unchanged.
+    unchanged. negative: None if this sampling does not read it (`reads_negative`).
     callback: the host's step callback `(step, denoised, x, total_steps)`; by default progress bar and live preview.
 
     Raises Step1XError for a latent or a conditioning of another model, and if the result contains NaN or Inf.
     """
     check_conditioning(positive, "positive")
+    negative = left_out(positive) if negative is None else negative
     check_conditioning(negative, "negative")
     check_references(model, positive, negative, cfg)
     out = fit_latent(model, latent)
@@ -256,9 +262,11 @@ def sample(model, positive, negative, latent: dict, sigmas: Tensor, cfg: float, 
     if callback is None:
         callback = latent_preview.prepare_callback(model, sigmas.shape[0] - 1)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
-    # Copies of tensors that other nodes share, because a host may write into them.
+    # Copies of tensors that other nodes share, because a host may write into them. What no pass reads needs none.
+    positive = copied(positive)
+    negative = left_out(positive) if is_left_out(negative) else copied(negative)
     out["samples"] = comfy.sample.sample_custom(
-        model, noise, cfg, comfy.samplers.sampler_object(sampler_name), sigmas.clone(), copied(positive), copied(negative), samples.clone(),
+        model, noise, cfg, comfy.samplers.sampler_object(sampler_name), sigmas.clone(), positive, negative, samples.clone(),
         noise_mask=None if mask is None else mask.clone(), callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed,
     )
     check_finite(

@@ -6,6 +6,7 @@ from comfy.patcher_extension import WrappersMP
 from ...errors import Step1XError
 from ...speed.teacache import TeaCacheState
 from ..network.foreign import foreign_parts, refuse_shared, stand_alone
+from ..sampling.few_steps import refuse_few_steps
 
 WRAPPER_KEY = "step1x_teacache"
 NODE = "Step1X-Edit Speed (TeaCache)"
@@ -32,10 +33,11 @@ class TeaCache:
     def sample(self, executor, *args, **kwargs):
         """Around a whole sampling run: nothing outlives it, also when it is cancelled.
 
-        Raises Step1XError for a compiled model, and one whose forward pass is another pack's.
+        Raises Step1XError for a compiled model, one with a few-step LoRA, and one whose forward pass is another pack's.
         """
         if "torch_compile_kwargs" in executor.class_obj.model_options:
             raise Step1XError(f"'TorchCompileModel' would keep for all steps what '{NODE}' decides in the first. Remove one of the two.")
+        refuse_few_steps(executor.class_obj.model_patcher, NODE)  # a LoRA loaded after this patch
         refuse_shared(NODE, foreign_parts(executor.class_obj.model_patcher.model.diffusion_model) & {"forward", "_forward"})
         self.states.clear()
         try:
@@ -77,8 +79,9 @@ class TeaCache:
 def apply_teacache(model, threshold: float):
     """A clone of a Step1X-Edit model that skips the blocks while the accumulated estimate stays below `threshold`, in place of an earlier TeaCache.
 
-    At 0 nothing is ever skipped.
+    At 0 nothing is ever skipped. Raises Step1XError for a model with a few-step LoRA.
     """
+    refuse_few_steps(model, NODE)
     model = model.clone()
     patches = model.model_options["transformer_options"].setdefault("patches", {})
     patches["post_input"] = [p for p in patches.get("post_input", []) if not isinstance(getattr(p, "__self__", None), TeaCache)]

@@ -33,7 +33,7 @@ class FrozenLinear(torch.autograd.Function):
 
 def linear_forward(layer: torch.nn.Module, forward: Callable, lora: LoraLayer | None, x: Tensor) -> Tensor:
     out = FrozenLinear.apply(x, layer, forward)
-    return out if lora is None else out + lora(x)
+    return out + lora(x) if lora is not None and lora.enabled else out
 
 
 def norm_forward(norm: torch.nn.RMSNorm, x: Tensor) -> Tensor:
@@ -95,6 +95,18 @@ def adapted(transformer: torch.nn.Module, layers: dict[str, LoraLayer], checkpoi
             del module.forward
         for module, forward in earlier.items():
             module.forward = forward
+
+
+@contextmanager
+def switched_off(layers: dict[str, LoraLayer]) -> Iterator[None]:
+    """While this is open, the layers change nothing in the transformer that they are in."""
+    for layer in layers.values():
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.enabled = True
 
 
 def linear_shapes(transformer: torch.nn.Module) -> dict[str, tuple[int, int]]:

@@ -86,9 +86,10 @@ class PairEncoder:
 
         Raises Step1XError for pictures that cannot be read or do not fit each other, for NaN, and for a full disk.
         """
-        source, target = pair.source.read_bytes(), pair.target.read_bytes()
-        sizes = picture_size(source, str(pair.source)), picture_size(target, str(pair.target))
-        check_shapes(pair, *sizes)
+        files = [path.read_bytes() for path in pair.files]
+        source, target = files[0], files[-1]
+        sizes = [picture_size(data, str(path)) for data, path in zip(files, pair.files)]
+        check_shapes(pair, sizes[0], sizes[-1])
         size = working_size(*sizes[0], self.size_level)
         source_key, target_key = (self.picture_key(data, size) for data in (source, target))
         texts = [pair.instruction, ""] if with_negative else [pair.instruction]
@@ -96,14 +97,15 @@ class PairEncoder:
         # One entry for an instruction that is empty itself.
         missing = {name: text for name, text in zip(names, texts) if name not in self.cache}
         if target_key not in self.cache:
-            decode_picture(target, pair.target)  # a damaged one is told before the encoders have worked for hours
+            decode_picture(target, pair.files[-1])  # a damaged one is told before the encoders have worked for hours
         if missing:
             picture = decode_picture(source, pair.source)
             for name, text in missing.items():
                 self.cache.store(name, pack_conditioning(self.conditioning(picture, text)))
         self.computed += len(missing)
-        return CachedPair(pair, names[0], source_key, target_key, tuple(side // LATENT_FACTOR for side in reversed(size)),
-                          names[1] if with_negative else None, content_key(source, target, pair.instruction))
+        return CachedPair(pair, names[0], source_key, None if pair.target is None else target_key,
+                          tuple(side // LATENT_FACTOR for side in reversed(size)), names[1] if with_negative else None,
+                          content_key(*files, pair.instruction))
 
     def conditioning(self, picture: Tensor, text: str) -> list:
         """What the text encoder makes of a source, float32 [H, W, 3], and an instruction: a conditioning of the host."""
@@ -120,7 +122,7 @@ class PairEncoder:
     def encode_latents(self, item: CachedPair) -> None:
         """Put the latents of source and target into the cache. Raises Step1XError as `unchanged` does, and for a full disk."""
         size = (item.size[1] * LATENT_FACTOR, item.size[0] * LATENT_FACTOR)
-        for key, path in ((item.source, item.pair.source), (item.target, item.pair.target)):
+        for key, path in zip((item.source, item.target), item.pair.files):
             if key not in self.cache:
                 picture = decode_picture(unchanged(path, key, lambda data: self.picture_key(data, size)), path)
                 latent = encode_pictures(self.vae, to_size(picture, size, self.layout)[None])
@@ -147,7 +149,8 @@ def cache_pairs(clip, vae, pairs: list[EditPair], folder: Path, size_level: int,
     cached = []
     for number, pair in enumerate(pairs):
         comfy.model_management.throw_exception_if_processing_interrupted()
-        cached.append(encoder.encode_text(pair, with_negative=number >= trained))
+        # A teacher without targets needs guidance.
+        cached.append(encoder.encode_text(pair, with_negative=number >= trained or pair.target is None))
         progress.update(1)
     for item in cached:
         comfy.model_management.throw_exception_if_processing_interrupted()

@@ -31,11 +31,12 @@ def damaged(path: Path, problem: object) -> Step1XError:
 class Run:
     """The LoRA, the optimiser and the losses so far. All that decides the next step is in the state file.
 
-    origin: what it is trained on. owns_folder: whether what lies in its folder is its own; saved: steps of its files there.
+    origin: what it is trained on. metadata: what else the LoRA's file says of itself. owns_folder: whether what lies in its folder is its own; saved: steps of its files there.
     """
 
-    def __init__(self, settings: Settings, shapes: dict[str, tuple[int, int]], device: torch.device, origin: Origin = UNKNOWN):
-        self.settings, self.origin = settings, origin
+    def __init__(self, settings: Settings, shapes: dict[str, tuple[int, int]], device: torch.device, origin: Origin = UNKNOWN,
+                 metadata: dict[str, str] | None = None):
+        self.settings, self.origin, self.metadata = settings, origin, metadata or {}
         self.layers = {name: layer.to(device) for name, layer in lora_layers(shapes, settings).items()}
         self.weights = parameters(self.layers)
         # One weight after the other, as on the CPU: all at once take a copy of the moments.
@@ -93,7 +94,7 @@ class Run:
         write_tensors(folder / STATE_FILE, tensors, {RUN_KEY: json.dumps(asdict(self.settings) | asdict(self.origin))})
         # kohya's names.
         metadata = {"ss_network_dim": self.settings.rank, "ss_network_alpha": self.settings.alpha, STEPS_KEY: self.step,
-                    BASE_KEY: f"{BASE}{self.origin.version}"}
+                    BASE_KEY: f"{BASE}{self.origin.version}", **self.metadata}
         write_tensors(folder / LORA_FILE, self.lora(), {name: str(value) for name, value in metadata.items()})
         self.saved = self.step
 

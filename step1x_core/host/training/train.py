@@ -23,7 +23,8 @@ from ...images import to_uint8
 from ...training.cache import CachedPair, EditDataset
 from ...training.objective import Origin, Settings, add_noise, draw, flow_loss, pair_at
 from ..network.attention import torch_attention_chosen
-from ..sampling.sampler import check_model, flow_sigmas, sample, version_defaults, with_norm_limiter
+from ..sampling.few_steps import version_defaults
+from ..sampling.sampler import check_model, model_sigmas, sample, with_norm_limiter
 from .adapted import adapted, linear_shapes
 from .run import LORA_FILE, STATE_FILE, Run  # noqa: F401 (the names of what a training leaves)
 
@@ -86,25 +87,32 @@ def join(conditionings: list[tuple[Tensor, dict]]) -> tuple[Tensor, dict]:
     return torch.cat(conds), joined | {"reference_latents": references}
 
 
+def in_groups(rows: list[tuple]) -> Iterator[list[tuple]]:
+    """Rows that begin with a latent and end with a conditioning, together with those of equal shapes, which can be computed at once."""
+    groups = {}
+    for row in rows:
+        cond, extra = row[-1]
+        shapes = (row[0].shape, cond.shape, *(latent.shape for latent in extra["reference_latents"]))
+        groups.setdefault(shapes, []).append(row)
+    yield from groups.values()
+
+
 def batch_losses(model, dataset: EditDataset, items: list[CachedPair], positions: list[int], seed: int) -> Iterator[Tensor]:
     """The losses of these pairs, [n] each time, in groups of equal shapes. positions: in the training, which noise depends on."""
     device = model.load_device
-    groups = {}
+    rows = []
     for item, position in zip(items, positions):
-        target, _ = dataset.latents(item)
-        conditioning = dataset.conditioning(item)
-        x0 = model.model.process_latent_in(target)
+        x0 = model.model.process_latent_in(dataset.latents(item)[0])
         s, noise = draw(seed, position, x0.shape)
-        shapes = (x0.shape, conditioning[0].shape, *(latent.shape for latent in conditioning[1]["reference_latents"]))
-        groups.setdefault(shapes, []).append((x0, noise, s, conditioning))
-    for group in groups.values():
+        rows.append((x0, noise, s, dataset.conditioning(item)))
+    for group in in_groups(rows):
         parts = list(zip(*group))
         x0, noise, s = (torch.cat(part).to(device) for part in parts[:3])
         yield flow_loss(predict(model, add_noise(x0, noise, s), s, join(parts[3])), x0, noise)
 
 
-def train_step(model, dataset: EditDataset, run: Run) -> None:
-    """One update. Raises Step1XError when the loss is NaN or infinite, and the host's exception on cancel; the run is then as it was before."""
+def train_step(model, dataset: EditDataset, run: Run, lesson=None) -> None:
+    """One update. lesson: as for `train`. Raises Step1XError when the loss is NaN or infinite, and the host's exception on cancel; the run is then as it was before."""
     settings, total = run.settings, 0.0
     try:
         for part in range(settings.accumulation):
@@ -112,7 +120,8 @@ def train_step(model, dataset: EditDataset, run: Run) -> None:
             first = run.step * settings.pairs_per_step + part * settings.batch
             positions = range(first, first + settings.batch)
             items = [dataset.pairs[pair_at(settings.seed, position, len(dataset.pairs))] for position in positions]
-            for losses in batch_losses(model, dataset, items, positions, settings.seed):
+            taught = batch_losses(model, dataset, items, positions, settings.seed) if lesson is None else lesson.losses(model, dataset, items, positions, run)
+            for losses in taught:
                 loss = losses.sum() / settings.pairs_per_step
                 loss.backward()
                 total += loss.item()
@@ -126,12 +135,13 @@ def train_step(model, dataset: EditDataset, run: Run) -> None:
 
 
 def train(model, dataset: EditDataset, settings: Settings, folder: Path, resume: bool = True, checkpointing: bool = True, save_every: int = 0,
-          validate_every: int = 0, validate: Callable | None = None, report: Callable | None = None) -> Run:
+          validate_every: int = 0, validate: Callable | None = None, report: Callable | None = None, lesson=None) -> Run:
     """Train up to settings.steps. State and LoRA go to the folder every `save_every` steps (0: never), at the end, and when the run is cancelled or fails,
     but not before its first step: until then an earlier training stays as it is. Then, where the run does not go on from it, it is moved to FOLDER.1.
 
     model: a Step1X-Edit model, of any weight dtype; it is not changed. validate: called as (model, step) every `validate_every` steps (0: never) and at the
-    end, in inference mode and with the LoRA in place. report: called with the run after each step.
+    end, in inference mode and with the LoRA in place. report: called with the run after each step. lesson: what is learned in place of the dataset's targets,
+    see `distill.Lesson`.
 
     Raises Step1XError for a model of another kind, with weights that cannot be trained on or of another layout than the dataset's, and as `Run.resume` and
     `train_step` do, and the host's exception on cancel.
@@ -139,17 +149,19 @@ def train(model, dataset: EditDataset, settings: Settings, folder: Path, resume:
     check_model(model)
     model = prepare_model(model)
     transformer = model.model.diffusion_model
-    origin = Origin(dataset.fingerprint(), transformer.version)
+    origin = Origin(dataset.fingerprint(), transformer.version, "" if lesson is None else lesson.name)
     with torch.inference_mode(False):
-        run = Run(settings, linear_shapes(transformer), model.load_device, origin)
+        run = Run(settings, linear_shapes(transformer), model.load_device, origin, None if lesson is None else lesson.metadata)
         if resume:
             run.resume(folder)
+    if lesson is not None:
+        lesson.prepare(model, dataset, settings)
     load_for_training(model, dataset, settings, run.trained, checkpointing)
     with adapted(transformer, run.layers, checkpointing):
         try:
             while run.step < settings.steps:
                 with torch.inference_mode(False), torch.enable_grad(), training_mode():
-                    train_step(model, dataset, run)
+                    train_step(model, dataset, run, lesson)
                 # Not before there is something to take the place of an earlier training, and before anybody else writes there.
                 run.claim(folder)
                 if save_every and run.step % save_every == 0:
@@ -184,6 +196,7 @@ def edit_held_out(model, vae, dataset: EditDataset, steps: int, cfg: float, seed
         target, source = dataset.latents(item)
         positive, negative = ([list(dataset.conditioning(item, negative))] for negative in (False, True))
         latent = {"samples": source}
-        edited = sample(model, positive, negative, latent, flow_sigmas(steps, source), cfg, seed, callback=lambda *args: None)["samples"]
+        sigmas = model_sigmas(model, steps, source)
+        edited = sample(model, positive, negative, latent, sigmas, cfg, seed, callback=lambda *args: None)["samples"]
         rows.append(to_uint8(torch.cat([vae.decode(part.clone())[0] for part in (source, edited, target)], dim=1)))
     return rows

@@ -317,7 +317,7 @@ def test_damaged_and_foreign_files_are_named_in_one_sentence(files, tmp_path):
     save_file({k: v for k, v in weights.items() if k != "double_blocks.0.img_mlp.0.weight"}, tmp_path / "headless-v1p1.safetensors")
     cases.append((tmp_path / "headless-v1p1.safetensors", "lacks the tensor double_blocks.0.img_mlp.0.weight"))
     save_file({**weights, "connector.S.c_embedder.linear_1.weight": torch.zeros(128, 32)}, tmp_path / "shape-v1p1.safetensors")
-    cases.append((tmp_path / "shape-v1p1.safetensors", r"linear_1.weight has shape \[128, 32\] where \[128, 64\] is needed"))
+    cases.append((tmp_path / "shape-v1p1.safetensors", r"linear_1.weight has shape \[128, 32\], expected \[128, 64\]"))
     save_file({"model.embed_tokens.weight": torch.zeros(2, 2)}, tmp_path / "llm.safetensors")
     cases.append((tmp_path / "llm.safetensors", "not a Step1X-Edit model"))
     for path, message in cases:

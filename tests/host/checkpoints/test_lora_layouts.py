@@ -144,6 +144,7 @@ def check(model, prefix, form, name, module, rows):
     )
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("prefix", DOTTED + FLAT)
 @pytest.mark.parametrize("name, module, rows", LAYERS)
 def test_every_layer_under_every_prefix(mapped_model, prefix, name, module, rows):

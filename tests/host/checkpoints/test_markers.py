@@ -8,7 +8,7 @@ import comfy.sd
 import pytest
 import tiny_models
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from test_loading import predict
 from test_quantised import FP8, check_equal, host_names, matrices, mllm_state, model_state, unmarked
 
@@ -19,16 +19,6 @@ from step1x_core.errors import Step1XError
 from step1x_core.host.checkpoints import loading
 from step1x_core.host.checkpoints.loading import load_model
 from step1x_core.host.network.model import register
-
-
-@pytest.fixture(scope="module")
-def model_weights(models):
-    return {k: v.bfloat16() for k, v in load_file(models / "diffusion_models" / tiny_models.V11_FILE).items()}
-
-
-@pytest.fixture(scope="module")
-def mllm_weights(float_file):
-    return {k: v.bfloat16() for k, v in load_file(float_file).items()}
 
 
 def foreign_parts(form, layer):

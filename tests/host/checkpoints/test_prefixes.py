@@ -56,7 +56,7 @@ def test_an_unknown_prefix_is_refused(plain, tmp_path, prefix):
 
 def test_two_transformers_in_one_file_are_refused(plain, tmp_path):
     weights = {prefix + key: tensor.clone() for key, tensor in plain[0].items() for prefix in ("net.", "model.diffusion_model.")}
-    with pytest.raises(Step1XError, match="holds 2 transformers, under 'model.diffusion_model.' and 'net.'"):
+    with pytest.raises(Step1XError, match="contains 2 transformers, under 'model.diffusion_model.' and 'net.'"):
         read_as(tmp_path, weights)
 
 

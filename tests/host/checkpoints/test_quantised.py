@@ -7,7 +7,7 @@ import pytest
 import tiny_models
 import torch
 from diffusers_layout import to_diffusers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from test_loading import predict
 
 from step1x_core.checkpoints import quantised
@@ -64,16 +64,6 @@ def matrices(weights):
     return [
         key for key, weight in weights.items() if weight.ndim == 2 and ("_blocks." in key or "model.layers." in key)
     ]
-
-
-@pytest.fixture(scope="module")
-def model_weights(models):
-    return {k: v.bfloat16() for k, v in load_file(models / "diffusion_models" / tiny_models.V11_FILE).items()}
-
-
-@pytest.fixture(scope="module")
-def mllm_weights(float_file):
-    return {k: v.bfloat16() for k, v in load_file(float_file).items()}
 
 
 def model_state(folder, stored, metadata=None, name="other-v1p1.safetensors"):

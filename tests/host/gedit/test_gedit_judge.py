@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_gedit import SCORES, picture
+from chat_server import SCORES
+from test_gedit import picture
 
 from step1x_core.files import png, save_picture
 from step1x_core.gedit.dataset import result_path, select

@@ -174,7 +174,7 @@ def test_smoke_run_learns_and_its_files_load(tmp_path):
     """The command that CI runs; then the exported files go through the ordinary loaders and make the same edit as the training code."""
     run, models = tmp_path / "run", tmp_path / "models"
     script = [sys.executable, str(PACK / "miniature" / "train.py")]
-    output = subprocess.run([*script, "--smoke", "--out", run], check=True, capture_output=True, text=True).stdout
+    output = subprocess.run([*script, "--smoke", "--side", "96", "--out", run], check=True, capture_output=True, text=True).stdout
     assert "smoke: vae loss" in output and "smoke: edit loss" in output
     subprocess.run([*script, "export", "--run", run, "--to", models], check=True, capture_output=True)
 

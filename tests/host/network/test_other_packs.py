@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from all_blocks import AllBlocks
 from comfy.ldm.flux.model import Flux
 from comfy.patcher_extension import WrappersMP
 
@@ -48,20 +49,6 @@ def cached_forward(self, img, *args, transformer_options={}, **kwargs):
     previous = getattr(self, "previous_residual", None)
     self.previous_residual = out
     return out if previous is None else (out + previous) / 2
-
-
-class AllBlocks(torch.nn.Module):
-    def __init__(self, double_blocks, single_blocks):
-        super().__init__()
-        self.double_blocks, self.single_blocks = double_blocks, single_blocks
-
-    def forward(self, img, txt, **kwargs):
-        for block in self.double_blocks:
-            img, txt = block(img=img, txt=txt, **kwargs)
-        x = torch.cat((txt, img), dim=1)
-        for block in self.single_blocks:
-            x = block(x, **kwargs)
-        return x[:, txt.shape[1]:], txt
 
 
 @contextmanager
@@ -123,6 +110,7 @@ OURS = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("theirs_first", [True, False])
 @pytest.mark.parametrize("way", [by_function, by_wrapper])
 @pytest.mark.parametrize("swap", SWAPS)

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from all_blocks import AllBlocks
 from comfy.ldm.flux.layers import SingleStreamBlock
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 
@@ -64,6 +65,7 @@ def test_padding_is_computed_once_and_the_last_block_only_where_it_is_read(model
     torch.testing.assert_close(got, run_plainly(model, edit, monkeypatch), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.once
 def test_with_a_block_that_is_compiled_or_replaced_every_token_is_computed(model, edit, monkeypatch):
     expected = run_plainly(model, edit, monkeypatch)
     block = model.model.diffusion_model.single_blocks[0]
@@ -81,22 +83,6 @@ def test_with_a_block_that_is_compiled_or_replaced_every_token_is_computed(model
     got = run(model, edit)
     del block.forward
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-
-
-class AllBlocks(torch.nn.Module):
-    """How packs with a first-block cache put one module in the place of all blocks."""
-
-    def __init__(self, double_blocks, single_blocks):
-        super().__init__()
-        self.double_blocks, self.single_blocks = double_blocks, single_blocks
-
-    def forward(self, img, txt, **kwargs):
-        for block in self.double_blocks:
-            img, txt = block(img=img, txt=txt, **kwargs)
-        x = torch.cat((txt, img), dim=1)
-        for block in self.single_blocks:
-            x = block(x, **kwargs)
-        return x[:, txt.shape[1]:], txt
 
 
 def test_one_module_for_all_blocks_computes_every_token(model, edit, monkeypatch):

@@ -15,7 +15,8 @@ from step1x_core.errors import Step1XError
 from step1x_core.host.checkpoints.loading import load_model, load_own_vae, load_text_encoder, load_vae
 from step1x_core.host.network.transformer import official_time, position_bits
 from step1x_core.host.prompts.encoding import decode_edit, encode_edit
-from step1x_core.host.sampling.sampler import HOOKS, flow_sigmas, sample, version_defaults
+from step1x_core.host.sampling.few_steps import version_defaults
+from step1x_core.host.sampling.sampler import HOOKS, flow_sigmas, sample
 from step1x_core.sampling.guidance import NormLimiter
 
 SIZE_LEVEL = 192

@@ -50,6 +50,13 @@ def test_the_category_has_a_name(language):
     assert {part for schema in locales.node_schemas() for part in schema.category.split("/")} == set(categories)
 
 
+def test_examples_in_prompts_are_in_both_languages():
+    """The editor has no translations of placeholders."""
+    examples = [entry.placeholder for schema in locales.node_schemas() for entry in schema.inputs if getattr(entry, "multiline", False) and entry.placeholder]
+    assert len(examples) == 4
+    assert [text for text in examples if not re.search(r"[a-z]", text) or not re.search(r"[\u4e00-\u9fff]", text)] == []
+
+
 def test_what_is_missing_and_what_is_stale_is_told():
     expected = {"Node": {"display_name": "A node", "inputs": {"a": {"tooltip": "Text."}}, "outputs": {"0": {"tooltip": None}}}}
     found = {"Node": {"display_name": "", "inputs": {"b": {"tooltip": "Old."}}, "outputs": {"0": {"tooltip": "Kept."}}}}

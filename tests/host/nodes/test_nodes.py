@@ -68,9 +68,18 @@ def test_guidance_node_takes_the_limit_of_the_models_version(schemas, models):
             assert hook.truncate == expected
 
 
+def test_the_lora_loader_without_a_lora_returns_the_model(schemas, model):
+    """Also where no LoRA is installed; an unknown name is still refused."""
+    entry = next(entry for entry in schemas["Step1XEditLoadLora"].inputs if entry.id == "lora_name")
+    load = node_module("loaders").Step1XEditLoadLora.execute
+    assert entry.options[0] == "none" and load(model, "none", 1.0)[0] is model
+    with pytest.raises(Exception, match="lora_name"):
+        load(model, "missing.safetensors", 1.0)
+
+
 def test_prompts_from_before_v12_still_validate(schemas):
     """They name no version for the text encoder; the host refuses a prompt that lacks a required input."""
-    required = {entry.id for entry in schemas["Step1XEditLoadMLLM"].inputs if not entry.optional}
+    required = {entry.id for entry in schemas["Step1XEditMLLM"].inputs if not entry.optional}
     assert required == {"clip_name", "device"}
 
 

@@ -39,7 +39,7 @@ def test_values_that_a_widget_offers_and_others(monkeypatch, entry, good, bad, w
     for value in good:
         widgets.check_widgets(Node, x=value, y=1)
     for value in bad:
-        with pytest.raises(Step1XError, match=f"The input 'x' .*{wanted}"):
+        with pytest.raises(Step1XError, match=f"Input 'x' .*{wanted}"):
             widgets.check_widgets(Node, x=value)
     # The wrong one is named, wherever it stands.
     with pytest.raises(Step1XError, match="The input 'y' .*2"):

@@ -98,6 +98,7 @@ def test_the_judge_keeps_scores_and_asks_for_the_rest(picture, monkeypatch):
     assert asked[0][0].seed != asked[0][1].seed and any(first.english in part for part in asked[0][0].content if isinstance(part, str))
 
 
+@pytest.mark.once
 def test_pairs_at_a_time_get_the_verdicts_they_get_alone(picture, clip, monkeypatch):
     """With a model of random weights, of whose answers a part is taken for readable: the pairs need different numbers of tries."""
     def read(reply):

@@ -13,9 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from step1x_core.errors import Step1XError
 from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
+from step1x_core.host.prompts.text_encoder import Step1XTextModel
 from step1x_core.host.reasoning import thinking
 from step1x_core.host.reasoning.rounds import Failure, Rounds
+from step1x_core.host.sampling.few_steps import attach
 from step1x_core.reasoning.reflection import Loop
+from step1x_core.sampling.few_steps import FewSteps
 
 REFINE = "<#Think>Not yet.<#Reflection> Make it darker."
 FAILED = "<#Think>No.<#Failed>"
@@ -106,6 +109,22 @@ def test_the_first_round_is_the_plain_edit(host, script, classes, things):
     assert torch.equal(result.image, edit(classes, things, things["image"], "red cup pls", 5)) and torch.equal(result.image, result.candidates)
     assert result.rounds() == edits(1) and not model.asked
     assert result.report == "Instruction: red cup pls" and result.prompt == "red cup pls"
+
+
+def test_a_few_step_model_has_only_instructions_encoded(monkeypatch, classes, things, script):
+    """Also in the later rounds, whose nodes are the guarded twins."""
+    forward, prompts = Step1XTextModel.forward, []
+    monkeypatch.setattr(Step1XTextModel, "forward", lambda self, tokens: prompts.append(1) or forward(self, tokens))
+    fast = things["model"].clone()
+    attach(fast, FewSteps(2))
+    host = InProcessHost(monkeypatch, classes, {**things, "model": fast})
+    script(reflection=[REFINE, GOOD["reflection"]])
+    result = host.run(steps=0, cfg=0.0)
+    assert len(result.candidates) == 2 and len(prompts) == 2
+    prompts.clear()
+    script(reflection=[REFINE, GOOD["reflection"]])
+    result = host.run(steps=1, cfg=2.0, seed=6)  # guidance by hand
+    assert len(result.candidates) == 2 and len(prompts) == 4
 
 
 def test_thinking_without_reflection_and_reflection_without_thinking(host, script):
@@ -203,6 +222,7 @@ class Broken:
 PLACES = {"encode": ("edit", "encode_edit"), "sampler": ("sampling", "sample"), "decode": ("edit", "decode_edit"), "judge": ("loop", "judge")}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("problem", [RuntimeError("no more luck"), comfy.model_management.OOM_EXCEPTION("no more memory")])
 @pytest.mark.parametrize("node", PLACES)
 def test_an_error_in_a_later_round_keeps_the_pictures_and_is_tried_again(host, script, monkeypatch, node, problem):

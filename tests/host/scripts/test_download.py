@@ -229,7 +229,7 @@ def test_what_is_not_there_is_said_in_one_sentence(server, tmp_path, source):
         hub.list_files(source, "no/where")
     found = items(tmp_path, tiny_models.V11_FILE, source=source)
     server.faults[tiny_models.V11_FILE] = [hub_server.status(404)]
-    assert "is not there or not public (HTTP 404)" in download.download([found])[0]
+    assert "does not exist or is not public (HTTP 404)" in download.download([found])[0]
     result = install("--download", "v1.0", "fp8", "--source", source, "--repo", OFFICIAL, base=tmp_path, check=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     for title in ("Step1X-Edit v1.0", "Step1X-Edit in fp8"):

@@ -8,9 +8,9 @@ import thumbnails
 from conftest import PACK
 from PIL import Image
 
+import install
+
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
-# A person's own choice: there is no file to offer.
-OWN_FILES = {"step1x-edit-lora.safetensors"}
 TITLE = 30
 
 
@@ -34,10 +34,32 @@ def test_files_that_a_graph_names_can_be_downloaded(name, nodes):
     for node in nodes:
         files = {value for value in node.get("widgets_values", []) if isinstance(value, str) and value.endswith(".safetensors")}
         models = node["properties"].get("models", [])
-        assert {model["name"] for model in models} == files - OWN_FILES, f"{name}: {node['type']}"
+        assert {model["name"] for model in models} == files, f"{name}: {node['type']}"
         for model in models:
             assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith(f"/{model['name']}")
             assert model["directory"] in folder_paths.folder_names_and_paths
+
+
+# What --download gets for a list's entry that no link can bring: a repository's folder, and a LoRA, which everyone chooses for themselves.
+COMMANDS = {"Step1X-Edit-v1p2/": "v1.2", "none": "lora"}
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_the_note_has_a_command_for_what_has_no_link(path):
+    """The editor's list of missing models offers single files only."""
+    nodes = read(path)["nodes"]
+    loaders = [node for node in nodes if node["type"] in ("Step1XEditLoader", "Step1XEditMLLM", "Step1XEditLoadLora")]
+    without = {node["widgets_values"][0] for node in loaders if not node["properties"].get("models")}
+    text, = next(node["widgets_values"] for node in nodes if node["type"] == "MarkdownNote")
+    for entry in without:
+        assert COMMANDS[entry] in install.MODELS and f"`python install.py --download {COMMANDS[entry]}`" in text, entry
+    assert without or "install.py" not in text
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_the_note_leads_to_the_chinese_help(path):
+    text, = next(node["widgets_values"] for node in read(path)["nodes"] if node["type"] == "MarkdownNote")
+    assert text.endswith("\n\n中文说明：选中节点，再点击其工具栏上的 ⓘ。")
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

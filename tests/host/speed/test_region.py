@@ -180,6 +180,7 @@ def test_only_the_region_is_computed_and_the_rest_is_kept(model, v12, edit, edit
         assert kept == 0 if full[i] else 0.2 < kept < 0.9
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 13])
 def test_step_counts(model, edit, steps):
     patched = apply_region(model, PART)
@@ -219,6 +220,7 @@ def test_inpainting_computes_what_is_painted(model, edit):
     assert torch.equal(run(patched, edit, noise_mask=everything), run(model, edit, noise_mask=everything))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("reuse", [0.0, 1.0])
 def test_a_batch_gives_what_its_pictures_give_alone(model, edit, reuse):
     patched = apply_region(model, RegionSettings(similarity=1.0, reuse=reuse))
@@ -331,6 +333,7 @@ def test_another_nodes_attention_and_patches_stay_in_use(model, edit):
     assert len(set(calls)) >= 3
 
 
+@pytest.mark.once
 def test_local_edits_of_the_demo_model_succeed_with_less_than_half_of_the_tokens():
     import comfy.sd
     import comfy.utils

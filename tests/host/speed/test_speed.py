@@ -78,6 +78,7 @@ def test_exact_is_the_model_as_it_is(model, edit):
     assert chosen(EXACT, model) is model
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("mode, single", [
     (BALANCED, lambda model: apply_teacache(model, 0.3)),
     (FAST, lambda model: set_guidance_interval(apply_teacache(model, 0.3), 0.0, 0.5)),
@@ -226,7 +227,7 @@ def test_choices_that_there_are_not(host, value):
 
 def test_a_guided_part_that_ends_before_it_starts(host):
     widgets = defaults(host, TEACACHE) | {"mode.start_percent": 0.8, "mode.end_percent": 0.7}
-    sentence = "would start at 0.8 of the steps and end at 0.7, .*Set start_percent to at most end_percent"
+    sentence = "Guidance starts at 0.8 of the steps and ends at 0.7; .*Lower start_percent or raise end_percent"
     host.refuses(speed(host, **widgets), sentence)
 
 

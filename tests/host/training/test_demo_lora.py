@@ -64,6 +64,7 @@ def triangle(picture) -> torch.Tensor:
     return picture[TRIANGLE].mean(dim=(0, 1))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("load", [stock, ours])
 def test_the_lora_gives_the_word_its_new_meaning(demo, file, recolour, load):
     red, green, blue = triangle(recolour(demo.model, "purple"))
@@ -75,6 +76,7 @@ def test_the_lora_gives_the_word_its_new_meaning(demo, file, recolour, load):
     assert (changed - recolour(demo.model, "red")).abs().mean() < 0.01
 
 
+@pytest.mark.once
 def test_other_words_keep_their_meaning(demo, file, recolour):
     without, with_lora = (recolour(model, "yellow") for model in (demo.model, ours(demo.model, file, 1.0)))
     assert (without - with_lora).abs().mean() < 0.01

@@ -106,6 +106,7 @@ def loss_of(model, run, dataset, checkpointing=True):
     return loss.item()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ["bf16", "plain fp8", "scaled fp8"])
 def test_gradients_are_those_of_finite_differences(models, tmp_path, dataset, kind):
     with torch.inference_mode():
@@ -209,6 +210,7 @@ def test_same_seed_same_lora(model, dataset, finished, tmp_path):
     assert other.losses != finished[0].losses
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("batch, accumulation", [(1, 4), (2, 2)])
 def test_accumulation_equals_a_larger_batch(model, dataset, tmp_path, batch, accumulation):
     one = train(model, dataset, replace(SETTINGS, steps=2, batch=4), tmp_path / "one")

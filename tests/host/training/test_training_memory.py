@@ -78,6 +78,7 @@ def moved(*args, **kwargs):
     return saved_tensors_hooks(lambda tensor: (tensor.shape, tensor.dtype), lambda packed: torch.empty(packed[0], dtype=packed[1], device="meta"))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("size", [512, 1024])
 def test_training_keeps_the_tokens_of_no_block_on_the_device(model, monkeypatch, size):
     transformer, layers = full_size()

@@ -62,6 +62,33 @@ def test_links_to_a_heading_find_it(page):
     assert wrong == []
 
 
+HELP = sorted(PACK.glob("web/docs/**/*.md"))
+# What the second column of a help page's table may be: the panel is 285 pixels wide and cuts off what is further right.
+EXPLANATIONS = {"What it does", "What it is", "Effects", "Nodes in between", "作用", "说明", "效果", "中间的节点"}
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """All tables of a page, each as rows of cells; the line below the header is left out."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\|\n)+", text + "\n", re.MULTILINE):
+        rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))] for line in block.splitlines()]
+        found.append([row for row in rows if not set("".join(row)) <= {"-", ":"}])
+    return found
+
+
+@pytest.mark.parametrize("page", HELP, ids=lambda page: page.relative_to(PACK).as_posix())
+def test_tables_of_help_pages_explain_in_the_second_column(page):
+    found = tables(page.read_text(encoding="utf-8"))
+    assert len(found) >= 2
+    for header, *rows in found:
+        assert len(header) <= 3 and header[1] in EXPLANATIONS, header
+        assert [row for row in rows if len(row) != len(header) or not row[1]] == []
+
+
+def test_the_search_finds_tables():
+    assert tables("a\n| A | B |\n|---|---|\n| x | `y\\|z` |\n\n| C |\n|---|\n") == [[["A", "B"], ["x", "`y\\|z`"]], [["C"]]]
+
+
 BOOK = [PACK / "README.md", *sorted(PACK.glob("docs/*.md"))]
 # A path from the pack's folder on, and a command with its options, up to the end of its code span or line.
 PATHS = re.compile(r"(?<![\w/.-])(?:tests|scripts|benchmarks|step1x_core|nodes|miniature|workers|docs|web|assets)/[\w./-]*\w\.(?:py|md|json|txt|ini|jpg|png)\b")

@@ -22,7 +22,7 @@ PLAIN = {
     "speed": ("sampling",),
     "reasoning": ("prompts",),
     "editing": (),
-    "training": (),
+    "training": ("sampling",),
     "gate": (),
     "gedit": ("reasoning",),
     "pairs": ("prompts", "reasoning", "training"),

@@ -172,6 +172,10 @@ def test_the_command_goes_on_after_a_kill(pictures, tmp_path):
         with contextlib.suppress(psutil.NoSuchProcess):  # a worker may notice that it is alone
             process.kill()
     killed.communicate()
+    # As if the kill had struck while an image was being written, which it does now and then.
+    half = tmp_path / "set" / "targets" / "00" / "0.png.1-1.part"
+    half.parent.mkdir(parents=True, exist_ok=True)
+    half.write_bytes(b"half")
     run = command(*choice)
     output, errors = run.communicate(timeout=300)
     assert run.returncode == 0, errors

@@ -10,7 +10,7 @@ from PIL import Image
 
 from step1x_core.errors import Step1XError
 from step1x_core.training.cache import Cache, write_tensors
-from step1x_core.training.dataset import decode_picture, read_pairs
+from step1x_core.training.dataset import dataset_fingerprint, decode_picture, read_pairs, read_sources
 
 
 def write_picture(path, seed, size=(64, 64)):
@@ -113,3 +113,33 @@ def test_cache_files_are_whole_and_faults_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(Step1XError, match="cannot be written"):
         write_tensors(tmp_path / "file" / "x.safetensors", {"a": torch.zeros(1)})
+
+
+def test_sources_have_one_instruction_a_line_and_need_no_targets(tmp_path):
+    for i in range(2):
+        write_picture(tmp_path / "source" / f"{i}.png", i)
+    (tmp_path / "source" / "0.txt").write_text("make it red\n\n  make it blue \n", encoding="utf-8-sig")
+    (tmp_path / "source" / "1.txt").write_text("把它变绿", encoding="utf-8")
+    sources = read_sources(tmp_path)
+    assert [(pair.source.name, pair.target, pair.instruction) for pair in sources] == [
+        ("0.png", None, "make it red"), ("0.png", None, "make it blue"), ("1.png", None, "把它变绿")]
+    before = dataset_fingerprint(tmp_path, None, read_sources)
+    (tmp_path / "source" / "1.txt").write_text("把它变红", encoding="utf-8")
+    assert dataset_fingerprint(tmp_path, None, read_sources) != before
+    (tmp_path / "source" / "1.txt").unlink()
+    with pytest.raises(Step1XError, match="1.txt could not be read"):
+        read_sources(tmp_path)
+
+
+def test_pairs_give_their_sources_without_reading_targets(folder, tmp_path):
+    entries = {f"target/{i}.png": {"ref_image_path": f"source/{i}.png", "caption": f"edit number {i}"} for i in range(3)}
+    (folder / "target" / "1.png").unlink()
+    texts = read_sources(folder)
+    assert [pair.instruction for pair in texts] == ["edit number 0", "edit number 1", "edit number 2"] and texts[1].files == (folder / "source" / "1.png",)
+    assert read_sources(write_json(folder, entries)) == texts
+    (folder / "source" / "2.png").unlink()
+    with pytest.raises(Step1XError, match="2.png.*does not exist"):
+        read_sources(folder / "metadata.json")
+    for place in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(Step1XError, match="holds no sources"):
+            read_sources(place)
