@@ -33,7 +33,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--formats", nargs="+", choices=("bf16", "float32", "fp8"), default=["bf16", "float32", "fp8"])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--size", type=int, default=1024, help="size level and side of a square image")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--edits", type=int, default=16, help="edits that are judged, and images that edits are proposed for")
     parser.add_argument("--tokens", type=int, default=80, help="length of a judging reply; a proposal is three times as long")
     parser.add_argument("--core", type=Path, help="folder that holds another step1x_core")
@@ -70,15 +70,16 @@ def wait() -> None:
 
 
 def timed(function, repeats: int) -> tuple[float, float]:
-    """Median and half the spread of the seconds that a call takes, the device's work included, after a warm-up."""
+    """Median and half the spread of the seconds that a call takes, the device's work included, after three warm-ups."""
     times = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats + 3):
         wait()
         start = time.perf_counter()
         function()
         wait()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:]), (max(times[1:]) - min(times[1:])) / 2
+    times = times[3:]
+    return statistics.median(times), (max(times) - min(times)) / 2
 
 
 @contextmanager

@@ -90,18 +90,26 @@ def picture_grid(picture: Tensor) -> tuple[int, int]:
     return picture.shape[0] // VISION_CELL, picture.shape[1] // VISION_CELL
 
 
+def three_channels(image: Tensor) -> Tensor:
+    """View an image [H, W, C] as [H, W, 3]: grey becomes RGB, alpha is dropped."""
+    return image[..., :3] if image.shape[-1] >= 3 else image[..., :1].expand(*image.shape[:-1], 3)
+
+
 def to_rgb(image: Tensor) -> Tensor:
     """Convert an image [H, W, C] to float32 [H, W, 3] in 0..1 on the CPU. Grey becomes RGB, alpha is dropped, NaN
     becomes black."""
-    image = image[..., :3] if image.shape[-1] >= 3 else image[..., :1].expand(*image.shape[:-1], 3)
-    # Only the first of these makes a new tensor: a large photograph's cost is the memory, not the arithmetic.
-    return image.float().nan_to_num(0.0).clamp_(0, 1).cpu()
+    return three_channels(image).float().nan_to_num(0.0).clamp_(0, 1).cpu()
 
 
 def to_uint8(image: Tensor) -> np.ndarray:
     """Convert an image [H, W, C] in 0..1 to uint8 [H, W, 3]; `to_rgb` says how other channels and values are
     treated."""
-    return to_rgb(image).mul_(255).round_().to(torch.uint8).numpy()
+    # `to_rgb` and a rounding on one thread: torch's threads have to wait for each other after each operation, and its
+    # nan_to_num alone takes longer than all of this. fmax turns NaN into 0.
+    pixels = np.fmax(three_channels(image).detach().float().cpu().numpy(), 0)
+    np.fmin(pixels, 1, out=pixels)
+    pixels *= 255
+    return np.rint(pixels, out=pixels).astype(np.uint8)
 
 
 def from_uint8(pixels: np.ndarray) -> Tensor:
