@@ -42,5 +42,5 @@ def test_values_that_a_widget_offers_and_others(monkeypatch, entry, good, bad, w
         with pytest.raises(Step1XError, match=f"Input 'x' .*{wanted}"):
             widgets.check_widgets(Node, x=value)
     # The wrong one is named, wherever it stands.
-    with pytest.raises(Step1XError, match="The input 'y' .*2"):
+    with pytest.raises(Step1XError, match="Input 'y' .*2"):
         widgets.check_widgets(Node, x=good[0], y=2)
