@@ -93,6 +93,9 @@ def with_lora(prompt: dict, name: str) -> None:
     loader = next(node for node, content in prompt.items() if content["class_type"] == "Step1XEditLoader")
     for content in prompt.values():
         content["inputs"].update({name: ["lora", 0] for name, value in content["inputs"].items() if value == [loader, 0]})
+    for content in prompt.values():
+        if content["class_type"] == "Step1XEditEncode":
+            content["inputs"]["model"] = ["lora", 0]  # so that the negative prompt is not encoded for nothing
     prompt["lora"] = {"class_type": "Step1XEditLoadLora", "inputs": {"model": [loader, 0], "lora_name": name, "strength": 1.0}}
 
 
