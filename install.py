@@ -44,13 +44,28 @@ class Model:
 
 MODELS = {
     "v1.0": Model("Step1X-Edit v1.0", "diffusion_models", "stepfun-ai/Step1X-Edit", ("step1x-edit-i1258.safetensors",)),
-    "v1.1": Model("Step1X-Edit v1.1", "diffusion_models", "stepfun-ai/Step1X-Edit", ("step1x-edit-v1p1-official.safetensors",)),
-    "v1.2": Model("Step1X-Edit v1.2 with text encoder and VAE", "diffusers", "stepfun-ai/Step1X-Edit-v1p2", COMPONENTS, whole=True),
-    "v1.2-preview": Model("Step1X-Edit v1.2-preview with text encoder and VAE", "diffusers", "stepfun-ai/Step1X-Edit-v1p2-preview", COMPONENTS, whole=True),
+    "v1.1": Model(
+        "Step1X-Edit v1.1", "diffusion_models", "stepfun-ai/Step1X-Edit", ("step1x-edit-v1p1-official.safetensors",)
+    ),
+    "v1.2": Model(
+        "Step1X-Edit v1.2 with text encoder and VAE", "diffusers", "stepfun-ai/Step1X-Edit-v1p2", COMPONENTS, whole=True
+    ),
+    "v1.2-preview": Model(
+        "Step1X-Edit v1.2-preview with text encoder and VAE",
+        "diffusers",
+        "stepfun-ai/Step1X-Edit-v1p2-preview",
+        COMPONENTS,
+        whole=True,
+    ),
     # A community repository; there are others, hence --repo.
     "fp8": Model("Step1X-Edit in fp8", "diffusion_models", "meimeilook/Step1X-Edit-FP8", ("*fp8*.safetensors",)),
     "mllm": Model("Qwen2.5-VL-7B", "text_encoders", "Comfy-Org/Qwen-Image_ComfyUI", ("qwen_2.5_vl_7b.safetensors",)),
-    "mllm-fp8": Model("Qwen2.5-VL-7B in fp8", "text_encoders", "Comfy-Org/Qwen-Image_ComfyUI", ("qwen_2.5_vl_7b_fp8_scaled.safetensors",)),
+    "mllm-fp8": Model(
+        "Qwen2.5-VL-7B in fp8",
+        "text_encoders",
+        "Comfy-Org/Qwen-Image_ComfyUI",
+        ("qwen_2.5_vl_7b_fp8_scaled.safetensors",),
+    ),
     # Renamed to the name that workflows use; it is the FLUX VAE.
     "vae": Model("FLUX VAE", "vae", "stepfun-ai/Step1X-Edit", ("vae.safetensors",), rename="ae.safetensors"),
     "lora": Model("LoRA", "loras", "stepfun-ai/Step1X-Edit", ("*lora*.safetensors",)),
@@ -65,7 +80,11 @@ NEEDED = (
 )
 
 # ComfyUI's start-up options for the attention packages that it supports.
-ATTENTION = {"flash_attn": "--use-flash-attention", "sageattention": "--use-sage-attention", "xformers": "used by itself"}
+ATTENTION = {
+    "flash_attn": "--use-flash-attention",
+    "sageattention": "--use-sage-attention",
+    "xformers": "used by itself",
+}
 FLASH_ATTN = "2.8.3"
 
 
@@ -117,7 +136,9 @@ def advise_torch() -> list[str]:
     try:
         import torch
     except (ImportError, OSError) as error:
-        return [f"torch cannot be used by {sys.executable} ({error}). Run install.py with the Python that starts ComfyUI."]
+        return [
+            f"torch cannot be used by {sys.executable} ({error}). Run install.py with the Python that starts ComfyUI."
+        ]
     if torch.cuda.is_available():
         device = f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB"
     elif torch.backends.mps.is_available():
@@ -154,14 +175,22 @@ def advise_models(folder_paths) -> list[str]:
 
     lines, missing = [], []
     for title, folder, subfolder, pattern, name in NEEDED:
-        found = [path for choice, path in choices(folder, subfolder).items() if re.search(pattern, choice, re.IGNORECASE)]
+        found = [
+            path for choice, path in choices(folder, subfolder).items() if re.search(pattern, choice, re.IGNORECASE)
+        ]
         lines += [f"{title}: {path}" for path in found]
         if not found:
             missing.append(name)
             lines.append(f"{title}: not found in {', '.join(folder_paths.get_folder_paths(folder))}")
     models = Path(folder_paths.models_dir)
-    lines.append(f"Free on the disk of {models}: {shutil.disk_usage(models).free / 1e9:.0f} GB (v1.1, mllm and vae take about 42 GB)")
-    lines.append(f"To download what is missing: {command('--download', *missing)}" if missing else "Nothing is missing for an edit.")
+    lines.append(
+        f"Free on the disk of {models}: {shutil.disk_usage(models).free / 1e9:.0f} GB (v1.1, mllm and vae take about 42 GB)"
+    )
+    lines.append(
+        f"To download what is missing: {command('--download', *missing)}"
+        if missing
+        else "Nothing is missing for an edit."
+    )
     return lines
 
 
@@ -176,7 +205,11 @@ def advise(root: Path) -> Iterator[str]:
         yield from advise_torch()
         return
     number, oldest = (".".join(map(str, v)) for v in (version, OLDEST_COMFYUI))
-    yield f"ComfyUI {number} is too old: update it to {oldest} or newer." if version < OLDEST_COMFYUI else f"ComfyUI {number} in {root}"
+    yield (
+        f"ComfyUI {number} is too old: update it to {oldest} or newer."
+        if version < OLDEST_COMFYUI
+        else f"ComfyUI {number} in {root}"
+    )
     yield from advise_torch()
     try:
         yield from advise_models(use_host(root))
@@ -231,7 +264,9 @@ def run_download(names: list[str], source: str, repository: str | None, folder: 
         import hub
         folder_paths = None if folder else use_host(host_root())
     except ImportError as error:
-        sys.exit(f"{error}. Run install.py with the Python that starts ComfyUI, inside ComfyUI/custom_nodes or with --dir.")
+        sys.exit(
+            f"{error}. Run install.py with the Python that starts ComfyUI, inside ComfyUI/custom_nodes or with --dir."
+        )
     except Exception as error:  # of the host's code: extra_model_paths.yaml may hold anything
         sys.exit(
             f"The models folders of ComfyUI cannot be read ({' '.join(str(error).split())}). Correct its "
@@ -267,8 +302,12 @@ def main() -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # folder names may contain characters that the console lacks
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--download", nargs="+", choices=MODELS, metavar="NAME", help=f"what to download: {', '.join(MODELS)}")
-    parser.add_argument("--source", choices=("huggingface", "modelscope"), default="huggingface", help="the hub to download from")
+    parser.add_argument(
+        "--download", nargs="+", choices=MODELS, metavar="NAME", help=f"what to download: {', '.join(MODELS)}"
+    )
+    parser.add_argument(
+        "--source", choices=("huggingface", "modelscope"), default="huggingface", help="the hub to download from"
+    )
     parser.add_argument("--repo", metavar="OWNER/NAME", help="repository to use instead of the default one")
     parser.add_argument("--dir", type=Path, help="folder to use instead of ComfyUI's models folders")
     options = parser.parse_args()

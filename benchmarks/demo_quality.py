@@ -28,11 +28,17 @@ import environment
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=Path, default=demo_model.FOLDER)
-    parser.add_argument("--format", choices=("bf16", "fp8", "int8", "nvfp4"), help="measure a copy that scripts/convert.py makes (default: the file as it is)")
+    parser.add_argument(
+        "--format",
+        choices=("bf16", "fp8", "int8", "nvfp4"),
+        help="measure a copy that scripts/convert.py makes (default: the file as it is)",
+    )
     parser.add_argument("--modulation", action="store_true", help="as for scripts/convert.py")
     parser.add_argument("--region", action="store_true", help="with region denoising at its defaults")
     parser.add_argument("--edits", type=int, default=500, help="number of held-out edits")
-    parser.add_argument("--skip", type=int, default=0, help="leave out so many edits at the start, to go on with an earlier run")
+    parser.add_argument(
+        "--skip", type=int, default=0, help="leave out so many edits at the start, to go on with an earlier run"
+    )
     parser.add_argument("--controls", type=int, default=60, help="number of edits with an empty instruction")
     parser.add_argument("--steps", type=int, default=demo_model.STEPS)
     parser.add_argument("--cfg", type=float, default=demo_model.CFG)
@@ -64,7 +70,16 @@ class Demo:
         image = from_uint8(pixels)[None]
         level = round((pixels.shape[0] * pixels.shape[1]) ** 0.5)
         positive, negative, latent = encode_edit(self.clip, self.vae, image, instruction, "", level)
-        out = sample(self.model, positive, negative, latent, flow_sigmas(self.steps, latent["samples"]), self.cfg, seed, callback=lambda *args: None)
+        out = sample(
+            self.model,
+            positive,
+            negative,
+            latent,
+            flow_sigmas(self.steps, latent["samples"]),
+            self.cfg,
+            seed,
+            callback=lambda *args: None,
+        )
         return truncate_uint8(decode_edit(self.vae, out, image)[0]).numpy()
 
     def round_trip(self, pixels):
@@ -78,7 +93,9 @@ def row(name: str, results: list) -> str:
     def share(values):
         return f"{100 * sum(values) / len(values):6.1f}"
 
-    success, changed, untouched, vae = (share([r[key] for r in results]) for key in ("success", "changed", "untouched", "vae"))
+    success, changed, untouched, vae = (
+        share([r[key] for r in results]) for key in ("success", "changed", "untouched", "vae")
+    )
     outside = sum(r["outside"] for r in results) / len(results)
     return f"{name:<14}{len(results):>6}{success}{changed}{untouched}{vae}{outside:9.4f}"
 
@@ -114,14 +131,21 @@ def main() -> int:
     started = time.monotonic()
     # The shares of kinds are those of the training data; the controls are drawn apart.
     drawn = ((index, pair_at(options.seed, index, "heldout")) for index in itertools.count())
-    edits = itertools.islice(((index, pair) for index, pair in drawn if pair.kind != "none"), options.skip, options.skip + options.edits)
+    edits = itertools.islice(
+        ((index, pair) for index, pair in drawn if pair.kind != "none"), options.skip, options.skip + options.edits
+    )
     controls = ((index, pair_at(options.seed, index, "heldout", kind="none")) for index in range(options.controls))
     with torch.inference_mode():
         for done, (index, pair) in enumerate(itertools.chain(edits, controls)):
             result, vae = demo.edit(pair.source, pair.instruction, seed=index), demo.round_trip(pair.target)
             verdict = judge(pair, result)
-            entry = {"success": verdict.success, "changed": verdict.changed, "untouched": verdict.untouched, "outside": verdict.outside_error,
-                     "vae": judge(pair, vae).success}
+            entry = {
+                "success": verdict.success,
+                "changed": verdict.changed,
+                "untouched": verdict.untouched,
+                "outside": verdict.outside_error,
+                "vae": judge(pair, vae).success,
+            }
             errors.append(np.abs(vae.astype(float) - pair.target).mean() / 255)
             for group in [pair.kind] if pair.kind == "none" else [pair.kind, pair.language, "all edits"]:
                 groups[group].append(entry)
@@ -135,13 +159,19 @@ def main() -> int:
         rows = [np.concatenate(strips[i:i + 4], axis=1) for i in range(0, len(strips) - len(strips) % 4, 4)]
         Image.fromarray(np.concatenate(rows)).save(options.sheet)
 
-    print(f"{options.edits} held-out edits and {options.controls} controls, 128x128, {options.steps} steps, CFG {options.cfg}, seed {options.seed}, "
-          f"{options.format or 'as shipped'}; "
-          f"torch {torch.__version__}, {platform.machine()} CPU, {time.monotonic() - started:.0f} s")
+    print(
+        f"{options.edits} held-out edits and {options.controls} controls, 128x128, {options.steps} steps, CFG {options.cfg}, seed {options.seed}, "
+        f"{options.format or 'as shipped'}; "
+        f"torch {torch.__version__}, {platform.machine()} CPU, {time.monotonic() - started:.0f} s"
+    )
     print(f"VAE round trip of the targets: mean absolute error {sum(errors) / len(errors):.4f}")
     if options.region:
-        print(f"Region denoising: {100 * sum(shares) / len(shares):.1f} % of the picture and reference tokens computed, median {100 * sorted(shares)[len(shares) // 2]:.1f} %")
-    print(f"{'':<14}{'edits':>6}{'succ.':>6}{'chang':>6}{'untch':>6}{'vae':>6}{'outside':>9}   (percent; outside: mean absolute error)")
+        print(
+            f"Region denoising: {100 * sum(shares) / len(shares):.1f} % of the picture and reference tokens computed, median {100 * sorted(shares)[len(shares) // 2]:.1f} %"
+        )
+    print(
+        f"{'':<14}{'edits':>6}{'succ.':>6}{'chang':>6}{'untch':>6}{'vae':>6}{'outside':>9}   (percent; outside: mean absolute error)"
+    )
     order = ["all edits", "en", "zh", *sorted(set(groups) - {"all edits", "en", "zh", "none"}), "none"]
     for name in order:
         if name in groups:

@@ -40,10 +40,24 @@ MODES = {
     "fp8 split": {"fp8": True, "split": True},
 }
 FULL_MLLM = {
-    "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
-    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-    "vision_config": {"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
-                      "out_hidden_size": 3584},
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "vision_config": {
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "depth": 32,
+        "num_heads": 16,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "out_hidden_size": 3584,
+    },
 }
 PROMPT = "replace the modern sofa with a vintage leather couch"
 
@@ -52,19 +66,49 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--version", choices=("v1.1", "v1.2"), default="v1.1")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["bf16"])
-    parser.add_argument("--sizes", nargs="+", type=int, default=[512, 768, 1024], help="size levels of a square picture")
+    parser.add_argument(
+        "--sizes", nargs="+", type=int, default=[512, 768, 1024], help="size levels of a square picture"
+    )
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--cfg", type=float, default=6.0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--teacache", type=float, default=0.2, help="threshold of the modes with TeaCache")
-    parser.add_argument("--interval", type=float, default=0.5, help="part of the steps that is guided, in the modes with a guidance interval")
-    parser.add_argument("--vram", nargs="+", type=float, default=[0.0], metavar="GIB", help="leave only so much of the card's memory free, by an allocation that fills the rest")
-    parser.add_argument("--dynamic-vram", action="store_true", help="with the memory manager that ComfyUI switches on at its start on NVIDIA cards")
-    parser.add_argument("--new-seed", action="store_true", help="repeat the sampling only, as ComfyUI does when nothing but the seed changes")
-    parser.add_argument("--think", type=int, default=0, metavar="TOKENS", help="also time so many tokens of generated text")
-    parser.add_argument("--only-sampling", action="store_true", help="leave the language model and the VAE out: made-up conditioning of the real size")
+    parser.add_argument(
+        "--interval",
+        type=float,
+        default=0.5,
+        help="part of the steps that is guided, in the modes with a guidance interval",
+    )
+    parser.add_argument(
+        "--vram",
+        nargs="+",
+        type=float,
+        default=[0.0],
+        metavar="GIB",
+        help="leave only so much of the card's memory free, by an allocation that fills the rest",
+    )
+    parser.add_argument(
+        "--dynamic-vram",
+        action="store_true",
+        help="with the memory manager that ComfyUI switches on at its start on NVIDIA cards",
+    )
+    parser.add_argument(
+        "--new-seed",
+        action="store_true",
+        help="repeat the sampling only, as ComfyUI does when nothing but the seed changes",
+    )
+    parser.add_argument(
+        "--think", type=int, default=0, metavar="TOKENS", help="also time so many tokens of generated text"
+    )
+    parser.add_argument(
+        "--only-sampling",
+        action="store_true",
+        help="leave the language model and the VAE out: made-up conditioning of the real size",
+    )
     parser.add_argument("--tiny", action="store_true", help="miniature models")
-    parser.add_argument("--models", type=Path, help="keep the checkpoints in this folder, or take those that an earlier run kept there")
+    parser.add_argument(
+        "--models", type=Path, help="keep the checkpoints in this folder, or take those that an earlier run kept there"
+    )
     parser.add_argument("--json", type=Path, default=Path("gpu_edit.json"), help="where all numbers go")
     return parser.parse_args()
 
@@ -76,16 +120,27 @@ def write_models(folder: Path, version: str, tiny: bool, device, only_sampling: 
     from safetensors.torch import save_file
 
     mllm = tiny_models.TINY_MLLM if tiny else FULL_MLLM
-    shapes = {"transformer": tiny_models.transformer_shapes(version, tiny_models.TINY_TRANSFORMER if tiny else tiny_models.FULL_TRANSFORMER)}
+    shapes = {
+        "transformer": tiny_models.transformer_shapes(
+            version, tiny_models.TINY_TRANSFORMER if tiny else tiny_models.FULL_TRANSFORMER
+        )
+    }
     if not only_sampling:
-        shapes |= {"mllm": tiny_models.mllm_shapes(mllm), "vae": tiny_models.vae_shapes() if tiny else tiny_models.flux_vae_shapes()}
+        shapes |= {
+            "mllm": tiny_models.mllm_shapes(mllm),
+            "vae": tiny_models.vae_shapes() if tiny else tiny_models.flux_vae_shapes(),
+        }
     paths = {}
     for kind, tensors in shapes.items():
         paths[kind] = folder / f"{kind}-{version.replace('.', 'p')}.safetensors"
         if paths[kind].is_file():
             continue
         weights = tiny_models.random_weights(tensors, 0, torch.bfloat16, device)
-        save_file(weights, paths[kind], metadata={"step1x_edit_config": json.dumps(mllm if kind == "mllm" else {"version": version})})
+        save_file(
+            weights,
+            paths[kind],
+            metadata={"step1x_edit_config": json.dumps(mllm if kind == "mllm" else {"version": version})},
+        )
     return paths
 
 
@@ -145,7 +200,16 @@ def edit(options, parts: dict, size: int, filled: float) -> dict[str, float]:
                 generate_text(parts["clip"], None, [picture[0], PROMPT], options.think, 0)
     parts["rows"].clear()
     with Clock(times, "sample"):
-        out = sample(parts["model"], positive, negative, latent, flow_sigmas(options.steps, latent["samples"]), options.cfg, 0, callback=lambda *args: None)
+        out = sample(
+            parts["model"],
+            positive,
+            negative,
+            latent,
+            flow_sigmas(options.steps, latent["samples"]),
+            options.cfg,
+            0,
+            callback=lambda *args: None,
+        )
     if parts["rows"]:
         times["work"] = 100 * sum(parts["rows"]) / (2 * options.steps)
     if not torch.isfinite(out["samples"]).all():
@@ -155,7 +219,10 @@ def edit(options, parts: dict, size: int, filled: float) -> dict[str, float]:
         with Clock(times, "decode"):
             decode_edit(parts["vae"], out)
     if devices:
-        times |= {"allocated": max(map(torch.cuda.max_memory_allocated, devices)) / 2**30 - filled, "reserved": max(map(torch.cuda.max_memory_reserved, devices)) / 2**30 - filled}
+        times |= {
+            "allocated": max(map(torch.cuda.max_memory_allocated, devices)) / 2**30 - filled,
+            "reserved": max(map(torch.cuda.max_memory_reserved, devices)) / 2**30 - filled,
+        }
     times["whole"] = sum(times[phase] for phase in ("encode", "sample", "decode") if phase in times)
     return times
 
@@ -205,9 +272,14 @@ def load_parts(options, paths: dict[str, Path], mode: str, float32: dict) -> dic
             raise RuntimeError(f"Mode {mode} needs two devices.")
     parts = {"model": model, "rows": [], "encoded": {}, "float32": float32, "is_float32": bool(dtype)}
     if settings.get("teacache") or settings.get("interval"):
-        model.model.diffusion_model.single_blocks[0].register_forward_pre_hook(lambda module, args: parts["rows"].append(len(args[0])))
+        model.model.diffusion_model.single_blocks[0].register_forward_pre_hook(
+            lambda module, args: parts["rows"].append(len(args[0]))
+        )
     if not options.only_sampling:
-        parts |= {"clip": load_text_encoder(paths["mllm"], options.version), "vae": comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(paths["vae"])))}
+        parts |= {
+            "clip": load_text_encoder(paths["mllm"], options.version),
+            "vae": comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(paths["vae"]))),
+        }
     return parts
 
 
@@ -267,8 +339,14 @@ def measure(options, paths: dict[str, Path], mode: str, vram: float, float32: di
         except torch.OutOfMemoryError:
             print(f"{mode} {size}: out of memory", file=sys.stderr, flush=True)
             continue
-        runs.append({"mode": mode, "size": size, "vram": vram, "load": loading["load"], "first": first, "runs": rest or [first]})
-        print(f"{mode} {size} {vram or ''}: sampling {statistics.median(run['sample'] for run in rest or [first]):.2f} s", file=sys.stderr, flush=True)
+        runs.append(
+            {"mode": mode, "size": size, "vram": vram, "load": loading["load"], "first": first, "runs": rest or [first]}
+        )
+        print(
+            f"{mode} {size} {vram or ''}: sampling {statistics.median(run['sample'] for run in rest or [first]):.2f} s",
+            file=sys.stderr,
+            flush=True,
+        )
     del parts, filler
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
@@ -279,15 +357,21 @@ def measure(options, paths: dict[str, Path], mode: str, vram: float, float32: di
 def table(runs: list[dict]) -> str:
     """Medians of the runs, a line for each mode and size."""
     columns = {"encode": 8, "sample": 8, "decode": 8, "whole": 8, "think": 7, "work": 6, "allocated": 7, "reserved": 7}
-    lines = [f"{'mode':<19}{'size':>5}{'vram':>6}{'load':>7}{'first':>7}{'encode':>8}{'sample':>8}{'decode':>8}{'whole':>8}{'think':>7}{'work':>6}"
-             f"{'alloc':>7}{'resrv':>7}{'+-':>6}{'differ':>9}"
-             "   (seconds, first: whole edit of the warm-up, +-: for sampling; % of the blocks' runs; GiB)"]
+    lines = [
+        f"{'mode':<19}{'size':>5}{'vram':>6}{'load':>7}{'first':>7}{'encode':>8}{'sample':>8}{'decode':>8}{'whole':>8}{'think':>7}{'work':>6}"
+        f"{'alloc':>7}{'resrv':>7}{'+-':>6}{'differ':>9}"
+        "   (seconds, first: whole edit of the warm-up, +-: for sampling; % of the blocks' runs; GiB)"
+    ]
     for run in runs:
         middle = {name: statistics.median(values[name] for values in run["runs"]) for name in run["runs"][0]}
         spread = max(values["sample"] for values in run["runs"]) - min(values["sample"] for values in run["runs"])
-        cells = "".join(f"{middle[name]:{width}.2f}" if name in middle else f"{'-':>{width}}" for name, width in columns.items())
-        lines.append(f"{run['mode']:<19}{run['size']:>5}{run['vram'] or '-':>6}{run['load']:7.1f}{run['first']['whole']:7.2f}{cells}{spread / 2:6.2f}"
-                     f"{format(middle['differ'], '9.2e') if 'differ' in middle else ''}")
+        cells = "".join(
+            f"{middle[name]:{width}.2f}" if name in middle else f"{'-':>{width}}" for name, width in columns.items()
+        )
+        lines.append(
+            f"{run['mode']:<19}{run['size']:>5}{run['vram'] or '-':>6}{run['load']:7.1f}{run['first']['whole']:7.2f}{cells}{spread / 2:6.2f}"
+            f"{format(middle['differ'], '9.2e') if 'differ' in middle else ''}"
+        )
     return "\n".join(lines)
 
 
@@ -309,10 +393,15 @@ def main() -> int:
         use_dynamic_vram()
     device = comfy.model_management.get_torch_device()
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    head = (f"{card}, torch {torch.__version__}, ComfyUI {host_version}, Step1X-Edit {options.version}{' (miniature)' if options.tiny else ''}, "
-            f"{options.steps} steps, CFG {options.cfg}, {options.repeats} runs after a warm-up{', dynamic VRAM' if options.dynamic_vram else ''}")
+    head = (
+        f"{card}, torch {torch.__version__}, ComfyUI {host_version}, Step1X-Edit {options.version}{' (miniature)' if options.tiny else ''}, "
+        f"{options.steps} steps, CFG {options.cfg}, {options.repeats} runs after a warm-up{', dynamic VRAM' if options.dynamic_vram else ''}"
+    )
     runs, float32 = [], {}
-    with nullcontext(options.models) if options.models else tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+    with (
+        nullcontext(options.models) if options.models else tempfile.TemporaryDirectory() as folder,
+        torch.inference_mode(),
+    ):
         paths = write_models(Path(folder), options.version, options.tiny, device, options.only_sampling)
         for mode in options.modes:
             host = MODES[mode].get("host_blocks", False)

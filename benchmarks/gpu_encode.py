@@ -34,11 +34,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--size", type=int, default=1024, help="size level and side of a square image")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--edits", type=int, default=16, help="edits that are judged, and images that edits are proposed for")
-    parser.add_argument("--tokens", type=int, default=80, help="length of a judging reply; a proposal is three times as long")
+    parser.add_argument(
+        "--edits", type=int, default=16, help="edits that are judged, and images that edits are proposed for"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=80, help="length of a judging reply; a proposal is three times as long"
+    )
     parser.add_argument("--core", type=Path, help="folder that holds another step1x_core")
     parser.add_argument("--tiny", action="store_true", help="a miniature model")
-    parser.add_argument("--models", type=Path, help="keep the checkpoints in this folder, or take those that an earlier run kept there")
+    parser.add_argument(
+        "--models", type=Path, help="keep the checkpoints in this folder, or take those that an earlier run kept there"
+    )
     return parser.parse_args()
 
 
@@ -60,7 +66,9 @@ def write_models(folder: Path, tiny: bool, device, formats: list[str]) -> dict[s
     for name, path in paths.items():
         if name == "fp8":
             # As published files have it: the layers, not the table, the head and the vision tower.
-            weights |= tiny_models.scaled_fp8({key: weight for key, weight in weights.items() if key.startswith("model.layers.")})
+            weights |= tiny_models.scaled_fp8(
+                {key: weight for key, weight in weights.items() if key.startswith("model.layers.")}
+            )
         save_file(weights, path, metadata={"step1x_edit_config": tiny_models.json.dumps(config)})
     return paths
 
@@ -139,15 +147,24 @@ def encode_speed(options, clip, version: str, kind: str) -> None:
 
     tokens = tokenize()
     one = timed(lambda: clip.encode_from_tokens_scheduled(tokenize()), options.repeats)
-    both = timed(lambda: encode_edit(clip, vae, image, gpu_edit.PROMPT, "", options.size, known={"samples": image}), options.repeats)
-    stages = {"tokenise": timed(tokenize, options.repeats)[0], "load": timed(lambda: clip.load_model(tokens), options.repeats)[0]}
+    both = timed(
+        lambda: encode_edit(clip, vae, image, gpu_edit.PROMPT, "", options.size, known={"samples": image}),
+        options.repeats,
+    )
+    stages = {
+        "tokenise": timed(tokenize, options.repeats)[0],
+        "load": timed(lambda: clip.load_model(tokens), options.repeats)[0],
+    }
     with staged({"vision": inner(clip).visual, "language": inner(clip).model}, stages):
         for _ in range(options.repeats):
             clip.encode_from_tokens_scheduled(tokens)
     stages |= {name: stages[name] / options.repeats for name in ("vision", "language")}
     length = sum(len(inner_tokens) for inner_tokens in [tokens["qwen25_7b"][0]])
-    say(f"encode {version} {kind}: one prompt {one[0] * 1e3:.1f} ms (+-{one[1] * 1e3:.1f}), both {both[0] * 1e3:.1f} ms (+-{both[1] * 1e3:.1f}); "
-        + ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in stages.items()) + f" ms; {length} entries, CFG pair without VAE")
+    say(
+        f"encode {version} {kind}: one prompt {one[0] * 1e3:.1f} ms (+-{one[1] * 1e3:.1f}), both {both[0] * 1e3:.1f} ms (+-{both[1] * 1e3:.1f}); "
+        + ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in stages.items())
+        + f" ms; {length} entries, CFG pair without VAE"
+    )
 
 
 def profile(options, clip, name: str) -> None:
@@ -155,15 +172,24 @@ def profile(options, clip, name: str) -> None:
     import torch
 
     def run():
-        clip.encode_from_tokens_scheduled(clip.tokenize(gpu_edit.PROMPT, images=[picture(options.size)], size_level=options.size))
+        clip.encode_from_tokens_scheduled(
+            clip.tokenize(gpu_edit.PROMPT, images=[picture(options.size)], size_level=options.size)
+        )
         wait()
 
     run()
-    kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    kinds = [
+        torch.profiler.ProfilerActivity.CPU,
+        *([torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []),
+    ]
     with torch.profiler.profile(activities=kinds) as found:
         run()
-    for key in ("self_cuda_time_total", "self_cpu_time_total") if torch.cuda.is_available() else ("self_cpu_time_total",):
-        say(f"profile {name}, by {key}\n{found.key_averages().table(sort_by=key, row_limit=16, max_name_column_width=60)}")
+    for key in (
+        ("self_cuda_time_total", "self_cpu_time_total") if torch.cuda.is_available() else ("self_cpu_time_total",)
+    ):
+        say(
+            f"profile {name}, by {key}\n{found.key_averages().table(sort_by=key, row_limit=16, max_name_column_width=60)}"
+        )
 
 
 def states_of(clip, size: int):
@@ -187,7 +213,9 @@ def transformers_model(path: Path, tiny: bool, device):
 
     config = tiny_models.TINY_MLLM if tiny else gpu_edit.FULL_MLLM
     text = {key: value for key, value in config.items() if key != "vision_config"}
-    settings = Qwen2_5_VLConfig(text_config=text, vision_config=config["vision_config"], image_token_id=151655, vision_start_token_id=151652)
+    settings = Qwen2_5_VLConfig(
+        text_config=text, vision_config=config["vision_config"], image_token_id=151655, vision_start_token_id=151652
+    )
     with torch.device(device):
         torch.set_default_dtype(torch.bfloat16)
         model = Qwen2_5_VLModel(settings).eval()
@@ -198,7 +226,14 @@ def transformers_model(path: Path, tiny: bool, device):
             fresh = type(module)(module.config) if hasattr(module, "config") else type(module)(module.dim)
             module.inv_freq = fresh.inv_freq.to(device)
     weights = load_file(path, device=str(device))
-    model.load_state_dict({key.replace("model.", "language_model.", 1): weight for key, weight in weights.items() if not key.startswith("lm_head")}, strict=True)
+    model.load_state_dict(
+        {
+            key.replace("model.", "language_model.", 1): weight
+            for key, weight in weights.items()
+            if not key.startswith("lm_head")
+        },
+        strict=True,
+    )
     return model
 
 
@@ -211,9 +246,16 @@ def transformers_states(model, sequence: list, positions, device):
     patches, grid = process_qwen2vl_images(sequence[at]["data"][None].float() / 255)
     ids = torch.tensor([[*sequence[:at], *[151655] * (len(patches) // 4), *sequence[at + 1:]]], device=device)
     seen = []
-    hook = model.language_model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True)
-    out = model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions[:, None].to(device),
-                pixel_values=patches.to(device, next(model.parameters()).dtype), image_grid_thw=grid.reshape(1, 3).to(device)).last_hidden_state
+    hook = model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    out = model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        position_ids=positions[:, None].to(device),
+        pixel_values=patches.to(device, next(model.parameters()).dtype),
+        image_grid_thw=grid.reshape(1, 3).to(device),
+    ).last_hidden_state
     hook.remove()
     return out.float(), seen[0].float()
 
@@ -240,8 +282,14 @@ def errors(options, paths: dict[str, Path]) -> None:
             comfy.model_management.unload_all_models()
             comfy.model_management.soft_empty_cache()
     model = transformers_model(paths["bf16"], options.tiny, device)
-    theirs = {version: transformers_states(model, sequences[version], ours[options.formats[0], version][2], device) for version in VERSIONS}
-    seconds = timed(lambda: transformers_states(model, sequences["v1.1"], ours[options.formats[0], "v1.1"][2], device), options.repeats)[0]
+    theirs = {
+        version: transformers_states(model, sequences[version], ours[options.formats[0], version][2], device)
+        for version in VERSIONS
+    }
+    seconds = timed(
+        lambda: transformers_states(model, sequences["v1.1"], ours[options.formats[0], "v1.1"][2], device),
+        options.repeats,
+    )[0]
     say(f"transformers bf16: {seconds * 1e3:.1f} ms with vision, without resizing")
     model = model.float()
 
@@ -250,15 +298,21 @@ def errors(options, paths: dict[str, Path]) -> None:
 
     for version in VERSIONS:
         exact = transformers_states(model, sequences[version], ours[options.formats[0], version][2], device)
-        say(f"error {version} transformers bf16: states {distance(theirs[version][0], exact[0])}, embeddings {distance(theirs[version][1], exact[1])}")
+        say(
+            f"error {version} transformers bf16: states {distance(theirs[version][0], exact[0])}, embeddings {distance(theirs[version][1], exact[1])}"
+        )
         for kind, name in ours:
             if name == version:
                 found = ours[kind, version]
-                say(f"error {version} ours {kind}: states {distance(found[0], exact[0])}, embeddings {distance(found[1], exact[1])}")
+                say(
+                    f"error {version} ours {kind}: states {distance(found[0], exact[0])}, embeddings {distance(found[1], exact[1])}"
+                )
         if ("fp8 in float32", version) in ours:
             exact = ours["fp8 in float32", version]
             for kind in ("fp8", "fp8 weights only", "fp8 multiplied"):
-                say(f"error {version} ours {kind} to the same weights in float32: states {distance(ours[kind, version][0], exact[0])}")
+                say(
+                    f"error {version} ours {kind} to the same weights in float32: states {distance(ours[kind, version][0], exact[0])}"
+                )
 
 
 def replaced(name: str, tokens: int, reply: str):
@@ -300,7 +354,9 @@ def judging(options, clip, kind: str) -> None:
         run(edits)
         wait()
     seconds = time.perf_counter() - start
-    say(f"judge {kind}: {60 * len(edits) / seconds:.1f} edits a minute, two replies of {options.tokens} tokens each ({seconds:.1f} s for {len(edits)})")
+    say(
+        f"judge {kind}: {60 * len(edits) / seconds:.1f} edits a minute, two replies of {options.tokens} tokens each ({seconds:.1f} s for {len(edits)})"
+    )
 
 
 def proposing(options, clip, kind: str) -> None:
@@ -327,7 +383,9 @@ def proposing(options, clip, kind: str) -> None:
         run(images)
         wait()
     seconds = time.perf_counter() - start
-    say(f"propose {kind}: {60 * len(images) / seconds:.1f} images a minute, a reply of {3 * options.tokens} tokens each ({seconds:.1f} s for {len(images)})")
+    say(
+        f"propose {kind}: {60 * len(images) / seconds:.1f} images a minute, a reply of {3 * options.tokens} tokens each ({seconds:.1f} s for {len(images)})"
+    )
 
 
 def main() -> int:
@@ -345,11 +403,18 @@ def main() -> int:
 
     comfy.utils.set_progress_bar_enabled(False)
     device = comfy.model_management.get_torch_device()
-    say(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}, ComfyUI {host_version}, size {options.size}, "
-        f"core {Path(step1x_core.__file__).parent}{' (miniature)' if options.tiny else ''}")
+    say(
+        f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}, ComfyUI {host_version}, size {options.size}, "
+        f"core {Path(step1x_core.__file__).parent}{' (miniature)' if options.tiny else ''}"
+    )
     shared = Path("/dev/shm")
     start = time.perf_counter()
-    with nullcontext(options.models) if options.models else tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder, torch.inference_mode():
+    with (
+        nullcontext(options.models)
+        if options.models
+        else tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder,
+        torch.inference_mode(),
+    ):
         paths = write_models(Path(folder), options.tiny, device, options.formats)
         for kind in options.formats:
             for version in VERSIONS:

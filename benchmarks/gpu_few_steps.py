@@ -39,7 +39,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=280, help="no new measurement starts after so many")
     parser.add_argument("--tiny", action="store_true", help="miniature models")
-    parser.add_argument("--models", type=Path, help="keep the checkpoints in this folder, or take those that an earlier run kept there")
+    parser.add_argument(
+        "--models", type=Path, help="keep the checkpoints in this folder, or take those that an earlier run kept there"
+    )
     parser.add_argument("--json", type=Path, default=Path("gpu_few_steps.json"), help="where all numbers go")
     return parser.parse_args()
 
@@ -114,7 +116,11 @@ def write_lora(path: Path, steps: int, hidden: int, columns: int) -> None:
     from step1x_core.sampling.few_steps import FewSteps
 
     name = "lora_unet_single_blocks_0_linear2"
-    tensors = {f"{name}.lora_down.weight": torch.zeros(2, columns), f"{name}.lora_up.weight": torch.zeros(hidden, 2), f"{name}.alpha": torch.tensor(2.0)}
+    tensors = {
+        f"{name}.lora_down.weight": torch.zeros(2, columns),
+        f"{name}.lora_up.weight": torch.zeros(hidden, 2),
+        f"{name}.alpha": torch.tensor(2.0),
+    }
     save_file(tensors, path, metadata=FewSteps(steps, teacher={"version": "v1.1", "steps": 28, "cfg": 6.0}).metadata())
 
 
@@ -141,7 +147,16 @@ class Edit:
         from step1x_core.host.sampling.sampler import model_sigmas, sample
 
         positive, negative, latent = encoded
-        return sample(self.model, positive, negative, latent, model_sigmas(self.model, self.steps, latent["samples"]), self.cfg, 0, callback=lambda *args: None)
+        return sample(
+            self.model,
+            positive,
+            negative,
+            latent,
+            model_sigmas(self.model, self.steps, latent["samples"]),
+            self.cfg,
+            0,
+            callback=lambda *args: None,
+        )
 
     def decode(self, latent):
         from step1x_core.host.prompts.encoding import decode_edit
@@ -165,12 +180,20 @@ def watched_parts(edit: Edit) -> dict[str, tuple]:
     from step1x_core.network.connector import Connector
 
     return {
-        "encode: resize": (encoding, "to_working_size"), "encode: tokenise": (edit.clip, "tokenize"), "encode: language model": (Step1XTextModel, "forward"),
-        "encode: VAE, with its copies": (encoding, "encode_pictures"), "encode: VAE encoder": (edit.vae.first_stage_model, "encode"),
-        "sample: noise": (comfy.sample, "prepare_noise"), "sample: copies": (sampler, "copied"), "sample: conditions": (comfy.samplers, "process_conds"),
-        "sample: transformer": (Step1XTransformer, "_forward"), "sample: of it connector": (Connector, "forward"),
-        "decode: VAE, with its copies": (encoding, "decode"), "decode: VAE decoder": (edit.vae.first_stage_model, "decode"),
-        "all: host's loading of models": (comfy.model_management, "load_models_gpu"), "all: checks for NaN": (encoding, "check_finite"),
+        "encode: resize": (encoding, "to_working_size"),
+        "encode: tokenise": (edit.clip, "tokenize"),
+        "encode: language model": (Step1XTextModel, "forward"),
+        "encode: VAE, with its copies": (encoding, "encode_pictures"),
+        "encode: VAE encoder": (edit.vae.first_stage_model, "encode"),
+        "sample: noise": (comfy.sample, "prepare_noise"),
+        "sample: copies": (sampler, "copied"),
+        "sample: conditions": (comfy.samplers, "process_conds"),
+        "sample: transformer": (Step1XTransformer, "_forward"),
+        "sample: of it connector": (Connector, "forward"),
+        "decode: VAE, with its copies": (encoding, "decode"),
+        "decode: VAE decoder": (edit.vae.first_stage_model, "decode"),
+        "all: host's loading of models": (comfy.model_management, "load_models_gpu"),
+        "all: checks for NaN": (encoding, "check_finite"),
     }
 
 
@@ -181,7 +204,10 @@ def break_down(edit: Edit, name: str, record: Record) -> None:
         phases = {"encode": timed(edit.encode)[0], "sample": timed(lambda: edit.sample(encoded))[0]}
         latent = edit.sample(encoded)
         phases["decode"] = timed(lambda: edit.decode(latent))[0]
-    say(f"  {name}, every piece waited for: " + ", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in phases.items()))
+    say(
+        f"  {name}, every piece waited for: "
+        + ", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in phases.items())
+    )
     for part, seconds in stages.times.items():
         # Sampled twice above.
         runs = 2 if part.startswith("sample") else 1
@@ -314,7 +340,12 @@ def made_up_sources(folder: Path, version: str, size: int, width: int):
     shape = latent["samples"].shape
     for number in range(2):
         cache.store(f"source{number}", {"latent": torch.randn(shape, generator=torch.Generator().manual_seed(number))})
-    pairs = [CachedPair(EditPair(folder, folder, ""), "text", f"source{number}", None, tuple(shape[-2:]), "empty", f"{number:016x}") for number in range(2)]
+    pairs = [
+        CachedPair(
+            EditPair(folder, folder, ""), "text", f"source{number}", None, tuple(shape[-2:]), "empty", f"{number:016x}"
+        )
+        for number in range(2)
+    ]
     return EditDataset(cache, pairs)
 
 
@@ -354,19 +385,33 @@ def measure_distillation(options, paths: dict, folder: Path, record: Record) -> 
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            teacher = Distillation(steps=4, teacher_steps=8 if options.tiny else 28, teacher_cfg=6.0, later=stage, share=share)
+            teacher = Distillation(
+                steps=4, teacher_steps=8 if options.tiny else 28, teacher_cfg=6.0, later=stage, share=share
+            )
             lesson = Lesson(model, teacher, note)
             if stage == CACHED:
                 moments.clear()
-                with mock.patch.object(comfy.model_management, "load_models_gpu", watch_start(comfy.model_management.load_models_gpu, note)):
+                with mock.patch.object(
+                    comfy.model_management, "load_models_gpu", watch_start(comfy.model_management.load_models_gpu, note)
+                ):
                     lesson.prepare(model, dataset, Settings(2))
                 passes = f"{lesson.settings.stored * lesson.settings.substeps} x 2"
-                record.add(f"distillation at {size}: a trajectory of {passes}", [b - a for a, b in zip(moments, moments[1:])])
+                record.add(
+                    f"distillation at {size}: a trajectory of {passes}", [b - a for a, b in zip(moments, moments[1:])]
+                )
                 record.add(f"distillation at {size}: trajectory, peak", peak(), "GB")
                 if torch.cuda.is_available():
                     torch.cuda.reset_peak_memory_stats()
             moments.clear()
-            losses = train(model, dataset, Settings(count, rank=64), folder / f"run{size}{stage}", resume=False, report=note, lesson=lesson).losses
+            losses = train(
+                model,
+                dataset,
+                Settings(count, rank=64),
+                folder / f"run{size}{stage}",
+                resume=False,
+                report=note,
+                lesson=lesson,
+            ).losses
             if not all(loss == loss for loss in losses):
                 raise FloatingPointError(f"A loss of size {size} is not a number.")
             record.add(f"distillation at {size}: step, stage {stage}", [b - a for a, b in zip(moments, moments[1:])])
@@ -396,11 +441,21 @@ def main() -> int:
     comfy.utils.set_progress_bar_enabled(False)
     device = comfy.model_management.get_torch_device()
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    say(f"{card}, torch {torch.__version__}, ComfyUI {host_version}, Step1X-Edit {options.version}{' (miniature)' if options.tiny else ''}, "
-        f"{options.repeats} runs after a warm-up")
+    say(
+        f"{card}, torch {torch.__version__}, ComfyUI {host_version}, Step1X-Edit {options.version}{' (miniature)' if options.tiny else ''}, "
+        f"{options.repeats} runs after a warm-up"
+    )
     record = Record(options.json, options.seconds)
-    with nullcontext(options.models) if options.models else tempfile.TemporaryDirectory() as models, tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        record.add("writing the checkpoints", timed(lambda: write_models(Path(models), options.version, options.tiny, device, False)), digits=1)
+    with (
+        nullcontext(options.models) if options.models else tempfile.TemporaryDirectory() as models,
+        tempfile.TemporaryDirectory() as folder,
+        torch.inference_mode(),
+    ):
+        record.add(
+            "writing the checkpoints",
+            timed(lambda: write_models(Path(models), options.version, options.tiny, device, False)),
+            digits=1,
+        )
         paths = write_models(Path(models), options.version, options.tiny, device, False)
         folder = Path(folder)
         if {"edit", "vae"} & {*options.parts}:

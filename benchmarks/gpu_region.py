@@ -22,13 +22,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--version", choices=("v1.1", "v1.2"), default="v1.1")
     parser.add_argument("--fp8", action="store_true", help="weight_dtype fp8_scaled in place of bf16")
     parser.add_argument("--sizes", nargs="+", type=int, default=[512, 768, 1024], help="size levels of square pictures")
-    parser.add_argument("--parts", nargs="+", type=float, default=[0.05, 0.1, 0.25, 0.5], help="edited parts of the picture")
+    parser.add_argument(
+        "--parts", nargs="+", type=float, default=[0.05, 0.1, 0.25, 0.5], help="edited parts of the picture"
+    )
     parser.add_argument("--reuse", nargs="+", type=float, default=[0.0], help="values of the node's input")
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--cfg", type=float, default=6.0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="a miniature model")
-    parser.add_argument("--models", type=Path, help="keep the checkpoint in this folder, or take the one that an earlier run kept there")
+    parser.add_argument(
+        "--models", type=Path, help="keep the checkpoint in this folder, or take the one that an earlier run kept there"
+    )
     return parser.parse_args()
 
 
@@ -59,7 +63,16 @@ def measure(model, options, size: int, mask) -> dict[str, float]:
     for _ in range(options.repeats + 1):
         times = {}
         with Clock(times, "sample"):
-            sample(model, positive, negative, latent, flow_sigmas(options.steps, latent["samples"]), options.cfg, 0, callback=lambda *args: None)
+            sample(
+                model,
+                positive,
+                negative,
+                latent,
+                flow_sigmas(options.steps, latent["samples"]),
+                options.cfg,
+                0,
+                callback=lambda *args: None,
+            )
         seconds.append(times["sample"])
     return {"seconds": statistics.median(seconds[1:] or seconds),
             "memory": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else float("nan")}
@@ -81,21 +94,31 @@ def main() -> int:
     comfy.utils.set_progress_bar_enabled(False)
     device = comfy.model_management.get_torch_device()
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"{card}, torch {torch.__version__}, ComfyUI {host_version}, Step1X-Edit {options.version}{' (miniature)' if options.tiny else ''}, "
-          f"{'fp8_scaled' if options.fp8 else 'bf16'}, {options.steps} steps, CFG {options.cfg}, {options.repeats} runs after a warm-up")
+    print(
+        f"{card}, torch {torch.__version__}, ComfyUI {host_version}, Step1X-Edit {options.version}{' (miniature)' if options.tiny else ''}, "
+        f"{'fp8_scaled' if options.fp8 else 'bf16'}, {options.steps} steps, CFG {options.cfg}, {options.repeats} runs after a warm-up"
+    )
     print(f"{'size':>5}{'edited':>8}{'reuse':>7}{'tokens':>8}{'seconds':>9}{'faster':>8}{'GiB':>7}")
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
-        path = write_models(options.models or Path(temporary), options.version, options.tiny, device, only_sampling=True)["transformer"]
+        path = write_models(
+            options.models or Path(temporary), options.version, options.tiny, device, only_sampling=True
+        )["transformer"]
         model = load_model(path, options.version, fp8=options.fp8)
         for size in options.sizes:
             plain = measure(model, options, size, None)
-            print(f"{size:>5}{'exact':>8}{'-':>7}{1:8.1%}{plain['seconds']:9.2f}{1:8.2f}{plain['memory']:7.1f}", flush=True)
+            print(
+                f"{size:>5}{'exact':>8}{'-':>7}{1:8.1%}{plain['seconds']:9.2f}{1:8.2f}{plain['memory']:7.1f}",
+                flush=True,
+            )
             for part in options.parts:
                 for reuse in options.reuse:
                     patched = apply_region(model, RegionSettings(similarity=1.0, reuse=reuse))
                     result = measure(patched, options, size, square(size, part))
-                    print(f"{size:>5}{part:8.0%}{reuse:7.2f}{region_denoiser(patched).share:8.1%}{result['seconds']:9.2f}{plain['seconds'] / result['seconds']:8.2f}"
-                          f"{result['memory']:7.1f}", flush=True)
+                    print(
+                        f"{size:>5}{part:8.0%}{reuse:7.2f}{region_denoiser(patched).share:8.1%}{result['seconds']:9.2f}{plain['seconds'] / result['seconds']:8.2f}"
+                        f"{result['memory']:7.1f}",
+                        flush=True,
+                    )
     return 0
 
 

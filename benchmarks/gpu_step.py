@@ -24,7 +24,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--kernels", type=int, default=20, help="lines of the table of kernels")
     parser.add_argument("--tiny", action="store_true", help="a miniature model")
-    parser.add_argument("--models", type=Path, help="keep the checkpoint in this folder, or take the one that an earlier run kept there")
+    parser.add_argument(
+        "--models", type=Path, help="keep the checkpoint in this folder, or take the one that an earlier run kept there"
+    )
     return parser.parse_args()
 
 
@@ -34,11 +36,20 @@ def inputs(transformer, size: int, device) -> dict:
 
     width = transformer.connector.S.c_embedder.linear_1.in_features
     *conds, latent = gpu_edit.made_up_conditioning("v1.1", size, width)
-    context, mask = (torch.cat(parts).to(device) for parts in ([cond[0][0] for cond in conds], [cond[0][1]["attention_mask"] for cond in conds]))
+    context, mask = (
+        torch.cat(parts).to(device)
+        for parts in ([cond[0][0] for cond in conds], [cond[0][1]["attention_mask"] for cond in conds])
+    )
     x = torch.randn(2, *latent["samples"].shape[1:], generator=torch.Generator().manual_seed(1))
     dtype = transformer.dtype
-    return {"x": x.to(device, dtype), "timestep": torch.full((2,), 0.7, device=device), "context": context.to(dtype), "text_mask": mask, "text_tokens": 361,
-            "ref_latents": [latent["samples"].to(device, dtype).expand(2, -1, -1, -1)]}
+    return {
+        "x": x.to(device, dtype),
+        "timestep": torch.full((2,), 0.7, device=device),
+        "context": context.to(dtype),
+        "text_mask": mask,
+        "text_tokens": 361,
+        "ref_latents": [latent["samples"].to(device, dtype).expand(2, -1, -1, -1)],
+    }
 
 
 def median_time(call, repeats: int) -> float:
@@ -99,9 +110,13 @@ def print_kernels(call, lines: int) -> None:
         call()
         torch.cuda.synchronize()
     kernels = [event for event in record.key_averages() if event.device_time_total]
-    print(f"   {sum(event.device_time_total for event in kernels) / 1000:.1f} ms in {sum(event.count for event in kernels)} kernels")
+    print(
+        f"   {sum(event.device_time_total for event in kernels) / 1000:.1f} ms in {sum(event.count for event in kernels)} kernels"
+    )
     for event in sorted(kernels, key=lambda event: -event.device_time_total)[:lines]:
-        print(f"   {event.device_time_total / 1000:8.2f} ms {event.count:5d} x {event.device_time_total / event.count:7.1f} us  {event.key[:100]}")
+        print(
+            f"   {event.device_time_total / 1000:8.2f} ms {event.count:5d} x {event.device_time_total / event.count:7.1f} us  {event.key[:100]}"
+        )
 
 
 def main() -> int:
@@ -114,10 +129,15 @@ def main() -> int:
     from step1x_core.host.checkpoints.loading import load_model
 
     device = comfy.model_management.get_torch_device()
-    print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}, {options.size}x{options.size}, two prompts"
-          f"{' (miniature)' if options.tiny else ''}, {time.strftime('%Y-%m-%d')}")
+    print(
+        f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}, {options.size}x{options.size}, two prompts"
+        f"{' (miniature)' if options.tiny else ''}, {time.strftime('%Y-%m-%d')}"
+    )
     exact = None
-    with nullcontext(options.models) if options.models else tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+    with (
+        nullcontext(options.models) if options.models else tempfile.TemporaryDirectory() as folder,
+        torch.inference_mode(),
+    ):
         path = gpu_edit.write_models(Path(folder), "v1.1", options.tiny, device, only_sampling=True)["transformer"]
         for fp8 in (False, True):
             model = load_model(path, "v1.1", fp8=fp8)

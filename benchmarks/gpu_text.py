@@ -23,10 +23,21 @@ import gpu_edit
 
 PARTS = ("encode", "write", "check", "cancel", "profile", "transformers", "loop")
 # Tokens of the replies to the calls of the loop.
-SCRIPT = {"rewrite": 120, "description": 200, "consistency": 250, "reflection": 150, "edit_score": 80, "quality_score": 80}
+SCRIPT = {
+    "rewrite": 120,
+    "description": 200,
+    "consistency": 250,
+    "reflection": 150,
+    "edit_score": 80,
+    "quality_score": 80,
+}
 REPLIES = {
-    "rewrite": "Make the cup red.", "description": "A red cup.", "consistency": '{"meets_instruction": "yes", "raw_score": 9, "reason": ""}',
-    "reflection": "<#Think>Well done.<#Success>", "edit_score": '{"score": [8, 8], "reasoning": ""}', "quality_score": '{"score": [8, 8], "reasoning": ""}',
+    "rewrite": "Make the cup red.",
+    "description": "A red cup.",
+    "consistency": '{"meets_instruction": "yes", "raw_score": 9, "reason": ""}',
+    "reflection": "<#Think>Well done.<#Success>",
+    "edit_score": '{"score": [8, 8], "reasoning": ""}',
+    "quality_score": '{"score": [8, 8], "reasoning": ""}',
 }
 WORDS = "Describe what has changed between both images and say whether it is what the instruction asks for. "
 
@@ -38,9 +49,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=256, help="length of the timed replies")
     parser.add_argument("--prompt", type=int, default=420, help="tokens of the prompt")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further part after so many seconds")
-    parser.add_argument("--dynamic-vram", action="store_true", help="with the memory manager that ComfyUI switches on at its start on NVIDIA cards")
+    parser.add_argument(
+        "--dynamic-vram",
+        action="store_true",
+        help="with the memory manager that ComfyUI switches on at its start on NVIDIA cards",
+    )
     parser.add_argument("--tiny", action="store_true", help="a miniature model")
-    parser.add_argument("--models", type=Path, help="keep the checkpoints in this folder, or take those that an earlier run kept there")
+    parser.add_argument(
+        "--models", type=Path, help="keep the checkpoints in this folder, or take those that an earlier run kept there"
+    )
     return parser.parse_args()
 
 
@@ -119,10 +136,21 @@ class Bench:
         """Replies to prompts of unequal length, as ids."""
         from step1x_core.prompts.chat import chat
 
-        sequences = [self.clip.tokenizer.tokenize_chat(*chat("You judge images.", [self.words[: 40 + 150 * row]]))["qwen25_7b"][0]
-                     for row in range(first, first + count)]
-        return self.clip.generate({"qwen25_7b": sequences}, max_length=tokens, temperature=[temperature] * count, seed=list(range(first, first + count)),
-                                  repetition_penalty=1.05, top_k=50, top_p=0.9)
+        sequences = [
+            self.clip.tokenizer.tokenize_chat(*chat("You judge images.", [self.words[: 40 + 150 * row]]))["qwen25_7b"][
+                0
+            ]
+            for row in range(first, first + count)
+        ]
+        return self.clip.generate(
+            {"qwen25_7b": sequences},
+            max_length=tokens,
+            temperature=[temperature] * count,
+            seed=list(range(first, first + count)),
+            repetition_penalty=1.05,
+            top_k=50,
+            top_p=0.9,
+        )
 
 
 @contextmanager
@@ -154,7 +182,9 @@ def encode(bench: Bench, say) -> None:
 def rates(bench: Bench, count: int, tokens: int, repeats: int) -> tuple[float, float, float]:
     """Seconds to the first token, tokens a second of the whole reply and after its first tokens, of all replies
     together."""
-    first, part, whole = (seconds(lambda length=length: bench.write(count, length), repeats) for length in (1, tokens // 4, tokens))
+    first, part, whole = (
+        seconds(lambda length=length: bench.write(count, length), repeats) for length in (1, tokens // 4, tokens)
+    )
     return first, count * tokens / whole, count * (tokens - tokens // 4) / (whole - part)
 
 
@@ -162,27 +192,39 @@ def write(bench: Bench, say) -> None:
     import torch
 
     limit = bandwidth() / weight_bytes(bench.clip)
-    say(f"weights of a token {weight_bytes(bench.clip) / 1e9:.2f} GB, copy {bandwidth() / 1e12:.2f} TB/s: limit {limit:.0f} tokens/s")
+    say(
+        f"weights of a token {weight_bytes(bench.clip) / 1e9:.2f} GB, copy {bandwidth() / 1e12:.2f} TB/s: limit {limit:.0f} tokens/s"
+    )
     started = time.perf_counter()
     bench.write(1, 40)
     say(f"first call of all, kernels compiled: {time.perf_counter() - started:.1f} s")
     for count in (1, 8):
         first, whole, later = rates(bench, count, bench.options.tokens, 3)
-        say(f"{count} at a time: first token {first:.3f} s, {whole:.1f} tokens/s whole, {later:.1f} after the first quarter")
-    say(f"first token of a question with a picture: {seconds(lambda: bench.write(1, 1, content=[bench.picture, 'What?'])):.3f} s, "
-        f"of 8: {seconds(lambda: bench.write(8, 1, content=[bench.picture, 'What?'])):.3f} s")
+        say(
+            f"{count} at a time: first token {first:.3f} s, {whole:.1f} tokens/s whole, {later:.1f} after the first quarter"
+        )
+    say(
+        f"first token of a question with a picture: {seconds(lambda: bench.write(1, 1, content=[bench.picture, 'What?'])):.3f} s, "
+        f"of 8: {seconds(lambda: bench.write(8, 1, content=[bench.picture, 'What?'])):.3f} s"
+    )
     for name, way in (("uncaptured", uncaptured), ("through modules, captured", through_modules)):
         with way():
             for count in (1, 8):
                 say(f"{name}, {count} at a time: {rates(bench, count, bench.options.tokens // 2, 1)[2]:.1f} tokens/s")
     if torch.cuda.is_available():
-        say(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB allocated, {torch.cuda.max_memory_reserved() / 2**30:.2f} reserved, "
-            f"now {torch.cuda.memory_allocated() / 2**30:.2f}")
+        say(
+            f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB allocated, {torch.cuda.max_memory_reserved() / 2**30:.2f} reserved, "
+            f"now {torch.cuda.memory_allocated() / 2**30:.2f}"
+        )
 
 
 def same(one: list[list[int]], other: list[list[int]]) -> str:
     """How many replies are equal, and from which token on the others are not."""
-    apart = [next((at for at, pair in enumerate(zip(a, b)) if pair[0] != pair[1]), min(len(a), len(b))) for a, b in zip(one, other) if a != b]
+    apart = [
+        next((at for at, pair in enumerate(zip(a, b)) if pair[0] != pair[1]), min(len(a), len(b)))
+        for a, b in zip(one, other)
+        if a != b
+    ]
     return f"{len(one) - len(apart)} of {len(one)} equal" + (f", the others up to token {apart}" if apart else "")
 
 
@@ -191,8 +233,12 @@ def check(bench: Bench, say) -> None:
     for temperature in (0.0, 0.7):
         together = bench.ids(6, tokens, temperature)
         with uncaptured():
-            say(f"temperature {temperature}: captured and uncaptured: {same(together, bench.ids(6, tokens, temperature))}")
-        say(f"temperature {temperature}: together and alone: {same(together, [bench.ids(1, tokens, temperature, row)[0] for row in range(6)])}")
+            say(
+                f"temperature {temperature}: captured and uncaptured: {same(together, bench.ids(6, tokens, temperature))}"
+            )
+        say(
+            f"temperature {temperature}: together and alone: {same(together, [bench.ids(1, tokens, temperature, row)[0] for row in range(6)])}"
+        )
         say(f"temperature {temperature}: twice: {same(together, bench.ids(6, tokens, temperature))}")
         with through_modules():
             say(f"temperature {temperature}: kernels and modules: {same(together, bench.ids(6, tokens, temperature))}")
@@ -202,7 +248,10 @@ def cancel(bench: Bench, say) -> None:
     import comfy.model_management
 
     for count in (1, 8):
-        timer = threading.Timer(0.1 if bench.options.tiny else 1.0, lambda: (times.append(time.perf_counter()), comfy.model_management.interrupt_current_processing(True)))
+        timer = threading.Timer(
+            0.1 if bench.options.tiny else 1.0,
+            lambda: (times.append(time.perf_counter()), comfy.model_management.interrupt_current_processing(True)),
+        )
         times: list[float] = []
         timer.start()
         try:
@@ -230,9 +279,13 @@ def profile(bench: Bench, say) -> None:
             bench.write(count, 64)
             torch.cuda.synchronize()
         kernels = [event for event in events.key_averages() if event.device_time_total]
-        say(f"{count} at a time, 64 tokens: {sum(event.device_time_total for event in kernels) / 1000:.1f} ms in {sum(event.count for event in kernels)} kernels")
+        say(
+            f"{count} at a time, 64 tokens: {sum(event.device_time_total for event in kernels) / 1000:.1f} ms in {sum(event.count for event in kernels)} kernels"
+        )
         for event in sorted(kernels, key=lambda event: -event.device_time_total)[:22]:
-            say(f"   {event.device_time_total / 1000:8.2f} ms {event.count:6d} x {event.device_time_total / event.count:8.1f} us  {event.key[:90]}")
+            say(
+                f"   {event.device_time_total / 1000:8.2f} ms {event.count:6d} x {event.device_time_total / event.count:8.1f} us  {event.key[:90]}"
+            )
 
 
 def by_transformers(bench: Bench, say) -> None:
@@ -250,7 +303,9 @@ def by_transformers(bench: Bench, say) -> None:
     with torch.device(device):
         torch.set_default_dtype(torch.bfloat16)
         try:
-            whole = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=config["vision_config"], tie_word_embeddings=False)
+            whole = transformers.Qwen2_5_VLConfig(
+                text_config=text, vision_config=config["vision_config"], tie_word_embeddings=False
+            )
             with mock.patch.object(transformers.PreTrainedModel, "init_weights", lambda self: None):
                 model = transformers.Qwen2_5_VLForConditionalGeneration(whole).eval()
         finally:
@@ -262,7 +317,14 @@ def by_transformers(bench: Bench, say) -> None:
         ids = torch.randint(1000, 100000, (count, bench.options.prompt), device=device)
 
         def run(length, ids=ids):
-            return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length, min_new_tokens=length, pad_token_id=151643)
+            return model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=length,
+                min_new_tokens=length,
+                pad_token_id=151643,
+            )
 
         first, whole = (seconds(lambda length=length: run(length), 1) for length in (1, tokens))
         say(f"transformers, {count} at a time: first token {first:.3f} s, {count * tokens / whole:.1f} tokens/s")
@@ -293,7 +355,10 @@ def loop(bench: Bench, say) -> None:
         return [REPLIES[name] for name in names]
 
     picture = bench.picture[None]
-    with mock.patch.object(thinking, "generate_text", ask), mock.patch.object(thinking, "generate_texts", ask_together, create=True):
+    with (
+        mock.patch.object(thinking, "generate_text", ask),
+        mock.patch.object(thinking, "generate_texts", ask_together, create=True),
+    ):
         for _ in range(2):
             times.clear()
             started = time.perf_counter()
@@ -324,11 +389,25 @@ def main() -> int:
     if options.dynamic_vram:
         gpu_edit.use_dynamic_vram()
     device = comfy.model_management.get_torch_device()
-    print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}, ComfyUI {host_version}"
-          f"{', dynamic VRAM' if options.dynamic_vram else ''}{' (miniature)' if options.tiny else ''}, prompt of {options.prompt} tokens, replies of {options.tokens}", flush=True)
+    print(
+        f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}, ComfyUI {host_version}"
+        f"{', dynamic VRAM' if options.dynamic_vram else ''}{' (miniature)' if options.tiny else ''}, prompt of {options.prompt} tokens, replies of {options.tokens}",
+        flush=True,
+    )
     begun = time.perf_counter()
-    steps = {"encode": encode, "write": write, "check": check, "cancel": cancel, "profile": profile, "transformers": by_transformers, "loop": loop}
-    with nullcontext(options.models) if options.models else tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+    steps = {
+        "encode": encode,
+        "write": write,
+        "check": check,
+        "cancel": cancel,
+        "profile": profile,
+        "transformers": by_transformers,
+        "loop": loop,
+    }
+    with (
+        nullcontext(options.models) if options.models else tempfile.TemporaryDirectory() as folder,
+        torch.inference_mode(),
+    ):
         paths = write_models(Path(folder), options.tiny, device, options.formats)
         for number, name in enumerate(options.formats):
             clip = load_text_encoder(paths[name], "v1.2")

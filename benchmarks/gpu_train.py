@@ -29,9 +29,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=6, help="the first one is not timed")
-    parser.add_argument("--compare", action="store_true", help="also with the blocks' tokens left on the card, as before they were moved to main memory")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="also with the blocks' tokens left on the card, as before they were moved to main memory",
+    )
     parser.add_argument("--tiny", action="store_true", help="a miniature model")
-    parser.add_argument("--models", type=Path, help="keep the checkpoint in this folder, or take the one that an earlier run kept there")
+    parser.add_argument(
+        "--models", type=Path, help="keep the checkpoint in this folder, or take the one that an earlier run kept there"
+    )
     return parser.parse_args()
 
 
@@ -46,8 +52,16 @@ def made_up_dataset(folder: Path, version: str, size: int, width: int):
     conditioning, _, latent = made_up_conditioning(version, size, width)
     cache.store("text", pack_conditioning(conditioning))
     for number in range(3):
-        cache.store(f"latent{number}", {"latent": torch.randn(latent["samples"].shape, generator=torch.Generator().manual_seed(number))})
-    pairs = [CachedPair(EditPair(folder, folder, ""), "text", "latent0", f"latent{number}", tuple(latent["samples"].shape[-2:])) for number in (1, 2)]
+        cache.store(
+            f"latent{number}",
+            {"latent": torch.randn(latent["samples"].shape, generator=torch.Generator().manual_seed(number))},
+        )
+    pairs = [
+        CachedPair(
+            EditPair(folder, folder, ""), "text", "latent0", f"latent{number}", tuple(latent["samples"].shape[-2:])
+        )
+        for number in (1, 2)
+    ]
     return EditDataset(cache, pairs)
 
 
@@ -75,7 +89,10 @@ def measure(model, options, settings, size: int, folder: Path) -> dict[str, floa
         raise FloatingPointError(f"A loss of size {size} is no number.")
     out = {"step": statistics.median(later - earlier for earlier, later in zip(moments, moments[1:]))}
     if torch.cuda.is_available():
-        out |= {"allocated": torch.cuda.max_memory_allocated() / 1e9, "reserved": torch.cuda.max_memory_reserved() / 1e9}
+        out |= {
+            "allocated": torch.cuda.max_memory_allocated() / 1e9,
+            "reserved": torch.cuda.max_memory_reserved() / 1e9,
+        }
     return out
 
 
@@ -95,19 +112,27 @@ def main() -> int:
     settings = Settings(max(2, options.steps), rank=options.rank, batch=options.batch)
     save_on_cpu = torch.autograd.graph.save_on_cpu
     places = {"main memory": save_on_cpu} | ({"card": lambda **kwargs: nullcontext()} if options.compare else {})
-    print(f"{card}, torch {torch.__version__}, ComfyUI {host_version}, Step1X-Edit {options.version}{' (miniature)' if options.tiny else ''}, "
-          f"weights {options.weight_dtype}, rank {options.rank}, batch {options.batch}, {settings.steps} steps")
+    print(
+        f"{card}, torch {torch.__version__}, ComfyUI {host_version}, Step1X-Edit {options.version}{' (miniature)' if options.tiny else ''}, "
+        f"weights {options.weight_dtype}, rank {options.rank}, batch {options.batch}, {settings.steps} steps"
+    )
     print(f"{'size':>5}  {'tokens wait in':<14}{'s a step':>9}{'allocated':>22}{'reserved':>22}")
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
-        path = write_models(options.models or Path(temporary), options.version, options.tiny, device, only_sampling=True)["transformer"]
+        path = write_models(
+            options.models or Path(temporary), options.version, options.tiny, device, only_sampling=True
+        )["transformer"]
         dtype = {"dtype": torch.float8_e4m3fn} if options.weight_dtype == "float8_e4m3fn" else {}
         model = load_model(path, options.version, dtype, fp8=options.weight_dtype == "fp8_scaled")
         for size in options.sizes:
             for place, context in places.items():
                 torch.autograd.graph.save_on_cpu = context
                 result = measure(model, options, settings, size, Path(temporary))
-                peaks = "".join(f"{f'{result[name]:.2f} GB = {result[name] * 1e9 / 2**30:.2f} GiB':>22}" if name in result else f"{'-':>22}"
-                                for name in ("allocated", "reserved"))
+                peaks = "".join(
+                    f"{f'{result[name]:.2f} GB = {result[name] * 1e9 / 2**30:.2f} GiB':>22}"
+                    if name in result
+                    else f"{'-':>22}"
+                    for name in ("allocated", "reserved")
+                )
                 print(f"{size:>5}  {place:<14}{result['step']:9.2f}{peaks}", flush=True)
     torch.autograd.graph.save_on_cpu = save_on_cpu
     return 0

@@ -18,8 +18,14 @@ sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "scripts" / "su
 import demo_model
 import environment
 
-INSTRUCTIONS = ("draw a thick red line across the middle of the picture", "put a red line across the image", "cross the picture with a thick red line",
-                "在图片中间画一条粗红线", "用一条红色的粗线横穿画面", "在画面中间加一条红色横线")
+INSTRUCTIONS = (
+    "draw a thick red line across the middle of the picture",
+    "put a red line across the image",
+    "cross the picture with a thick red line",
+    "在图片中间画一条粗红线",
+    "用一条红色的粗线横穿画面",
+    "在画面中间加一条红色横线",
+)
 # Pixels.
 LINE = 16
 # Between the scenes that are tried for a pair.
@@ -38,7 +44,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--controls", type=int, default=40, help="number of held-out edits of the old kinds")
     parser.add_argument("--edit-steps", type=int, default=8, help="denoising steps of each edit")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--folder", type=Path, help="where dataset, cache and LoRA go and stay (default: a temporary folder)")
+    parser.add_argument(
+        "--folder", type=Path, help="where dataset, cache and LoRA go and stay (default: a temporary folder)"
+    )
     return parser.parse_args()
 
 
@@ -58,7 +66,9 @@ def line_pair(seed: int, index: int, split: str):
         if not things_area(drawn.scene, drawn.scene.things, 0)[region].any():
             break
     target[middle - LINE // 2:middle + LINE // 2] = COLOURS["red"]
-    return EditPair(drawn.source, target, INSTRUCTIONS[index % len(INSTRUCTIONS)], "line", "", region, drawn.scene, drawn.scene, {})
+    return EditPair(
+        drawn.source, target, INSTRUCTIONS[index % len(INSTRUCTIONS)], "line", "", region, drawn.scene, drawn.scene, {}
+    )
 
 
 def write_dataset(folder: Path, pairs: list) -> Path:
@@ -104,11 +114,23 @@ def main() -> int:
     from step1x_core.training.objective import COSINE, Settings
 
     comfy.utils.set_progress_bar_enabled(False)
-    settings = Settings(steps=options.steps, learning_rate=options.rate, rank=options.rank, alpha=options.rank, batch=options.batch, seed=options.seed,
-                        schedule=COSINE)
+    settings = Settings(
+        steps=options.steps,
+        learning_rate=options.rate,
+        rank=options.rank,
+        alpha=options.rank,
+        batch=options.batch,
+        seed=options.seed,
+        schedule=COSINE,
+    )
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary, torch.inference_mode():
         folder = options.folder or Path(temporary)
-        demo = demo_quality.Demo(demo_model.FOLDER, options.edit_steps, demo_model.CFG, demo_model.FOLDER / "diffusion_models" / demo_model.MODEL_FILE)
+        demo = demo_quality.Demo(
+            demo_model.FOLDER,
+            options.edit_steps,
+            demo_model.CFG,
+            demo_model.FOLDER / "diffusion_models" / demo_model.MODEL_FILE,
+        )
         new = [line_pair(options.seed, index, "heldout") for index in range(options.edits)]
         old = [pair_at(options.seed, index, "heldout") for index in range(options.controls)]
         before = successes(demo, new), successes(demo, old)
@@ -116,10 +138,20 @@ def main() -> int:
         started = time.monotonic()
         drawn = [line_pair(options.seed, index, "train") for index in range(options.pairs)]
         drawn += [pair_at(options.seed, index) for index in range(options.old_pairs)]
-        dataset, _ = cache_pairs(demo.clip, demo.vae, read_pairs(write_dataset(folder, drawn)), folder, demo_model.SIZE_LEVEL)
+        dataset, _ = cache_pairs(
+            demo.clip, demo.vae, read_pairs(write_dataset(folder, drawn)), folder, demo_model.SIZE_LEVEL
+        )
         cached = time.monotonic()
-        run = train(demo.model, dataset, settings, folder / "run", save_every=50,
-                    report=lambda run: print(f"\rstep {run.step}/{options.steps}, loss {run.losses[-1]:.4f}", end="", file=sys.stderr, flush=True))
+        run = train(
+            demo.model,
+            dataset,
+            settings,
+            folder / "run",
+            save_every=50,
+            report=lambda run: print(
+                f"\rstep {run.step}/{options.steps}, loss {run.losses[-1]:.4f}", end="", file=sys.stderr, flush=True
+            ),
+        )
         print(file=sys.stderr)
         trained = time.monotonic()
         demo.model = apply_lora(demo.model, load_lora_file(folder / "run" / LORA_FILE), 1.0)
@@ -127,10 +159,17 @@ def main() -> int:
 
     tenth = max(1, run.step // 10)
     first, last = (sum(losses) / tenth for losses in (run.losses[:tenth], run.losses[-tenth:]))
-    print(f"{len(dataset.pairs)} pairs, {run.step} steps of {options.batch}, rank {options.rank}, learning rate {options.rate}, seed {options.seed}, "
-          f"{options.edit_steps} denoising steps; torch {torch.__version__}, CPU")
-    print(f"caching {cached - started:.0f} s, training {trained - cached:.0f} s; mean loss {first:.4f} in the first tenth of the steps, {last:.4f} in the last")
-    for name, number, first, last in (("new kind", options.edits, before[0], after[0]), ("old kinds", options.controls, before[1], after[1])):
+    print(
+        f"{len(dataset.pairs)} pairs, {run.step} steps of {options.batch}, rank {options.rank}, learning rate {options.rate}, seed {options.seed}, "
+        f"{options.edit_steps} denoising steps; torch {torch.__version__}, CPU"
+    )
+    print(
+        f"caching {cached - started:.0f} s, training {trained - cached:.0f} s; mean loss {first:.4f} in the first tenth of the steps, {last:.4f} in the last"
+    )
+    for name, number, first, last in (
+        ("new kind", options.edits, before[0], after[0]),
+        ("old kinds", options.controls, before[1], after[1]),
+    ):
         print(f"{name:<10} {number:>4} held-out edits: {first:5.1f} % right before, {last:5.1f} % after")
     return 0
 

@@ -24,12 +24,25 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cfg", type=float, default=demo_model.CFG)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--teacache", nargs="*", type=float, default=[0.2, 0.3, 0.4, 0.6], help="thresholds")
-    parser.add_argument("--easycache", nargs="*", type=float, default=[0.1, 0.2, 0.3], help="thresholds of the stock EasyCache")
+    parser.add_argument(
+        "--easycache", nargs="*", type=float, default=[0.1, 0.2, 0.3], help="thresholds of the stock EasyCache"
+    )
     parser.add_argument("--lazycache", nargs="*", type=float, default=[0.2], help="thresholds of the stock LazyCache")
-    parser.add_argument("--interval", nargs="*", type=float, default=[0.7, 0.5, 0.3], help="parts of the steps that are guided")
-    parser.add_argument("--both", nargs="*", type=float, default=[0.3, 0.5], metavar="THRESHOLD INTERVAL", help="pairs of a TeaCache threshold and a guided part")
+    parser.add_argument(
+        "--interval", nargs="*", type=float, default=[0.7, 0.5, 0.3], help="parts of the steps that are guided"
+    )
+    parser.add_argument(
+        "--both",
+        nargs="*",
+        type=float,
+        default=[0.3, 0.5],
+        metavar="THRESHOLD INTERVAL",
+        help="pairs of a TeaCache threshold and a guided part",
+    )
     parser.add_argument("--presets", action="store_true", help="the presets of Step1X-Edit Speed as well")
-    parser.add_argument("--fp8", action="store_true", help="all settings with fp8_scaled weights (on a card that multiplies them)")
+    parser.add_argument(
+        "--fp8", action="store_true", help="all settings with fp8_scaled weights (on a card that multiplies them)"
+    )
     parser.add_argument("--fp8-attention", action="store_true", help="all settings with fp8 attention, too")
     return parser.parse_args()
 
@@ -47,10 +60,19 @@ def settings(options, model) -> dict:
     return {
         "exact": model,
         **{f"TeaCache {value:g}": apply_teacache(model, value) for value in options.teacache},
-        **{f"EasyCache {value:g}": EasyCacheNode.execute(model, value, 0.15, 0.95, False).args[0] for value in options.easycache},
-        **{f"LazyCache {value:g}": LazyCacheNode.execute(model, value, 0.15, 0.95, False).args[0] for value in options.lazycache},
+        **{
+            f"EasyCache {value:g}": EasyCacheNode.execute(model, value, 0.15, 0.95, False).args[0]
+            for value in options.easycache
+        },
+        **{
+            f"LazyCache {value:g}": LazyCacheNode.execute(model, value, 0.15, 0.95, False).args[0]
+            for value in options.lazycache
+        },
         **{f"guided {value:g}": set_guidance_interval(model, 0.0, value) for value in options.interval},
-        **{f"TeaCache {value:g}, guided {part:g}": set_guidance_interval(apply_teacache(model, value), 0.0, part) for value, part in pairs},
+        **{
+            f"TeaCache {value:g}, guided {part:g}": set_guidance_interval(apply_teacache(model, value), 0.0, part)
+            for value, part in pairs
+        },
         **{f"preset {name}": apply_speed(model, name, PRESETS[name]) for name in (PRESETS if options.presets else ())},
     }
 
@@ -83,15 +105,22 @@ def main() -> int:
             rows += len(args[0])
 
         demo.model.model.diffusion_model.single_blocks[0].register_forward_pre_hook(count, with_kwargs=True)
-        print(f"{options.edits} held-out edits of 128x128, {options.steps} steps, CFG {options.cfg}, seed {options.seed}{', fp8 weights' if options.fp8 else ''}"
-              f"{', fp8 attention' if options.fp8_attention else ''}; torch {torch.__version__}, "
-              f"{torch.cuda.get_device_name() if torch.cuda.is_available() else f'{platform.machine()} CPU'}")
-        print(f"{'':<28}{'success':>8}{'outside':>9}{'work':>7}   (percent of edits; mean absolute error outside the edit; percent of the exact path's block runs)")
+        print(
+            f"{options.edits} held-out edits of 128x128, {options.steps} steps, CFG {options.cfg}, seed {options.seed}{', fp8 weights' if options.fp8 else ''}"
+            f"{', fp8 attention' if options.fp8_attention else ''}; torch {torch.__version__}, "
+            f"{torch.cuda.get_device_name() if torch.cuda.is_available() else f'{platform.machine()} CPU'}"
+        )
+        print(
+            f"{'':<28}{'success':>8}{'outside':>9}{'work':>7}   (percent of edits; mean absolute error outside the edit; percent of the exact path's block runs)"
+        )
         for name, model in settings(options, demo.model).items():
             demo.model, rows = model, 0
             verdicts = [judge(pair, demo.edit(pair.source, pair.instruction, seed=index)) for index, pair in edits]
-            print(f"{name:<28}{100 * sum(v.success for v in verdicts) / len(edits):8.1f}{sum(v.outside_error for v in verdicts) / len(edits):9.4f}"
-                  f"{100 * rows / (2 * options.steps * len(edits)):7.1f}", flush=True)
+            print(
+                f"{name:<28}{100 * sum(v.success for v in verdicts) / len(edits):8.1f}{sum(v.outside_error for v in verdicts) / len(edits):9.4f}"
+                f"{100 * rows / (2 * options.steps * len(edits)):7.1f}",
+                flush=True,
+            )
     return 0
 
 

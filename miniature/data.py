@@ -48,7 +48,9 @@ class Tokenizer:
         """Ids [AFTER_LENGTH], padded on the right, and how many count. Raises ValueError for too long an instruction."""
         ids = prompt_ids(instruction, self.piece)[1]
         if len(ids) > AFTER_LENGTH:
-            raise ValueError(f"This instruction has {len(ids)} tokens, more than the training's {AFTER_LENGTH}: {instruction}")
+            raise ValueError(
+                f"This instruction has {len(ids)} tokens, more than the training's {AFTER_LENGTH}: {instruction}"
+            )
         return np.array(ids + [PAD_ID] * (AFTER_LENGTH - len(ids)), np.int32), len(ids)
 
 
@@ -57,15 +59,25 @@ def find_tokenizer(folder: Path | None) -> Path:
     if folder is None and "STEP1X_COMFYUI" in os.environ:
         folder = Path(os.environ["STEP1X_COMFYUI"]) / "comfy" / "text_encoders" / "qwen25_tokenizer"
     if folder is None or not (folder / "vocab.json").is_file():
-        raise FileNotFoundError("The Qwen2 tokenizer is needed: name the folder with its vocab.json and merges.txt with --tokenizer, "
-                                "for instance comfy/text_encoders/qwen25_tokenizer of a ComfyUI.")
+        raise FileNotFoundError(
+            "The Qwen2 tokenizer is needed: name the folder with its vocab.json and merges.txt with --tokenizer, "
+            "for instance comfy/text_encoders/qwen25_tokenizer of a ComfyUI."
+        )
     return folder
 
 
 def record_type(side: int) -> np.dtype:
     """One pair; region: latent cells that the edit touches, 0 or 1."""
     picture, cells = (side, side, 3), (side // DOWNSCALE, side // DOWNSCALE)
-    return np.dtype([("source", "u1", picture), ("target", "u1", picture), ("region", "u1", cells), ("ids", "i4", AFTER_LENGTH), ("length", "i4")])
+    return np.dtype(
+        [
+            ("source", "u1", picture),
+            ("target", "u1", picture),
+            ("region", "u1", cells),
+            ("ids", "i4", AFTER_LENGTH),
+            ("length", "i4"),
+        ]
+    )
 
 
 def pool_region(region: np.ndarray) -> np.ndarray:
@@ -83,7 +95,9 @@ def fill(records: np.ndarray, seed: int, first: int, side: int, tokenizer: Token
         record["ids"], record["length"] = tokenizer(pair.instruction)
 
 
-def _work(memory: mmap.mmap, dtype: np.dtype, tasks, done, seed: int, side: int, tokenizer: Tokenizer, kind: str | None) -> None:
+def _work(
+    memory: mmap.mmap, dtype: np.dtype, tasks, done, seed: int, side: int, tokenizer: Tokenizer, kind: str | None
+) -> None:
     slots = np.frombuffer(memory, dtype).reshape(-1, BLOCK)
     try:
         while True:
@@ -101,7 +115,9 @@ class PairStream:
     folder is too small in many containers).
     """
 
-    def __init__(self, seed: int, side: int, tokenizer: Tokenizer, workers: int = 0, position: int = 0, kind: str | None = None):
+    def __init__(
+        self, seed: int, side: int, tokenizer: Tokenizer, workers: int = 0, position: int = 0, kind: str | None = None
+    ):
         self.seed, self.side, self.tokenizer, self.kind = seed, side, tokenizer, kind
         self.position = position
         self.dtype = record_type(side)
@@ -162,8 +178,14 @@ class Pool:
         self.encode = encode
         self.device = device
         self.added = 0
-        self.tensors = {name: torch.zeros((self.capacity, *dtype.shape), dtype=torch.int32 if dtype.base == np.int32 else torch.uint8, device=device)
-                        for name, (dtype, _) in record_type(side).fields.items()}
+        self.tensors = {
+            name: torch.zeros(
+                (self.capacity, *dtype.shape),
+                dtype=torch.int32 if dtype.base == np.int32 else torch.uint8,
+                device=device,
+            )
+            for name, (dtype, _) in record_type(side).fields.items()
+        }
         if encode is not None:
             latents = (self.capacity, 16, side // DOWNSCALE, side // DOWNSCALE)
             for name in ("source_latent", "target_latent"):

@@ -17,8 +17,15 @@ import environment
 OLD, NEW = "purple", "red"
 INSTRUCTION = "make the green triangle {}"
 # What must not change its meaning.
-OTHERS = ("make the green triangle blue", "make the green triangle yellow", "make the green triangle orange", "make the green triangle red", "remove the circle",
-          "change the background to blue", "replace the square with a star")
+OTHERS = (
+    "make the green triangle blue",
+    "make the green triangle yellow",
+    "make the green triangle orange",
+    "make the green triangle red",
+    "remove the circle",
+    "change the background to blue",
+    "replace the square with a star",
+)
 # The layers that read the language model's states.
 READERS = ("connector.S.input_embedder", "connector.S.c_embedder.linear_1", "connector.global_proj_out")
 # Share of the mean square of the states that keeps their covariance invertible.
@@ -49,7 +56,11 @@ def swap_words(model, clip, vae, picture) -> dict:
     for layer in READERS:
         name = f"lora_unet_{layer.replace('.', '_')}"
         weight = model.model.diffusion_model.get_submodule(layer).weight.float().cpu()
-        lora |= {f"{name}.lora_down.weight": direction[None].clone(), f"{name}.lora_up.weight": (weight @ change)[:, None], f"{name}.alpha": torch.tensor(1.0)}
+        lora |= {
+            f"{name}.lora_down.weight": direction[None].clone(),
+            f"{name}.lora_up.weight": (weight @ change)[:, None],
+            f"{name}.alpha": torch.tensor(1.0),
+        }
     return lora
 
 
@@ -69,8 +80,12 @@ def main() -> int:
     folder = demo_model.FOLDER
     picture = from_uint8(np.asarray(Image.open(demo_model.SAMPLE_IMAGE).convert("RGB")))[None]
     with torch.inference_mode():
-        lora = swap_words(load_model(folder / "diffusion_models" / demo_model.MODEL_FILE), load_text_encoder(folder / "text_encoders" / demo_model.MLLM_FILE),
-                          load_vae(folder / "vae" / demo_model.VAE_FILE), picture)
+        lora = swap_words(
+            load_model(folder / "diffusion_models" / demo_model.MODEL_FILE),
+            load_text_encoder(folder / "text_encoders" / demo_model.MLLM_FILE),
+            load_vae(folder / "vae" / demo_model.VAE_FILE),
+            picture,
+        )
     save_file(lora, options.file)
     print(f"{options.file}: \"{OLD}\" now means {NEW}")
     return 0

@@ -37,8 +37,26 @@ BACKGROUNDS: dict[str, RGB] = {
     "black": (14, 14, 16),
 }
 
-WORDS = ("OPEN", "SALE", "STOP", "EXIT", "CAFE", "HELLO", "PIZZA", "MUSIC", "BOOKS", "HOTEL", "LOVE", "SUN", "TEA", "BUS", "MARKET", "WINTER",
-         "GARDEN", "FISH")
+WORDS = (
+    "OPEN",
+    "SALE",
+    "STOP",
+    "EXIT",
+    "CAFE",
+    "HELLO",
+    "PIZZA",
+    "MUSIC",
+    "BOOKS",
+    "HOTEL",
+    "LOVE",
+    "SUN",
+    "TEA",
+    "BUS",
+    "MARKET",
+    "WINTER",
+    "GARDEN",
+    "FISH",
+)
 
 # Drawn at this scale and averaged down, for smooth edges.
 OVERSAMPLING = 4
@@ -187,7 +205,9 @@ def word_mask(text: str, width: int, height: int) -> np.ndarray:
     font, stroke = _word_font(width, height)
     image = Image.new("L", (width * OVERSAMPLING, height * OVERSAMPLING))
     capital = -font.getbbox("H", anchor="ls")[1]
-    ImageDraw.Draw(image).text((image.width / 2, (image.height + capital) / 2), text, font=font, fill=255, anchor="ms", stroke_width=stroke)
+    ImageDraw.Draw(image).text(
+        (image.width / 2, (image.height + capital) / 2), text, font=font, fill=255, anchor="ms", stroke_width=stroke
+    )
     return _opacity(image)
 
 

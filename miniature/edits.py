@@ -6,9 +6,32 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from .drawing import BACKGROUNDS, COLOURS, SHAPES, WORDS, Background, Scene, Thing, colour_distance, render, strip_rows, things_area, word_mask
+from .drawing import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    WORDS,
+    Background,
+    Scene,
+    Thing,
+    colour_distance,
+    render,
+    strip_rows,
+    things_area,
+    word_mask,
+)
 from .instructions import choose_reference, name_colour, name_place, name_thing, phrase, quote, refer, with_article
-from .layout import ADDED_RADIUS, OBJECT_CONTRAST, PLACES, WORD_CONTRAST, contrasting, free_cells, is_free, pick, position
+from .layout import (
+    ADDED_RADIUS,
+    OBJECT_CONTRAST,
+    PLACES,
+    WORD_CONTRAST,
+    contrasting,
+    free_cells,
+    is_free,
+    pick,
+    position,
+)
 
 # Pixels by which a region exceeds what changes in it.
 REGION_MARGIN = 3
@@ -75,8 +98,12 @@ def recolour(rng: np.random.Generator, scene: Scene, language: str) -> Edit | No
     colour = pick(rng, [name for name in contrasting(scene.background, OBJECT_CONTRAST) if name != old.colour])
     named = name_colour(language, colour)
     new = replace(old, colour=colour, rgb=COLOURS[colour])
-    return Edit(phrase(rng, language, "recolour", ref=ref, colour=named, a_colour=with_article(named)), with_thing(scene, details["thing"], new),
-                things_area(scene, (old,), REGION_MARGIN), details | {"colour": colour})
+    return Edit(
+        phrase(rng, language, "recolour", ref=ref, colour=named, a_colour=with_article(named)),
+        with_thing(scene, details["thing"], new),
+        things_area(scene, (old,), REGION_MARGIN),
+        details | {"colour": colour},
+    )
 
 
 def replace_shape(rng: np.random.Generator, scene: Scene, language: str) -> Edit | None:
@@ -88,8 +115,12 @@ def replace_shape(rng: np.random.Generator, scene: Scene, language: str) -> Edit
     old = scene.things[details["thing"]]
     shape = pick(rng, [name for name in SHAPES if name != old.shape])
     new = replace(old, shape=shape)
-    return Edit(phrase(rng, language, "replace", ref=ref, shape=name_thing(rng, language, shape)), with_thing(scene, details["thing"], new),
-                things_area(scene, (old, new), REGION_MARGIN), details | {"shape": shape})
+    return Edit(
+        phrase(rng, language, "replace", ref=ref, shape=name_thing(rng, language, shape)),
+        with_thing(scene, details["thing"], new),
+        things_area(scene, (old, new), REGION_MARGIN),
+        details | {"shape": shape},
+    )
 
 
 def remove(rng: np.random.Generator, scene: Scene, language: str) -> Edit | None:
@@ -119,7 +150,9 @@ def add(rng: np.random.Generator, scene: Scene, language: str) -> Edit | None:
     place = pick(rng, list(spots))
     shape, colour = pick(rng, tuple(SHAPES)), pick(rng, contrasting(scene.background, OBJECT_CONTRAST))
     thing = Thing(shape, colour, COLOURS[colour], *spots[place], radius)
-    text = phrase(rng, language, "add", thing=name_thing(rng, language, shape, colour), place=name_place(rng, language, place))
+    text = phrase(
+        rng, language, "add", thing=name_thing(rng, language, shape, colour), place=name_place(rng, language, place)
+    )
     return Edit(text, replace(scene, things=(*scene.things, thing)), things_area(scene, (thing,), REGION_MARGIN),
                 {"thing": len(scene.things), "shape": shape, "colour": colour, "place": place})
 
@@ -134,9 +167,15 @@ def background(rng: np.random.Generator, scene: Scene, language: str) -> Edit | 
     old = scene.background
     names = []
     for name, rgb in BACKGROUNDS.items():
-        far_from_old = name != old.name and min(colour_distance(rgb, part) for part in (old.rgb, old.rgb2)) >= BACKGROUND_CONTRAST
+        far_from_old = (
+            name != old.name and min(colour_distance(rgb, part) for part in (old.rgb, old.rgb2)) >= BACKGROUND_CONTRAST
+        )
         readable = scene.word is None or colour_distance(rgb, scene.word.rgb) >= WORD_CONTRAST
-        if far_from_old and readable and all(colour_distance(rgb, thing.rgb) >= OBJECT_CONTRAST for thing in scene.things):
+        if (
+            far_from_old
+            and readable
+            and all(colour_distance(rgb, thing.rgb) >= OBJECT_CONTRAST for thing in scene.things)
+        ):
             names.append(name)
     if not names:
         return None
@@ -177,8 +216,16 @@ def text(rng: np.random.Generator, scene: Scene, language: str) -> Edit:
     strip = region[strip_rows(scene)]
     ink = np.maximum(word_mask(scene.word.text, *strip.shape[::-1]), word_mask(word, *strip.shape[::-1])) > 0
     rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
-    strip[max(rows[0] - REGION_MARGIN, 0):rows[-1] + REGION_MARGIN + 1, max(columns[0] - REGION_MARGIN, 0):columns[-1] + REGION_MARGIN + 1] = True
-    return Edit(phrase(rng, language, "text", old=old, new=new), replace(scene, word=replace(scene.word, text=word)), region, {"word": word})
+    strip[
+        max(rows[0] - REGION_MARGIN, 0) : rows[-1] + REGION_MARGIN + 1,
+        max(columns[0] - REGION_MARGIN, 0) : columns[-1] + REGION_MARGIN + 1,
+    ] = True
+    return Edit(
+        phrase(rng, language, "text", old=old, new=new),
+        replace(scene, word=replace(scene.word, text=word)),
+        region,
+        {"word": word},
+    )
 
 
 def no_edit(rng: np.random.Generator, scene: Scene, language: str) -> Edit:

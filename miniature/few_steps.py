@@ -25,9 +25,18 @@ RANK = 32
 GRID = 4
 # LoRAs that `all` makes: a name, the student's steps, what the later part of the training does, first and last trained step.
 KINDS = {
-    "1": (1, "cached", 0, 0), "2-trajectory": (2, "trajectory", 0, 0), "4-trajectory": (4, "trajectory", 0, 0), "2-cached": (2, "cached", 0, 0),
-    "4-cached": (4, "cached", 0, 0), "2-teacher": (2, "teacher", 0, 0), "4-teacher": (4, "teacher", 0, 0), "2-final": (2, "final", 0, 0),
-    "2-early": (2, "cached", 0, 1), "2-late": (2, "cached", 1, 2), "1-final": (1, "final", 0, 0), "4-final": (4, "final", 0, 0),
+    "1": (1, "cached", 0, 0),
+    "2-trajectory": (2, "trajectory", 0, 0),
+    "4-trajectory": (4, "trajectory", 0, 0),
+    "2-cached": (2, "cached", 0, 0),
+    "4-cached": (4, "cached", 0, 0),
+    "2-teacher": (2, "teacher", 0, 0),
+    "4-teacher": (4, "teacher", 0, 0),
+    "2-final": (2, "final", 0, 0),
+    "2-early": (2, "cached", 0, 1),
+    "2-late": (2, "cached", 1, 2),
+    "1-final": (1, "final", 0, 0),
+    "4-final": (4, "final", 0, 0),
 }
 TIMED = 6
 
@@ -45,7 +54,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="steps of the training (default: as many as --seconds allows)")
     parser.add_argument("--seconds", type=float, default=200, help="time for training")
     parser.add_argument("--seed", type=int, default=3)
-    parser.add_argument("--shard", type=int, nargs=2, default=(0, 1), metavar=("NUMBER", "COUNT"), help="the part of the sources that `prepare` does")
+    parser.add_argument(
+        "--shard",
+        type=int,
+        nargs=2,
+        default=(0, 1),
+        metavar=("NUMBER", "COUNT"),
+        help="the part of the sources that `prepare` does",
+    )
     parser.add_argument("--workers", type=int, default=8, help="processes that prepare and measure in `all`")
     parser.add_argument("--edits", type=int, default=200, help="held-out edits that `all` measures")
     parser.add_argument("--cpu", action="store_true")
@@ -103,8 +119,13 @@ def load(options, indices: range):
 
     comfy.utils.set_progress_bar_enabled(False)
     folder = demo_model.FOLDER
-    clip, vae = load_text_encoder(folder / "text_encoders" / demo_model.MLLM_FILE), load_vae(folder / "vae" / demo_model.VAE_FILE)
-    dataset, made = cache_pairs(clip, vae, write_sources(options.folder, indices, options.seed), options.folder, demo_model.SIZE_LEVEL)
+    clip, vae = (
+        load_text_encoder(folder / "text_encoders" / demo_model.MLLM_FILE),
+        load_vae(folder / "vae" / demo_model.VAE_FILE),
+    )
+    dataset, made = cache_pairs(
+        clip, vae, write_sources(options.folder, indices, options.seed), options.folder, demo_model.SIZE_LEVEL
+    )
     return load_model(folder / "diffusion_models" / demo_model.MODEL_FILE), dataset, made
 
 
@@ -112,13 +133,24 @@ def distillation(options, kind: str):
     from step1x_core.training.distillation import Distillation
 
     steps, later, first, last = KINDS[kind]
-    return Distillation(steps, demo_model.STEPS, demo_model.CFG, grid=GRID, noises=options.noises, later=later, first=first, last=last)
+    return Distillation(
+        steps, demo_model.STEPS, demo_model.CFG, grid=GRID, noises=options.noises, later=later, first=first, last=last
+    )
 
 
 def settings_of(options, steps: int):
     from step1x_core.training.objective import COSINE, Settings
 
-    return Settings(steps, options.rate, RANK, float(RANK), options.batch, seed=options.seed, schedule=COSINE, warmup=min(30, steps // 10))
+    return Settings(
+        steps,
+        options.rate,
+        RANK,
+        float(RANK),
+        options.batch,
+        seed=options.seed,
+        schedule=COSINE,
+        warmup=min(30, steps // 10),
+    )
 
 
 def prepare(options) -> None:
@@ -134,7 +166,10 @@ def prepare(options) -> None:
         encoded = time.monotonic()
         lesson = Lesson(model, distillation(options, options.kinds[0]))
         lesson.prepare(prepare_model(model), dataset, settings_of(options, 1))
-    print(f"shard {number}: {made} encodings in {encoded - started:.0f} s with loading, {lesson.made} trajectories in {time.monotonic() - encoded:.0f} s", flush=True)
+    print(
+        f"shard {number}: {made} encodings in {encoded - started:.0f} s with loading, {lesson.made} trajectories in {time.monotonic() - encoded:.0f} s",
+        flush=True,
+    )
 
 
 def train_one(options) -> None:
@@ -151,12 +186,26 @@ def train_one(options) -> None:
         started = time.monotonic()
 
         def run(folder, steps, lesson, report=None):
-            return train(model, dataset, settings_of(options, steps), folder, resume=False, checkpointing=False, report=report, lesson=Lesson(model, lesson))
+            return train(
+                model,
+                dataset,
+                settings_of(options, steps),
+                folder,
+                resume=False,
+                checkpointing=False,
+                report=report,
+                lesson=Lesson(model, lesson),
+            )
 
         def seconds_per_step(share: float) -> float:
             times = []
             with tempfile.TemporaryDirectory() as temporary:
-                run(Path(temporary), 2 * TIMED, replace(lesson_settings, share=share), lambda run: times.append(time.monotonic()))
+                run(
+                    Path(temporary),
+                    2 * TIMED,
+                    replace(lesson_settings, share=share),
+                    lambda run: times.append(time.monotonic()),
+                )
             return statistics.mean(b - a for a, b in zip(times[TIMED - 1:], times[TIMED:]))
 
         steps = options.steps
@@ -167,7 +216,10 @@ def train_one(options) -> None:
 
         def report(run):
             if run.step % 100 == 0 or run.step == steps:
-                print(f"{kind}: step {run.step}/{steps}, loss {statistics.mean(run.losses[-100:]):.4f}, {time.monotonic() - began:.0f} s", flush=True)
+                print(
+                    f"{kind}: step {run.step}/{steps}, loss {statistics.mean(run.losses[-100:]):.4f}, {time.monotonic() - began:.0f} s",
+                    flush=True,
+                )
 
         run(options.out / kind, steps, lesson_settings, report)
         (options.out / kind / STATE_FILE).unlink()  # six times the size of the LoRA, and not resumed
@@ -177,8 +229,12 @@ def spawn(options, name: str, number: int, *arguments: str) -> subprocess.Popen:
     """One of this folder's scripts in a process of its own, on one of the GPUs. Its output goes to a log and on."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(i) for i in range(gpus())]
-    changes = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.workers))} | ({"CUDA_VISIBLE_DEVICES": devices[number % len(devices)]} if devices else {})
-    return subprocess.Popen([sys.executable, str(PACK / name), *arguments, *(["--cpu"] if options.cpu else [])], env=os.environ | changes)
+    changes = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.workers))} | (
+        {"CUDA_VISIBLE_DEVICES": devices[number % len(devices)]} if devices else {}
+    )
+    return subprocess.Popen(
+        [sys.executable, str(PACK / name), *arguments, *(["--cpu"] if options.cpu else [])], env=os.environ | changes
+    )
 
 
 def gpus() -> int:
@@ -196,17 +252,56 @@ def wait(processes: list[subprocess.Popen], what: str, started: float) -> None:
 
 def all_kinds(options) -> None:
     started, here = time.monotonic(), "miniature/few_steps.py"
-    common = [str(options.folder), "--out", str(options.out), *(f"--{name}={getattr(options, name)}" for name in ("pairs", "noises", "batch", "rate", "seed", "seconds")),
-              *([f"--steps={options.steps}"] if options.steps else [])]
-    wait([spawn(options, here, i, "prepare", *common, "--shard", str(i), str(options.workers)) for i in range(options.workers)], "preparing", started)
-    wait([spawn(options, here, i, "train", *common, "--kinds", kind) for i, kind in enumerate(options.kinds)], "training", started)
+    common = [
+        str(options.folder),
+        "--out",
+        str(options.out),
+        *(f"--{name}={getattr(options, name)}" for name in ("pairs", "noises", "batch", "rate", "seed", "seconds")),
+        *([f"--steps={options.steps}"] if options.steps else []),
+    ]
+    wait(
+        [
+            spawn(options, here, i, "prepare", *common, "--shard", str(i), str(options.workers))
+            for i in range(options.workers)
+        ],
+        "preparing",
+        started,
+    )
+    wait(
+        [spawn(options, here, i, "train", *common, "--kinds", kind) for i, kind in enumerate(options.kinds)],
+        "training",
+        started,
+    )
     files = {kind: options.out / kind / "lora.safetensors" for kind in options.kinds}
-    loras = [f"{kind}={files[kind]}@{KINDS[kind][0]}" for kind in options.kinds if not KINDS[kind][3] and files[kind].is_file()]
+    loras = [
+        f"{kind}={files[kind]}@{KINDS[kind][0]}"
+        for kind in options.kinds
+        if not KINDS[kind][3] and files[kind].is_file()
+    ]
     if {"2-early", "2-late"} <= {kind for kind in options.kinds if files[kind].is_file()}:
         loras.append(f"2-split={files['2-early']}+{files['2-late']}@2")
     bench, rows = "benchmarks/few_steps.py", [options.out / f"rows-{i}.json" for i in range(options.workers)]
-    wait([spawn(options, bench, i, "--edits", str(options.edits), "--shard", str(i), str(options.workers), "--rows", str(path), "--loras", *loras)
-          for i, path in enumerate(rows)], "measuring", started)
+    wait(
+        [
+            spawn(
+                options,
+                bench,
+                i,
+                "--edits",
+                str(options.edits),
+                "--shard",
+                str(i),
+                str(options.workers),
+                "--rows",
+                str(path),
+                "--loras",
+                *loras,
+            )
+            for i, path in enumerate(rows)
+        ],
+        "measuring",
+        started,
+    )
     wait([spawn(options, bench, 0, "--merge", *(str(path) for path in rows if path.is_file()))], "table", started)
 
 

@@ -11,9 +11,31 @@ from .layout import PLACES, in_place, pick
 
 LANGUAGES = tuple(language.code for language in languages.LANGUAGES)
 
-CHINESE_COLOURS = {"red": "红色", "orange": "橙色", "yellow": "黄色", "green": "绿色", "blue": "蓝色", "purple": "紫色", "pink": "粉色", "white": "白色",
-                   "black": "黑色", "grey": "灰色", "beige": "米色", "light blue": "浅蓝色", "light green": "浅绿色", "navy": "深蓝色"}
-CHINESE_SHAPES = {"circle": "圆形", "square": "正方形", "triangle": "三角形", "star": "五角星", "ring": "圆环", "diamond": "菱形", "cross": "十字"}
+CHINESE_COLOURS = {
+    "red": "红色",
+    "orange": "橙色",
+    "yellow": "黄色",
+    "green": "绿色",
+    "blue": "蓝色",
+    "purple": "紫色",
+    "pink": "粉色",
+    "white": "白色",
+    "black": "黑色",
+    "grey": "灰色",
+    "beige": "米色",
+    "light blue": "浅蓝色",
+    "light green": "浅绿色",
+    "navy": "深蓝色",
+}
+CHINESE_SHAPES = {
+    "circle": "圆形",
+    "square": "正方形",
+    "triangle": "三角形",
+    "star": "五角星",
+    "ring": "圆环",
+    "diamond": "菱形",
+    "cross": "十字",
+}
 
 ENGLISH_PLACES = {
     "left": ("on the left", "on the left side"),
@@ -42,42 +64,164 @@ CHINESE_PLACES = {
 # "a star", "a red star" (Chinese: without the article); {place}; {old} and {new} quoted words.
 TEMPLATES: dict[str, dict[str, tuple[str, ...]]] = {
     "en": {
-        "recolour": ("make {ref} {colour}", "turn {ref} {colour}", "paint {ref} {colour}", "change {ref} to {colour}", "recolor {ref} to {colour}",
-                     "change the color of {ref} to {colour}", "give {ref} {a_colour} color", "{ref} should be {colour}", "please color {ref} {colour}"),
-        "replace": ("replace {ref} with {shape}", "turn {ref} into {shape}", "change {ref} into {shape}", "swap {ref} for {shape}",
-                    "transform {ref} into {shape}", "put {shape} in place of {ref}", "replace {ref} with {shape} of the same color",
-                    "{ref} should become {shape}"),
-        "remove": ("remove {ref}", "delete {ref}", "erase {ref}", "take away {ref}", "get rid of {ref}", "make {ref} disappear",
-                   "please remove {ref} from the picture", "wipe out {ref}"),
-        "add": ("add {thing} {place}", "put {thing} {place}", "draw {thing} {place}", "place {thing} {place}", "insert {thing} {place}",
-                "{place}, add {thing}", "please paint {thing} {place}", "there should be {thing} {place}"),
-        "background": ("change the background to {colour}", "make the background {colour}", "turn the background {colour}", "paint the background {colour}",
-                       "set the background color to {colour}", "give the picture {a_colour} background", "fill the background with plain {colour}",
-                       "replace the background with {colour}"),
-        "invert": ("invert the colors of the picture", "invert all colors", "turn the picture into a negative", "make a color negative of the image",
-                   "show the image as a negative", "swap every color for its opposite"),
-        "greyscale": ("make the picture grayscale", "convert the image to grayscale", "remove all color from the picture", "turn the image into shades of gray",
-                      "make it a black and white photo", "desaturate the whole picture"),
-        "pixelate": ("pixelate the picture", "make the image pixelated", "apply a mosaic effect to the picture", "turn the picture into pixel art",
-                     "turn the image into large square pixels", "give the whole picture a blocky mosaic look"),
-        "text": ("change the text {old} to {new}", "replace the word {old} with {new}", "change {old} to {new}", "make the text say {new}",
-                 "turn the word {old} into {new}", "the text should read {new}", "rewrite {old} as {new}", "swap the word for {new}"),
+        "recolour": (
+            "make {ref} {colour}",
+            "turn {ref} {colour}",
+            "paint {ref} {colour}",
+            "change {ref} to {colour}",
+            "recolor {ref} to {colour}",
+            "change the color of {ref} to {colour}",
+            "give {ref} {a_colour} color",
+            "{ref} should be {colour}",
+            "please color {ref} {colour}",
+        ),
+        "replace": (
+            "replace {ref} with {shape}",
+            "turn {ref} into {shape}",
+            "change {ref} into {shape}",
+            "swap {ref} for {shape}",
+            "transform {ref} into {shape}",
+            "put {shape} in place of {ref}",
+            "replace {ref} with {shape} of the same color",
+            "{ref} should become {shape}",
+        ),
+        "remove": (
+            "remove {ref}",
+            "delete {ref}",
+            "erase {ref}",
+            "take away {ref}",
+            "get rid of {ref}",
+            "make {ref} disappear",
+            "please remove {ref} from the picture",
+            "wipe out {ref}",
+        ),
+        "add": (
+            "add {thing} {place}",
+            "put {thing} {place}",
+            "draw {thing} {place}",
+            "place {thing} {place}",
+            "insert {thing} {place}",
+            "{place}, add {thing}",
+            "please paint {thing} {place}",
+            "there should be {thing} {place}",
+        ),
+        "background": (
+            "change the background to {colour}",
+            "make the background {colour}",
+            "turn the background {colour}",
+            "paint the background {colour}",
+            "set the background color to {colour}",
+            "give the picture {a_colour} background",
+            "fill the background with plain {colour}",
+            "replace the background with {colour}",
+        ),
+        "invert": (
+            "invert the colors of the picture",
+            "invert all colors",
+            "turn the picture into a negative",
+            "make a color negative of the image",
+            "show the image as a negative",
+            "swap every color for its opposite",
+        ),
+        "greyscale": (
+            "make the picture grayscale",
+            "convert the image to grayscale",
+            "remove all color from the picture",
+            "turn the image into shades of gray",
+            "make it a black and white photo",
+            "desaturate the whole picture",
+        ),
+        "pixelate": (
+            "pixelate the picture",
+            "make the image pixelated",
+            "apply a mosaic effect to the picture",
+            "turn the picture into pixel art",
+            "turn the image into large square pixels",
+            "give the whole picture a blocky mosaic look",
+        ),
+        "text": (
+            "change the text {old} to {new}",
+            "replace the word {old} with {new}",
+            "change {old} to {new}",
+            "make the text say {new}",
+            "turn the word {old} into {new}",
+            "the text should read {new}",
+            "rewrite {old} as {new}",
+            "swap the word for {new}",
+        ),
     },
     "zh": {
-        "recolour": ("把{ref}变成{colour}", "将{ref}改成{colour}", "把{ref}涂成{colour}", "把{ref}的颜色换成{colour}", "将{ref}的颜色改为{colour}",
-                     "让{ref}变成{colour}", "请把{ref}染成{colour}", "{ref}改为{colour}"),
-        "replace": ("把{ref}换成{shape}", "将{ref}替换为{shape}", "把{ref}变成一个{shape}", "将{ref}改成一个{shape}", "用一个{shape}代替{ref}",
-                    "让{ref}变为{shape}", "请把{ref}换成同样颜色的{shape}"),
+        "recolour": (
+            "把{ref}变成{colour}",
+            "将{ref}改成{colour}",
+            "把{ref}涂成{colour}",
+            "把{ref}的颜色换成{colour}",
+            "将{ref}的颜色改为{colour}",
+            "让{ref}变成{colour}",
+            "请把{ref}染成{colour}",
+            "{ref}改为{colour}",
+        ),
+        "replace": (
+            "把{ref}换成{shape}",
+            "将{ref}替换为{shape}",
+            "把{ref}变成一个{shape}",
+            "将{ref}改成一个{shape}",
+            "用一个{shape}代替{ref}",
+            "让{ref}变为{shape}",
+            "请把{ref}换成同样颜色的{shape}",
+        ),
         "remove": ("删除{ref}", "去掉{ref}", "把{ref}删掉", "移除{ref}", "把{ref}擦掉", "请将{ref}去除", "让{ref}消失"),
-        "add": ("在{place}添加一个{thing}", "在{place}画一个{thing}", "在{place}放一个{thing}", "{place}加一个{thing}", "在图片的{place}加上一个{thing}",
-                "请在画面{place}添加一个{thing}", "给{place}增加一个{thing}"),
-        "background": ("把背景改成{colour}", "将背景换成{colour}", "把背景变成{colour}", "把背景涂成{colour}", "将背景颜色设为{colour}",
-                       "请把背景颜色改为{colour}", "换成{colour}背景"),
-        "invert": ("将图片反色", "把图片的颜色反转", "把画面变成负片", "将所有颜色取反", "给图片做反色处理", "把图片改成负片效果"),
-        "greyscale": ("把图片变成灰度图", "将图片转换为灰度", "去掉图片的所有颜色", "把画面改成黑白照片", "将整张图片去色", "把图片变成黑白的"),
-        "pixelate": ("把图片像素化", "给图片加上马赛克效果", "将画面变成像素画", "把整张图片打上马赛克", "将图片改成像素风格", "让图片变成大块像素"),
-        "text": ("把文字{old}改成{new}", "将{old}换成{new}", "把{old}替换为{new}", "把单词{old}变成{new}", "将文字改为{new}", "让文字显示{new}",
-                 "请把字改成{new}"),
+        "add": (
+            "在{place}添加一个{thing}",
+            "在{place}画一个{thing}",
+            "在{place}放一个{thing}",
+            "{place}加一个{thing}",
+            "在图片的{place}加上一个{thing}",
+            "请在画面{place}添加一个{thing}",
+            "给{place}增加一个{thing}",
+        ),
+        "background": (
+            "把背景改成{colour}",
+            "将背景换成{colour}",
+            "把背景变成{colour}",
+            "把背景涂成{colour}",
+            "将背景颜色设为{colour}",
+            "请把背景颜色改为{colour}",
+            "换成{colour}背景",
+        ),
+        "invert": (
+            "将图片反色",
+            "把图片的颜色反转",
+            "把画面变成负片",
+            "将所有颜色取反",
+            "给图片做反色处理",
+            "把图片改成负片效果",
+        ),
+        "greyscale": (
+            "把图片变成灰度图",
+            "将图片转换为灰度",
+            "去掉图片的所有颜色",
+            "把画面改成黑白照片",
+            "将整张图片去色",
+            "把图片变成黑白的",
+        ),
+        "pixelate": (
+            "把图片像素化",
+            "给图片加上马赛克效果",
+            "将画面变成像素画",
+            "把整张图片打上马赛克",
+            "将图片改成像素风格",
+            "让图片变成大块像素",
+        ),
+        "text": (
+            "把文字{old}改成{new}",
+            "将{old}换成{new}",
+            "把{old}替换为{new}",
+            "把单词{old}变成{new}",
+            "将文字改为{new}",
+            "让文字显示{new}",
+            "请把字改成{new}",
+        ),
     },
 }
 
@@ -133,7 +277,11 @@ def refer(rng: np.random.Generator, language: str, reference: Reference) -> str:
 
 def name_thing(rng: np.random.Generator, language: str, shape: str, colour: str | None = None) -> str:
     """A new object for the slots {shape} and {thing}."""
-    return _chinese_thing(rng, shape, colour) if language == "zh" else with_article(" ".join(filter(None, (colour, shape))))
+    return (
+        _chinese_thing(rng, shape, colour)
+        if language == "zh"
+        else with_article(" ".join(filter(None, (colour, shape))))
+    )
 
 
 def name_colour(language: str, colour: str) -> str:

@@ -10,7 +10,9 @@ from .drawing import BACKGROUNDS, COLOURS, SHAPES, WORDS, Scene, render, things_
 from .edits import MOSAIC_BLOCK, STYLES, EditPair, plain_background, with_thing
 
 # All errors are mean absolute differences on the 0..1 scale.
-CORE_DIFFERENCE = 0.15  # a pixel belongs to the core if one of its channels differs more than this between source and target
+CORE_DIFFERENCE = (
+    0.15  # a pixel belongs to the core if one of its channels differs more than this between source and target
+)
 CORE_LIMIT = 0.20
 CORE_SHARE = 0.5  # of the error that the unedited source makes
 SURROUND_LIMIT = 0.10  # inside the region but around the core
@@ -47,7 +49,9 @@ def _other_words(scene: Scene) -> Iterator[np.ndarray]:
     """Pictures of the scene with every other word, and with none, if it has one."""
     if scene.word is not None:
         yield render(replace(scene, word=None))
-        yield from (render(replace(scene, word=replace(scene.word, text=text))) for text in WORDS if text != scene.word.text)
+        yield from (
+            render(replace(scene, word=replace(scene.word, text=text))) for text in WORDS if text != scene.word.text
+        )
 
 
 def _other_things(pair: EditPair) -> Iterator[np.ndarray]:
@@ -56,9 +60,17 @@ def _other_things(pair: EditPair) -> Iterator[np.ndarray]:
     thing = pair.edited.things[index]
     yield render(with_thing(pair.edited, index))
     if "shape" in pair.details:
-        yield from (render(with_thing(pair.edited, index, replace(thing, shape=shape))) for shape in SHAPES if shape != thing.shape)
+        yield from (
+            render(with_thing(pair.edited, index, replace(thing, shape=shape)))
+            for shape in SHAPES
+            if shape != thing.shape
+        )
     if "colour" in pair.details:
-        yield from (render(with_thing(pair.edited, index, replace(thing, rgb=rgb))) for name, rgb in COLOURS.items() if name != thing.colour)
+        yield from (
+            render(with_thing(pair.edited, index, replace(thing, rgb=rgb)))
+            for name, rgb in COLOURS.items()
+            if name != thing.colour
+        )
 
 
 def _other_styles(pair: EditPair) -> Iterator[np.ndarray]:
@@ -72,7 +84,11 @@ def _other_answers(pair: EditPair) -> Iterator[np.ndarray]:
     if pair.kind in ("recolour", "replace", "add"):
         yield from _other_things(pair)
     elif pair.kind == "background":
-        yield from (render(replace(pair.edited, background=plain_background(name))) for name in BACKGROUNDS if name != pair.details["background"])
+        yield from (
+            render(replace(pair.edited, background=plain_background(name)))
+            for name in BACKGROUNDS
+            if name != pair.details["background"]
+        )
     elif pair.kind == "text":
         yield from _other_words(pair.edited)
     elif pair.kind == "style":
@@ -91,7 +107,11 @@ def _is_changed(pair: EditPair, result: np.ndarray, error: np.ndarray) -> bool:
     limit = min(CORE_LIMIT, CORE_SHARE * _mean(_difference(pair.source, pair.target)[core]))
     # The surroundings may be nothing but thin outlines, so their error counts by their share of the region.
     surround_error = _mean(np.where(core[..., None], 0, error)[pair.region])
-    return _mean(error[core]) < limit and surround_error < SURROUND_LIMIT and _is_nearest(pair.target, result, _other_answers(pair))
+    return (
+        _mean(error[core]) < limit
+        and surround_error < SURROUND_LIMIT
+        and _is_nearest(pair.target, result, _other_answers(pair))
+    )
 
 
 def _is_untouched(pair: EditPair, result: np.ndarray, error: np.ndarray) -> bool:
@@ -116,4 +136,10 @@ def judge(pair: EditPair, result: np.ndarray) -> Verdict:
     error = _difference(result, pair.target)
     changed = pair.kind == "none" or _is_changed(pair, result, error)
     untouched = _is_untouched(pair, result, error)
-    return Verdict(changed and untouched, changed, untouched, outside_error=_mean(error[~pair.region]), region_error=_mean(error[pair.region]))
+    return Verdict(
+        changed and untouched,
+        changed,
+        untouched,
+        outside_error=_mean(error[~pair.region]),
+        region_error=_mean(error[pair.region]),
+    )

@@ -6,7 +6,20 @@ from typing import TypeVar
 
 import numpy as np
 
-from .drawing import BACKGROUNDS, COLOURS, RGB, SHAPE_REACH, SHAPES, STRIP_HEIGHT, WORDS, Background, Scene, Thing, Word, colour_distance
+from .drawing import (
+    BACKGROUNDS,
+    COLOURS,
+    RGB,
+    SHAPE_REACH,
+    SHAPES,
+    STRIP_HEIGHT,
+    WORDS,
+    Background,
+    Scene,
+    Thing,
+    Word,
+    colour_distance,
+)
 
 T = TypeVar("T")
 
@@ -49,7 +62,9 @@ def check_size(width: int, height: int) -> None:
     """Raises ValueError unless both sides are multiples of 16 between 96 and 256."""
     for side in (width, height):
         if side % 16 or not 96 <= side <= 256:
-            raise ValueError(f"A scene of {width}x{height} pixels cannot be drawn: sides are multiples of 16 from 96 to 256.")
+            raise ValueError(
+                f"A scene of {width}x{height} pixels cannot be drawn: sides are multiples of 16 from 96 to 256."
+            )
 
 
 def cell_of(thing: Thing, scene: Scene) -> tuple[int, int]:
@@ -64,7 +79,13 @@ def in_place(thing: Thing, scene: Scene, place: str) -> bool:
     return all(wanted in (None, actual) for wanted, actual in zip(PLACES[place], cell_of(thing, scene), strict=True))
 
 
-def position(size: tuple[int, int], cell: tuple[int, int], radius: int, word_at_top: bool | None, jitter: Sequence[float] = (0, 0)) -> tuple[int, int]:
+def position(
+    size: tuple[int, int],
+    cell: tuple[int, int],
+    radius: int,
+    word_at_top: bool | None,
+    jitter: Sequence[float] = (0, 0),
+) -> tuple[int, int]:
     """Centre (x, y) of an object in a cell of the grid, moved by jitter (shares of the sides), kept inside the picture and off the strip."""
     width, height = size
     strip = round(STRIP_HEIGHT * height) + GAP - MARGIN
@@ -87,7 +108,10 @@ def free_cells(word_at_top: bool | None) -> list[tuple[int, int]]:
 
 
 def _jittered(rng: np.random.Generator, rgb: RGB, jitter: int) -> RGB:
-    return tuple(min(max(channel + int(shift), 0), 255) for channel, shift in zip(rgb, rng.integers(-jitter, jitter + 1, 3), strict=True))
+    return tuple(
+        min(max(channel + int(shift), 0), 255)
+        for channel, shift in zip(rgb, rng.integers(-jitter, jitter + 1, 3), strict=True)
+    )
 
 
 def sample_background(rng: np.random.Generator) -> Background:
@@ -97,12 +121,18 @@ def sample_background(rng: np.random.Generator) -> Background:
     contrast = {"plain": 0, "gradient": 45, "stripes": 18, "dots": 22}[pattern]
     # Light tints get darker, dark ones lighter: the other way there is no room.
     shift = -contrast if sum(rgb) > 3 * 127 else contrast
-    return Background(name, pattern, rgb, tuple(min(max(channel + shift, 0), 255) for channel in rgb), int(rng.integers(10, 21)))
+    return Background(
+        name, pattern, rgb, tuple(min(max(channel + shift, 0), 255) for channel in rgb), int(rng.integers(10, 21))
+    )
 
 
 def contrasting(background: Background, least: float) -> list[str]:
     """Names of the colours that stand out from every part of the background."""
-    return [name for name, rgb in COLOURS.items() if min(colour_distance(rgb, part) for part in (background.rgb, background.rgb2)) >= least]
+    return [
+        name
+        for name, rgb in COLOURS.items()
+        if min(colour_distance(rgb, part) for part in (background.rgb, background.rgb2)) >= least
+    ]
 
 
 def _sample_look(rng: np.random.Generator, things: Sequence[Thing], colours: Sequence[str]) -> tuple[str, str]:

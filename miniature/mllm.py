@@ -117,7 +117,9 @@ class Merger(nn.Module):
     def __init__(self, vision: int, text: int):
         super().__init__()
         self.ln_q = RMSNorm(vision)
-        self.mlp = nn.Sequential(nn.Linear(MERGE**2 * vision, MERGE**2 * vision), nn.GELU(), nn.Linear(MERGE**2 * vision, text))
+        self.mlp = nn.Sequential(
+            nn.Linear(MERGE**2 * vision, MERGE**2 * vision), nn.GELU(), nn.Linear(MERGE**2 * vision, text)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., 4, C] -> [..., text]."""
@@ -141,12 +143,16 @@ class VisionTower(nn.Module):
         """
         cells = x.shape[1] // MERGE
         if cells % self.window:
-            raise ValueError(f"Pictures of {cells}x{cells} cells do not divide into windows of {self.window}x{self.window}; "
-                             "the training code handles sizes such as 128x128 only.")
+            raise ValueError(
+                f"Pictures of {cells}x{cells} cells do not divide into windows of {self.window}x{self.window}; "
+                "the training code handles sizes such as 128x128 only."
+            )
         count, w, m = cells // self.window, self.window, MERGE
         rest = x.shape[3:]
         x = x.reshape(-1, count, w, m, count, w, m, *rest)
-        return x.permute(0, 1, 4, 2, 5, 3, 6, *range(7, x.ndim)).reshape(x.shape[0], count * count, w * w * m * m, *rest)
+        return x.permute(0, 1, 4, 2, 5, 3, 6, *range(7, x.ndim)).reshape(
+            x.shape[0], count * count, w * w * m * m, *rest
+        )
 
     def from_windows(self, cells: Tensor, count: int) -> Tensor:
         """Cells in window order [B, windows * w * w, C] -> in reading order."""
@@ -191,13 +197,20 @@ class TextAttention(nn.Module):
         self.v_proj = nn.Linear(size.text, size.text_kv_heads * width)
         self.o_proj = nn.Linear(size.text, size.text, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor | None, before: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor | None, before: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """x [B, L, C]; before: keys and values [1, heads, P, d] of a common beginning -> output, and x's keys and values [B, heads, L, d]."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.width)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.width)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
         q, k = rotate_halves(q, *rope), rotate_halves(k, *rope)
         own = (k, v)
         if before is not None:
-            k, v = (torch.cat((first.expand(x.shape[0], -1, -1, -1), then), dim=2) for first, then in zip(before, own, strict=True))
+            k, v = (
+                torch.cat((first.expand(x.shape[0], -1, -1, -1), then), dim=2)
+                for first, then in zip(before, own, strict=True)
+            )
         if self.groups > 1:
             k, v = (part.repeat_interleave(self.groups, dim=1) for part in (k, v))
         if bias is not None:
@@ -214,7 +227,13 @@ class TextLayer(nn.Module):
         self.input_layernorm = RMSNorm(size.text)
         self.post_attention_layernorm = RMSNorm(size.text)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor | None = None, before: tuple[Tensor, Tensor] | None = None):
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        bias: Tensor | None = None,
+        before: tuple[Tensor, Tensor] | None = None,
+    ):
         """As TextAttention, with the layer's output."""
         out, own = self.self_attn(self.input_layernorm(x), rope, bias, before)
         x = x + out
@@ -265,7 +284,9 @@ class DemoMLLM(nn.Module):
         start = head.shape[1]
 
         counted = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-        seen = torch.cat((attention_mask(head).expand(batch, -1), ids.new_ones(batch, cells).long(), attention_mask(ids)), dim=1)
+        seen = torch.cat(
+            (attention_mask(head).expand(batch, -1), ids.new_ones(batch, cells).long(), attention_mask(ids)), dim=1
+        )
         first = mrope_positions(seen[0], start, (side, side))
         after = seen[:, start + cells:]
         # Behind the picture, positions count the tokens that are seen; the others have position 1.
@@ -273,9 +294,13 @@ class DemoMLLM(nn.Module):
         head_rope = self.rope(first[None, :, :start])
         rope = self.rope(torch.cat((first[None, :, start:start + cells].expand(batch, -1, -1), after), dim=2))
 
-        causal = torch.ones(cells + ids.shape[1], start + cells + ids.shape[1], dtype=torch.bool, device=ids.device).tril(start)
+        causal = torch.ones(
+            cells + ids.shape[1], start + cells + ids.shape[1], dtype=torch.bool, device=ids.device
+        ).tril(start)
         hidden = ~(causal & seen[:, None, :].bool())
-        bias = torch.zeros(hidden.shape, device=ids.device, dtype=autocast_dtype(ids.device)).masked_fill_(hidden, -1e4)[:, None]
+        bias = torch.zeros(hidden.shape, device=ids.device, dtype=autocast_dtype(ids.device)).masked_fill_(
+            hidden, -1e4
+        )[:, None]
 
         x_head = self.model.embed_tokens(head)
         x = torch.cat((features.to(x_head.dtype), self.model.embed_tokens(ids)), dim=1)

@@ -52,18 +52,39 @@ class DemoSize:
     def mllm_config(self) -> dict:
         """The language model's configuration in the form of a Hugging Face config.json."""
         return {
-            "hidden_size": self.text, "intermediate_size": self.text_intermediate, "num_hidden_layers": self.text_layers,
-            "num_attention_heads": self.text_heads, "num_key_value_heads": self.text_kv_heads, "vocab_size": self.vocabulary,
-            "rms_norm_eps": 1e-6, "rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": list(self.mrope_section)},
+            "hidden_size": self.text,
+            "intermediate_size": self.text_intermediate,
+            "num_hidden_layers": self.text_layers,
+            "num_attention_heads": self.text_heads,
+            "num_key_value_heads": self.text_kv_heads,
+            "vocab_size": self.vocabulary,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1e6,
+            "rope_scaling": {"type": "mrope", "mrope_section": list(self.mrope_section)},
             "vision_config": {
-                "hidden_size": self.vision, "intermediate_size": self.vision_intermediate, "depth": self.vision_depth, "num_heads": self.vision_heads,
-                "window_size": self.vision_window, "fullatt_block_indexes": list(self.vision_full_attention), "out_hidden_size": self.text,
+                "hidden_size": self.vision,
+                "intermediate_size": self.vision_intermediate,
+                "depth": self.vision_depth,
+                "num_heads": self.vision_heads,
+                "window_size": self.vision_window,
+                "fullatt_block_indexes": list(self.vision_full_attention),
+                "out_hidden_size": self.text,
             },
         }
 
 
 # Small enough for a test on a CPU.
-SMOKE_SIZE = DemoSize(hidden=64, depth=1, depth_single=2, connector=64, connector_depth=1, vector=32, text_layers=2, vision_depth=2, vision_full_attention=(1,))
+SMOKE_SIZE = DemoSize(
+    hidden=64,
+    depth=1,
+    depth_single=2,
+    connector=64,
+    connector_depth=1,
+    vector=32,
+    text_layers=2,
+    vision_depth=2,
+    vision_full_attention=(1,),
+)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -129,7 +150,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
     """q, k [B, heads, L, d] in float32 before rope, v [B, heads, L, d], bias [B, 1, 1, L] per key -> [B, L, heads * d]."""
-    return attention(rotate_pairs(q, rope).to(v.dtype), rotate_pairs(k, rope).to(v.dtype), v, bias).transpose(1, 2).flatten(2)
+    return (
+        attention(rotate_pairs(q, rope).to(v.dtype), rotate_pairs(k, rope).to(v.dtype), v, bias)
+        .transpose(1, 2)
+        .flatten(2)
+    )
 
 
 class Embedder(nn.Module):
@@ -192,7 +217,9 @@ class DoubleBlock(nn.Module):
             setattr(self, f"{stream}_attn", Attention(size.hidden, size.head_dim))
             setattr(self, f"{stream}_mlp", mlp(size.hidden, size.mlp_ratio))
 
-    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, img: Tensor, txt: Tensor, vec: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         img_mod, txt_mod = self.img_mod(vec), self.txt_mod(vec)
         img_qkv = self.img_attn.norm.split(self.img_attn.qkv(modulate(img, img_mod[0], img_mod[1])))
         txt_qkv = self.txt_attn.norm.split(self.txt_attn.qkv(modulate(txt, txt_mod[0], txt_mod[1])))
@@ -281,8 +308,16 @@ class DemoTransformer(nn.Module):
         self.double_blocks = nn.ModuleList(DoubleBlock(size) for _ in range(size.depth))
         self.single_blocks = nn.ModuleList(SingleBlock(size) for _ in range(size.depth_single))
         self.final_layer = FinalLayer(size.hidden, channels)
-        self.connector = Connector(size.text, size.connector, max(1, size.connector // HEAD_DIM), size.connector_depth, size.vector, scale_factor=False,
-                                   attention=connector_attention, operations=nn)
+        self.connector = Connector(
+            size.text,
+            size.connector,
+            max(1, size.connector // HEAD_DIM),
+            size.connector_depth,
+            size.vector,
+            scale_factor=False,
+            attention=connector_attention,
+            operations=nn,
+        )
 
     def blocks(self) -> list[nn.Module]:
         """The repeated parts, worth compiling."""
@@ -338,7 +373,10 @@ class GroundingHeads(nn.Module):
         side = round(tokens.shape[1] ** 0.5)
         first = F.adaptive_avg_pool2d(self.connector(tokens).float().reshape(-1, 1, side, side), (height, width))[:, 0]
         second = from_tokens(self.reference(seen).float(), height, width)[:, 0]
-        return sum(F.binary_cross_entropy_with_logits(logits, region, reduction="none").mean(dim=(1, 2)) for logits in (first, second))
+        return sum(
+            F.binary_cross_entropy_with_logits(logits, region, reduction="none").mean(dim=(1, 2))
+            for logits in (first, second)
+        )
 
 
 @torch.no_grad()

@@ -25,8 +25,17 @@ def guided_velocity(cond: Tensor, uncond: Tensor, t: float, cfg: float) -> Tenso
 
 
 @torch.no_grad()
-def edit(transformer: DemoTransformer, mllm: DemoMLLM, vae: Autoencoder, pictures: Tensor, instructions: list[str], tokenizer: Tokenizer,
-         steps: int = 20, cfg: float = 1.0, seed: int = 0) -> Tensor:
+def edit(
+    transformer: DemoTransformer,
+    mllm: DemoMLLM,
+    vae: Autoencoder,
+    pictures: Tensor,
+    instructions: list[str],
+    tokenizer: Tokenizer,
+    steps: int = 20,
+    cfg: float = 1.0,
+    seed: int = 0,
+) -> Tensor:
     """uint8 pictures [B, S, S, 3] and an instruction for each -> edited pictures, uint8 [B, S, S, 3].
 
     As in the product, the norm limiter needs the unconditional prediction in the first few steps even at cfg 1.
@@ -36,7 +45,9 @@ def edit(transformer: DemoTransformer, mllm: DemoMLLM, vae: Autoencoder, picture
 
     def condition(texts):
         ids, lengths = zip(*[tokenizer(text) for text in texts], strict=True)
-        return mllm(pictures, torch.from_numpy(np.stack(ids)).to(device), torch.tensor(lengths, device=device), TEXT_LENGTH)
+        return mllm(
+            pictures, torch.from_numpy(np.stack(ids)).to(device), torch.tensor(lengths, device=device), TEXT_LENGTH
+        )
 
     cond, uncond = condition(instructions), condition([""] * len(instructions))
     x = torch.randn(ref.shape, generator=torch.Generator().manual_seed(seed)).to(device)
@@ -52,7 +63,12 @@ def edit(transformer: DemoTransformer, mllm: DemoMLLM, vae: Autoencoder, picture
 
 def heldout_pairs(count: int, side: int, seed: int = 0) -> list[EditPair]:
     """Held-out pairs, all kinds and languages in turn."""
-    return [pair_at(seed, i, "heldout", (side, side), kind=KINDS[i % len(KINDS)], language=("en", "zh")[i // len(KINDS) % 2]) for i in range(count)]
+    return [
+        pair_at(
+            seed, i, "heldout", (side, side), kind=KINDS[i % len(KINDS)], language=("en", "zh")[i // len(KINDS) % 2]
+        )
+        for i in range(count)
+    ]
 
 
 def stack(pairs: list[EditPair], name: str, device) -> Tensor:
@@ -88,7 +104,11 @@ def contact_sheet(pairs: list[EditPair], results: Tensor, columns: int = 4) -> I
     draw = ImageDraw.Draw(sheet)
     for index, (pair, result) in enumerate(zip(pairs, results.cpu().numpy(), strict=True)):
         x, y = index % columns * width, index // columns * height
-        draw.rectangle((x + 2, y + 2, x + width - 3, y + height - 3), outline="#40d060" if judge(pair, result).success else "#ff4040", width=3)
+        draw.rectangle(
+            (x + 2, y + 2, x + width - 3, y + height - 3),
+            outline="#40d060" if judge(pair, result).success else "#ff4040",
+            width=3,
+        )
         for place, pixels in enumerate((pair.source, result, pair.target)):
             sheet.paste(Image.fromarray(pixels), (x + 6 + place * (side + 2), y + 8))
     return sheet

@@ -25,14 +25,25 @@ from miniature.layout import check_size, pick, sample_scene
 __all__ = ["KINDS", "LANGUAGES", "SPLITS", "EditPair", "Verdict", "judge", "make_pair", "pair_at", "write_dataset"]
 
 KINDS = tuple(EDITS)
-KIND_SHARES = {"recolour": 0.2, "replace": 0.16, "remove": 0.15, "add": 0.15, "background": 0.1, "style": 0.1, "text": 0.1, "none": 0.04}
+KIND_SHARES = {
+    "recolour": 0.2,
+    "replace": 0.16,
+    "remove": 0.15,
+    "add": 0.15,
+    "background": 0.1,
+    "style": 0.1,
+    "text": 0.1,
+    "none": 0.04,
+}
 # First word of each split's seeds: no index of one split can give the random numbers of another.
 SPLITS = {"train": 0, "heldout": 1}
 # An edit has to change at least this many pixels clearly, or it cannot be judged.
 MIN_CORE = 40
 
 
-def make_pair(rng: np.random.Generator, size: tuple[int, int] = (128, 128), kind: str | None = None, language: str | None = None) -> EditPair:
+def make_pair(
+    rng: np.random.Generator, size: tuple[int, int] = (128, 128), kind: str | None = None, language: str | None = None
+) -> EditPair:
     """A random pair of pictures of size (width, height), multiples of 16 from 96 to 256. Kind and language are drawn unless given."""
     check_size(*size)
     if kind is None:
@@ -46,7 +57,9 @@ def make_pair(rng: np.random.Generator, size: tuple[int, int] = (128, 128), kind
             continue
         source, target = render(scene), edit.draw()
         if kind == "none" or np.count_nonzero(changed_core(source, target)) >= MIN_CORE:
-            return EditPair(source, target, edit.instruction, kind, language, edit.region, scene, edit.scene, edit.details)
+            return EditPair(
+                source, target, edit.instruction, kind, language, edit.region, scene, edit.scene, edit.details
+            )
 
 
 def pair_at(seed: int, index: int, split: str = "train", size: tuple[int, int] = (128, 128), kind: str | None = None,
@@ -55,7 +68,9 @@ def pair_at(seed: int, index: int, split: str = "train", size: tuple[int, int] =
     return make_pair(np.random.default_rng([SPLITS[split], seed, index]), size, kind, language)
 
 
-def write_dataset(folder: str | Path, count: int, seed: int, split: str = "train", size: tuple[int, int] = (128, 128)) -> Path:
+def write_dataset(
+    folder: str | Path, count: int, seed: int, split: str = "train", size: tuple[int, int] = (128, 128)
+) -> Path:
     """Writes pairs as PNG files, and metadata.json in the format of the official fine-tuning scripts:
 
     {target path: {"ref_image_path": source path, "caption": instruction}}, with absolute paths. Returns the path of metadata.json.
@@ -97,7 +112,9 @@ def contact_sheet(pairs: list[EditPair], columns: int = 4) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preview", type=Path, help="write a contact sheet to this picture file, and the captions to standard output")
+    parser.add_argument(
+        "--preview", type=Path, help="write a contact sheet to this picture file, and the captions to standard output"
+    )
     parser.add_argument("--dataset", type=Path, help="write pairs and metadata.json to this folder")
     parser.add_argument("--count", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)

@@ -31,7 +31,11 @@ from miniature.trainer import Trainer, averaged_weights, read_checkpoint
 from step1x_core.checkpoints.detection import CONFIG_KEY
 from step1x_core.sampling.schedule import latent_tokens, shift_mu
 
-FILES = {"transformer": "step1x-edit-demo.safetensors", "mllm": "qwen_2.5_vl_demo.safetensors", "vae": "ae_demo.safetensors"}
+FILES = {
+    "transformer": "step1x-edit-demo.safetensors",
+    "mllm": "qwen_2.5_vl_demo.safetensors",
+    "vae": "ae_demo.safetensors",
+}
 VAE_WEIGHTS = "autoencoder.safetensors"
 
 # Shares of the batch: "change nothing" with an empty instruction, beside the pairs of that kind; and the empty instruction with a real edit,
@@ -50,7 +54,9 @@ def sample_times(count: int, tokens: int, device: torch.device, generator: torch
     return shift * u / (1 + (shift - 1) * u)
 
 
-def edit_loss(networks: nn.ModuleDict, batch: dict[str, Tensor], empty: tuple[Tensor, int], generator: torch.Generator) -> Tensor:
+def edit_loss(
+    networks: nn.ModuleDict, batch: dict[str, Tensor], empty: tuple[Tensor, int], generator: torch.Generator
+) -> Tensor:
     """Flow-matching loss of a batch from the pool: x = t * noise + (1 - t) * target, velocity = noise - target.
 
     empty: token ids and length of the empty instruction.
@@ -76,7 +82,9 @@ def edit_loss(networks: nn.ModuleDict, batch: dict[str, Tensor], empty: tuple[Te
     # Only where the instruction is given and names a part of the picture.
     local = (~unsaid & (region.sum(dim=(1, 2)) > 0)).float()
     grounding = networks["grounding"](tokens[:, PICTURE], seen, region)
-    return (error * weight).sum() / weight.sum() + GROUNDING_WEIGHT * (grounding * local).sum() / local.sum().clamp(min=1)
+    return (error * weight).sum() / weight.sum() + GROUNDING_WEIGHT * (grounding * local).sum() / local.sum().clamp(
+        min=1
+    )
 
 
 class Feed:
@@ -104,7 +112,15 @@ def autocast(device: torch.device):
 
 
 def common(args: argparse.Namespace, stream: PairStream, device: torch.device) -> dict:
-    return {"folder": args.out, "stream": stream, "seed": args.seed, "device": device, "resume": args.resume, "steps": args.steps, "warm_up": args.warm_up}
+    return {
+        "folder": args.out,
+        "stream": stream,
+        "seed": args.seed,
+        "device": device,
+        "resume": args.resume,
+        "steps": args.steps,
+        "warm_up": args.warm_up,
+    }
 
 
 def train_autoencoder(args: argparse.Namespace, stream: PairStream, device: torch.device, deadline: float) -> bool:
@@ -113,7 +129,14 @@ def train_autoencoder(args: argparse.Namespace, stream: PairStream, device: torc
     vae = Autoencoder()
     autoencoder.initialize(vae)
     networks = nn.ModuleDict({"vae": vae}).to(device, memory_format=torch.channels_last)
-    trainer = Trainer("vae", modules=networks, rates=RATES | {"vae": args.rate_vae}, minutes=args.minutes_vae, metadata={}, **common(args, stream, device))
+    trainer = Trainer(
+        "vae",
+        modules=networks,
+        rates=RATES | {"vae": args.rate_vae},
+        minutes=args.minutes_vae,
+        metadata={},
+        **common(args, stream, device),
+    )
     if trainer.finished:
         return True
     pool = Pool(args.pool // 2, args.side, device)
@@ -124,7 +147,9 @@ def train_autoencoder(args: argparse.Namespace, stream: PairStream, device: torc
     def compute_loss(generator):
         pictures = torch.cat(list(feed.sample(batch // 2, generator, ("source", "target")).values()))
         if args.crop:
-            y, x = (int(torch.randint(args.side - args.crop + 1, (), generator=generator, device=device)) for _ in range(2))
+            y, x = (
+                int(torch.randint(args.side - args.crop + 1, (), generator=generator, device=device)) for _ in range(2)
+            )
             pictures = pictures[:, y:y + args.crop, x:x + args.crop]
         with autocast(device):
             return autoencoder.autoencoder_loss(networks["vae"], pictures, generator)
@@ -156,18 +181,29 @@ def load_autoencoder(folder: Path, device: torch.device) -> Autoencoder:
 
 def build_networks(size: DemoSize) -> nn.ModuleDict:
     """Transformer and language model with fresh weights."""
-    networks = nn.ModuleDict({"transformer": DemoTransformer(size), "mllm": DemoMLLM(size), "grounding": GroundingHeads(size)})
+    networks = nn.ModuleDict(
+        {"transformer": DemoTransformer(size), "mllm": DemoMLLM(size), "grounding": GroundingHeads(size)}
+    )
     model.initialize(networks["transformer"])
     mllm.initialize(networks["mllm"])
     return networks
 
 
-def train_edit(args: argparse.Namespace, stream: PairStream, tokenizer: Tokenizer, device: torch.device, deadline: float) -> bool:
+def train_edit(
+    args: argparse.Namespace, stream: PairStream, tokenizer: Tokenizer, device: torch.device, deadline: float
+) -> bool:
     """Trains transformer and language model on the autoencoder's latents. Returns whether the budget is spent."""
     torch.manual_seed(args.seed)
     networks = build_networks(args.size).to(device)
     rates = {name: args.rate * RATES[name] / RATES["transformer"] for name in networks}
-    trainer = Trainer("edit", modules=networks, rates=rates, minutes=args.minutes, metadata={"size": dataclasses.asdict(args.size)}, **common(args, stream, device))
+    trainer = Trainer(
+        "edit",
+        modules=networks,
+        rates=rates,
+        minutes=args.minutes,
+        metadata={"size": dataclasses.asdict(args.size)},
+        **common(args, stream, device),
+    )
     if trainer.finished:
         return True
     if args.compile:
@@ -208,14 +244,31 @@ def train_edit(args: argparse.Namespace, stream: PairStream, tokenizer: Tokenize
     return finished
 
 
-def evaluate_edits(networks: nn.ModuleDict, vae: Autoencoder, pairs: list, tokenizer: Tokenizer, args: argparse.Namespace, device: torch.device):
+def evaluate_edits(
+    networks: nn.ModuleDict,
+    vae: Autoencoder,
+    pairs: list,
+    tokenizer: Tokenizer,
+    args: argparse.Namespace,
+    device: torch.device,
+):
     """Success of the networks on held-out pairs, and the edited pictures."""
     results = []
     with autocast(device):
         for start in range(0, len(pairs), args.batch):
             part = pairs[start:start + args.batch]
-            results.append(sampling.edit(networks["transformer"], networks["mllm"], vae, sampling.stack(part, "source", device),
-                                         [pair.instruction for pair in part], tokenizer, args.sampling_steps, args.cfg))
+            results.append(
+                sampling.edit(
+                    networks["transformer"],
+                    networks["mllm"],
+                    vae,
+                    sampling.stack(part, "source", device),
+                    [pair.instruction for pair in part],
+                    tokenizer,
+                    args.sampling_steps,
+                    args.cfg,
+                )
+            )
     results = torch.cat(results)
     return sampling.success(pairs, results), results
 
@@ -251,7 +304,9 @@ def evaluate(args: argparse.Namespace) -> None:
 def export(folder: Path, target: Path) -> dict[str, Path]:
     """Writes a run's networks in half precision under the names that workflows and tests expect. Returns the paths."""
     size = checkpoint_size(folder)
-    weights = {name: averaged_weights(folder / "edit.safetensors", name, size.vocabulary) for name in ("transformer", "mllm")}
+    weights = {
+        name: averaged_weights(folder / "edit.safetensors", name, size.vocabulary) for name in ("transformer", "mllm")
+    }
     weights["vae"] = load_file(folder / VAE_WEIGHTS)
     target.mkdir(parents=True, exist_ok=True)
     paths = {}
@@ -260,7 +315,11 @@ def export(folder: Path, target: Path) -> dict[str, Path]:
         config = {"mllm": size.mllm_config(), "transformer": {"version": model.VERSION}}.get(name)
         metadata = {CONFIG_KEY: json.dumps(config)} if config else None
         # The two numbers of the latent format stay exact.
-        save_file({key: tensor.half().contiguous() if tensor.ndim else tensor for key, tensor in tensors.items()}, paths[name], metadata=metadata)
+        save_file(
+            {key: tensor.half().contiguous() if tensor.ndim else tensor for key, tensor in tensors.items()},
+            paths[name],
+            metadata=metadata,
+        )
     total = 0
     for path in paths.values():
         total += path.stat().st_size
@@ -296,8 +355,26 @@ def train(args: argparse.Namespace) -> None:
 
 def smoke(args: argparse.Namespace) -> None:
     """A few steps of both stages with a smaller model on the CPU. Fails unless both losses fall."""
-    quick = {"stages": ("vae", "edit"), "workers": 0, "device": "cpu", "size": SMOKE_SIZE, "pool": 64, "least": 64, "reuse": 1e9, "count": 8, "crop": 32,
-             "batch": 8, "batch_vae": 8, "steps": 20, "warm_up": 4, "compile": False, "resume": False, "log_seconds": 10, "evaluate_seconds": 1e9, "rate": 2e-3}
+    quick = {
+        "stages": ("vae", "edit"),
+        "workers": 0,
+        "device": "cpu",
+        "size": SMOKE_SIZE,
+        "pool": 64,
+        "least": 64,
+        "reuse": 1e9,
+        "count": 8,
+        "crop": 32,
+        "batch": 8,
+        "batch_vae": 8,
+        "steps": 20,
+        "warm_up": 4,
+        "compile": False,
+        "resume": False,
+        "log_seconds": 10,
+        "evaluate_seconds": 1e9,
+        "rate": 2e-3,
+    }
     for name, value in quick.items():
         setattr(args, name, value)
     with tempfile.TemporaryDirectory() as folder:
@@ -318,19 +395,32 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--to", type=Path, default=Path("models"), help="export: folder for the files")
     parser.add_argument("--stage", choices=("vae", "edit", "all"), default="all")
     parser.add_argument("--minutes", type=float, default=21.5, help="time budget of the edit stage, over all commands")
-    parser.add_argument("--minutes-vae", type=float, default=2.5, help="time budget of the autoencoder stage, over all commands")
-    parser.add_argument("--stop-after", type=float, metavar="MINUTES", help="save and stop this command after that time")
+    parser.add_argument(
+        "--minutes-vae", type=float, default=2.5, help="time budget of the autoencoder stage, over all commands"
+    )
+    parser.add_argument(
+        "--stop-after", type=float, metavar="MINUTES", help="save and stop this command after that time"
+    )
     parser.add_argument("--steps", type=int, help="train each stage for so many steps instead of a time")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--smoke", action="store_true", help=smoke.__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="compile the networks' blocks (needs a C compiler)")
-    parser.add_argument("--tokenizer", type=Path, help="folder with the Qwen2 vocabulary (default: in the ComfyUI that STEP1X_COMFYUI names)")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="folder with the Qwen2 vocabulary (default: in the ComfyUI that STEP1X_COMFYUI names)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=14, help="processes that draw pairs")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--batch-vae", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=RATES["transformer"], help="peak learning rate of the transformer; the language model has twice that")
+    parser.add_argument(
+        "--rate",
+        type=float,
+        default=RATES["transformer"],
+        help="peak learning rate of the transformer; the language model has twice that",
+    )
     parser.add_argument("--rate-vae", type=float, default=RATES["vae"])
     parser.add_argument("--warm-up", type=int, default=200, metavar="STEPS")
     parser.add_argument("--pool", type=int, default=60_000, help="pairs kept on the device")

@@ -36,8 +36,19 @@ def parameter_groups(modules: nn.ModuleDict, rates: dict[str, float]) -> list[di
     groups = []
     for name, module in modules.items():
         for decayed in (True, False):
-            chosen = [p for key, p in module.named_parameters() if p.requires_grad and (p.ndim > 1 and "embed_tokens" not in key) == decayed]
-            groups.append({"params": chosen, "lr": rates[name], "peak": rates[name], "weight_decay": WEIGHT_DECAY if decayed else 0.0})
+            chosen = [
+                p
+                for key, p in module.named_parameters()
+                if p.requires_grad and (p.ndim > 1 and "embed_tokens" not in key) == decayed
+            ]
+            groups.append(
+                {
+                    "params": chosen,
+                    "lr": rates[name],
+                    "peak": rates[name],
+                    "weight_decay": WEIGHT_DECAY if decayed else 0.0,
+                }
+            )
     return groups
 
 
@@ -69,9 +80,29 @@ class Trainer:
     metadata: kept in the checkpoint, with the stream's position.
     """
 
-    def __init__(self, stage: str, folder: Path, modules: nn.ModuleDict, rates: dict[str, float], minutes: float, steps: int | None, seed: int,
-                 device: torch.device, metadata: dict, stream: PairStream, warm_up: int = WARM_UP, resume: bool = False):
-        self.stage, self.folder, self.modules, self.device, self.metadata, self.stream = stage, folder, modules, device, metadata, stream
+    def __init__(
+        self,
+        stage: str,
+        folder: Path,
+        modules: nn.ModuleDict,
+        rates: dict[str, float],
+        minutes: float,
+        steps: int | None,
+        seed: int,
+        device: torch.device,
+        metadata: dict,
+        stream: PairStream,
+        warm_up: int = WARM_UP,
+        resume: bool = False,
+    ):
+        self.stage, self.folder, self.modules, self.device, self.metadata, self.stream = (
+            stage,
+            folder,
+            modules,
+            device,
+            metadata,
+            stream,
+        )
         self.budget, self.max_steps, self.warm_up = minutes * 60, steps, warm_up
         self.ema = copy.deepcopy(modules).requires_grad_(False).eval()
         self.optimizer = torch.optim.AdamW(parameter_groups(modules, rates), betas=BETAS, fused=device.type == "cuda")
@@ -103,9 +134,21 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         decay = min(EMA_DECAY, self.step / (self.step + 10))
-        torch._foreach_lerp_([self.averages[name] for name in self.trained], [self.parameters[name].detach() for name in self.trained], 1 - decay)
+        torch._foreach_lerp_(
+            [self.averages[name] for name in self.trained],
+            [self.parameters[name].detach() for name in self.trained],
+            1 - decay,
+        )
 
-    def run(self, compute_loss, batch: int, deadline: float, evaluate=None, log_seconds: float = 60, evaluate_seconds: float = 180) -> bool:
+    def run(
+        self,
+        compute_loss,
+        batch: int,
+        deadline: float,
+        evaluate=None,
+        log_seconds: float = 60,
+        evaluate_seconds: float = 180,
+    ) -> bool:
         """Trains until the budget is spent (returns True) or the deadline (of time.monotonic) has come; saves a checkpoint in any case.
 
         compute_loss: generator -> loss. evaluate: called with the averaged modules. The first step, which may compile, is not counted.
@@ -129,11 +172,15 @@ class Trainer:
                 value = total.item() / RECORD_EVERY
                 total.zero_()
                 if not math.isfinite(value):
-                    raise FloatingPointError(f"The loss is {value} at step {self.step}. Resume from the last checkpoint with a lower --rate.")
+                    raise FloatingPointError(
+                        f"The loss is {value} at step {self.step}. Resume from the last checkpoint with a lower --rate."
+                    )
                 self.log.add(self.step, self.elapsed, value, self.optimizer.param_groups[0]["lr"])
             if now - last_log >= log_seconds:
                 speed = (self.step - logged_step) * batch / (now - last_log)
-                self.say(f"loss {self.recent():.4f}  {speed:.0f} samples/s  rate {self.optimizer.param_groups[0]['lr']:.2e}")
+                self.say(
+                    f"loss {self.recent():.4f}  {speed:.0f} samples/s  rate {self.optimizer.param_groups[0]['lr']:.2e}"
+                )
                 last_log, logged_step = now, self.step
             if evaluate is not None and now - last_evaluation >= evaluate_seconds:
                 evaluate(self.ema)
@@ -141,7 +188,9 @@ class Trainer:
                 last_evaluation = time.monotonic()
         self.finished = self.progress >= 1
         self.save()
-        self.say(f"loss {self.recent():.4f}  {'finished' if self.finished else 'stopped: run the same command with --resume to go on'}")
+        self.say(
+            f"loss {self.recent():.4f}  {'finished' if self.finished else 'stopped: run the same command with --resume to go on'}"
+        )
         return self.finished
 
     def recent(self, count: int = 20) -> float:
@@ -167,7 +216,13 @@ class Trainer:
                 tensors[f"{part}/{name}"] = (tensor[rows] if name == EMBEDDING else tensor).cpu().contiguous()
         if rows is not None:
             tensors["rows"] = rows.cpu()
-        state = {"step": self.step, "elapsed": self.elapsed, "position": self.stream.position, "finished": self.finished, **self.metadata}
+        state = {
+            "step": self.step,
+            "elapsed": self.elapsed,
+            "position": self.stream.position,
+            "finished": self.finished,
+            **self.metadata,
+        }
         partial = self.path.with_suffix(".part")
         save_file(tensors, partial, metadata={"state": json.dumps(state)})
         partial.replace(self.path)

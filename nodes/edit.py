@@ -27,39 +27,84 @@ class Step1XEditEncode(io.ComfyNode):
             search_aliases=["step1x", *EDIT_ALIASES, "text encode", "reference image", "several images"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder from 'Load Step1X-Edit MLLM'."),
-                io.Vae.Input("vae", tooltip="The FLUX VAE: the stock 'Load VAE' with ae.safetensors, or the VAE output of 'Load Step1X-Edit Model' for a diffusers folder."),
-                io.Image.Input("image", tooltip="The picture to edit, of any size. A batch is edited picture by picture with the same instruction."),
-                io.String.Input("prompt", multiline=True, dynamic_prompts=True,
-                                placeholder="replace the modern sofa with a vintage leather couch\n把现代沙发换成复古皮沙发",
-                                tooltip="What to change, in English or Chinese. Put words that are to appear in the picture in double quotes."),
-                io.String.Input("negative_prompt", multiline=True, dynamic_prompts=True, default="", advanced=True,
-                                tooltip="What guidance steers away from. The model was trained with an empty one for edits."),
-                io.Int.Input("size_level", default=1024, min=64, max=2048, step=16,
-                             tooltip="The picture is edited at about this many pixels squared, keeping its aspect ratio. 1024 gives the best quality; 512 is much faster."),
-                io.Latent.Input("latent", optional=True,
-                                tooltip="To edit a result further without loss: the latent it was decoded from. The picture is then read by the language model only."),
-                io.Autogrow.Input("references", optional=True,
-                                  template=io.Autogrow.TemplatePrefix(io.Image.Input("reference"), prefix="reference", min=0, max=MAX_REFERENCES),
-                                  tooltip="Experimental: further images that the image model sees beside the edited one. It was trained with one image, "
-                                          "so results vary. Each slows sampling down."),
-                io.Int.Input("reference_size", default=REFERENCE_SIZE, min=64, max=2048, step=16, optional=True, advanced=True,
-                             tooltip="Each reference is scaled to about this many pixels squared. Larger shows more detail but costs time and VRAM."),
-                io.Model.Input("model", optional=True,
-                               tooltip="For few-step LoRAs: the model that will be sampled. If its default CFG is 1, "
-                                       "the negative prompt is not encoded, which saves time. Leave it unconnected "
-                                       "to sample at another CFG."),
+                io.Vae.Input(
+                    "vae",
+                    tooltip="The FLUX VAE: the stock 'Load VAE' with ae.safetensors, or the VAE output of 'Load Step1X-Edit Model' for a diffusers folder.",
+                ),
+                io.Image.Input(
+                    "image",
+                    tooltip="The picture to edit, of any size. A batch is edited picture by picture with the same instruction.",
+                ),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    placeholder="replace the modern sofa with a vintage leather couch\n把现代沙发换成复古皮沙发",
+                    tooltip="What to change, in English or Chinese. Put words that are to appear in the picture in double quotes.",
+                ),
+                io.String.Input(
+                    "negative_prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
+                    advanced=True,
+                    tooltip="What guidance steers away from. The model was trained with an empty one for edits.",
+                ),
+                io.Int.Input(
+                    "size_level",
+                    default=1024,
+                    min=64,
+                    max=2048,
+                    step=16,
+                    tooltip="The picture is edited at about this many pixels squared, keeping its aspect ratio. 1024 gives the best quality; 512 is much faster.",
+                ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="To edit a result further without loss: the latent it was decoded from. The picture is then read by the language model only.",
+                ),
+                io.Autogrow.Input(
+                    "references",
+                    optional=True,
+                    template=io.Autogrow.TemplatePrefix(
+                        io.Image.Input("reference"), prefix="reference", min=0, max=MAX_REFERENCES
+                    ),
+                    tooltip="Experimental: further images that the image model sees beside the edited one. It was trained with one image, "
+                    "so results vary. Each slows sampling down.",
+                ),
+                io.Int.Input(
+                    "reference_size",
+                    default=REFERENCE_SIZE,
+                    min=64,
+                    max=2048,
+                    step=16,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Each reference is scaled to about this many pixels squared. Larger shows more detail but costs time and VRAM.",
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="For few-step LoRAs: the model that will be sampled. If its default CFG is 1, "
+                    "the negative prompt is not encoded, which saves time. Leave it unconnected "
+                    "to sample at another CFG.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive"),
                 io.Conditioning.Output(display_name="negative"),
-                io.Latent.Output(display_name="latent", tooltip="The picture's latent at working size; the sampler's starting point."),
+                io.Latent.Output(
+                    display_name="latent", tooltip="The picture's latent at working size; the sampler's starting point."
+                ),
             ],
         )
 
     @classmethod
     def execute(cls, clip, vae, image, prompt, negative_prompt, size_level, latent=None, references=None,
                 reference_size=REFERENCE_SIZE, model=None) -> io.NodeOutput:
-        check_widgets(cls, prompt=prompt, negative_prompt=negative_prompt, size_level=size_level, reference_size=reference_size)
+        check_widgets(
+            cls, prompt=prompt, negative_prompt=negative_prompt, size_level=size_level, reference_size=reference_size
+        )
         with_negative = model is None or cls.is_read(model)
         positive, negative, latent = encode_edit(clip, vae, image, prompt, negative_prompt, size_level, latent,
                                                  with_negative=with_negative)
@@ -91,11 +136,20 @@ class Step1XEditDecode(io.ComfyNode):
             inputs=[
                 io.Latent.Input("samples", tooltip="The sampled latent."),
                 io.Vae.Input("vae", tooltip="The VAE that encoded the picture."),
-                io.Image.Input("source", optional=True,
-                               tooltip="The picture you edited: the result gets exactly its size. Leave it unconnected to keep the working size."),
-                io.Combo.Input("tiling", options=list(TILING), default=AUTO, optional=True, advanced=True,
-                               tooltip="auto decodes in tiles when memory is short, on always does. off decodes in one piece unless ComfyUI runs out of memory. "
-                                       "Tiles need less VRAM but take longer."),
+                io.Image.Input(
+                    "source",
+                    optional=True,
+                    tooltip="The picture you edited: the result gets exactly its size. Leave it unconnected to keep the working size.",
+                ),
+                io.Combo.Input(
+                    "tiling",
+                    options=list(TILING),
+                    default=AUTO,
+                    optional=True,
+                    advanced=True,
+                    tooltip="auto decodes in tiles when memory is short, on always does. off decodes in one piece unless ComfyUI runs out of memory. "
+                    "Tiles need less VRAM but take longer.",
+                ),
             ],
             outputs=[io.Image.Output()],
         )

@@ -32,18 +32,31 @@ class Step1XEditLoader(io.ComfyNode):
             description="Loads a Step1X-Edit model: a single file (original, fp8 or scaled fp8) or a diffusers folder.",
             search_aliases=["step1x", *EDIT_ALIASES, "load diffusion model", "unet loader"],
             inputs=[
-                io.Combo.Input("unet_name", options=list(choices("diffusion_models", "transformer")),
-                               tooltip="A file in models/diffusion_models, or a diffusers folder there or in models/diffusers, up to three levels deep (shown with a slash)."),
-                io.Combo.Input("version", options=["auto", *VERSIONS], default="auto",
-                               tooltip="auto reads the version off the tensors, the repository's class or the file's name. Choose one for a renamed or converted file "
-                                       "that tells none of it: v1.1 and v1.2-preview can be alike to the last tensor."),
-                io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default",
-                               tooltip="Precision the weights are kept in. default keeps the file's. fp8_scaled needs 16 GB in place of 25 and is the fastest on cards with "
-                                       "fp8 tensor cores (RTX 40 series and later), at a small loss of quality. The others are the host's own: fp8 without scales."),
+                io.Combo.Input(
+                    "unet_name",
+                    options=list(choices("diffusion_models", "transformer")),
+                    tooltip="A file in models/diffusion_models, or a diffusers folder there or in models/diffusers, up to three levels deep (shown with a slash).",
+                ),
+                io.Combo.Input(
+                    "version",
+                    options=["auto", *VERSIONS],
+                    default="auto",
+                    tooltip="auto reads the version off the tensors, the repository's class or the file's name. Choose one for a renamed or converted file "
+                    "that tells none of it: v1.1 and v1.2-preview can be alike to the last tensor.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(WEIGHT_DTYPES),
+                    default="default",
+                    tooltip="Precision the weights are kept in. default keeps the file's. fp8_scaled needs 16 GB in place of 25 and is the fastest on cards with "
+                    "fp8 tensor cores (RTX 40 series and later), at a small loss of quality. The others are the host's own: fp8 without scales.",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model, with norm-limited guidance switched on."),
-                io.Vae.Output(tooltip="The VAE of a diffusers folder that has one. Empty for a single file: use the stock 'Load VAE'."),
+                io.Vae.Output(
+                    tooltip="The VAE of a diffusers folder that has one. Empty for a single file: use the stock 'Load VAE'."
+                ),
             ],
         )
 
@@ -67,15 +80,32 @@ class Step1XEditMLLM(io.ComfyNode):
             description="Loads Qwen2.5-VL-7B-Instruct, which reads the instruction and looks at the picture. The file that Qwen-Image uses fits, bf16 or scaled fp8.",
             search_aliases=["step1x", *EDIT_ALIASES, "qwen2.5-vl", "qwen_2.5_vl_7b", "text encoder", "load clip"],
             inputs=[
-                io.Combo.Input("clip_name", options=list(choices("text_encoders", "text_encoder")),
-                               tooltip="A file in models/text_encoders such as qwen_2.5_vl_7b.safetensors, or a Hugging Face folder (shown with a slash)."),
-                io.Combo.Input("device", options=["default", "cpu"], default="default", advanced=True,
-                               tooltip="cpu keeps the text encoder off the graphics card: slower, but it needs no VRAM."),
-                io.Combo.Input("version", options=["auto", *LAYOUTS], default="auto", optional=True,
-                               tooltip="How the instruction is laid out: v1.1 for Step1X-Edit v1.0 and v1.1, v1.2 for v1.2 and its preview. "
-                                       "auto follows the repository a folder belongs to and takes v1.1 for a single file."),
+                io.Combo.Input(
+                    "clip_name",
+                    options=list(choices("text_encoders", "text_encoder")),
+                    tooltip="A file in models/text_encoders such as qwen_2.5_vl_7b.safetensors, or a Hugging Face folder (shown with a slash).",
+                ),
+                io.Combo.Input(
+                    "device",
+                    options=["default", "cpu"],
+                    default="default",
+                    advanced=True,
+                    tooltip="cpu keeps the text encoder off the graphics card: slower, but it needs no VRAM.",
+                ),
+                io.Combo.Input(
+                    "version",
+                    options=["auto", *LAYOUTS],
+                    default="auto",
+                    optional=True,
+                    tooltip="How the instruction is laid out: v1.1 for Step1X-Edit v1.0 and v1.1, v1.2 for v1.2 and its preview. "
+                    "auto follows the repository a folder belongs to and takes v1.1 for a single file.",
+                ),
             ],
-            outputs=[io.Clip.Output(tooltip="Text encoder for 'Step1X-Edit Encode'. For text to image it also works with the stock 'CLIP Text Encode'.")],
+            outputs=[
+                io.Clip.Output(
+                    tooltip="Text encoder for 'Step1X-Edit Encode'. For text to image it also works with the stock 'CLIP Text Encode'."
+                )
+            ],
         )
 
     @classmethod
@@ -101,15 +131,25 @@ class Step1XEditLoadLora(io.ComfyNode):
             display_name="Load Step1X-Edit LoRA",
             category=MAIN,
             description="Applies a LoRA to a Step1X-Edit model. Several can be chained. The steps and CFG of a few-step "
-                        "LoRA become the sampler's defaults.",
+            "LoRA become the sampler's defaults.",
             search_aliases=["lora", "load lora", "lightning", "few steps"],
             inputs=[
                 io.Model.Input("model", tooltip="A Step1X-Edit model."),
-                io.Combo.Input("lora_name", options=[NO_LORA, *folder_paths.get_filename_list("loras")],
-                               tooltip="A file in models/loras, in the layout of kohya, PEFT, diffusers, DiffSynth, LyCORIS or SimpleTuner. "
-                                       "none leaves the model as it is. The stock 'Load LoRA' does not read the steps and CFG of a "
-                                       "few-step LoRA; set them in the sampler there."),
-                io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.01, tooltip="How strongly the LoRA acts. The official code uses 1."),
+                io.Combo.Input(
+                    "lora_name",
+                    options=[NO_LORA, *folder_paths.get_filename_list("loras")],
+                    tooltip="A file in models/loras, in the layout of kohya, PEFT, diffusers, DiffSynth, LyCORIS or SimpleTuner. "
+                    "none leaves the model as it is. The stock 'Load LoRA' does not read the steps and CFG of a "
+                    "few-step LoRA; set them in the sampler there.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="How strongly the LoRA acts. The official code uses 1.",
+                ),
             ],
             outputs=[io.Model.Output()],
         )

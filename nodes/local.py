@@ -17,19 +17,43 @@ class Step1XEditCropToMask(io.ComfyNode):
             display_name="Step1X-Edit Crop to Mask",
             category=MAIN,
             description="Cuts the masked part out of a picture, with its surroundings, so that a small part is edited at the model's full resolution. "
-                        "'Step1X-Edit Stitch Crop' puts the result back.",
+            "'Step1X-Edit Stitch Crop' puts the result back.",
             search_aliases=["inpaint crop", "crop and stitch", "masked edit", "local edit"],
             inputs=[
-                io.Image.Input("image", tooltip="The picture to edit, of any size. For a batch one crop is made around the masks of all pictures."),
-                io.Mask.Input("mask", tooltip="What may change, from the mask editor or any other node: the same size as the picture, or the same shape. Not empty."),
-                io.Float.Input("context", default=0.5, min=0.0, max=10.0, step=0.05,
-                               tooltip="How much around the masked part the model sees: on each side this many lengths of its longer side. 10 is nearly always the whole picture."),
-                io.Int.Input("min_size", default=256, min=16, max=8192, step=16, advanced=True,
-                             tooltip="Least width and height of the crop, where the picture is as large: a tiny part keeps surroundings that the model can read."),
+                io.Image.Input(
+                    "image",
+                    tooltip="The picture to edit, of any size. For a batch one crop is made around the masks of all pictures.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    tooltip="What may change, from the mask editor or any other node: the same size as the picture, or the same shape. Not empty.",
+                ),
+                io.Float.Input(
+                    "context",
+                    default=0.5,
+                    min=0.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="How much around the masked part the model sees: on each side this many lengths of its longer side. 10 is nearly always the whole picture.",
+                ),
+                io.Int.Input(
+                    "min_size",
+                    default=256,
+                    min=16,
+                    max=8192,
+                    step=16,
+                    advanced=True,
+                    tooltip="Least width and height of the crop, where the picture is as large: a tiny part keeps surroundings that the model can read.",
+                ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The crop. It is the picture to edit, and the source for 'Step1X-Edit Decode'."),
-                io.Mask.Output(display_name="mask", tooltip="The same part of the mask, for the stock 'Set Latent Noise Mask'."),
+                io.Image.Output(
+                    display_name="image",
+                    tooltip="The crop. It is the picture to edit, and the source for 'Step1X-Edit Decode'.",
+                ),
+                io.Mask.Output(
+                    display_name="mask", tooltip="The same part of the mask, for the stock 'Set Latent Noise Mask'."
+                ),
                 STITCH.Output(display_name="stitch", tooltip="For 'Step1X-Edit Stitch Crop'."),
             ],
         )
@@ -53,10 +77,17 @@ class Step1XEditStitchCrop(io.ComfyNode):
             description="Puts an edited crop back into its picture. Every pixel outside the mask stays exactly as it was.",
             search_aliases=["inpaint stitch", "crop and stitch", "paste back", "uncrop"],
             inputs=[
-                io.Image.Input("image", tooltip="The edited crop, of any size. Several versions of one crop give several pictures."),
+                io.Image.Input(
+                    "image", tooltip="The edited crop, of any size. Several versions of one crop give several pictures."
+                ),
                 STITCH.Input("stitch", tooltip="From the 'Step1X-Edit Crop to Mask' that made the crop."),
-                io.Int.Input("feather", default=16, min=0, max=512,
-                             tooltip="Width of the soft edge in pixels of the whole picture. It lies inside the mask, so paint a little beyond what is to change."),
+                io.Int.Input(
+                    "feather",
+                    default=16,
+                    min=0,
+                    max=512,
+                    tooltip="Width of the soft edge in pixels of the whole picture. It lies inside the mask, so paint a little beyond what is to change.",
+                ),
             ],
             outputs=[io.Image.Output()],
         )

@@ -14,7 +14,14 @@ from ..step1x_core.errors import Step1XError
 from ..step1x_core.host.prompts.encoding import check_vae
 from ..step1x_core.host.reasoning.rounds import HOST_KEEPS_RESULTS, Failure, Rounds, attempt, failures
 from ..step1x_core.host.reasoning.templates import template_fingerprint
-from ..step1x_core.host.reasoning.thinking import TEMPERATURE, check_instruction, check_thinking, judge, rules_version, single_picture
+from ..step1x_core.host.reasoning.thinking import (
+    TEMPERATURE,
+    check_instruction,
+    check_thinking,
+    judge,
+    rules_version,
+    single_picture,
+)
 from ..step1x_core.host.sampling.few_steps import reads_negative
 from ..step1x_core.host.sampling.sampler import SAMPLERS, check_model, show_settings, with_norm_limiter
 from ..step1x_core.reasoning.conversation import RULES
@@ -62,7 +69,9 @@ def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
         def execute(cls, **inputs) -> io.NodeOutput:
             failure = next((value for value in inputs.values() if isinstance(value, Failure)), None)
             output = failure or attempt(cls.hidden.unique_id, task_of(inputs), node.execute, **inputs)
-            return io.NodeOutput(*[output] * len(node.define_schema().outputs)) if isinstance(output, Failure) else output
+            return (
+                io.NodeOutput(*[output] * len(node.define_schema().outputs)) if isinstance(output, Failure) else output
+            )
 
     return Guarded
 
@@ -70,16 +79,41 @@ def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
 GUARDED_NODES = [guarded(node) for node in (Step1XEditEncode, Step1XEditSampler, Step1XEditDecode)]
 
 
-def add_edit(graph: GraphBuilder, name: str, inputs: dict, image, prompt, seed: int, suffix: str = "", only_positive: bool = False):
+def add_edit(
+    graph: GraphBuilder,
+    name: str,
+    inputs: dict,
+    image,
+    prompt,
+    seed: int,
+    suffix: str = "",
+    only_positive: bool = False,
+):
     """Add the nodes of one edit to the graph -> the link to the picture, at the size of the source.
 
     only_positive: whether sampling does not read the negative prompt, so that it need not be encoded.
     """
-    encode = graph.node(f"Step1XEditEncode{suffix}", f"{name}_encode", image=image, prompt=prompt,
-                        **({"model": inputs["model"]} if only_positive else {}), **{key: inputs[key] for key in ("clip", "vae", "negative_prompt", "size_level")})
-    sampler = graph.node(f"Step1XEditSampler{suffix}", f"{name}_sampler", positive=encode.out(0), negative=encode.out(1), latent_image=encode.out(2), seed=seed, denoise=1.0,
-                         **{key: inputs[key] for key in ("model", "steps", "cfg", "sampler_name")})
-    return graph.node(f"Step1XEditDecode{suffix}", f"{name}_decode", samples=sampler.out(0), vae=inputs["vae"], source=inputs["image"]).out(0)
+    encode = graph.node(
+        f"Step1XEditEncode{suffix}",
+        f"{name}_encode",
+        image=image,
+        prompt=prompt,
+        **({"model": inputs["model"]} if only_positive else {}),
+        **{key: inputs[key] for key in ("clip", "vae", "negative_prompt", "size_level")},
+    )
+    sampler = graph.node(
+        f"Step1XEditSampler{suffix}",
+        f"{name}_sampler",
+        positive=encode.out(0),
+        negative=encode.out(1),
+        latent_image=encode.out(2),
+        seed=seed,
+        denoise=1.0,
+        **{key: inputs[key] for key in ("model", "steps", "cfg", "sampler_name")},
+    )
+    return graph.node(
+        f"Step1XEditDecode{suffix}", f"{name}_decode", samples=sampler.out(0), vae=inputs["vae"], source=inputs["image"]
+    ).out(0)
 
 
 class Step1XEditReflectionLoop(io.ComfyNode):
@@ -98,30 +132,88 @@ class Step1XEditReflectionLoop(io.ComfyNode):
             enable_expand=True,
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
             inputs=[
-                io.Model.Input("model", tooltip="The model from 'Load Step1X-Edit Model', with any LoRA or model patch."),
-                io.Clip.Input("clip", tooltip="The text encoder from 'Load Step1X-Edit MLLM'. To think and to reflect its file needs a language-model head (lm_head)."),
-                io.Vae.Input("vae", tooltip="The FLUX VAE: the stock 'Load VAE' with ae.safetensors, or the VAE output of 'Load Step1X-Edit Model' for a diffusers folder."),
+                io.Model.Input(
+                    "model", tooltip="The model from 'Load Step1X-Edit Model', with any LoRA or model patch."
+                ),
+                io.Clip.Input(
+                    "clip",
+                    tooltip="The text encoder from 'Load Step1X-Edit MLLM'. To think and to reflect its file needs a language-model head (lm_head).",
+                ),
+                io.Vae.Input(
+                    "vae",
+                    tooltip="The FLUX VAE: the stock 'Load VAE' with ae.safetensors, or the VAE output of 'Load Step1X-Edit Model' for a diffusers folder.",
+                ),
                 io.Image.Input("image", tooltip="The picture to edit, exactly one, of any size."),
-                io.String.Input("prompt", multiline=True, dynamic_prompts=True,
-                                placeholder="this bread stayed in too long\n面包烤过头了",
-                                tooltip="What to change, in English or Chinese."),
-                io.String.Input("negative_prompt", multiline=True, dynamic_prompts=True, default="", advanced=True,
-                                tooltip="What guidance steers away from. The model was trained with an empty one for edits."),
-                io.Int.Input("size_level", default=1024, min=64, max=2048, step=16, tooltip="The picture is edited at about this many pixels squared, keeping its aspect ratio."),
-                io.Int.Input("seed", default=42, min=0, max=0xffffffffffffffff, control_after_generate=True,
-                             tooltip="The random seed of everything: round 1 samples with it, each later round with the next number, and every answer's seed is made of it."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    placeholder="this bread stayed in too long\n面包烤过头了",
+                    tooltip="What to change, in English or Chinese.",
+                ),
+                io.String.Input(
+                    "negative_prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
+                    advanced=True,
+                    tooltip="What guidance steers away from. The model was trained with an empty one for edits.",
+                ),
+                io.Int.Input(
+                    "size_level",
+                    default=1024,
+                    min=64,
+                    max=2048,
+                    step=16,
+                    tooltip="The picture is edited at about this many pixels squared, keeping its aspect ratio.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=42,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The random seed of everything: round 1 samples with it, each later round with the next number, and every answer's seed is made of it.",
+                ),
                 steps_input(),
                 cfg_input(),
-                io.Int.Input("rounds", default=MAX_ROUNDS, min=1, max=ROUNDS_LIMIT, tooltip="How often to edit at most. A success ends the loop earlier."),
+                io.Int.Input(
+                    "rounds",
+                    default=MAX_ROUNDS,
+                    min=1,
+                    max=ROUNDS_LIMIT,
+                    tooltip="How often to edit at most. A success ends the loop earlier.",
+                ),
                 io.Boolean.Input("think", default=True, tooltip="Have the instruction rewritten first, once."),
-                io.Boolean.Input("reflect", default=True, tooltip="Judge each result and go on until it succeeds. Off: one round, nothing is judged."),
-                io.Combo.Input("sampler_name", options=SAMPLERS, default="euler", advanced=True, tooltip="The official code uses euler."),
+                io.Boolean.Input(
+                    "reflect",
+                    default=True,
+                    tooltip="Judge each result and go on until it succeeds. Off: one round, nothing is judged.",
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=SAMPLERS,
+                    default="euler",
+                    advanced=True,
+                    tooltip="The official code uses euler.",
+                ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The best picture: for v1.2 that with the highest scores, for v1.2-preview the last."),
-                io.Image.Output(display_name="candidates", tooltip="The pictures of all rounds in their order, as a batch."),
-                io.String.Output(display_name="report", tooltip="What was edited, judged and answered in every round, and what ended the loop early, if anything did."),
-                io.String.Output(display_name="prompt", tooltip="The instruction that the rounds were judged by, rewritten or your own."),
+                io.Image.Output(
+                    display_name="image",
+                    tooltip="The best picture: for v1.2 that with the highest scores, for v1.2-preview the last.",
+                ),
+                io.Image.Output(
+                    display_name="candidates", tooltip="The pictures of all rounds in their order, as a batch."
+                ),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="What was edited, judged and answered in every round, and what ended the loop early, if anything did.",
+                ),
+                io.String.Output(
+                    display_name="prompt",
+                    tooltip="The instruction that the rounds were judged by, rewritten or your own.",
+                ),
             ],
         )
 
@@ -133,9 +225,28 @@ class Step1XEditReflectionLoop(io.ComfyNode):
     def execute(cls, **lists) -> io.NodeOutput:
         for name, entries in lists.items():
             if len(entries) != 1:
-                raise Step1XError(f"Input '{name}' is a list of {len(entries)}; the loop edits one image at a time. Queue them one by one.")
+                raise Step1XError(
+                    f"Input '{name}' is a list of {len(entries)}; the loop edits one image at a time. Queue them one by one."
+                )
         values = {name: entries[0] for name, entries in lists.items()}
-        check_widgets(cls, **{name: values[name] for name in ("prompt", "negative_prompt", "size_level", "seed", "steps", "cfg", "rounds", "think", "reflect", "sampler_name")})
+        check_widgets(
+            cls,
+            **{
+                name: values[name]
+                for name in (
+                    "prompt",
+                    "negative_prompt",
+                    "size_level",
+                    "seed",
+                    "steps",
+                    "cfg",
+                    "rounds",
+                    "think",
+                    "reflect",
+                    "sampler_name",
+                )
+            },
+        )
         seed, think, reflect = values["seed"], values["think"], values["reflect"]
         # What would fail later would cost a thought or a picture.
         check_model(values["model"])
@@ -151,21 +262,39 @@ class Step1XEditReflectionLoop(io.ComfyNode):
         graph = GraphBuilder()
         image, prompt, thought, text = inputs["image"], inputs["prompt"], {}, report(Loop(values["prompt"]))
         if think:
-            rewritten = graph.node("Step1XEditThinkPrompt", "think", clip=inputs["clip"], image=image, prompt=prompt, seed=seed, temperature=TEMPERATURE)
+            rewritten = graph.node(
+                "Step1XEditThinkPrompt",
+                "think",
+                clip=inputs["clip"],
+                image=image,
+                prompt=prompt,
+                seed=seed,
+                temperature=TEMPERATURE,
+            )
             thought, prompt, text = {"instruction": prompt}, rewritten.out(0), rewritten.out(1)
         only_positive = not reads_negative(with_norm_limiter(values["model"]), values["cfg"])
         picture = add_edit(graph, "round_1", inputs, image, prompt, seed, only_positive=only_positive)
         if not reflect:
             return io.NodeOutput(picture, picture, text, prompt, expand=graph.finalize())
 
-        state = graph.node("Step1XEditLoopStart", "start", prompt=prompt, version=rules_version(values["model"]), **thought).out(0)
+        state = graph.node(
+            "Step1XEditLoopStart", "start", prompt=prompt, version=rules_version(values["model"]), **thought
+        ).out(0)
         states = {}
         for number in range(1, values["rounds"] + 1):
             name, round_seed = f"round_{number}", (seed + number - 1) % SEEDS
             if number > 1:
                 step = graph.node("Step1XEditLoopStep", f"{name}_step", state=state, source=image, latest=picture)
                 picture = add_edit(graph, name, inputs, step.out(0), step.out(1), round_seed, GUARDED, only_positive)
-            state = graph.node("Step1XEditLoopJudge", f"{name}_judge", state=state, clip=inputs["clip"], source=image, edited=picture, seed=round_seed).out(0)
+            state = graph.node(
+                "Step1XEditLoopJudge",
+                f"{name}_judge",
+                state=state,
+                clip=inputs["clip"],
+                source=image,
+                edited=picture,
+                seed=round_seed,
+            ).out(0)
             states[name] = state
         result = graph.node("Step1XEditLoopResult", "result", **states)
         return io.NodeOutput(*(result.out(i) for i in range(4)), expand=graph.finalize())
@@ -175,8 +304,15 @@ class Step1XEditLoopStart(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XEditLoopStart", category=MAIN, is_dev_only=True, description="Part of 'Step1X-Edit Reflection Loop': the state before the first round.",
-            inputs=[io.String.Input("prompt"), io.Combo.Input("version", options=list(RULES)), io.String.Input("instruction", optional=True)],
+            node_id="Step1XEditLoopStart",
+            category=MAIN,
+            is_dev_only=True,
+            description="Part of 'Step1X-Edit Reflection Loop': the state before the first round.",
+            inputs=[
+                io.String.Input("prompt"),
+                io.Combo.Input("version", options=list(RULES)),
+                io.String.Input("instruction", optional=True),
+            ],
             outputs=[STATE.Output()],
         )
 
@@ -191,7 +327,10 @@ class Step1XEditLoopStep(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XEditLoopStep", category=MAIN, is_dev_only=True, description="Part of 'Step1X-Edit Reflection Loop': what the next round edits, and how.",
+            node_id="Step1XEditLoopStep",
+            category=MAIN,
+            is_dev_only=True,
+            description="Part of 'Step1X-Edit Reflection Loop': what the next round edits, and how.",
             inputs=[STATE.Input("state"), io.Image.Input("source"), io.Image.Input("latest")],
             outputs=[io.Image.Output(), io.String.Output()],
         )
@@ -209,9 +348,18 @@ class Step1XEditLoopJudge(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Step1XEditLoopJudge", category=MAIN, is_dev_only=True, hidden=[io.Hidden.unique_id],
+            node_id="Step1XEditLoopJudge",
+            category=MAIN,
+            is_dev_only=True,
+            hidden=[io.Hidden.unique_id],
             description="Part of 'Step1X-Edit Reflection Loop': 'Step1X-Edit Reflect' for a round's picture; an error is put on record.",
-            inputs=[STATE.Input("state"), io.Clip.Input("clip"), io.Image.Input("source"), io.Image.Input("edited"), io.Int.Input("seed")],
+            inputs=[
+                STATE.Input("state"),
+                io.Clip.Input("clip"),
+                io.Image.Input("source"),
+                io.Image.Input("edited"),
+                io.Int.Input("seed"),
+            ],
             outputs=[STATE.Output()],
         )
 
@@ -226,7 +374,17 @@ class Step1XEditLoopJudge(io.ComfyNode):
         if isinstance(edited, Failure):
             return io.NodeOutput(state.after(edited, None))
         prompt = state.loop.prompt
-        judgement = attempt(cls.hidden.unique_id, task_of({"prompt": prompt, "seed": seed}), judge, clip, source, edited, prompt, seed, state.loop.rules)
+        judgement = attempt(
+            cls.hidden.unique_id,
+            task_of({"prompt": prompt, "seed": seed}),
+            judge,
+            clip,
+            source,
+            edited,
+            prompt,
+            seed,
+            state.loop.rules,
+        )
         return io.NodeOutput(state.after(edited, judgement))
 
 
@@ -261,4 +419,11 @@ class Step1XEditLoopResult(io.ComfyNode):
         return io.NodeOutput(state.best(), state.candidates(), state.report(), state.loop.prompt)
 
 
-LOOP_NODES = [Step1XEditReflectionLoop, *GUARDED_NODES, Step1XEditLoopStart, Step1XEditLoopStep, Step1XEditLoopJudge, Step1XEditLoopResult]
+LOOP_NODES = [
+    Step1XEditReflectionLoop,
+    *GUARDED_NODES,
+    Step1XEditLoopStart,
+    Step1XEditLoopStep,
+    Step1XEditLoopJudge,
+    Step1XEditLoopResult,
+]

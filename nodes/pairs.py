@@ -71,29 +71,43 @@ class Step1XEditPairPropose(io.ComfyNode):
             display_name="Step1X-Edit Propose Edits",
             category=TRAINING,
             description="Has the language model list what is in an image, and writes edit instructions from that in "
-                        "English and Chinese. Outputs lists for the nodes that make the edits.",
+            "English and Chinese. Outputs lists for the nodes that make the edits.",
             search_aliases=["edit pairs", "propose", "instructions", "caption", "training data"],
             is_input_list=True,
             inputs=[
-                io.Clip.Input("clip",
-                              tooltip="Text encoder from 'Load Step1X-Edit MLLM'. The file must include a "
-                                      "language-model head (lm_head)."),
-                io.Image.Input("image", tooltip="A single image, or a list of them. Several images of a list are processed at a time."),
+                io.Clip.Input(
+                    "clip",
+                    tooltip="Text encoder from 'Load Step1X-Edit MLLM'. The file must include a "
+                    "language-model head (lm_head).",
+                ),
+                io.Image.Input(
+                    "image",
+                    tooltip="A single image, or a list of them. Several images of a list are processed at a time.",
+                ),
                 kinds_input(PROPOSED),
-                io.Int.Input("count", default=4, min=1, max=64,
-                             tooltip="Maximum number of proposals. The kinds take turns."),
+                io.Int.Input(
+                    "count", default=4, min=1, max=64, tooltip="Maximum number of proposals. The kinds take turns."
+                ),
                 seed_input("Random seed for answers and wording. The same seed and image give the same proposals."),
             ],
             outputs=[
-                PROPOSAL.Output(display_name="proposals", is_output_list=True,
-                tooltip="For 'Step1X-Edit Record Pairs'."),
-                io.Image.Output(display_name="images", is_output_list=True,
-                tooltip="The image, repeated for each proposal."),
+                PROPOSAL.Output(
+                    display_name="proposals", is_output_list=True, tooltip="For 'Step1X-Edit Record Pairs'."
+                ),
+                io.Image.Output(
+                    display_name="images", is_output_list=True, tooltip="The image, repeated for each proposal."
+                ),
                 io.String.Output(display_name="prompts", is_output_list=True, tooltip="English instructions."),
-                io.String.Output(display_name="objects", is_output_list=True,
-                                 tooltip="What to segment, in English. Empty for edits of the whole image."),
-                io.String.Output(display_name="contents", is_output_list=True,
-                                 tooltip="What to paint in its place, in English. Empty when something is removed."),
+                io.String.Output(
+                    display_name="objects",
+                    is_output_list=True,
+                    tooltip="What to segment, in English. Empty for edits of the whole image.",
+                ),
+                io.String.Output(
+                    display_name="contents",
+                    is_output_list=True,
+                    tooltip="What to paint in its place, in English. Empty when something is removed.",
+                ),
                 io.String.Output(display_name="report", tooltip="All instructions in both languages."),
             ],
         )

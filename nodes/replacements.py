@@ -22,9 +22,21 @@ LOADERS = {
 EDITS = {
     "Step-1XEditNode": (["prompt", *SEED, "cfg", "size_level", "num_steps"], None, "image"),
     "RunningHub_Step1XEdit": (["prompt", "num_steps", "cfg_guidance", "size_level", *SEED], None, "ref_image"),
-    "Step1XEditGenerate": (["prompt", "negative_prompt", "num_steps", "cfg_guidance", *SEED, "size_level"], "model_bundle", "input_image"),
-    "REDStep1XEditGenerate": (["prompt", "negative_prompt", "num_steps", "cfg_guidance", *SEED, "size_level"], "model_bundle", "input_image"),
-    "Step1XEditTeaCacheGenerate": (["prompt", "negative_prompt", "num_steps", "cfg_guidance", *SEED, "size_level"], "model", "input_image"),
+    "Step1XEditGenerate": (
+        ["prompt", "negative_prompt", "num_steps", "cfg_guidance", *SEED, "size_level"],
+        "model_bundle",
+        "input_image",
+    ),
+    "REDStep1XEditGenerate": (
+        ["prompt", "negative_prompt", "num_steps", "cfg_guidance", *SEED, "size_level"],
+        "model_bundle",
+        "input_image",
+    ),
+    "Step1XEditTeaCacheGenerate": (
+        ["prompt", "negative_prompt", "num_steps", "cfg_guidance", *SEED, "size_level"],
+        "model",
+        "input_image",
+    ),
 }
 RENAMED = {"num_steps": "steps", "cfg_guidance": "cfg"}
 
@@ -33,11 +45,20 @@ def replace(old: str, new: str, widgets: list[str], mapped: dict[str, str], valu
     """mapped: new input by old one. values: what inputs without a counterpart are set to; the others keep what they have."""
     inputs = [{"new_id": new_id, "old_id": old_id} for old_id, new_id in mapped.items()]
     inputs += [{"new_id": name, "set_value": value} for name, value in values.items()]
-    return io.NodeReplace(new_node_id=new, old_node_id=old, old_widget_ids=widgets, input_mapping=inputs, output_mapping=[{"old_idx": 0, "new_idx": 0}])
+    return io.NodeReplace(
+        new_node_id=new,
+        old_node_id=old,
+        old_widget_ids=widgets,
+        input_mapping=inputs,
+        output_mapping=[{"old_idx": 0, "new_idx": 0}],
+    )
 
 
 def replacements() -> list[io.NodeReplace]:
-    out = [replace(old, LOADER, widgets, {"diffusion_model": "unet_name"}, {"version": "auto", "weight_dtype": "default"}) for old, widgets in LOADERS.items()]
+    out = [
+        replace(old, LOADER, widgets, {"diffusion_model": "unet_name"}, {"version": "auto", "weight_dtype": "default"})
+        for old, widgets in LOADERS.items()
+    ]
     for old, (widgets, model, image) in EDITS.items():
         mapped = {} if model is None else {model: "model"}
         # The widget behind the seed is none of the node's inputs.

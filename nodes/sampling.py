@@ -31,18 +31,45 @@ class Step1XEditSampler(io.ComfyNode):
             description="Edits with the schedule and guidance of the official code. KSampler works as well; its schedulers do not know the picture's size.",
             search_aliases=["step1x", *EDIT_ALIASES, "ksampler", "sampler", "edit sampler"],
             inputs=[
-                io.Model.Input("model", tooltip="The model from 'Load Step1X-Edit Model', with any LoRA or model patch."),
+                io.Model.Input(
+                    "model", tooltip="The model from 'Load Step1X-Edit Model', with any LoRA or model patch."
+                ),
                 io.Conditioning.Input("positive", tooltip="The instruction."),
-                io.Conditioning.Input("negative", lazy=True,
-                                      tooltip="The negative prompt. Not computed where sampling does not read it: at "
-                                              "CFG 1 with a few-step LoRA or v1.2."),
-                io.Latent.Input("latent_image", tooltip="The latent from 'Step1X-Edit Encode', or an empty latent for text to image."),
-                io.Int.Input("seed", default=42, min=0, max=0xffffffffffffffff, control_after_generate=True, tooltip="The random seed: same seed and inputs, same picture."),
+                io.Conditioning.Input(
+                    "negative",
+                    lazy=True,
+                    tooltip="The negative prompt. Not computed where sampling does not read it: at "
+                    "CFG 1 with a few-step LoRA or v1.2.",
+                ),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="The latent from 'Step1X-Edit Encode', or an empty latent for text to image.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=42,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The random seed: same seed and inputs, same picture.",
+                ),
                 steps_input(),
                 cfg_input(),
-                io.Combo.Input("sampler_name", options=SAMPLERS, default="euler", advanced=True, tooltip="The official code uses euler."),
-                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01,
-                               tooltip="Below 1 only the last part of the schedule is run, starting from the picture itself: less change. 0 returns the latent unchanged."),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=SAMPLERS,
+                    default="euler",
+                    advanced=True,
+                    tooltip="The official code uses euler.",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Below 1 only the last part of the schedule is run, starting from the picture itself: less change. 0 returns the latent unchanged.",
+                ),
             ],
             outputs=[io.Latent.Output()],
         )
@@ -64,7 +91,9 @@ class Step1XEditSampler(io.ComfyNode):
         steps, cfg = version_defaults(model, steps, cfg)
         latent = fit_latent(model, latent_image)
         sigmas = model_sigmas(model, steps, latent["samples"], denoise)
-        return io.NodeOutput(sample(with_norm_limiter(model), positive, negative, latent, sigmas, cfg, seed, sampler_name))
+        return io.NodeOutput(
+            sample(with_norm_limiter(model), positive, negative, latent, sigmas, cfg, seed, sampler_name)
+        )
 
 
 class Step1XEditScheduler(io.ComfyNode):
@@ -79,10 +108,22 @@ class Step1XEditScheduler(io.ComfyNode):
             description="Noise levels of the official code for a latent's size, for the custom samplers.",
             search_aliases=["sigmas", "flux shift", "scheduler"],
             inputs=[
-                io.Model.Input("model", tooltip="The model that will be sampled; its version decides the default number of steps."),
-                io.Latent.Input("latent_image", tooltip="The latent that will be sampled; its size decides the shift of the schedule."),
+                io.Model.Input(
+                    "model", tooltip="The model that will be sampled; its version decides the default number of steps."
+                ),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="The latent that will be sampled; its size decides the shift of the schedule.",
+                ),
                 steps_input(),
-                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="The part of the schedule that is run, counted from its end."),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="The part of the schedule that is run, counted from its end.",
+                ),
             ],
             outputs=[io.Sigmas.Output()],
         )
@@ -107,15 +148,28 @@ class Step1XEditGuidance(io.ComfyNode):
             display_name="Step1X-Edit Guidance",
             category=MAIN,
             description="Sets the norm limiter of Step1X-Edit's guidance. 'Load Step1X-Edit Model' switches the official one on; "
-                        "add this node to change it, or to give it to a model from the stock loader.",
+            "add this node to change it, or to give it to a model from the stock loader.",
             search_aliases=["cfg norm", "norm limiter", "process norm"],
             inputs=[
                 io.Model.Input("model", tooltip="A Step1X-Edit model."),
-                io.Float.Input("truncate", default=-1.0, min=-1.0, max=1.0, step=0.01,
-                               tooltip="Guidance is limited while the noise level is above this value. -1 takes the version's: 0.93, for v1.2 every step. "
-                                       "1 switches the limiter off, as the first official release had it; 0 limits every step."),
-                io.Float.Input("power", default=GUIDANCE_NORM_POWER, min=0.0, max=1.0, step=0.05, advanced=True,
-                               tooltip="Strong guidance of norm n is divided by n to this power."),
+                io.Float.Input(
+                    "truncate",
+                    default=-1.0,
+                    min=-1.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Guidance is limited while the noise level is above this value. -1 takes the version's: 0.93, for v1.2 every step. "
+                    "1 switches the limiter off, as the first official release had it; 0 limits every step.",
+                ),
+                io.Float.Input(
+                    "power",
+                    default=GUIDANCE_NORM_POWER,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    advanced=True,
+                    tooltip="Strong guidance of norm n is divided by n to this power.",
+                ),
             ],
             outputs=[io.Model.Output()],
         )

@@ -70,17 +70,18 @@ class Step1XEditSpeedPreset(io.ComfyNode):
             display_name="Step1X-Edit Speed",
             category=MAIN,
             description="Makes sampling faster by leaving work out: TeaCache, region denoising, guidance in a part of the "
-                        "steps, fp8 attention. Choose a preset, or a custom mode for the single settings. The log says "
-                        "what was chosen for this graphics card.",
-            search_aliases=["speed", "faster", "teacache", "cache", "region", "guidance interval",
-                            "fp8 attention"],
+            "steps, fp8 attention. Choose a preset, or a custom mode for the single settings. The log says "
+            "what was chosen for this graphics card.",
+            search_aliases=["speed", "faster", "teacache", "cache", "region", "guidance interval", "fp8 attention"],
             inputs=[
                 io.Model.Input("model", tooltip="A Step1X-Edit model."),
                 io.DynamicCombo.Input(
-                    "mode", options=[io.DynamicCombo.Option(key, inputs) for key, inputs in modes.items()],
+                    "mode",
+                    options=[io.DynamicCombo.Option(key, inputs) for key, inputs in modes.items()],
                     tooltip="balanced skips steps that hardly change anything. fast also ends guidance halfway and uses "
-                            "fp8 attention where the graphics card can. exact leaves nothing out. The custom modes show "
-                            "their settings."),
+                    "fp8 attention where the graphics card can. exact leaves nothing out. The custom modes show "
+                    "their settings.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The model with these settings.")],
         )

@@ -97,7 +97,9 @@ class Step1XEditTrainDataset(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, dataset="", sources_only=False, **inputs):
         # The host does not know the value of a connected input yet; the node it comes from has its own fingerprint.
-        return dataset_fingerprint(*dataset_path(dataset), read_sources if sources_only else read_pairs) if dataset else ""
+        return (
+            dataset_fingerprint(*dataset_path(dataset), read_sources if sources_only else read_pairs) if dataset else ""
+        )
 
     @classmethod
     def execute(cls, clip, vae, dataset, size_level, validation, sources_only=False) -> io.NodeOutput:
@@ -107,7 +109,9 @@ class Step1XEditTrainDataset(io.ComfyNode):
         pairs = (read_sources if sources_only else read_pairs)(path, root)
         cached, computed = cache_pairs(clip, vae, pairs, folder, size_level, validation)
         counts = f"{len(cached.pairs)} {'instructions' if sources_only else 'pairs'} to train on, {len(cached.validation)} held out for validation"
-        return io.NodeOutput(cached, f"{counts}; {computed} latents and conditionings were encoded, the rest was in the cache.")
+        return io.NodeOutput(
+            cached, f"{counts}; {computed} latents and conditionings were encoded, the rest was in the cache."
+        )
 
 
 class Step1XEditTrainLora(io.ComfyNode):
@@ -121,70 +125,162 @@ class Step1XEditTrainLora(io.ComfyNode):
             display_name="Step1X-Edit Train LoRA",
             category=TRAINING,
             description="Trains a LoRA on pairs of images, or one that edits in 1 to 8 steps as the model itself does in "
-                        "many. Can be cancelled and resumed. The LoRA is also saved in output/step1x_training.",
-            search_aliases=["train lora", "fine-tuning", "finetune", "training", "distillation", "few steps", "lightning",
-                            "turbo"],
+            "many. Can be cancelled and resumed. The LoRA is also saved in output/step1x_training.",
+            search_aliases=[
+                "train lora",
+                "fine-tuning",
+                "finetune",
+                "training",
+                "distillation",
+                "few steps",
+                "lightning",
+                "turbo",
+            ],
             inputs=[
-                io.Model.Input("model",
-                               tooltip="Model from 'Load Step1X-Edit Model', in any precision. fp8 halves the VRAM "
-                                       "for its weights. A LoRA applied to the model stays in place, and the new one"
-                                       " is trained on top of it."),
+                io.Model.Input(
+                    "model",
+                    tooltip="Model from 'Load Step1X-Edit Model', in any precision. fp8 halves the VRAM "
+                    "for its weights. A LoRA applied to the model stays in place, and the new one"
+                    " is trained on top of it.",
+                ),
                 DATASET.Input("dataset", tooltip="Encoded pairs from 'Step1X-Edit Dataset'."),
-                io.String.Input("name", default="my_lora",
-                                tooltip="Name of the run's folder in output/step1x_training. It holds "
-                                        "lora.safetensors and state.safetensors, from which the run is resumed."),
-                io.Int.Input("steps", default=1000, min=1, max=1000000,
-                             tooltip="Total number of steps, including those of an earlier run that is resumed. "
-                                     "Raise it to continue a finished run."),
-                io.Float.Input("learning_rate", default=LEARNING_RATE, min=0.0, max=1.0, step=0.00001, round=False,
-                               tooltip="Size of each update. The official code uses 0.0001. Lower it if the loss "
-                                       "becomes NaN."),
-                io.Int.Input("rank", default=RANK, min=1, max=512,
-                             tooltip="Rank of the LoRA. Higher ranks can learn more and need more VRAM and larger "
-                                     "files. The official code uses 64."),
-                io.Float.Input("alpha", default=ALPHA, min=0.001, max=512.0, step=0.5, round=False,
-                               tooltip="The LoRA is scaled by alpha / rank. The official code uses 32."),
-                io.Int.Input("batch_size", default=1, min=1, max=256,
-                             tooltip="Pairs per batch. Pairs of different sizes are computed one after the other."),
-                io.Int.Input("accumulation", default=1, min=1, max=1024,
-                             tooltip="Batches per step. Has the effect of a larger batch without its memory."),
-                io.Int.Input("seed", default=42, min=0, max=0xffffffffffffffff, control_after_generate=True,
-                             tooltip="Random seed. The same seed and inputs give the same LoRA."),
-                io.Boolean.Input("resume", default=True,
-                                 tooltip="On: resume the earlier run of this name. Off: start over; the files of the"
-                                         " earlier run are moved to a folder NAME.1."),
-                io.Int.Input("save_every", default=100, min=0, max=100000, advanced=True,
-                             tooltip="Steps between saves. 0 saves only at the end and when the run is cancelled."),
-                io.Int.Input("validate_every", default=200, min=0, max=100000,
-                             tooltip="Steps between validation images, which are edits of the held-out pairs. They "
-                                     "need 'vae'. 0 makes none."),
-                io.Combo.Input("schedule", options=list(SCHEDULES), default=CONSTANT, advanced=True,
-                               tooltip="Learning rate schedule. constant keeps the rate; cosine lowers it to 0 by "
-                                       "the last step."),
-                io.Int.Input("warmup", default=0, min=0, max=100000, advanced=True,
-                             tooltip="Steps during which the learning rate rises from 0 to its full value."),
-                io.Float.Input("ema", default=0.0, min=0.0, max=0.99999, step=0.0001, round=False, advanced=True,
-                               tooltip="Decay of an exponential moving average of the weights, which is saved in "
-                                       "their place. Typical values are 0.99 to 0.999; 0 turns it off."),
-                io.Boolean.Input("gradient_checkpointing", default=True, advanced=True,
-                                 tooltip="Recompute each block in the backward pass. Saves most of the VRAM and "
-                                         "makes steps slower."),
+                io.String.Input(
+                    "name",
+                    default="my_lora",
+                    tooltip="Name of the run's folder in output/step1x_training. It holds "
+                    "lora.safetensors and state.safetensors, from which the run is resumed.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=1000,
+                    min=1,
+                    max=1000000,
+                    tooltip="Total number of steps, including those of an earlier run that is resumed. "
+                    "Raise it to continue a finished run.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=LEARNING_RATE,
+                    min=0.0,
+                    max=1.0,
+                    step=0.00001,
+                    round=False,
+                    tooltip="Size of each update. The official code uses 0.0001. Lower it if the loss becomes NaN.",
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=RANK,
+                    min=1,
+                    max=512,
+                    tooltip="Rank of the LoRA. Higher ranks can learn more and need more VRAM and larger "
+                    "files. The official code uses 64.",
+                ),
+                io.Float.Input(
+                    "alpha",
+                    default=ALPHA,
+                    min=0.001,
+                    max=512.0,
+                    step=0.5,
+                    round=False,
+                    tooltip="The LoRA is scaled by alpha / rank. The official code uses 32.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=256,
+                    tooltip="Pairs per batch. Pairs of different sizes are computed one after the other.",
+                ),
+                io.Int.Input(
+                    "accumulation",
+                    default=1,
+                    min=1,
+                    max=1024,
+                    tooltip="Batches per step. Has the effect of a larger batch without its memory.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=42,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Random seed. The same seed and inputs give the same LoRA.",
+                ),
+                io.Boolean.Input(
+                    "resume",
+                    default=True,
+                    tooltip="On: resume the earlier run of this name. Off: start over; the files of the"
+                    " earlier run are moved to a folder NAME.1.",
+                ),
+                io.Int.Input(
+                    "save_every",
+                    default=100,
+                    min=0,
+                    max=100000,
+                    advanced=True,
+                    tooltip="Steps between saves. 0 saves only at the end and when the run is cancelled.",
+                ),
+                io.Int.Input(
+                    "validate_every",
+                    default=200,
+                    min=0,
+                    max=100000,
+                    tooltip="Steps between validation images, which are edits of the held-out pairs. They "
+                    "need 'vae'. 0 makes none.",
+                ),
+                io.Combo.Input(
+                    "schedule",
+                    options=list(SCHEDULES),
+                    default=CONSTANT,
+                    advanced=True,
+                    tooltip="Learning rate schedule. constant keeps the rate; cosine lowers it to 0 by the last step.",
+                ),
+                io.Int.Input(
+                    "warmup",
+                    default=0,
+                    min=0,
+                    max=100000,
+                    advanced=True,
+                    tooltip="Steps during which the learning rate rises from 0 to its full value.",
+                ),
+                io.Float.Input(
+                    "ema",
+                    default=0.0,
+                    min=0.0,
+                    max=0.99999,
+                    step=0.0001,
+                    round=False,
+                    advanced=True,
+                    tooltip="Decay of an exponential moving average of the weights, which is saved in "
+                    "their place. Typical values are 0.99 to 0.999; 0 turns it off.",
+                ),
+                io.Boolean.Input(
+                    "gradient_checkpointing",
+                    default=True,
+                    advanced=True,
+                    tooltip="Recompute each block in the backward pass. Saves most of the VRAM and makes steps slower.",
+                ),
                 io.Vae.Input("vae", optional=True, tooltip="VAE of the dataset. Needed for validation images."),
                 io.DynamicCombo.Input(
-                    "mode", optional=True,
+                    "mode",
+                    optional=True,
                     options=[io.DynamicCombo.Option(EDIT_PAIRS, []), io.DynamicCombo.Option(FEW_STEPS, few_steps())],
                     tooltip="edit pairs trains on the targets of the dataset. few steps distils the model: the LoRA "
-                            "learns to edit in few steps at CFG 1 as the model does with its own steps and CFG. It "
-                            "needs a dataset with 'sources_only'."),
+                    "learns to edit in few steps at CFG 1 as the model does with its own steps and CFG. It "
+                    "needs a dataset with 'sources_only'.",
+                ),
             ],
             outputs=[
-                io.LoraModel.Output(display_name="lora",
-                tooltip="The LoRA, for the stock 'Save LoRA Weights' and 'Load LoRA Model'."),
+                io.LoraModel.Output(
+                    display_name="lora", tooltip="The LoRA, for the stock 'Save LoRA Weights' and 'Load LoRA Model'."
+                ),
                 io.LossMap.Output(display_name="loss", tooltip="Loss of every step, for the stock 'Plot Loss Graph'."),
                 io.Int.Output(display_name="steps", tooltip="Total number of steps trained."),
-                io.Image.Output(display_name="progress",
-                                tooltip="Loss curve, with source, result and target of each validation pair below it; in "
-                                        "the few-step mode the target is the teacher's edit."),
+                io.Image.Output(
+                    display_name="progress",
+                    tooltip="Loss curve, with source, result and target of each validation pair below it; in "
+                    "the few-step mode the target is the teacher's edit.",
+                ),
             ],
         )
 
@@ -227,5 +323,14 @@ def lesson_of(model, mode: dict | None) -> Lesson | None:
     """What a choice of the training's mode teaches; None for pairs. mode: as the executor hands it over."""
     if mode is None or mode["mode"] == EDIT_PAIRS:
         return None
-    return Lesson(model, Distillation(steps=mode["few_steps"], teacher_steps=mode["teacher_steps"], teacher_cfg=mode["teacher_cfg"],
-                                      noises=mode["noises"], later=mode["later"], share=mode["share"]))
+    return Lesson(
+        model,
+        Distillation(
+            steps=mode["few_steps"],
+            teacher_steps=mode["teacher_steps"],
+            teacher_cfg=mode["teacher_cfg"],
+            noises=mode["noises"],
+            later=mode["later"],
+            share=mode["share"],
+        ),
+    )

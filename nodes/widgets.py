@@ -69,12 +69,24 @@ def check_choice(entry: io.DynamicCombo.Input, value, name: str) -> None:
 
 
 def steps_input() -> io.Int.Input:
-    return io.Int.Input("steps", default=0, min=0, max=200,
-                        tooltip="0 uses the default: that of a few-step LoRA, else the version's, which is 28, or 50 for v1.2. "
-                                "Any other value is the number of denoising steps.")
+    return io.Int.Input(
+        "steps",
+        default=0,
+        min=0,
+        max=200,
+        tooltip="0 uses the default: that of a few-step LoRA, else the version's, which is 28, or 50 for v1.2. "
+        "Any other value is the number of denoising steps.",
+    )
 
 
 def cfg_input() -> io.Float.Input:
-    return io.Float.Input("cfg", default=0.0, min=0.0, max=100.0, step=0.1, round=0.01,
-                          tooltip="0 uses the default: that of a few-step LoRA, else the version's, which is 6, or 4 for "
-                                  "v1.2-preview. Higher values follow the instruction more strictly; 1 disables guidance.")
+    return io.Float.Input(
+        "cfg",
+        default=0.0,
+        min=0.0,
+        max=100.0,
+        step=0.1,
+        round=0.01,
+        tooltip="0 uses the default: that of a few-step LoRA, else the version's, which is 6, or 4 for "
+        "v1.2-preview. Higher values follow the instruction more strictly; 1 disables guidance.",
+    )

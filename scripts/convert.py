@@ -24,25 +24,46 @@ docs/conversion.md tells more."""
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=FORMATS, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", type=Path, metavar="IN", help="model file or folder. Of a diffusers repository the transformer is taken; "
-                        "for the language model name the folder text_encoder in it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=FORMATS, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "input",
+        type=Path,
+        metavar="IN",
+        help="model file or folder. Of a diffusers repository the transformer is taken; "
+        "for the language model name the folder text_encoder in it",
+    )
     parser.add_argument("output", type=Path, metavar="OUT", help="the safetensors file to write")
     parser.add_argument("--format", choices=("fp8", "int8", "nvfp4", "bf16"), default="fp8",
                         help="of the large layers (default: fp8); everything else becomes bf16")
     parser.add_argument("--keep", action="append", default=[], metavar="PATTERN",
                         help="layers to keep in bf16, such as 'double_blocks.0.*'; may be given again")
-    parser.add_argument("--modulation", action="store_true", help="store the modulation layers in fp8, too: 3.2 GB less")
-    parser.add_argument("--weights-only", action="store_true",
-                        help="have ComfyUI unpack the weights and compute in full precision: saves memory, but no time (fp8, nvfp4)")
-    parser.add_argument("--version", help="v1.0, v1.1, v1.2-preview or v1.2, where neither the tensors nor the names tell")
+    parser.add_argument(
+        "--modulation", action="store_true", help="store the modulation layers in fp8, too: 3.2 GB less"
+    )
+    parser.add_argument(
+        "--weights-only",
+        action="store_true",
+        help="have ComfyUI unpack the weights and compute in full precision: saves memory, but no time (fp8, nvfp4)",
+    )
+    parser.add_argument(
+        "--version", help="v1.0, v1.1, v1.2-preview or v1.2, where neither the tensors nor the names tell"
+    )
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
     return parser.parse_args()
 
 
 def model_config(checkpoint, weights, version: str | None) -> dict:
     """What the model's shapes do not show, its version foremost. Raises Step1XError for an incomplete model and as `choose_version` does."""
-    from step1x_core.checkpoints.detection import CONFIG_KEY, choose_version, config_tensor, detect_config, parse_config, stored_config
+    from step1x_core.checkpoints.detection import (
+        CONFIG_KEY,
+        choose_version,
+        config_tensor,
+        detect_config,
+        parse_config,
+        stored_config,
+    )
     from step1x_core.checkpoints.files import check_tensors
     from step1x_core.host.checkpoints.loading import CONFIG_NAMES, model_shapes, shapes
 
@@ -90,13 +111,20 @@ def convert(source: Path, out: Path, form: str, version: str | None = None, **op
         else:
             metadata[CONFIG_KEY] = json.dumps(mllm_config(checkpoint, weights))
     except KeyError as error:
-        raise Step1XError(f"{checkpoint.path.name} lacks the tensor {error.args[0]}. The file is incomplete; download it again.") from error
+        raise Step1XError(
+            f"{checkpoint.path.name} lacks the tensor {error.args[0]}. The file is incomplete; download it again."
+        ) from error
     return conversion.convert(weights, out, form, extra, metadata, **options)
 
 
 def show(done: int, total: int) -> None:
     filled = 40 * done // total
-    print(f"\r[{'#' * filled}{'.' * (40 - filled)}] {done / 1e9:.1f} of {total / 1e9:.1f} GB", end="" if done < total else "\n", file=sys.stderr, flush=True)
+    print(
+        f"\r[{'#' * filled}{'.' * (40 - filled)}] {done / 1e9:.1f} of {total / 1e9:.1f} GB",
+        end="" if done < total else "\n",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def main() -> int:
@@ -110,8 +138,17 @@ def main() -> int:
     if FORMATS[options.format] and FORMATS[options.format][0] not in QUANT_ALGOS:
         print(f"Note: this ComfyUI cannot load {options.format} files; a newer one can.", file=sys.stderr)
     try:
-        digest = convert(options.input, options.output, options.format, options.version, keep=options.keep, modulation=options.modulation,
-                         weights_only=options.weights_only, force=options.force, progress=show)
+        digest = convert(
+            options.input,
+            options.output,
+            options.format,
+            options.version,
+            keep=options.keep,
+            modulation=options.modulation,
+            weights_only=options.weights_only,
+            force=options.force,
+            progress=show,
+        )
     except (Step1XError, OSError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1

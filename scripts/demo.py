@@ -49,7 +49,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size-level", type=int, help="working size; default 1024, less for the small models")
     parser.add_argument("--steps", type=int, help="denoising steps; default 28, less for the small models")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--fast", action="store_true", help="edit in a few steps: with the few-step LoRA of the miniature model, or the first one of the installation")
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="edit in a few steps: with the few-step LoRA of the miniature model, or the first one of the installation",
+    )
     return parser.parse_args()
 
 
@@ -61,7 +65,11 @@ def pick(offered: list[str], *words: str) -> str | None:
 def pick_vae(offered: list[str]) -> str | None:
     """The FLUX VAE by its published name, or one that lies in a folder named after Step1X. (Wan's and Qwen's names end in ...vae.safetensors, too.)"""
     paths = {name: PurePosixPath(name.lower().replace("\\", "/")) for name in offered}
-    own = (name for name, path in paths.items() if "step1x" in str(path.parent) and (path.name == "vae.safetensors" or path.name.startswith("ae")))
+    own = (
+        name
+        for name, path in paths.items()
+        if "step1x" in str(path.parent) and (path.name == "vae.safetensors" or path.name.startswith("ae"))
+    )
     return next((name for name, path in paths.items() if path.name == "ae.safetensors"), None) or next(own, None)
 
 
@@ -82,9 +90,13 @@ def choose_models(object_info: dict) -> dict[str, str] | None:
 def choose_lora(object_info: dict) -> str:
     """The name of an installed few-step LoRA. Raises FileNotFoundError where there is none."""
     definition = object_info["Step1XEditLoadLora"]["input"]["required"]["lora_name"]
-    found = pick(definition[0] if isinstance(definition[0], list) else definition[1]["options"], "lightning", "fast", "few")
+    found = pick(
+        definition[0] if isinstance(definition[0], list) else definition[1]["options"], "lightning", "fast", "few"
+    )
     if found is None:
-        raise FileNotFoundError("--fast needs a few-step LoRA in models/loras, with 'lightning', 'fast' or 'few' in its name. See docs/few_steps.md, or leave --fast out.")
+        raise FileNotFoundError(
+            "--fast needs a few-step LoRA in models/loras, with 'lightning', 'fast' or 'few' in its name. See docs/few_steps.md, or leave --fast out."
+        )
     return found
 
 
@@ -92,18 +104,36 @@ def with_lora(prompt: dict, name: str) -> None:
     """Put a LoRA behind the model's loader, for every node that reads the model."""
     loader = next(node for node, content in prompt.items() if content["class_type"] == "Step1XEditLoader")
     for content in prompt.values():
-        content["inputs"].update({name: ["lora", 0] for name, value in content["inputs"].items() if value == [loader, 0]})
+        content["inputs"].update(
+            {name: ["lora", 0] for name, value in content["inputs"].items() if value == [loader, 0]}
+        )
     for content in prompt.values():
         if content["class_type"] == "Step1XEditEncode":
             content["inputs"]["model"] = ["lora", 0]  # so that the negative prompt is not encoded for nothing
-    prompt["lora"] = {"class_type": "Step1XEditLoadLora", "inputs": {"model": [loader, 0], "lora_name": name, "strength": 1.0}}
+    prompt["lora"] = {
+        "class_type": "Step1XEditLoadLora",
+        "inputs": {"model": [loader, 0], "lora_name": name, "strength": 1.0},
+    }
 
 
 def demo_setup(fast: bool = False) -> Setup:
     """The miniature model that comes with the pack. fast: with its few-step LoRA."""
-    chosen = {"Step1XEditLoader": demo_model.MODEL_FILE, "Step1XEditMLLM": demo_model.MLLM_FILE, "VAELoader": demo_model.VAE_FILE}
+    chosen = {
+        "Step1XEditLoader": demo_model.MODEL_FILE,
+        "Step1XEditMLLM": demo_model.MLLM_FILE,
+        "VAELoader": demo_model.VAE_FILE,
+    }
     steps, cfg, lora = (0, 0.0, demo_model.FAST_FILE.name) if fast else (demo_model.STEPS, demo_model.CFG, None)
-    return Setup(demo_model.FOLDER, chosen, demo_model.SAMPLE_IMAGE, demo_model.SAMPLE_PROMPT, demo_model.SIZE_LEVEL, steps, cfg, lora)
+    return Setup(
+        demo_model.FOLDER,
+        chosen,
+        demo_model.SAMPLE_IMAGE,
+        demo_model.SAMPLE_PROMPT,
+        demo_model.SIZE_LEVEL,
+        steps,
+        cfg,
+        lora,
+    )
 
 
 def tiny_setup() -> Setup:
@@ -113,14 +143,22 @@ def tiny_setup() -> Setup:
     version = hashlib.sha256(Path(tiny_models.__file__).read_bytes()).hexdigest()[:12]
     models = environment.home() / f"tiny-models-{version}"
     tiny_models.write_all(models, prefix="tiny-")
-    chosen = {"Step1XEditLoader": tiny_models.V11_FILE, "Step1XEditMLLM": tiny_models.MLLM_FILE, "VAELoader": tiny_models.VAE_FILE}
+    chosen = {
+        "Step1XEditLoader": tiny_models.V11_FILE,
+        "Step1XEditMLLM": tiny_models.MLLM_FILE,
+        "VAELoader": tiny_models.VAE_FILE,
+    }
     return Setup(models, {node: f"tiny-{name}" for node, name in chosen.items()}, size_level=512, steps=12)
 
 
 def progress_bar(names: dict[str, str]):
     def show(node, value, maximum):
         filled = 30 * value // maximum
-        print(f"\r  {names[node]:<24} [{'#' * filled}{'.' * (30 - filled)}] {value}/{maximum}", end="\n" if value == maximum else "", flush=True)
+        print(
+            f"\r  {names[node]:<24} [{'#' * filled}{'.' * (30 - filled)}] {value}/{maximum}",
+            end="\n" if value == maximum else "",
+            flush=True,
+        )
 
     return show
 
@@ -133,7 +171,9 @@ def edit(client, setup: Setup, options: argparse.Namespace) -> Path:
     prompt = to_api(json.loads(WORKFLOW.read_text(encoding="utf-8")), info)
 
     def change(class_type, **values):
-        prompt[find_nodes(prompt, class_type)[0]]["inputs"].update({name: value for name, value in values.items() if value is not None})
+        prompt[find_nodes(prompt, class_type)[0]]["inputs"].update(
+            {name: value for name, value in values.items() if value is not None}
+        )
 
     for class_type, name in setup.chosen.items():
         change(class_type, **{info[class_type]["input_order"]["required"][0]: name})
@@ -148,7 +188,11 @@ def edit(client, setup: Setup, options: argparse.Namespace) -> Path:
     say("model {Step1XEditLoader}, MLLM {Step1XEditMLLM}, VAE {VAELoader}".format(**setup.chosen))
     say(f"editing {image.name}: {text}")
     started = time.monotonic()
-    run = client.run(prompt, on_progress=progress_bar({node: content["class_type"] for node, content in prompt.items()}), timeout=3600)
+    run = client.run(
+        prompt,
+        on_progress=progress_bar({node: content["class_type"] for node, content in prompt.items()}),
+        timeout=3600,
+    )
     say(f"done in {time.monotonic() - started:.0f} s")
     options.output.mkdir(parents=True, exist_ok=True)
     result = options.output / f"{image.stem}_edited.png"
@@ -175,13 +219,19 @@ def run_demo(options: argparse.Namespace) -> Path:
                 client = Client(server.url, server.log)
                 chosen = choose_models(client.get("/object_info"))
                 if chosen is not None:
-                    fast = {"steps": 0, "cfg": 0.0, "lora": choose_lora(client.get("/object_info"))} if options.fast else {}
+                    fast = (
+                        {"steps": 0, "cfg": 0.0, "lora": choose_lora(client.get("/object_info"))}
+                        if options.fast
+                        else {}
+                    )
                     return edit(client, Setup(tree / "models", chosen, **fast), options)
         if (demo_model.FOLDER / "diffusion_models" / demo_model.MODEL_FILE).is_file():
             say("no Step1X-Edit model found: using the miniature one that comes with the pack")
             setup = demo_setup(options.fast)
             if options.fast and not demo_model.FAST_FILE.is_file():
-                raise FileNotFoundError(f"{demo_model.FAST_FILE} is missing. Download the pack again, make the file with miniature/few_steps.py, or leave --fast out.")
+                raise FileNotFoundError(
+                    f"{demo_model.FAST_FILE} is missing. Download the pack again, make the file with miniature/few_steps.py, or leave --fast out."
+                )
         else:
             say("no Step1X-Edit model found: using a tiny one with random weights (its pictures make no sense)")
             setup = tiny_setup()

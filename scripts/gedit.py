@@ -39,11 +39,23 @@ def arguments(argv=None) -> argparse.Namespace:
         return commands.add_parser(name, help=text, description=text)
 
     def choice(entry):
-        entry.add_argument("--data", type=Path, required=True, help="the dataset: a folder with the hub's parquet files, or with metadata.jsonl")
-        entry.add_argument("--results", type=Path, default=Path("results"), help="folder for the results, in the official layout (default: results)")
+        entry.add_argument(
+            "--data",
+            type=Path,
+            required=True,
+            help="the dataset: a folder with the hub's parquet files, or with metadata.jsonl",
+        )
+        entry.add_argument(
+            "--results",
+            type=Path,
+            default=Path("results"),
+            help="folder for the results, in the official layout (default: results)",
+        )
         entry.add_argument("--languages", nargs="+", choices=("en", "cn"), default=["en", "cn"])
         entry.add_argument("--tasks", nargs="+", default=[], help="only these task types")
-        entry.add_argument("--limit", type=int, default=0, help="at most so many items of each task type in each language")
+        entry.add_argument(
+            "--limit", type=int, default=0, help="at most so many items of each task type in each language"
+        )
 
     command("miniature", "Write 22 drawn items as a dataset.").add_argument("folder", type=Path)
     unpack = command("unpack", "Write a dataset as a folder of pictures.")
@@ -53,29 +65,50 @@ def arguments(argv=None) -> argparse.Namespace:
     edit = command("edit", "Run a workflow over the dataset.")
     choice(edit)
     edit.add_argument("--method", required=True, help="name of what is measured; the results' folder is called so")
-    edit.add_argument("--workflow", type=Path, default=WORKFLOW, help="a workflow, as the editor saves or exports it (default: the pack's step1x_edit.json)")
+    edit.add_argument(
+        "--workflow",
+        type=Path,
+        default=WORKFLOW,
+        help="a workflow, as the editor saves or exports it (default: the pack's step1x_edit.json)",
+    )
     edit.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE",
                       help="change a widget; NODE is a node's type or number, e.g. Step1XEditSampler.steps=20")
     edit.add_argument("--seed", type=int, default=42, help="the seed of every edit")
-    edit.add_argument("--batch", type=int, default=1, help="items in one run, for a workflow with Step1X-Edit Batch Images")
+    edit.add_argument(
+        "--batch", type=int, default=1, help="items in one run, for a workflow with Step1X-Edit Batch Images"
+    )
     edit.add_argument("--image-node", help="number of the node that loads the picture, where there are several")
     edit.add_argument("--prompt-node", help="number of the node with the instruction, where there are several")
     edit.add_argument("--output-node", help="number of the node that saves the result, where there are several")
-    edit.add_argument("--server", help="address of a running ComfyUI with this pack, e.g. http://127.0.0.1:8188 (default: one is started)")
-    edit.add_argument("--models", type=Path, help="a models folder for the ComfyUI that is started (default: that of the ComfyUI)")
+    edit.add_argument(
+        "--server",
+        help="address of a running ComfyUI with this pack, e.g. http://127.0.0.1:8188 (default: one is started)",
+    )
+    edit.add_argument(
+        "--models", type=Path, help="a models folder for the ComfyUI that is started (default: that of the ComfyUI)"
+    )
 
     judge = command("judge", "Score the edited pictures.")
     choice(judge)
     judge.add_argument("--method", required=True)
     judge.add_argument("--judge", help="name under which the judgements are kept (default: made of the model's name)")
     judge.add_argument("--mllm", type=Path, help="a local judge: Qwen2.5-VL as one file or a Hugging Face folder")
-    judge.add_argument("--endpoint", help="a judge on the web: the beginning of its address, e.g. http://localhost:8000/v1; the pictures are sent there")
+    judge.add_argument(
+        "--endpoint",
+        help="a judge on the web: the beginning of its address, e.g. http://localhost:8000/v1; the pictures are sent there",
+    )
     judge.add_argument("--model", help="the model's name at the endpoint")
-    judge.add_argument("--key-variable", default="OPENAI_API_KEY", help="environment variable with the endpoint's key (default: OPENAI_API_KEY)")
+    judge.add_argument(
+        "--key-variable",
+        default="OPENAI_API_KEY",
+        help="environment variable with the endpoint's key (default: OPENAI_API_KEY)",
+    )
     judge.add_argument("--parallel", type=int, default=1, help="requests to the endpoint at the same time")
     judge.add_argument("--timeout", type=float, default=120, help="seconds for one answer of the endpoint")
     judge.add_argument("--tries", type=int, default=4, help="how often one request is made until it is answered")
-    judge.add_argument("--pause", type=float, default=2, help="seconds before the second try; doubled for each further one")
+    judge.add_argument(
+        "--pause", type=float, default=2, help="seconds before the second try; doubled for each further one"
+    )
     judge.add_argument("--seed", type=int, default=42)
     judge.add_argument("--again", action="store_true", help="ask anew about edits whose answers could not be read")
 
@@ -105,17 +138,28 @@ class Workflow:
 
     def __init__(self, prompt: dict, options):
         self.prompt = prompt
-        output = self.single("saves the result", options.output_node, lambda node: node["class_type"] in ("SaveImage", "PreviewImage"), "SaveImage")
+        output = self.single(
+            "saves the result",
+            options.output_node,
+            lambda node: node["class_type"] in ("SaveImage", "PreviewImage"),
+            "SaveImage",
+        )
         self.keep_what_leads_to(output)
         # A preview: it leaves nothing in the output folder of the person's ComfyUI, and its pixels are the same.
-        prompt[output] = {"class_type": "PreviewImage", "inputs": {"images": prompt[output]["inputs"]["images"]}, "_meta": {"title": OUTPUT}}
+        prompt[output] = {
+            "class_type": "PreviewImage",
+            "inputs": {"images": prompt[output]["inputs"]["images"]},
+            "_meta": {"title": OUTPUT},
+        }
         self.batch_node = next((name for name in prompt if prompt[name]["class_type"] == "Step1XEditBatchImages"), None)
         if self.batch_node:
             # It gets a list of our own.
             prompt[self.batch_node]["inputs"] |= {"images": "", "combine": "pairs"}
             self.keep_what_leads_to(output)
         else:
-            self.image_node = self.single("loads the picture", options.image_node, lambda node: node["class_type"] == "LoadImage")
+            self.image_node = self.single(
+                "loads the picture", options.image_node, lambda node: node["class_type"] == "LoadImage"
+            )
         self.prompt_node = self.single("has the instruction", options.prompt_node,
                                        lambda node: node["class_type"].startswith("Step1X") and self.prompt_input(node))
         self.set_widgets(options)
@@ -127,8 +171,14 @@ class Workflow:
         preferred = [name for name in found if self.prompt[name]["class_type"] == prefer] or found
         if len(preferred) != 1:
             listed = ", ".join(f"{name} ({self.prompt[name]['class_type']})" for name in preferred) or "none"
-            option = {"saves the result": "--output-node", "loads the picture": "--image-node", "has the instruction": "--prompt-node"}[task]
-            raise Step1XError(f"It is not clear which node of the workflow {task}; found: {listed}. Name its number with {option}.")
+            option = {
+                "saves the result": "--output-node",
+                "loads the picture": "--image-node",
+                "has the instruction": "--prompt-node",
+            }[task]
+            raise Step1XError(
+                f"It is not clear which node of the workflow {task}; found: {listed}. Name its number with {option}."
+            )
         return preferred[0]
 
     @staticmethod
@@ -140,7 +190,11 @@ class Workflow:
         while waiting:
             name = waiting.pop()
             wanted.add(name)
-            waiting += [value[0] for value in self.prompt[name]["inputs"].values() if isinstance(value, list) and value[0] not in wanted]
+            waiting += [
+                value[0]
+                for value in self.prompt[name]["inputs"].values()
+                if isinstance(value, list) and value[0] not in wanted
+            ]
         for name in set(self.prompt) - wanted:
             del self.prompt[name]
 
@@ -156,7 +210,9 @@ class Workflow:
             node_name, dot, name = target.rpartition(".")
             nodes = [node for number, node in self.prompt.items() if node_name in (number, node["class_type"])]
             if not equals or not dot or not nodes or any(name not in node["inputs"] for node in nodes):
-                raise Step1XError(f"--set {change}: the workflow has no such node or input. Write it like Step1XEditSampler.steps=20.")
+                raise Step1XError(
+                    f"--set {change}: the workflow has no such node or input. Write it like Step1XEditSampler.steps=20."
+                )
             try:
                 value = json.loads(text)
             except ValueError:
@@ -180,7 +236,10 @@ class Workflow:
             return prompt
         # Each line is an instruction of its own.
         target["inputs"][name] = "\n".join(" ".join(text.split()) for text in instructions)
-        loads = {f"gedit_{i}": {"class_type": "LoadImage", "inputs": {"image": image}, "_meta": {"title": "LoadImage"}} for i, image in enumerate(images)}
+        loads = {
+            f"gedit_{i}": {"class_type": "LoadImage", "inputs": {"image": image}, "_meta": {"title": "LoadImage"}}
+            for i, image in enumerate(images)
+        }
         slots = {f"inputs.input{i}": [name, 0] for i, name in enumerate(loads)}
         together = {"class_type": "CreateList", "inputs": slots, "_meta": {"title": "CreateList"}}
         prompt[self.batch_node]["inputs"]["images"] = ["gedit_list", 0]
@@ -212,7 +271,9 @@ def comfyui(options):
     with tempfile.TemporaryDirectory(prefix="step1x-gedit-", ignore_cleanup_errors=True) as folder:
         install_pack(Path(folder))
         say("starting ComfyUI")
-        with ComfyServer(tree, Path(folder), options.models or tree / "models", () if has_accelerator() else ("--cpu",)) as server:
+        with ComfyServer(
+            tree, Path(folder), options.models or tree / "models", () if has_accelerator() else ("--cpu",)
+        ) as server:
             yield Client(server.url, server.log)
 
 
@@ -222,10 +283,17 @@ def check_settings(options, workflow: Workflow) -> None:
     from step1x_core.files import write_file
 
     path = options.results / options.method / "settings.json"
-    settings = {"workflow": options.workflow.name, "changes": options.set, "seed": options.seed, "fingerprint": workflow.fingerprint()}
+    settings = {
+        "workflow": options.workflow.name,
+        "changes": options.set,
+        "seed": options.seed,
+        "fingerprint": workflow.fingerprint(),
+    }
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("fingerprint") != settings["fingerprint"]:
-        raise Step1XError(f"{path.parent} holds results of the method '{options.method}' with another workflow or other settings. "
-                          "Name another method, or remove the folder.")
+        raise Step1XError(
+            f"{path.parent} holds results of the method '{options.method}' with another workflow or other settings. "
+            "Name another method, or remove the folder."
+        )
     write_file(path, (json.dumps(settings, ensure_ascii=False, indent=2) + "\n").encode())
 
 
@@ -268,7 +336,9 @@ def edit(options) -> int:
             group = groups.pop(0)
             try:
                 pictures = run_items(client, workflow, group, Path(folder))
-                problem = "" if len(pictures) == len(group) else f"{len(pictures)} pictures came out for {len(group)} items"
+                problem = (
+                    "" if len(pictures) == len(group) else f"{len(pictures)} pictures came out for {len(group)} items"
+                )
             except (ExecutionError, Step1XError) as error:
                 if isinstance(error, ExecutionError) and "node_errors" in error.details:
                     raise Step1XError(f"ComfyUI refuses the workflow: {str(error)[:800]}") from error
@@ -314,12 +384,24 @@ def web_verdicts(options, waiting):
     from step1x_core.files import open_picture
     from step1x_core.reasoning.judge import judge_edit
 
-    endpoint = Endpoint(options.endpoint, options.model, os.environ.get(options.key_variable, ""), options.timeout, options.tries, options.pause)
+    endpoint = Endpoint(
+        options.endpoint,
+        options.model,
+        os.environ.get(options.key_variable, ""),
+        options.timeout,
+        options.tries,
+        options.pause,
+    )
     parallel = max(1, options.parallel)
 
     def verdict(entry):
         try:
-            return judge_edit(endpoint.judge(options.seed), entry.item.load(), open_picture(entry.picture, str(entry.picture)), entry.item.instruction)
+            return judge_edit(
+                endpoint.judge(options.seed),
+                entry.item.load(),
+                open_picture(entry.picture, str(entry.picture)),
+                entry.item.instruction,
+            )
         except Unavailable as problem:
             return problem
 
@@ -341,7 +423,15 @@ def judge(options) -> int:
 
     from step1x_core.errors import Step1XError
     from step1x_core.files import check_name
-    from step1x_core.gedit.scores import UNJUDGED, UNPARSABLE, append_record, describe_states, digest, find_entries, records_path
+    from step1x_core.gedit.scores import (
+        UNJUDGED,
+        UNPARSABLE,
+        append_record,
+        describe_states,
+        digest,
+        find_entries,
+        records_path,
+    )
 
     if bool(options.mllm) == bool(options.endpoint) or options.endpoint and not options.model:
         raise Step1XError("Name one judge: --mllm with a file or folder, or --endpoint with --model.")
@@ -361,10 +451,17 @@ def judge(options) -> int:
                 say(f"{entry.item.name} not judged: {result}")
                 continue
             in_a_row = 0
-            append_record(records_path(options.results, options.method, name), entry.item, digest(entry.item, entry.picture), result)
+            append_record(
+                records_path(options.results, options.method, name),
+                entry.item,
+                digest(entry.item, entry.picture),
+                result,
+            )
             say(f"{entry.item.name} {result.problem or f'SC {min(result.semantics):g} PQ {min(result.quality):g}'}")
         if in_a_row >= ERRORS_IN_A_ROW:
-            raise Step1XError(f"The judge could not be reached for {in_a_row} items in a row. What was judged is kept; the same command goes on.")
+            raise Step1XError(
+                f"The judge could not be reached for {in_a_row} items in a row. What was judged is kept; the same command goes on."
+            )
     entries = find_entries(items, options.results, options.method, name)
     say(describe_states(entries))
     return int(any(entry.state == UNJUDGED for entry in entries))
@@ -379,8 +476,12 @@ def report(options) -> int:
     items = chosen_items(options)
     series = {}
     for method in options.method:
-        result = write_report(items, options.results, check_name(method, "name of a method"), options.judge, options.shown)
-        series |= {name: scores for name, scores in chart_series(result.summaries, f"{method}, ").items() if "strict" in name}
+        result = write_report(
+            items, options.results, check_name(method, "name of a method"), options.judge, options.shown
+        )
+        series |= {
+            name: scores for name, scores in chart_series(result.summaries, f"{method}, ").items() if "strict" in name
+        }
         print(result.text)
         say(f"written to {result.folder}")
     if len(options.method) > 1:

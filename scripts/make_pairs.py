@@ -21,8 +21,17 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("pictures", metavar="images", type=Path, help="a folder; subfolders are included")
     parser.add_argument("dataset", type=Path, help="a folder; created, or extended if it exists")
     parser.add_argument("--count", type=int, default=1000, help="number of pairs the dataset has in the end")
-    parser.add_argument("--kinds", default="", help="comma-separated; default: all of tone_transfer, style_change, color_alter, text_change")
-    parser.add_argument("--size", type=int, default=1024, help="scale larger images down to this many pixels on the longer side; 0 keeps their size")
+    parser.add_argument(
+        "--kinds",
+        default="",
+        help="comma-separated; default: all of tone_transfer, style_change, color_alter, text_change",
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=1024,
+        help="scale larger images down to this many pixels on the longer side; 0 keeps their size",
+    )
     parser.add_argument("--seed", type=int, default=42, help="another seed gives other pairs of the same images")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="number of processes")
     options = parser.parse_args(argv)
@@ -50,7 +59,9 @@ def main(argv=None) -> int:
         pictures = find_pictures(options.pictures)
         kinds = tuple(parse_kinds(options.kinds, tuple(MAKERS)))
         with PairStore(options.dataset) as store:
-            tally = fill_dataset(store, pictures, kinds, options.count, options.seed, options.size, options.workers, tell)
+            tally = fill_dataset(
+                store, pictures, kinds, options.count, options.seed, options.size, options.workers, tell
+            )
         cards = [stored_card(options.dataset, row) for row in store.rows]
         report = f"{tally}\n\n{statistics(cards)}"
         write_file(options.dataset / "contact_sheet.png", png(contact_sheet(cards)))
@@ -61,7 +72,10 @@ def main(argv=None) -> int:
     print(f"\n{report}")
     environment.say(f"{len(store.rows)} pairs in {options.dataset} after {time.monotonic() - started:.0f} s")
     if len(store.rows) < options.count:
-        print(f"These images give no more than {len(store.rows)} different pairs of these kinds. Add images or kinds, or use another --seed.", file=sys.stderr)
+        print(
+            f"These images give no more than {len(store.rows)} different pairs of these kinds. Add images or kinds, or use another --seed.",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

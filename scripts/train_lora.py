@@ -24,7 +24,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--mllm", type=Path, required=True, help="file or folder of Qwen2.5-VL")
     parser.add_argument("--vae", type=Path, required=True, help="the FLUX VAE")
     parser.add_argument("--version", help="model version, if neither the tensors nor the file name identify it")
-    parser.add_argument("--weight-dtype", choices=WEIGHT_DTYPES, default="default", help="precision of the model's weights in memory")
+    parser.add_argument(
+        "--weight-dtype", choices=WEIGHT_DTYPES, default="default", help="precision of the model's weights in memory"
+    )
     parser.add_argument("--size-level", type=int, default=768)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
@@ -35,20 +37,49 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--schedule", choices=("constant", "cosine"), default="constant")
     parser.add_argument("--warmup", type=int, default=0)
-    parser.add_argument("--ema", type=float, default=0.0, help="decay of an exponential moving average of the weights; 0 is off")
+    parser.add_argument(
+        "--ema", type=float, default=0.0, help="decay of an exponential moving average of the weights; 0 is off"
+    )
     parser.add_argument("--no-checkpointing", action="store_true", help="faster, but needs several times the memory")
     parser.add_argument("--save-every", type=int, default=100)
-    parser.add_argument("--validation", type=int, default=0, help="number of pairs held out at the end of the dataset for validation images")
+    parser.add_argument(
+        "--validation",
+        type=int,
+        default=0,
+        help="number of pairs held out at the end of the dataset for validation images",
+    )
     parser.add_argument("--validate-every", type=int, default=200)
-    parser.add_argument("--few-steps", type=int, metavar="STEPS", help="distil the model: train a LoRA that edits in 1 to 8 steps at CFG 1 as the model does with "
-                        "its own steps and CFG. DATASET then needs no targets: source/NAME.png and source/NAME.txt, one instruction per line")
-    parser.add_argument("--teacher-steps", type=int, default=0, help="with --few-steps: steps of the model that is imitated; 0 is its version's default")
-    parser.add_argument("--teacher-cfg", type=float, default=0.0, help="with --few-steps: its CFG; 0 is its version's default")
-    parser.add_argument("--noises", type=int, default=1, help="with --few-steps: trajectories sampled for each instruction")
-    parser.add_argument("--later", choices=("cached", "teacher", "trajectory", "final"), default="trajectory",
-                        help="with --few-steps: what the later part of the training starts from and aims at (docs/few_steps.md)")
-    parser.add_argument("--share", type=float, default=0.5, help="with --few-steps: how much of the training that part is")
-    parser.add_argument("--restart", action="store_true", help="start over; the files of an earlier run are moved to OUT.1")
+    parser.add_argument(
+        "--few-steps",
+        type=int,
+        metavar="STEPS",
+        help="distil the model: train a LoRA that edits in 1 to 8 steps at CFG 1 as the model does with "
+        "its own steps and CFG. DATASET then needs no targets: source/NAME.png and source/NAME.txt, one instruction per line",
+    )
+    parser.add_argument(
+        "--teacher-steps",
+        type=int,
+        default=0,
+        help="with --few-steps: steps of the model that is imitated; 0 is its version's default",
+    )
+    parser.add_argument(
+        "--teacher-cfg", type=float, default=0.0, help="with --few-steps: its CFG; 0 is its version's default"
+    )
+    parser.add_argument(
+        "--noises", type=int, default=1, help="with --few-steps: trajectories sampled for each instruction"
+    )
+    parser.add_argument(
+        "--later",
+        choices=("cached", "teacher", "trajectory", "final"),
+        default="trajectory",
+        help="with --few-steps: what the later part of the training starts from and aims at (docs/few_steps.md)",
+    )
+    parser.add_argument(
+        "--share", type=float, default=0.5, help="with --few-steps: how much of the training that part is"
+    )
+    parser.add_argument(
+        "--restart", action="store_true", help="start over; the files of an earlier run are moved to OUT.1"
+    )
     parser.add_argument("--cpu", action="store_true")
     return parser.parse_args()
 
@@ -69,8 +100,18 @@ def main() -> int:
     from step1x_core.training.objective import Settings
     from step1x_core.versions import VERSIONS
 
-    settings = Settings(options.steps, options.learning_rate, options.rank, options.alpha, options.batch, options.accumulation, options.seed, options.schedule,
-                        options.warmup, options.ema)
+    settings = Settings(
+        options.steps,
+        options.learning_rate,
+        options.rank,
+        options.alpha,
+        options.batch,
+        options.accumulation,
+        options.seed,
+        options.schedule,
+        options.warmup,
+        options.ema,
+    )
     losses, rows = [], []
 
     def draw() -> None:
@@ -98,17 +139,43 @@ def main() -> int:
 
             lesson = None
             if options.few_steps is not None:
-                few = Distillation(options.few_steps, options.teacher_steps, options.teacher_cfg, noises=options.noises, later=options.later, share=options.share)
-                lesson = Lesson(model, few, lambda done, total: print(f"\r{done}/{total} trajectories ", end="", file=sys.stderr, flush=True))
+                few = Distillation(
+                    options.few_steps,
+                    options.teacher_steps,
+                    options.teacher_cfg,
+                    noises=options.noises,
+                    later=options.later,
+                    share=options.share,
+                )
+                lesson = Lesson(
+                    model,
+                    few,
+                    lambda done, total: print(f"\r{done}/{total} trajectories ", end="", file=sys.stderr, flush=True),
+                )
 
             def validate(model, step) -> None:
-                rows[:] = lesson.compare_held_out(model, vae, dataset, options.seed) if lesson else edit_held_out(model, vae, dataset, 0, 0.0, options.seed)
+                rows[:] = (
+                    lesson.compare_held_out(model, vae, dataset, options.seed)
+                    if lesson
+                    else edit_held_out(model, vae, dataset, 0, 0.0, options.seed)
+                )
                 draw()
 
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-            run = train(model, dataset, settings, options.out, not options.restart, not options.no_checkpointing, options.save_every,
-                        options.validate_every if dataset.validation else 0, validate, tell, lesson)
+            run = train(
+                model,
+                dataset,
+                settings,
+                options.out,
+                not options.restart,
+                not options.no_checkpointing,
+                options.save_every,
+                options.validate_every if dataset.validation else 0,
+                validate,
+                tell,
+                lesson,
+            )
         except Step1XError as error:
             print(f"\n{error}", file=sys.stderr)
             return 1
@@ -117,7 +184,10 @@ def main() -> int:
             return 130
     print(f"\n{options.out / LORA_FILE}: {run.step} steps", file=sys.stderr)
     if torch.cuda.is_available():
-        print(f"at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of the card's memory in use while training", file=sys.stderr)
+        print(
+            f"at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of the card's memory in use while training",
+            file=sys.stderr,
+        )
     return 0
 
 

@@ -45,7 +45,13 @@ def check_pictures(pictures: Tensor, name: str) -> None:
 
 def check_mask(mask: Tensor) -> None:
     """Raise Step1XError unless this is a mask [H, W], [M, H, W] or [M, 1, H, W]."""
-    if not torch.is_tensor(mask) or mask.ndim not in (2, 3, 4) or mask.ndim == 4 and mask.shape[1] != 1 or 0 in mask.shape[1:]:
+    if (
+        not torch.is_tensor(mask)
+        or mask.ndim not in (2, 3, 4)
+        or mask.ndim == 4
+        and mask.shape[1] != 1
+        or 0 in mask.shape[1:]
+    ):
         raise Step1XError(
             f"Input 'mask' is {describe(mask)}; expected a mask tensor [batch, height, width]. Connect an output of "
             "the type MASK."
@@ -55,7 +61,11 @@ def check_mask(mask: Tensor) -> None:
 def check_conditioning(conditioning: list, name: str) -> None:
     """Raise Step1XError unless input `name` is a host conditioning: a list of pairs of a tensor [B, L, C] and a
     dict."""
-    if not isinstance(conditioning, list) or not conditioning or any(not torch.is_tensor(entry[0]) or entry[0].ndim != 3 for entry in conditioning):
+    if (
+        not isinstance(conditioning, list)
+        or not conditioning
+        or any(not torch.is_tensor(entry[0]) or entry[0].ndim != 3 for entry in conditioning)
+    ):
         raise Step1XError(
             f"Input '{name}' is not a conditioning, or is empty. Connect a conditioning from 'Step1X-Edit Encode'."
         )

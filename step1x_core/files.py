@@ -18,7 +18,17 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 # Characters that some file system does not allow in names.
 FORBIDDEN = frozenset('<>:"/\\|?*')
 # Names that Windows reserves for devices, with any suffix; their digits may be superscripts.
-DEVICES = frozenset(("con", "prn", "aux", "nul", "conin$", "conout$", *(f"{port}{digit}" for port in ("com", "lpt") for digit in "0123456789¹²³")))
+DEVICES = frozenset(
+    (
+        "con",
+        "prn",
+        "aux",
+        "nul",
+        "conin$",
+        "conout$",
+        *(f"{port}{digit}" for port in ("com", "lpt") for digit in "0123456789¹²³"),
+    )
+)
 # File systems allow 255 bytes; a suffix and the mark of a partial file are appended to the name.
 LONGEST_NAME = 200
 

@@ -134,7 +134,9 @@ def resize_tensor(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
 def to_working_size(image: Tensor, size_level: int) -> Tensor:
     """Resize an image [H, W, C] in 0..1 to its working size [h, w, 3] in 0..1, with Lanczos on 8-bit values."""
     pixels = to_uint8(image)
-    return from_uint8(resize(pixels, working_size(pixels.shape[1], pixels.shape[0], size_level), Image.Resampling.LANCZOS))
+    return from_uint8(
+        resize(pixels, working_size(pixels.shape[1], pixels.shape[0], size_level), Image.Resampling.LANCZOS)
+    )
 
 
 def to_vision_size(image: Tensor) -> Tensor:

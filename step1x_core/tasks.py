@@ -1,7 +1,18 @@
 """The kinds of edits, named as in GEdit-Bench; training pairs are sorted by them, too."""
 
-TASK_TYPES = ("background_change", "color_alter", "material_alter", "motion_change", "ps_human", "style_change", "subject-add", "subject-remove",
-              "subject-replace", "text_change", "tone_transfer")
+TASK_TYPES = (
+    "background_change",
+    "color_alter",
+    "material_alter",
+    "motion_change",
+    "ps_human",
+    "style_change",
+    "subject-add",
+    "subject-remove",
+    "subject-replace",
+    "text_change",
+    "tone_transfer",
+)
 
 
 def ordered_types(items: list) -> list[str]:

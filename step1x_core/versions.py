@@ -43,8 +43,12 @@ class PromptLayout:
     truncates: bool
 
 
-LAYOUT_V11 = PromptLayout("v1.1", "v1.0 or v1.1", text_positions=False, shows_original=False, resizes_floats=False, truncates=True)
-LAYOUT_V12 = PromptLayout("v1.2", "v1.2", text_positions=True, shows_original=True, resizes_floats=True, truncates=False)
+LAYOUT_V11 = PromptLayout(
+    "v1.1", "v1.0 or v1.1", text_positions=False, shows_original=False, resizes_floats=False, truncates=True
+)
+LAYOUT_V12 = PromptLayout(
+    "v1.2", "v1.2", text_positions=True, shows_original=True, resizes_floats=True, truncates=False
+)
 LAYOUTS = {layout.name: layout for layout in (LAYOUT_V11, LAYOUT_V12)}
 
 
@@ -78,7 +82,9 @@ VERSIONS: dict[str, Version] = {
     "v1.1": Version((1, 1, 1)),
     # One network; whether it has the text-token mapping is read off the weights
     # (docs/model.md, Telling versions apart).
-    "v1.2-preview": Version((1, 0, 0), LAYOUT_V12, 28, 4.0, GUIDANCE_TRUNCATE_V12, uncond_at_cfg1=False, coarse_time=True),
+    "v1.2-preview": Version(
+        (1, 0, 0), LAYOUT_V12, 28, 4.0, GUIDANCE_TRUNCATE_V12, uncond_at_cfg1=False, coarse_time=True
+    ),
     "v1.2": Version((1, 0, 0), LAYOUT_V12, 50, 6.0, GUIDANCE_TRUNCATE_V12, uncond_at_cfg1=False, coarse_time=True),
 }
 

@@ -42,11 +42,17 @@ def run_installer(command: list[str], what: str) -> None:
 
 def install_packages() -> None:
     """Chromium and Node.js where they are missing, with apt."""
-    packages = ([] if find_browser() else ["chromium"]) + ([] if shutil.which("node") else ["nodejs"]) + ([] if shutil.which("npm") else ["npm"])
+    packages = (
+        ([] if find_browser() else ["chromium"])
+        + ([] if shutil.which("node") else ["nodejs"])
+        + ([] if shutil.which("npm") else ["npm"])
+    )
     if not packages:
         return
     if not shutil.which("apt-get") or os.geteuid() != 0:
-        raise CannotRun(f"{', '.join(packages)} could not be installed: that needs Debian or Ubuntu, and root. Install it yourself and run this again.")
+        raise CannotRun(
+            f"{', '.join(packages)} could not be installed: that needs Debian or Ubuntu, and root. Install it yourself and run this again."
+        )
     os.environ["DEBIAN_FRONTEND"] = "noninteractive"
     run_installer(["apt-get", "update", "-qq"], ", ".join(packages))
     run_installer(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages], ", ".join(packages))
@@ -58,13 +64,18 @@ def prepare_browser(install: bool) -> tuple[str, Path]:
         install_packages()
     browser = find_browser()
     if browser is None or not shutil.which("node"):
-        raise CannotRun("The browser test needs Chromium (or Chrome) and Node.js on the PATH. Install them, or run this again with --install.")
+        raise CannotRun(
+            "The browser test needs Chromium (or Chrome) and Node.js on the PATH. Install them, or run this again with --install."
+        )
     folder = environment.home() / "browser" / DRIVER.replace("@", "-")
     if not (folder / "node_modules" / "playwright-core").is_dir():
         if not install:
             raise CannotRun(f"The browser test needs {DRIVER}. Run this again with --install, which gets it with npm.")
         folder.mkdir(parents=True, exist_ok=True)
-        run_installer([shutil.which("npm") or "npm", "install", "--prefix", str(folder), "--no-fund", "--no-audit", DRIVER], DRIVER)
+        run_installer(
+            [shutil.which("npm") or "npm", "install", "--prefix", str(folder), "--no-fund", "--no-audit", DRIVER],
+            DRIVER,
+        )
     return browser, folder
 
 
@@ -104,7 +115,16 @@ def test(browser: str, driver: Path, slowdown: float, frontend: Path | None, onl
         environment.say("starting ComfyUI")
         arguments = ("--cpu", "--front-end-root", str(frontend)) if frontend else ("--cpu",)
         with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base, arguments=arguments) as server:
-            command = ["node", str(Path(__file__).with_name("browser_test.mjs")), server.url, browser, str(SCREENSHOTS), PACK_NAME, str(slowdown), *(["look"] if only_look else [])]
+            command = [
+                "node",
+                str(Path(__file__).with_name("browser_test.mjs")),
+                server.url,
+                browser,
+                str(SCREENSHOTS),
+                PACK_NAME,
+                str(slowdown),
+                *(["look"] if only_look else []),
+            ]
             status = environment.call(command, env={**os.environ, "STEP1X_PLAYWRIGHT": str(driver)})
             shutil.copy(server.log, SCREENSHOTS)
     return status
@@ -113,9 +133,24 @@ def test(browser: str, driver: Path, slowdown: float, frontend: Path | None, onl
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--install", action="store_true", help="install what is missing")
-    parser.add_argument("--slowdown", type=float, default=1, metavar="FACTOR", help="run the page as on a processor that is so many times slower")
-    parser.add_argument("--look", action="store_true", help="only open every workflow in both node styles, and measure its nodes (layout.py reads that)")
-    parser.add_argument("--frontend", type=Path, metavar="FOLDER", help="another version of the editor: the folder `static` of the package comfyui-frontend-package")
+    parser.add_argument(
+        "--slowdown",
+        type=float,
+        default=1,
+        metavar="FACTOR",
+        help="run the page as on a processor that is so many times slower",
+    )
+    parser.add_argument(
+        "--look",
+        action="store_true",
+        help="only open every workflow in both node styles, and measure its nodes (layout.py reads that)",
+    )
+    parser.add_argument(
+        "--frontend",
+        type=Path,
+        metavar="FOLDER",
+        help="another version of the editor: the folder `static` of the package comfyui-frontend-package",
+    )
     options = parser.parse_args()
     started = time.monotonic()
     try:
@@ -124,7 +159,9 @@ def main() -> int:
         print(f"BROWSER TEST NOT RUN: {error}", file=sys.stderr)
         return 2
     failed = test(browser, driver, options.slowdown, options.frontend, options.look)
-    environment.say(f"browser test {'FAILED' if failed else 'passed'} in {time.monotonic() - started:.0f} s; screenshots and the server's log are in {SCREENSHOTS}")
+    environment.say(
+        f"browser test {'FAILED' if failed else 'passed'} in {time.monotonic() - started:.0f} s; screenshots and the server's log are in {SCREENSHOTS}"
+    )
     return int(failed != 0)
 
 

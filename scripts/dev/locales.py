@@ -25,7 +25,9 @@ PACKAGE = "step1x_edit_locales"
 
 def node_schemas() -> list:
     """The schemas of all nodes of the menu. Needs the host in this process."""
-    spec = importlib.util.spec_from_file_location(PACKAGE, environment.PACK / "__init__.py", submodule_search_locations=[str(environment.PACK)])
+    spec = importlib.util.spec_from_file_location(
+        PACKAGE, environment.PACK / "__init__.py", submodule_search_locations=[str(environment.PACK)]
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules[PACKAGE] = module
     spec.loader.exec_module(module)
@@ -47,7 +49,10 @@ def slots(schema) -> tuple[dict, dict]:
         options = getattr(entry, "options", None) or ()
         for nested in (nested for option in options for nested in getattr(option, "inputs", ())):
             inputs[f"{entry.id}_{nested.id}"] = {"name": nested.display_name or nested.id, "tooltip": nested.tooltip}
-    outputs = {str(i): {"name": entry.display_name or entry.get_io_type(), "tooltip": entry.tooltip} for i, entry in enumerate(schema.outputs)}
+    outputs = {
+        str(i): {"name": entry.display_name or entry.get_io_type(), "tooltip": entry.tooltip}
+        for i, entry in enumerate(schema.outputs)
+    }
     return inputs, outputs
 
 
@@ -56,18 +61,30 @@ def definitions() -> dict:
     out = {}
     for schema in node_schemas():
         inputs, outputs = slots(schema)
-        out[schema.node_id] = {"display_name": schema.display_name, "description": schema.description, "inputs": inputs, "outputs": outputs}
+        out[schema.node_id] = {
+            "display_name": schema.display_name,
+            "description": schema.description,
+            "inputs": inputs,
+            "outputs": outputs,
+        }
     return out
 
 
 def fill(expected: dict, found: dict) -> dict:
     """The texts of `expected`, and for its gaps those of `found`."""
-    return {key: fill(value, found.get(key, {})) if isinstance(value, dict) else value or found.get(key, "") for key, value in expected.items()}
+    return {
+        key: fill(value, found.get(key, {})) if isinstance(value, dict) else value or found.get(key, "")
+        for key, value in expected.items()
+    }
 
 
 def prune(expected: dict, found: dict) -> dict:
     """The entries of `found` that `expected` has, in its order."""
-    return {key: prune(value, found[key]) if isinstance(value, dict) else found[key] for key, value in expected.items() if key in found}
+    return {
+        key: prune(value, found[key]) if isinstance(value, dict) else found[key]
+        for key, value in expected.items()
+        if key in found
+    }
 
 
 def paths(tree: dict, prefix: str = "") -> dict[str, str]:
@@ -90,7 +107,9 @@ def read(language: str) -> dict:
 
 
 def write(language: str, content: dict) -> None:
-    (FOLDER / language / FILE).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8", newline="\n")
+    (FOLDER / language / FILE).write_text(
+        json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8", newline="\n"
+    )
 
 
 def main() -> int:
@@ -100,10 +119,18 @@ def main() -> int:
     environment.use_host_in_process()
     expected = definitions()
     files = {SOURCE: read(SOURCE) if options.check else fill(expected, read(SOURCE))}
-    files |= {language: read(language) if options.check else prune(expected, read(language)) for language in TRANSLATIONS}
-    faults = [f"{language}: {problem}" for language, content in files.items() for problem in problems(expected, content)]
+    files |= {
+        language: read(language) if options.check else prune(expected, read(language)) for language in TRANSLATIONS
+    }
+    faults = [
+        f"{language}: {problem}" for language, content in files.items() for problem in problems(expected, content)
+    ]
     if options.check:
-        faults += [f"{SOURCE}: outdated: {path}" for path, text in paths(expected).items() if text and paths(files[SOURCE]).get(path, text) != text]
+        faults += [
+            f"{SOURCE}: outdated: {path}"
+            for path, text in paths(expected).items()
+            if text and paths(files[SOURCE]).get(path, text) != text
+        ]
     else:
         for language, content in files.items():
             write(language, content)

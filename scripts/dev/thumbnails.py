@@ -73,7 +73,9 @@ class Studio:
         """uint8 [H, W, 3] and bool [H, W], as the mask editor saves it: what is painted is transparent -> the input's name."""
         self.uploads += 1
         name = f"{self.uploads}.png"
-        Image.fromarray(pixels if mask is None else np.dstack([pixels, np.where(mask, 0, 255).astype(np.uint8)])).save(self.folder / name)
+        Image.fromarray(pixels if mask is None else np.dstack([pixels, np.where(mask, 0, 255).astype(np.uint8)])).save(
+            self.folder / name
+        )
         self.client.upload_image(self.folder / name, name)
         return name
 
@@ -82,10 +84,19 @@ class Studio:
         prompt = to_api(json.loads((WORKFLOWS / f"{workflow}.json").read_text(encoding="utf-8")), self.info)
         sampling = {"steps": demo_model.STEPS, "cfg": demo_model.CFG}
         size = {"size_level": demo_model.SIZE_LEVEL}
-        settings = {"Step1XEditLoader": {"unet_name": demo_model.MODEL_FILE}, "Step1XEditMLLM": {"clip_name": demo_model.MLLM_FILE},
-                    "VAELoader": {"vae_name": demo_model.VAE_FILE}, "Step1XEditEncode": size, "Step1XEditSampler": sampling, "Step1XEditBatchImages": {**size, **sampling},
-                    "CFGGuider": {"cfg": demo_model.CFG}, "Step1XEditScheduler": {"steps": demo_model.STEPS}, "Step1XEditStitchCrop": {"feather": 4},
-                    "Step1XEditLoadLora": {"lora_name": LORA}, "UpscaleModelLoader": {"model_name": UPSCALER}}
+        settings = {
+            "Step1XEditLoader": {"unet_name": demo_model.MODEL_FILE},
+            "Step1XEditMLLM": {"clip_name": demo_model.MLLM_FILE},
+            "VAELoader": {"vae_name": demo_model.VAE_FILE},
+            "Step1XEditEncode": size,
+            "Step1XEditSampler": sampling,
+            "Step1XEditBatchImages": {**size, **sampling},
+            "CFGGuider": {"cfg": demo_model.CFG},
+            "Step1XEditScheduler": {"steps": demo_model.STEPS},
+            "Step1XEditStitchCrop": {"feather": 4},
+            "Step1XEditLoadLora": {"lora_name": LORA},
+            "UpscaleModelLoader": {"model_name": UPSCALER},
+        }
         for values in (settings, changes):
             for class_type, inputs in values.items():
                 for node in find_nodes(prompt, class_type):
@@ -101,12 +112,28 @@ def sheet(tiles, columns: int, caption: str):
     rows = -(-len(tiles) // columns)
     side = min((SIDE - MARGIN) // columns, (SIDE - CAPTION - MARGIN) // rows) - MARGIN
     canvas = Image.new("RGB", (SIDE, SIDE), BACKGROUND)
-    left, top = (SIDE - columns * (side + MARGIN) + MARGIN) // 2, (SIDE - CAPTION - rows * (side + MARGIN) + MARGIN) // 2
+    left, top = (
+        (SIDE - columns * (side + MARGIN) + MARGIN) // 2,
+        (SIDE - CAPTION - rows * (side + MARGIN) + MARGIN) // 2,
+    )
     for i, tile in enumerate(tiles):
         scale = side / max(tile.size)
         tile = tile.resize((round(tile.width * scale), round(tile.height * scale)), Image.LANCZOS)
-        canvas.paste(tile, (left + i % columns * (side + MARGIN) + (side - tile.width) // 2, top + i // columns * (side + MARGIN) + (side - tile.height) // 2))
-    ImageDraw.Draw(canvas).multiline_text((SIDE // 2, top + rows * (side + MARGIN) + MARGIN), caption, INK, ImageFont.load_default(22), anchor="ma", align="center")
+        canvas.paste(
+            tile,
+            (
+                left + i % columns * (side + MARGIN) + (side - tile.width) // 2,
+                top + i // columns * (side + MARGIN) + (side - tile.height) // 2,
+            ),
+        )
+    ImageDraw.Draw(canvas).multiline_text(
+        (SIDE // 2, top + rows * (side + MARGIN) + MARGIN),
+        caption,
+        INK,
+        ImageFont.load_default(22),
+        anchor="ma",
+        align="center",
+    )
     return canvas
 
 
@@ -114,24 +141,38 @@ def marked(pixels, mask):
     """The picture with a frame around the mask."""
     picture = Image.fromarray(pixels)
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    ImageDraw.Draw(picture).rectangle((columns[0], rows[0], columns[-1], rows[-1]), outline=MARK, width=max(2, len(pixels) // 100))
+    ImageDraw.Draw(picture).rectangle(
+        (columns[0], rows[0], columns[-1], rows[-1]), outline=MARK, width=max(2, len(pixels) // 100)
+    )
     return picture
 
 
 def plain(studio, workflow, kind, index, caption):
     pair = scene(kind, index)
-    return sheet([Image.fromarray(pair.source), *studio.run(workflow, [studio.upload(pair.source)], [pair.instruction])], 2, caption)
+    return sheet(
+        [Image.fromarray(pair.source), *studio.run(workflow, [studio.upload(pair.source)], [pair.instruction])],
+        2,
+        caption,
+    )
 
 
 def first_edit(studio):
     source = Image.open(demo_model.SAMPLE_IMAGE).convert("RGB")
-    return sheet([source, *studio.run("step1x_edit", [studio.upload(np.asarray(source))], [demo_model.SAMPLE_PROMPT])], 2, demo_model.SAMPLE_PROMPT)
+    return sheet(
+        [source, *studio.run("step1x_edit", [studio.upload(np.asarray(source))], [demo_model.SAMPLE_PROMPT])],
+        2,
+        demo_model.SAMPLE_PROMPT,
+    )
 
 
 def lora(studio):
     name = studio.upload(np.asarray(Image.open(demo_model.SAMPLE_IMAGE).convert("RGB")))
     without, = studio.run("step1x_edit", [name], [demo_model.SAMPLE_PROMPT])
-    return sheet([without, *studio.run("step1x_lora", [name], [demo_model.SAMPLE_PROMPT])], 2, "one instruction,\nwithout and with a LoRA")
+    return sheet(
+        [without, *studio.run("step1x_lora", [name], [demo_model.SAMPLE_PROMPT])],
+        2,
+        "one instruction,\nwithout and with a LoRA",
+    )
 
 
 def train_lora(studio):
@@ -139,14 +180,23 @@ def train_lora(studio):
     write_dataset(studio.folder / "input" / "lines", [line_pair(0, index, "train") for index in range(9)])
     training = {"steps": 100, "learning_rate": 3e-3, "rank": 8, "alpha": 8.0, "batch_size": 2, "validate_every": 100}
     dataset = {"dataset": "lines", "size_level": demo_model.SIZE_LEVEL, "validation": 1}
-    return sheet(studio.run("step1x_train_lora", Step1XEditTrainDataset=dataset, Step1XEditTrainLora=training), 1, "from pairs of images\nto a LoRA")
+    return sheet(
+        studio.run("step1x_train_lora", Step1XEditTrainDataset=dataset, Step1XEditTrainLora=training),
+        1,
+        "from pairs of images\nto a LoRA",
+    )
 
 
 def lightning(studio):
     """The miniature's own few-step LoRA, which decides steps and CFG."""
     pair = scene("recolour", 4)
-    made = studio.run("step1x_lightning", [studio.upload(pair.source)], [pair.instruction], Step1XEditSampler={"steps": 0, "cfg": 0.0},
-                      Step1XEditLoadLora={"lora_name": demo_model.FAST_FILE.name})
+    made = studio.run(
+        "step1x_lightning",
+        [studio.upload(pair.source)],
+        [pair.instruction],
+        Step1XEditSampler={"steps": 0, "cfg": 0.0},
+        Step1XEditLoadLora={"lora_name": demo_model.FAST_FILE.name},
+    )
     return sheet([Image.fromarray(pair.source), *made], 2, "few steps, one pass each,\nwith a LoRA")
 
 
@@ -158,59 +208,111 @@ def distill(studio):
         pair = scene("recolour", index)
         Image.fromarray(pair.source).save(sources / f"{index}.png")
         (sources / f"{index}.txt").write_text(pair.instruction, encoding="utf-8")
-    training = {"steps": 40, "learning_rate": 1e-3, "rank": 8, "alpha": 8.0, "accumulation": 1, "warmup": 0, "ema": 0.0, "validate_every": 40,
-                "mode.few_steps": 2, "mode.teacher_steps": demo_model.STEPS, "mode.teacher_cfg": demo_model.CFG}
+    training = {
+        "steps": 40,
+        "learning_rate": 1e-3,
+        "rank": 8,
+        "alpha": 8.0,
+        "accumulation": 1,
+        "warmup": 0,
+        "ema": 0.0,
+        "validate_every": 40,
+        "mode.few_steps": 2,
+        "mode.teacher_steps": demo_model.STEPS,
+        "mode.teacher_cfg": demo_model.CFG,
+    }
     dataset = {"size_level": demo_model.SIZE_LEVEL, "validation": 1}
-    return sheet(studio.run("step1x_distill", Step1XEditTrainDataset=dataset, Step1XEditTrainLora=training), 1, "images and instructions\nto a few-step LoRA")
+    return sheet(
+        studio.run("step1x_distill", Step1XEditTrainDataset=dataset, Step1XEditTrainLora=training),
+        1,
+        "images and instructions\nto a few-step LoRA",
+    )
 
 
 def in_turns(studio):
     pair = scene("recolour", 3)
     prompts = [pair.instruction, "make the background light green"]
-    return sheet([Image.fromarray(pair.source), *studio.run("step1x_edit_in_turns", [studio.upload(pair.source)], prompts)], 3, "one edit after the other")
+    return sheet(
+        [Image.fromarray(pair.source), *studio.run("step1x_edit_in_turns", [studio.upload(pair.source)], prompts)],
+        3,
+        "one edit after the other",
+    )
 
 
 def masked(studio):
     pair = scene("recolour", 6)
     mask = spread(pair.region, 8)
-    return sheet([marked(pair.source, mask), *studio.run("step1x_masked_edit", [studio.upload(pair.source, mask)], [pair.instruction])], 2, "only what is painted changes")
+    return sheet(
+        [
+            marked(pair.source, mask),
+            *studio.run("step1x_masked_edit", [studio.upload(pair.source, mask)], [pair.instruction]),
+        ],
+        2,
+        "only what is painted changes",
+    )
 
 
 def on_the_wall(studio, workflow, prompt):
     """The wall with a frame around the mask, and the result."""
     source, mask = wall()
-    return [marked(source, mask), *studio.run(workflow, [studio.upload(source, mask)], [prompt], Step1XEditCropToMask={"context": 1 / 3, "min_size": 128})]
+    return [
+        marked(source, mask),
+        *studio.run(
+            workflow, [studio.upload(source, mask)], [prompt], Step1XEditCropToMask={"context": 1 / 3, "min_size": 128}
+        ),
+    ]
 
 
 def crop_and_stitch(studio):
-    return sheet(on_the_wall(studio, "step1x_local_edit", "Please color the orange circle blue"), 2, "a small part\nof a large image")
+    return sheet(
+        on_the_wall(studio, "step1x_local_edit", "Please color the orange circle blue"),
+        2,
+        "a small part\nof a large image",
+    )
 
 
 def crop_stitch_upscale(studio):
     source, large = on_the_wall(studio, "step1x_local_edit_upscale", "Please color the orange circle green")
     width, height = large.size
-    return sheet([source, large.crop((width // 3, height // 3, 2 * width // 3, 2 * height // 3))], 2, "edit a small part,\nthen enlarge the whole")
+    return sheet(
+        [source, large.crop((width // 3, height // 3, 2 * width // 3, 2 * height // 3))],
+        2,
+        "edit a small part,\nthen enlarge the whole",
+    )
 
 
 def batch(studio):
     sources = [scene("recolour", index).source for index in (7, 1)]
     prompts = "give the picture a black background\nturn the picture into a negative"
-    made = studio.run("step1x_edit_batch", [studio.upload(source) for source in sources], Step1XEditBatchImages={"prompts": prompts})
-    tiles = [picture for i, source in enumerate(sources) for picture in (Image.fromarray(source), *made[2 * i:2 * i + 2])]
+    made = studio.run(
+        "step1x_edit_batch", [studio.upload(source) for source in sources], Step1XEditBatchImages={"prompts": prompts}
+    )
+    tiles = [
+        picture for i, source in enumerate(sources) for picture in (Image.fromarray(source), *made[2 * i : 2 * i + 2])
+    ]
     return sheet(tiles, 3, "every instruction on every image")
 
 
 def product_variants(studio):
     source = scene("recolour", 4).source
-    prompts = ["Please color the orange circle blue", "Please color the orange circle purple", "The orange circle should become a star",
-               "give the picture a black background", "make the background light green"]
-    made = studio.run("step1x_product_variants", [studio.upload(source)], Step1XEditBatchImages={"prompts": "\n".join(prompts)})
+    prompts = [
+        "Please color the orange circle blue",
+        "Please color the orange circle purple",
+        "The orange circle should become a star",
+        "give the picture a black background",
+        "make the background light green",
+    ]
+    made = studio.run(
+        "step1x_product_variants", [studio.upload(source)], Step1XEditBatchImages={"prompts": "\n".join(prompts)}
+    )
     return sheet([Image.fromarray(source), *made], 3, "one product, many variants")
 
 
 def social_media_set(studio):
     names = [studio.upload(scene("recolour", index).source) for index in (6, 7, 3)]
-    made = studio.run("step1x_social_media_set", names, Step1XEditBatchImages={"prompts": "give the picture a black background"})
+    made = studio.run(
+        "step1x_social_media_set", names, Step1XEditBatchImages={"prompts": "give the picture a black background"}
+    )
     # Which of the three Save Image nodes ends first is open: the square ones first, the stories last.
     return sheet(sorted(made, key=lambda image: -image.width / image.height), 3, "one look in three formats")
 
@@ -219,7 +321,14 @@ def building_material(studio):
     pair = scene("recolour", 2)
     mask = spread(pair.region, 6)
     prompts = [f"Turn the orange square in the top left corner {colour}" for colour in ("red", "blue")]
-    return sheet([marked(pair.source, mask), *studio.run("step1x_interior_material", [studio.upload(pair.source, mask)], prompts)], 3, "one surface in two materials")
+    return sheet(
+        [
+            marked(pair.source, mask),
+            *studio.run("step1x_interior_material", [studio.upload(pair.source, mask)], prompts),
+        ],
+        3,
+        "one surface in two materials",
+    )
 
 
 def text_to_image(studio):
@@ -232,13 +341,21 @@ def loop(studio):
     """What a loop keeps: a first round that is not good enough, here for want of steps, and a better one."""
     pair = scene("add", 0)
     name = studio.upload(pair.source)
-    rounds = [studio.run("step1x_edit", [name], [pair.instruction], Step1XEditSampler={"steps": steps})[0] for steps in (1, demo_model.STEPS)]
+    rounds = [
+        studio.run("step1x_edit", [name], [pair.instruction], Step1XEditSampler={"steps": steps})[0]
+        for steps in (1, demo_model.STEPS)
+    ]
     return sheet([Image.fromarray(pair.source), *rounds], 3, "v1.2: edit, judge, try again")
 
 
 def make_pairs(studio):
     source = Image.open(environment.PACK / "assets" / "coffee.jpg").convert("RGB")
-    pairs, = studio.run("step1x_make_pairs", [studio.upload(np.asarray(source))], Step1XEditPairCompute={"count": 4}, Step1XEditPairSave={"name": "", "limit": 4})
+    (pairs,) = studio.run(
+        "step1x_make_pairs",
+        [studio.upload(np.asarray(source))],
+        Step1XEditPairCompute={"count": 4},
+        Step1XEditPairSave={"name": "", "limit": 4},
+    )
     # Source and target of the first two pairs, without letters and margins.
     tiles = [pairs.crop((left, 70, left + 200, 202)) for left in (12, 216, 428, 632)]
     return sheet(tiles, 2, "training pairs from an image,\ncomputed, with instructions")
@@ -249,12 +366,18 @@ def propose_pairs(studio):
     pair = scene("recolour", 3)
     name = studio.upload(pair.source)
     prompts = [pair.instruction, "make the background light green", "turn the picture into a negative"]
-    return sheet([Image.fromarray(pair.source), *(studio.run("step1x_edit", [name], [prompt])[0] for prompt in prompts)], 2, "propose, edit, judge:\ntraining pairs")
+    return sheet(
+        [Image.fromarray(pair.source), *(studio.run("step1x_edit", [name], [prompt])[0] for prompt in prompts)],
+        2,
+        "propose, edit, judge:\ntraining pairs",
+    )
 
 
 MAKERS = {
     "step1x_edit": first_edit,
-    "step1x_edit_custom_sampler": lambda studio: plain(studio, "step1x_edit_custom_sampler", "recolour", 7, "the stock custom sampler"),
+    "step1x_edit_custom_sampler": lambda studio: plain(
+        studio, "step1x_edit_custom_sampler", "recolour", 7, "the stock custom sampler"
+    ),
     "step1x_edit_in_turns": in_turns,
     "step1x_edit_v12": lambda studio: plain(studio, "step1x_edit", "remove", 0, "v1.2: get rid of the triangle"),
     "step1x_edit_v12_thinking": lambda studio: plain(studio, "step1x_edit", "replace", 7, "v1.2: think, then edit"),
@@ -273,12 +396,18 @@ MAKERS = {
     "step1x_distill": distill,
     "step1x_make_pairs": make_pairs,
     "step1x_propose_pairs": propose_pairs,
-    "step1x_low_vram": lambda studio: plain(studio, "step1x_low_vram", "text", 1, "for little VRAM:\nfp8, smaller, in tiles"),
+    "step1x_low_vram": lambda studio: plain(
+        studio, "step1x_low_vram", "text", 1, "for little VRAM:\nfp8, smaller, in tiles"
+    ),
     "step1x_fast": lambda studio: plain(studio, "step1x_fast", "text", 5, "fast: fp8, TeaCache,\nfewer steps"),
-    "step1x_gated_edit": lambda studio: plain(studio, "step1x_edit", "recolour", 3, "a content gate\nbefore the image is saved"),
+    "step1x_gated_edit": lambda studio: plain(
+        studio, "step1x_edit", "recolour", 3, "a content gate\nbefore the image is saved"
+    ),
     "step1x_gedit_edit": lambda studio: plain(studio, "step1x_edit", "replace", 2, "GEdit-Bench:\nedit its images"),
     "step1x_gedit_judge": lambda studio: plain(studio, "step1x_edit", "replace", 4, "GEdit-Bench:\njudge and report"),
-    "step1x_region": lambda studio: plain(studio, "step1x_region", "recolour", 0, "only the edited region\nis computed"),
+    "step1x_region": lambda studio: plain(
+        studio, "step1x_region", "recolour", 0, "only the edited region\nis computed"
+    ),
 }
 
 
@@ -298,7 +427,14 @@ def main() -> int:
         for name in ("loras", "upscale_models"):
             (base / "models" / name).mkdir(parents=True)
         save_file(pixel_repeater(), base / "models" / "upscale_models" / UPSCALER)
-        subprocess.run([sys.executable, str(environment.PACK / "miniature" / "demo_lora.py"), str(base / "models" / "loras" / LORA)], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                str(environment.PACK / "miniature" / "demo_lora.py"),
+                str(base / "models" / "loras" / LORA),
+            ],
+            check=True,
+        )
         with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base, demo_model.FOLDER) as server:
             studio = Studio(Client(server.url, server.log), base)
             for name in options.workflow or MAKERS:

@@ -33,7 +33,11 @@ class ServerStopped(RuntimeError):
     """ComfyUI ended by itself; the message carries the end of its log where that is known."""
 
     def __init__(self, when: str = "", log: Path | None = None):
-        tail = f" The end of its log:\n{log.read_text(encoding='utf-8', errors='replace')[-3000:]}" if log is not None else ""
+        tail = (
+            f" The end of its log:\n{log.read_text(encoding='utf-8', errors='replace')[-3000:]}"
+            if log is not None
+            else ""
+        )
         super().__init__(f"ComfyUI stopped{when}.{tail}")
 
 
@@ -62,7 +66,9 @@ class ComfyServer:
     extra_models: a models folder whose contents are offered beside those in `base`.
     """
 
-    def __init__(self, tree: Path, base: Path, extra_models: Path | None = None, arguments: tuple[str, ...] = ("--cpu",)):
+    def __init__(
+        self, tree: Path, base: Path, extra_models: Path | None = None, arguments: tuple[str, ...] = ("--cpu",)
+    ):
         self.tree = tree
         self.base = base
         self.arguments = [*arguments]
@@ -70,7 +76,11 @@ class ComfyServer:
             config = base / "extra_models.yaml"
             folders = ("diffusion_models", "unet", "text_encoders", "clip", "vae", "loras", "diffusers")
             # A JSON string is a YAML string, whatever is in it.
-            lines = [f"    {name}: {json.dumps((extra_models / name).as_posix(), ensure_ascii=False)}" for name in folders if (extra_models / name).is_dir()]
+            lines = [
+                f"    {name}: {json.dumps((extra_models / name).as_posix(), ensure_ascii=False)}"
+                for name in folders
+                if (extra_models / name).is_dir()
+            ]
             config.write_text("\n".join(["step1x:", *lines]) if lines else "", encoding="utf-8")
             self.arguments += ["--extra-model-paths-config", str(config)] if lines else []
         self.log = base / "server.log"
@@ -79,8 +89,19 @@ class ComfyServer:
         for folder in ("user", "input", "output", "models"):
             (self.base / folder).mkdir(parents=True, exist_ok=True)
         self.url = f"http://127.0.0.1:{free_port()}"
-        command = [sys.executable, "main.py", "--port", self.url.rsplit(":", 1)[1], "--base-directory", str(self.base), "--disable-auto-launch",
-                   "--disable-api-nodes", "--database-url", f"sqlite:///{(self.base / 'user' / 'comfyui.db').as_posix()}", *self.arguments]
+        command = [
+            sys.executable,
+            "main.py",
+            "--port",
+            self.url.rsplit(":", 1)[1],
+            "--base-directory",
+            str(self.base),
+            "--disable-auto-launch",
+            "--disable-api-nodes",
+            "--database-url",
+            f"sqlite:///{(self.base / 'user' / 'comfyui.db').as_posix()}",
+            *self.arguments,
+        ]
         env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(command, cwd=self.tree, stdout=log, stderr=subprocess.STDOUT, env=env)
@@ -107,7 +128,9 @@ class ComfyServer:
                 except aiohttp.ClientError:
                     pass
                 await asyncio.sleep(0.2)
-        raise TimeoutError(f"ComfyUI did not answer within {seconds:.0f} s. The end of its log:\n{self.log_text()[-3000:]}")
+        raise TimeoutError(
+            f"ComfyUI did not answer within {seconds:.0f} s. The end of its log:\n{self.log_text()[-3000:]}"
+        )
 
     def log_text(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
@@ -173,15 +196,22 @@ class Client:
     def free(self) -> None:
         """Unload all models and forget all results. ComfyUI does so between two prompts, at its leisure; a small prompt makes it certain for the next one."""
         self.post("/free", {"unload_models": True, "free_memory": True})
-        self.run({"empty": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}},
-                  "show": {"class_type": "PreviewImage", "inputs": {"images": ["empty", 0]}}})
+        self.run(
+            {
+                "empty": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}},
+                "show": {"class_type": "PreviewImage", "inputs": {"images": ["empty", 0]}},
+            }
+        )
 
     def upload_image(self, path: Path, name: str) -> None:
         async def call():
             form = aiohttp.FormData()
             form.add_field("image", path.read_bytes(), filename=name)
             form.add_field("overwrite", "true")
-            async with aiohttp.ClientSession() as session, session.post(f"{self.url}/upload/image", data=form) as response:
+            async with (
+                aiohttp.ClientSession() as session,
+                session.post(f"{self.url}/upload/image", data=form) as response,
+            ):
                 response.raise_for_status()
 
         asyncio.run(call())
@@ -202,7 +232,10 @@ class Client:
     async def _run(self, prompt, on_progress, interrupt_at) -> Run:
         run = Run()
         client_id = uuid.uuid4().hex
-        async with aiohttp.ClientSession() as session, session.ws_connect(f"{self.url}/ws?clientId={client_id}", max_msg_size=0) as socket_:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.ws_connect(f"{self.url}/ws?clientId={client_id}", max_msg_size=0) as socket_,
+        ):
             async with session.post(f"{self.url}/prompt", json={"prompt": prompt, "client_id": client_id}) as response:
                 answer = await response.json()
                 if response.status != 200:
@@ -281,7 +314,11 @@ def to_api(workflow: dict, object_info: dict) -> dict:
             if slot.get("link") is not None:
                 _, source, output = links[slot["link"]][:3]
                 inputs[slot["name"]] = [str(source), output]
-        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs, "_meta": {"title": node.get("title", node["type"])}}
+        prompt[str(node["id"])] = {
+            "class_type": node["type"],
+            "inputs": inputs,
+            "_meta": {"title": node.get("title", node["type"])},
+        }
     return prompt
 
 

@@ -137,7 +137,9 @@ def fetch(item: Item, progress: Progress, cancelled: threading.Event) -> None:
                     have = 0
                 if response.status_code != 416:
                     check_answer(item, response, have)
-                    with contextlib.suppress(requests.RequestException):  # a cut connection; the loop goes on from there
+                    with contextlib.suppress(
+                        requests.RequestException
+                    ):  # a cut connection; the loop goes on from there
                         for chunk in response.iter_content(RECEIVED_CHUNK):
                             if cancelled.is_set():
                                 raise Cancelled
@@ -198,7 +200,9 @@ def check_disk(items: list[Item]) -> None:
             folder = item.target.parent
             device = folder.stat().st_dev
             folders[device] = folder
-            needed[device] = needed.get(device, 0) + item.file.size - (item.part.stat().st_size if item.part.exists() else 0)
+            needed[device] = (
+                needed.get(device, 0) + item.file.size - (item.part.stat().st_size if item.part.exists() else 0)
+            )
     for device, count in needed.items():
         free = shutil.disk_usage(folders[device]).free
         if count > free:
@@ -268,4 +272,7 @@ def download(groups: list[list[Item]]) -> list[str]:
     for error in failures.values():
         if not isinstance(error, (HubError, OSError)):
             raise error
-    return [f"{item.target} could not be written ({error})." if isinstance(error, OSError) else str(error) for item, error in failures.items()]
+    return [
+        f"{item.target} could not be written ({error})." if isinstance(error, OSError) else str(error)
+        for item, error in failures.items()
+    ]

@@ -45,7 +45,11 @@ def data_url(pixels: np.ndarray) -> str:
 
 def message_part(part) -> dict:
     """A text or a picture as the interface takes it. Servers read special tokens in a text as such, so there are none."""
-    return {"type": "text", "text": plain_text(part)} if isinstance(part, str) else {"type": "image_url", "image_url": {"url": data_url(part)}}
+    return (
+        {"type": "text", "text": plain_text(part)}
+        if isinstance(part, str)
+        else {"type": "image_url", "image_url": {"url": data_url(part)}}
+    )
 
 
 class Endpoint:
@@ -58,7 +62,9 @@ class Endpoint:
 
     def __init__(self, url: str, model: str, key: str = "", timeout: float = 120, tries: int = 4, pause: float = 2.0):
         if urlsplit(url).scheme not in ("http", "https"):
-            raise Step1XError(f"The endpoint {url!r} is no web address. Give its beginning, like http://localhost:8000/v1.")
+            raise Step1XError(
+                f"The endpoint {url!r} is no web address. Give its beginning, like http://localhost:8000/v1."
+            )
         self.url, self.model, self.key = url.rstrip("/") + "/chat/completions", model, key
         self.timeout, self.tries, self.pause = timeout, tries, pause
         self.opener = urllib.request.build_opener(NoRedirect)
@@ -70,9 +76,22 @@ class Endpoint:
         def ask(system, content, max_tokens):
             repeated = asked.count(system)
             asked.append(system)
-            sampling = {"temperature": RETRY_TEMPERATURE, "seed": (seed + repeated) % 2**31} if repeated else {"temperature": 0}
-            return self.answer({"model": self.model, "max_tokens": max_tokens, **sampling, "messages": [
-                {"role": "system", "content": plain_text(system)}, {"role": "user", "content": [message_part(part) for part in content]}]})
+            sampling = (
+                {"temperature": RETRY_TEMPERATURE, "seed": (seed + repeated) % 2**31}
+                if repeated
+                else {"temperature": 0}
+            )
+            return self.answer(
+                {
+                    "model": self.model,
+                    "max_tokens": max_tokens,
+                    **sampling,
+                    "messages": [
+                        {"role": "system", "content": plain_text(system)},
+                        {"role": "user", "content": [message_part(part) for part in content]},
+                    ],
+                }
+            )
 
         return ask
 
@@ -86,8 +105,10 @@ class Endpoint:
                 with problem:
                     if problem.code < 500 and problem.code not in PASSING:
                         detail = problem.read(500).decode(errors="replace").strip()
-                        raise Step1XError(f"The endpoint {self.url} refuses the request with status {problem.code} ({detail}). "
-                                          "Check its address, the model's name and the key.") from problem
+                        raise Step1XError(
+                            f"The endpoint {self.url} refuses the request with status {problem.code} ({detail}). "
+                            "Check its address, the model's name and the key."
+                        ) from problem
                     last, wait = f"status {problem.code}", problem.headers.get("Retry-After", "")
             except (OSError, http.client.HTTPException, Unavailable) as problem:
                 last, wait = str(problem) or type(problem).__name__, ""

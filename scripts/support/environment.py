@@ -38,7 +38,11 @@ CURRENT = Release("0.30.0", "2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae
 OLDEST = Release("0.18.2", "2.0.0", "1a16cb669ce8d7730f518e1337c763bbd2f125d97400384cf8b0276672c6c4af")
 
 # The workflow templates' index without their media, which the tests do not need.
-TEMPLATES = ("comfyui-workflow-templates==0.11.27", "comfyui-workflow-templates-core==0.3.292", "comfyui-workflow-templates-json==0.1.27")
+TEMPLATES = (
+    "comfyui-workflow-templates==0.11.27",
+    "comfyui-workflow-templates-core==0.3.292",
+    "comfyui-workflow-templates-json==0.1.27",
+)
 
 # Packages that the tests take from this pack's own pins if a tree does not pin them, and those they omit together with
 # the media.
@@ -98,7 +102,10 @@ def own_pythons(tree: Path) -> list[Path]:
 
 def runs_comfyui(python: Path) -> bool:
     """Return whether this Python exists and has the packages that every ComfyUI needs to start."""
-    return python.is_file() and subprocess.run([python, "-c", "import torch, aiohttp, safetensors"], capture_output=True).returncode == 0
+    return (
+        python.is_file()
+        and subprocess.run([python, "-c", "import torch, aiohttp, safetensors"], capture_output=True).returncode == 0
+    )
 
 
 def installed_host() -> Host | None:
@@ -188,7 +195,9 @@ def install_templates(python: Path, lines: list[str]) -> None:
         return
     pip(python, "install", "-qq", "--no-deps", *lines)
     code = f"import importlib.metadata as m; print('\\n'.join(m.requires({TEMPLATES_PACKAGE!r}) or []))"
-    requires = subprocess.run([str(python), "-c", code], capture_output=True, encoding="utf-8", check=True).stdout.splitlines()
+    requires = subprocess.run(
+        [str(python), "-c", code], capture_output=True, encoding="utf-8", check=True
+    ).stdout.splitlines()
     parts = [line.split(";")[0].strip() for line in requires if package_name(line).endswith(("-core", "-json"))]
     if parts:
         pip(python, "install", "-qq", "--no-deps", *parts)
@@ -269,7 +278,13 @@ def install_test_tools(host: Host) -> Path | None:
     returned."""
     requirements = SUPPORT / "requirements-test.txt"
     folder = home() / "test-tools" if host.installed else None
-    step = Step(folder or host.python.parent.parent, "test-tools", requirements.read_text(encoding="utf-8"), str(host.python), sys.version)
+    step = Step(
+        folder or host.python.parent.parent,
+        "test-tools",
+        requirements.read_text(encoding="utf-8"),
+        str(host.python),
+        sys.version,
+    )
     if not step.done:
         say("installing pytest and ruff")
         if folder:
@@ -311,7 +326,11 @@ def reexecute_in_host(script: str) -> None:
         return
     host = prepare(CURRENT)[0]
     command = [str(host.python), str(Path(script).absolute()), *sys.argv[1:]]
-    environment = {**os.environ, "STEP1X_COMFYUI": str(host.tree), "STEP1X_COMFYUI_INSTALLED": "1" if host.installed else ""}
+    environment = {
+        **os.environ,
+        "STEP1X_COMFYUI": str(host.tree),
+        "STEP1X_COMFYUI_INSTALLED": "1" if host.installed else "",
+    }
     sys.stdout.flush()
     if sys.platform == "win32":  # execve would give the console back while the script still runs
         sys.exit(call(command, env=environment))

@@ -118,16 +118,31 @@ def huggingface(repository: str) -> list[HubFile]:
     listing = get_json(f"{endpoint}/api/models/{repository}/revision/main?blobs=true")
     # One commit for all files, even if the repository changes in the meantime.
     base = f"{endpoint}/{repository}/resolve/{listing['sha']}"
-    return [HubFile(entry["rfilename"], entry["size"], entry["lfs"]["sha256"] if entry.get("lfs") else entry["blobId"], f"{base}/{quote(entry['rfilename'])}")
-            for entry in listing["siblings"]]
+    return [
+        HubFile(
+            entry["rfilename"],
+            entry["size"],
+            entry["lfs"]["sha256"] if entry.get("lfs") else entry["blobId"],
+            f"{base}/{quote(entry['rfilename'])}",
+        )
+        for entry in listing["siblings"]
+    ]
 
 
 def modelscope(repository: str) -> list[HubFile]:
     domain = os.environ.get("MODELSCOPE_DOMAIN", "www.modelscope.cn").rstrip("/")
     base = f"{domain if '://' in domain else 'https://' + domain}/api/v1/models/{repository}/repo"
     listing = get_json(f"{base}/files?Revision=master&Recursive=true")
-    return [HubFile(entry["Path"], entry["Size"], entry.get("Sha256") or "", f"{base}?Revision=master&FilePath={quote(entry['Path'], safe='')}")
-            for entry in listing["Data"]["Files"] if entry["Type"] != "tree"]
+    return [
+        HubFile(
+            entry["Path"],
+            entry["Size"],
+            entry.get("Sha256") or "",
+            f"{base}?Revision=master&FilePath={quote(entry['Path'], safe='')}",
+        )
+        for entry in listing["Data"]["Files"]
+        if entry["Type"] != "tree"
+    ]
 
 
 SOURCES = {"huggingface": huggingface, "modelscope": modelscope}

@@ -42,8 +42,12 @@ class TransformerSize:
     mlp_ratio: float = 4
 
 
-FULL_TRANSFORMER = TransformerSize(hidden=3072, head_dim=128, depth=19, depth_single=38, text=3584, connector=4096, connector_depth=2, vector=768)
-TINY_TRANSFORMER = TransformerSize(hidden=64, head_dim=32, depth=2, depth_single=2, text=64, connector=128, connector_depth=2, vector=32)
+FULL_TRANSFORMER = TransformerSize(
+    hidden=3072, head_dim=128, depth=19, depth_single=38, text=3584, connector=4096, connector_depth=2, vector=768
+)
+TINY_TRANSFORMER = TransformerSize(
+    hidden=64, head_dim=32, depth=2, depth_single=2, text=64, connector=128, connector_depth=2, vector=32
+)
 
 
 def transformer_shapes(version: str, size: TransformerSize) -> dict[str, tuple[int, ...]]:
@@ -119,7 +123,12 @@ TINY_MLLM = {
     "rope_theta": 1e6,
     "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
     "vision_config": {
-        "hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 2, "window_size": 112, "fullatt_block_indexes": [1],
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "depth": 2,
+        "num_heads": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [1],
         "out_hidden_size": TINY_TRANSFORMER.text,
     },
 }
@@ -148,7 +157,13 @@ def mllm_shapes(config: dict, lm_head: bool = True) -> dict[str, tuple[int, ...]
     shapes["visual.patch_embed.proj.weight"] = (v, 3, 2, 14, 14)
     for i in range(vision["depth"]):
         block = f"visual.blocks.{i}"
-        for name, rows, columns in (("attn.qkv", 3 * v, v), ("attn.proj", v, v), ("mlp.gate_proj", v_inter, v), ("mlp.up_proj", v_inter, v), ("mlp.down_proj", v, v_inter)):
+        for name, rows, columns in (
+            ("attn.qkv", 3 * v, v),
+            ("attn.proj", v, v),
+            ("mlp.gate_proj", v_inter, v),
+            ("mlp.up_proj", v_inter, v),
+            ("mlp.down_proj", v, v_inter),
+        ):
             shapes[f"{block}.{name}.weight"] = (rows, columns)
             shapes[f"{block}.{name}.bias"] = (rows,)
         shapes[f"{block}.norm1.weight"] = (v,)
@@ -246,8 +261,14 @@ def pixel_repeater() -> dict[str, torch.Tensor]:
 
     weights = {"conv_first": identity(8, 3), "conv_body": torch.zeros(8, 8, 3, 3), "conv_last": identity(3, 8)}
     weights |= {name: identity(8, 8) for name in ("conv_up1", "conv_up2", "conv_hr")}
-    weights |= {f"body.0.rdb{block}.conv{i + 1}": torch.zeros(32 if i < 4 else 8, 8 + 32 * i, 3, 3) for block in (1, 2, 3) for i in range(5)}
-    return {f"{name}.weight": w for name, w in weights.items()} | {f"{name}.bias": torch.zeros(len(w)) for name, w in weights.items()}
+    weights |= {
+        f"body.0.rdb{block}.conv{i + 1}": torch.zeros(32 if i < 4 else 8, 8 + 32 * i, 3, 3)
+        for block in (1, 2, 3)
+        for i in range(5)
+    }
+    return {f"{name}.weight": w for name, w in weights.items()} | {
+        f"{name}.bias": torch.zeros(len(w)) for name, w in weights.items()
+    }
 
 
 def scaled_fp8(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -261,7 +282,9 @@ def scaled_fp8(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return out
 
 
-def random_weights(shapes: dict[str, tuple[int, ...]], seed: int, dtype=torch.float32, device="cpu") -> dict[str, torch.Tensor]:
+def random_weights(
+    shapes: dict[str, tuple[int, ...]], seed: int, dtype=torch.float32, device="cpu"
+) -> dict[str, torch.Tensor]:
     """Weights that keep activations at about unit size: ones for norms, 1/sqrt(fan_in) for matrices, small biases."""
     generator = torch.Generator(device).manual_seed(seed)
     weights = {}
@@ -285,12 +308,16 @@ def random_weights(shapes: dict[str, tuple[int, ...]], seed: int, dtype=torch.fl
     return weights
 
 
-def write_transformer(path: Path, version: str = "v1.1", size: TransformerSize = TINY_TRANSFORMER, seed: int = 1, dtype=torch.float32) -> None:
+def write_transformer(
+    path: Path, version: str = "v1.1", size: TransformerSize = TINY_TRANSFORMER, seed: int = 1, dtype=torch.float32
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(random_weights(transformer_shapes(version, size), seed, dtype), path)
 
 
-def write_mllm(path: Path, config: dict = TINY_MLLM, seed: int = 2, dtype=torch.bfloat16, terse: bool = False, scaled: bool = False) -> None:
+def write_mllm(
+    path: Path, config: dict = TINY_MLLM, seed: int = 2, dtype=torch.bfloat16, terse: bool = False, scaled: bool = False
+) -> None:
     """terse: replies end after some ten tokens; else they babble on to the end of their budget. scaled: the language model's layers are in scaled fp8."""
     weights = random_weights(mllm_shapes(config), seed, dtype)
     if terse:
@@ -328,9 +355,15 @@ def made_up_edit(version: str, size: int, lengths: tuple[int, int], width: int) 
             mask = (torch.arange(640) < length).long()[None]
             return torch.randn(1, 640, width, generator=generator) * mask[..., None], {"attention_mask": mask}
         states = torch.randn(1, length, width, generator=generator)
-        return states, {"text_ids": torch.arange(length).neg()[None, :, None].expand(1, -1, 3).float(), "text_embeds": states, "text_mask": torch.zeros(1, length).long()}
+        return states, {
+            "text_ids": torch.arange(length).neg()[None, :, None].expand(1, -1, 3).float(),
+            "text_embeds": states,
+            "text_mask": torch.zeros(1, length).long(),
+        }
 
-    return *([[states, {**extra, "reference_latents": [latent]}]] for states, extra in map(prompt, lengths)), {"samples": latent}
+    return *([[states, {**extra, "reference_latents": [latent]}]] for states, extra in map(prompt, lengths)), {
+        "samples": latent
+    }
 
 
 def write_upscaler(path: Path) -> None:
@@ -362,7 +395,11 @@ def write_all(models: Path, prefix: str = "", terse: bool = False) -> None:
 def write_repository(models: Path) -> None:
     """The diffusers folder of v1.2 that the shipped workflows name, of the files beside it: the names of tensors need not be those of diffusers."""
     folder = models / "diffusers" / V12_FOLDER
-    for source, part, name in (("diffusion_models", "transformer", V12_FILE), ("text_encoders", "text_encoder", MLLM_FILE), ("vae", "vae", VAE_FILE)):
+    for source, part, name in (
+        ("diffusion_models", "transformer", V12_FILE),
+        ("text_encoders", "text_encoder", MLLM_FILE),
+        ("vae", "vae", VAE_FILE),
+    ):
         (folder / part).mkdir(parents=True, exist_ok=True)
         (folder / part / "config.json").write_text("{}", encoding="utf-8")
         if not (folder / part / name).exists():

@@ -40,14 +40,22 @@ ALIGNMENT = 16
 # Number of elements converted to float32 at a time.
 CHUNK = 2**20
 
-READABLE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": FP8, "F8_E5M2": torch.float8_e5m2}
+READABLE = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": FP8,
+    "F8_E5M2": torch.float8_e5m2,
+}
 WRITTEN = {torch.float32: "F32", torch.bfloat16: "BF16", FP8: "F8_E4M3", torch.int8: "I8", torch.uint8: "U8"}
 
 # Tensor names that identify a file quantised with scales; plain fp8 files have none of them.
 SCALES = ("comfy_quant", "weight_scale", "scale_weight", "scaled_fp8")
 
 # The matrices applied to every token: nearly all of the computation.
-MODEL_LAYERS = re.compile(r"(double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.linear[12])\.weight")
+MODEL_LAYERS = re.compile(
+    r"(double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.linear[12])\.weight"
+)
 # A third of the weights but almost no computation. They are applied to one vector per image, so their rounding error
 # affects every token.
 MODULATION_LAYERS = re.compile(r"(double_blocks\.\d+\.(img|txt)_mod|single_blocks\.\d+\.modulation)\.lin\.weight")
@@ -163,7 +171,9 @@ class Weights:
                     empty[key] = (entry.get_dtype(), entry.get_shape())
         name = paths[0].name
         # This pack's tensor names to the names in the file.
-        self.stored_names = {short: key for key, short in transformer_names(name, empty).items()} or {key: key for key in empty}
+        self.stored_names = {short: key for key, short in transformer_names(name, empty).items()} or {
+            key: key for key in empty
+        }
         self.stored_names |= {key: key for key in (CONFIG_KEY,) if key in empty}
         empty = {short: empty[key] for short, key in self.stored_names.items()}
 
@@ -186,7 +196,9 @@ class Weights:
                 f"{name} is neither a Step1X-Edit model ({CONNECTOR_KEY} is missing) nor a Qwen2.5-VL model "
                 f"({TEXT_KEY} is missing). Choose another file or folder."
             )
-        self.shapes = self._native({key: torch.empty(shape, dtype=READABLE[dtype], device="meta") for key, (dtype, shape) in empty.items()})
+        self.shapes = self._native(
+            {key: torch.empty(shape, dtype=READABLE[dtype], device="meta") for key, (dtype, shape) in empty.items()}
+        )
         # Indices in place of the tensors show what each native tensor is made of.
         keys = list(empty)
         numbers = self._native({key: torch.tensor([i, i]) for i, key in enumerate(keys)})
@@ -219,12 +231,16 @@ def converted(name: str, tensor: Tensor, form: str, full_precision: bool) -> dic
     host_format, quantise = FORMATS[form]
     module = name.removesuffix("weight")
     out = {module + kind: value for kind, value in quantise(tensor).items()}
-    if not tensor.is_meta and not all(value.float().isfinite().all() for kind, value in out.items() if "weight_scale" in kind):
+    if not tensor.is_meta and not all(
+        value.float().isfinite().all() for kind, value in out.items() if "weight_scale" in kind
+    ):
         raise Step1XError(f"{name} contains NaN or Inf values. The file may be damaged; download it again.")
     return out | {module + "comfy_quant": marker(host_format, full_precision)}
 
 
-def plan(weights: Weights, form: str, keep: list[str], modulation: bool, weights_only: bool) -> dict[str, tuple[str, bool]]:
+def plan(
+    weights: Weights, form: str, keep: list[str], modulation: bool, weights_only: bool
+) -> dict[str, tuple[str, bool]]:
     """Return the format of each native tensor and whether it computes in full precision, in writing order: quantised
     ones first.
 
@@ -242,7 +258,9 @@ def plan(weights: Weights, form: str, keep: list[str], modulation: bool, weights
     chosen, rest = {}, {}
     for name, tensor in weights.shapes.items():
         aligned = tensor.ndim == 2 and all(side % ALIGNMENT == 0 for side in tensor.shape)
-        kept = not aligned or form == "bf16" or any(fnmatchcase(name.removesuffix(".weight"), pattern) for pattern in keep)
+        kept = (
+            not aligned or form == "bf16" or any(fnmatchcase(name.removesuffix(".weight"), pattern) for pattern in keep)
+        )
         if layers.fullmatch(name) and not kept:
             chosen[name] = (form, weights_only)
         elif modulation and MODULATION_LAYERS.fullmatch(name) and not kept:
@@ -277,8 +295,18 @@ def check_output(weights: Weights, out: Path, force: bool) -> None:
             raise Step1XError(f"{out} already exists. Choose another name, or overwrite it with --force.")
 
 
-def convert(weights: Weights, out: Path, form: str, extra: dict[str, Tensor], metadata: dict[str, str], keep=(), modulation=False, weights_only=False,
-            force=False, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
+def convert(
+    weights: Weights,
+    out: Path,
+    form: str,
+    extra: dict[str, Tensor],
+    metadata: dict[str, str],
+    keep=(),
+    modulation=False,
+    weights_only=False,
+    force=False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> str:
     """Write the converted file, and its SHA-256 to `OUT.sha256`; returns the SHA-256.
 
     extra: uint8 tensors to add to the file. form, keep, modulation, weights_only: as for `plan`. force: overwrite an

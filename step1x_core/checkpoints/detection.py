@@ -51,15 +51,32 @@ class Step1XConfig:
         names = ("in_channels", "out_channels", "hidden_size", "num_heads", "depth", "depth_single_blocks",
                  "mlp_ratio", "axes_dim", "theta", "context_in_dim", "vec_in_dim")
         values = asdict(self)
-        return {**{name: values[name] for name in names}, "patch_size": 2, "qkv_bias": True, "guidance_embed": False, "txt_ids_dims": []}
+        return {
+            **{name: values[name] for name in names},
+            "patch_size": 2,
+            "qkv_bias": True,
+            "guidance_embed": False,
+            "txt_ids_dims": [],
+        }
 
     def connector_params(self) -> dict:
-        return {"in_channels": self.connector_in_channels, "hidden_size": self.connector_hidden_size, "num_heads": self.connector_heads,
-                "depth": self.connector_depth, "vec_in_dim": self.vec_in_dim, "scale_factor": self.scale_factor}
+        return {
+            "in_channels": self.connector_in_channels,
+            "hidden_size": self.connector_hidden_size,
+            "num_heads": self.connector_heads,
+            "depth": self.connector_depth,
+            "vec_in_dim": self.vec_in_dim,
+            "scale_factor": self.scale_factor,
+        }
 
     def transformer_params(self) -> dict:
         """Return the keyword arguments of this pack's transformer."""
-        return {"version": self.version, "connector": self.connector_params(), "text_token_mapping": self.text_token_mapping, **self.flux_params()}
+        return {
+            "version": self.version,
+            "connector": self.connector_params(),
+            "text_token_mapping": self.text_token_mapping,
+            **self.flux_params(),
+        }
 
 
 def default_axes_dim(head_dim: int) -> list[int]:
@@ -98,7 +115,10 @@ def check_overrides(config: "Step1XConfig", head_dim: int, names: Iterable[str])
     of a run."""
     axes, heads, theta = config.axes_dim, config.connector_heads, config.theta
     fits = {
-        "axes_dim": isinstance(axes, list) and len(axes) == 3 and all(isinstance(n, int) and n > 0 and n % 2 == 0 for n in axes) and sum(axes) == head_dim,
+        "axes_dim": isinstance(axes, list)
+        and len(axes) == 3
+        and all(isinstance(n, int) and n > 0 and n % 2 == 0 for n in axes)
+        and sum(axes) == head_dim,
         "connector_heads": isinstance(heads, int) and heads > 0 and config.connector_hidden_size % heads == 0,
         "theta": isinstance(theta, (int, float)) and 0 < theta < math.inf,
     }
@@ -169,7 +189,10 @@ def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
         raise Step1XError(
             f"Version '{config.version}' of Step1X-Edit is unknown. Choose one of: {', '.join(VERSIONS)}."
         )
-    for key, found, layout, owner in ((SCALE_FACTOR_KEY, scale_factor, LAYOUT_V11, "v1.0"), (TEXT_MAPPING_KEY, mapping, LAYOUT_V12, "v1.2")):
+    for key, found, layout, owner in (
+        (SCALE_FACTOR_KEY, scale_factor, LAYOUT_V11, "v1.0"),
+        (TEXT_MAPPING_KEY, mapping, LAYOUT_V12, "v1.2"),
+    ):
         if found and VERSIONS[config.version].layout is not layout:
             raise Step1XError(
                 f"The version is set to {config.version}, but the weights contain {key}, which only {owner} has. Set "
@@ -183,8 +206,10 @@ def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
 PIPELINE_LAYOUTS = {"Step1XEditPipeline": LAYOUT_V11, "Step1XEditPipelineV1P2": LAYOUT_V12}
 # How file and folder names spell a version. Without a v only "1.1" and "1p1" count, and not within a longer number:
 # "1-1" and "1_1" may be anything.
-NAMED_LAYOUTS = {layout: re.compile(rf"v1[.p_-]?{minor}(?!\d)|(?<![\d.])1[.p]{minor}(?!\d|[gm]?b\b){more}", re.IGNORECASE)
-                 for layout, minor, more in ((LAYOUT_V12, 2, "|preview|reasonedit"), (LAYOUT_V11, 1, ""))}
+NAMED_LAYOUTS = {
+    layout: re.compile(rf"v1[.p_-]?{minor}(?!\d)|(?<![\d.])1[.p]{minor}(?!\d|[gm]?b\b){more}", re.IGNORECASE)
+    for layout, minor, more in ((LAYOUT_V12, 2, "|preview|reasonedit"), (LAYOUT_V11, 1, ""))
+}
 
 
 def pipeline_layout(checkpoint: Checkpoint) -> PromptLayout | None:

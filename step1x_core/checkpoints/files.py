@@ -39,7 +39,9 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise Step1XError(f"{path.name} in {path.parent} could not be read ({error}). Download that file again.") from error
+        raise Step1XError(
+            f"{path.name} in {path.parent} could not be read ({error}). Download that file again."
+        ) from error
     if not isinstance(content, dict):
         raise Step1XError(f"{path.name} in {path.parent} has unexpected content. Download that file again.")
     return content

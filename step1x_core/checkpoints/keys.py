@@ -84,7 +84,9 @@ def diffusers_to_original(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     blocks = sorted({m.group(0) for k in state_dict if (m := re.match(r"(single_)?transformer_blocks\.\d+", k))})
     for block in blocks:
         single = block.startswith("single_")
-        target = block.replace("single_transformer_blocks", "single_blocks").replace("transformer_blocks", "double_blocks")
+        target = block.replace("single_transformer_blocks", "single_blocks").replace(
+            "transformer_blocks", "double_blocks"
+        )
         for fused, sources in (_SINGLE_FUSED if single else _DOUBLE_FUSED).items():
             fuse(block, f"{target}.{fused}", sources)
         for source, name in (_SINGLE if single else _DOUBLE).items():

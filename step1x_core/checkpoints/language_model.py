@@ -57,8 +57,13 @@ def check_config(config: MLLMConfig) -> None:
         "head_dim": config.head_dim > 0,
         "rope_theta": isinstance(config.rope_theta, (int, float)) and config.rope_theta > 0,
         "rms_norm_eps": isinstance(config.rms_norm_eps, (int, float)) and config.rms_norm_eps > 0,
-        "mrope_section": isinstance(section, list) and len(section) == 3 and all(isinstance(n, int) and n > 0 for n in section) and sum(section) * 2 == config.head_dim,
-        "vision_heads": isinstance(config.vision_heads, int) and config.vision_heads > 0 and config.vision_hidden_size % config.vision_heads == 0,
+        "mrope_section": isinstance(section, list)
+        and len(section) == 3
+        and all(isinstance(n, int) and n > 0 for n in section)
+        and sum(section) * 2 == config.head_dim,
+        "vision_heads": isinstance(config.vision_heads, int)
+        and config.vision_heads > 0
+        and config.vision_hidden_size % config.vision_heads == 0,
         "vision_window_size": isinstance(window, int) and window >= VISION_CELL,
         "vision_full_attention": isinstance(whole, list) and all(isinstance(n, int) for n in whole),
     }

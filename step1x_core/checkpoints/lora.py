@@ -27,8 +27,16 @@ _DIFFSYNTH_SINGLE = {
 def diffsynth_names(depth: int, depth_single: int) -> dict[str, str]:
     """Map the layer names of DiffSynth's transformer to the original names, for this number of double and single
     blocks."""
-    double = {f"blocks.{i}.{theirs}": f"double_blocks.{i}.{ours}" for i in range(depth) for theirs, ours in _DIFFSYNTH_DOUBLE.items()}
-    single = {f"single_blocks.{i}.{theirs}": f"single_blocks.{i}.{ours}" for i in range(depth_single) for theirs, ours in _DIFFSYNTH_SINGLE.items()}
+    double = {
+        f"blocks.{i}.{theirs}": f"double_blocks.{i}.{ours}"
+        for i in range(depth)
+        for theirs, ours in _DIFFSYNTH_DOUBLE.items()
+    }
+    single = {
+        f"single_blocks.{i}.{theirs}": f"single_blocks.{i}.{ours}"
+        for i in range(depth_single)
+        for theirs, ours in _DIFFSYNTH_SINGLE.items()
+    }
     return double | single
 
 

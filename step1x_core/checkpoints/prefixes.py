@@ -11,12 +11,30 @@ from .detection import CONNECTOR_KEY
 
 # In front of a transformer's names, one behind the other in any order: ComfyUI ("model.diffusion_model.", "diffusion_model."), diffusers, DiffSynth ("dit.", "pipe."),
 # trainers ("net.", "inner_model.", "unet."), PEFT ("base_model.model."), and torch's own wrappers ("module." of DDP).
-TRANSFORMER_PREFIXES = ("model", "diffusion_model", "transformer", "dit", "pipe", "net", "inner_model", "unet", "base_model", "module")
+TRANSFORMER_PREFIXES = (
+    "model",
+    "diffusion_model",
+    "transformer",
+    "dit",
+    "pipe",
+    "net",
+    "inner_model",
+    "unet",
+    "base_model",
+    "module",
+)
 # torch.compile puts this in front of the names of whatever it compiled, single blocks included.
 COMPILED = "_orig_mod."
 
 # Around a language model of any layout.
-LANGUAGE_WRAPPERS = ("text_encoders.qwen25_7b.transformer.", "qwen25_7b.transformer.", "base_model.model.", "text_encoder.", "module.", "transformer.")
+LANGUAGE_WRAPPERS = (
+    "text_encoders.qwen25_7b.transformer.",
+    "qwen25_7b.transformer.",
+    "base_model.model.",
+    "text_encoder.",
+    "module.",
+    "transformer.",
+)
 # Where the layouts keep language model, vision tower and head, and where they are here; the first that fits.
 LANGUAGE_PARTS = (
     ("model.language_model.", "model."),
@@ -51,7 +69,11 @@ def transformer_names(name: str, keys: Iterable[str], anchors: Iterable[str] = (
             f"{name} contains {len(prefixes)} transformers, under {' and '.join(repr(prefix) for prefix in prefixes)}; "
             "expected one. Choose another file."
         )
-    return {key: short[len(prefixes[0]):] for key, short in plain.items() if short.startswith(prefixes[0])} if prefixes else {}
+    return (
+        {key: short[len(prefixes[0]) :] for key, short in plain.items() if short.startswith(prefixes[0])}
+        if prefixes
+        else {}
+    )
 
 
 def language_name(key: str) -> str:

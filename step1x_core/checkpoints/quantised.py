@@ -192,7 +192,9 @@ def check_elsewhere(name: str, state_dict: dict[str, Tensor], marked: Collection
     for key, tensor in state_dict.items():
         if key.endswith((".weight", ".bias")) or f"{layer_of(key)}.weight" in state_dict or not SUSPECT.search(key):
             continue
-        layer = next((layer for layer in narrow if re.search(rf"(?<![^.]){re.escape(layer)}(?![a-zA-Z0-9])", key)), None)
+        layer = next(
+            (layer for layer in narrow if re.search(rf"(?<![^.]){re.escape(layer)}(?![a-zA-Z0-9])", key)), None
+        )
         if layer is not None and not is_neutral(key, tensor):
             raise refuse_scale(name, key, tensor, f"{layer}.weight", state_dict[f"{layer}.weight"])
 

@@ -39,7 +39,9 @@ def combine(pictures: list[Tensor], prompts: list[str], mode: str) -> Iterator[t
         yield from ((index, prompt) for index in range(len(pictures)) for prompt in prompts)
         return
     if min(len(pictures), len(prompts)) > 1 and len(pictures) != len(prompts):
-        raise Step1XError(f"{len(pictures)} pictures and {len(prompts)} instructions do not make pairs. Give one instruction, one for each picture, or set combine to {ALL}.")
+        raise Step1XError(
+            f"{len(pictures)} pictures and {len(prompts)} instructions do not make pairs. Give one instruction, one for each picture, or set combine to {ALL}."
+        )
     for index in range(max(len(pictures), len(prompts))):
         yield index % len(pictures), prompts[index % len(prompts)]
 
@@ -60,7 +62,9 @@ def lay_out(images: list[Tensor], texts: list[str], seeds: list[int], mode: str 
         raise Step1XError("There is no instruction. Write one into prompts, or several, one a line.")
     pairs = list(combine(pictures, prompts, mode))
     if len(seeds) not in (1, len(pairs)):
-        raise Step1XError(f"There are {len(seeds)} seeds for {len(pairs)} edits. Connect one seed, or one for each edit.")
+        raise Step1XError(
+            f"There are {len(seeds)} seeds for {len(pairs)} edits. Connect one seed, or one for each edit."
+        )
     if len(seeds) == 1:
         seeds = [(seeds[0] + count) % SEEDS for count in range(len(pairs))]
     return [Item(pictures[index], index + 1, prompt, seed) for (index, prompt), seed in zip(pairs, seeds)]

@@ -47,13 +47,17 @@ def fit_mask(mask: Tensor, image: Tensor) -> Tensor:
                           "or leave out the crop to edit the whole picture.")
     batch, height, width = image.shape[:3]
     if len(mask) not in (1, batch):
-        raise Step1XError(f"There are {len(mask)} masks for {batch} pictures. Connect one mask for all, or one for each picture.")
+        raise Step1XError(
+            f"There are {len(mask)} masks for {batch} pictures. Connect one mask for all, or one for each picture."
+        )
     if mask.shape[1:] == (height, width):
         return mask
     stretch = mask.shape[2] * height / (mask.shape[1] * width)
     if not 1 / RATIO_TOLERANCE <= stretch <= RATIO_TOLERANCE:
-        raise Step1XError(f"The mask is {mask.shape[2]}x{mask.shape[1]} pixels, the picture {width}x{height}: they have different shapes. "
-                          "Connect a mask made for this picture.")
+        raise Step1XError(
+            f"The mask is {mask.shape[2]}x{mask.shape[1]} pixels, the picture {width}x{height}: they have different shapes. "
+            "Connect a mask made for this picture."
+        )
     return resize_tensor(mask.movedim(0, -1), (width, height), "bilinear").movedim(-1, 0)
 
 
@@ -72,7 +76,9 @@ def _grown(start: int, length: int, margin: int, least: int, side: int) -> tuple
     return min(max(start, 0), side - grown), grown
 
 
-def cut_box(inner: tuple[int, int, int, int], size: tuple[int, int], context: float, min_size: int) -> tuple[int, int, int, int]:
+def cut_box(
+    inner: tuple[int, int, int, int], size: tuple[int, int], context: float, min_size: int
+) -> tuple[int, int, int, int]:
     """The box to cut out around a region of a picture of size (width, height).
 
     context: what is added on every side, in lengths of the region's longer side, at least one pixel. min_size: least length of both sides.
@@ -120,11 +126,15 @@ def paste(result: Tensor, cutout: Cutout, feather: int) -> Tensor:
     Raises Step1XError for another number.
     """
     if not isinstance(cutout, Cutout):
-        raise Step1XError(f"Input 'stitch' is a value of type {type(cutout).__name__}. Connect the output 'stitch' of 'Step1X-Edit Crop to Mask'.")
+        raise Step1XError(
+            f"Input 'stitch' is a value of type {type(cutout).__name__}. Connect the output 'stitch' of 'Step1X-Edit Crop to Mask'."
+        )
     check_pictures(result, "image")
     count = cutout.source.shape[0]
     if count not in (1, len(result)):
-        raise Step1XError(f"{len(result)} edited pictures came back for {count} that were cropped. Connect the result of the crop that 'stitch' comes from.")
+        raise Step1XError(
+            f"{len(result)} edited pictures came back for {count} that were cropped. Connect the result of the crop that 'stitch' comes from."
+        )
     # Grey pictures become RGB, as they do for editing.
     source = cutout.source if cutout.source.shape[-1] >= 3 else cutout.source[..., :1].expand(-1, -1, -1, 3)
     out = source.expand(len(result), -1, -1, -1).clone()

@@ -44,7 +44,9 @@ def load_classifier(folder: Path) -> Classifier:
     rules = {"local_files_only": True, "trust_remote_code": False}
     try:
         processor = AutoImageProcessor.from_pretrained(str(folder), **rules)
-        model, info = AutoModelForImageClassification.from_pretrained(str(folder), use_safetensors=True, output_loading_info=True, **rules)
+        model, info = AutoModelForImageClassification.from_pretrained(
+            str(folder), use_safetensors=True, output_loading_info=True, **rules
+        )
     # transformers raises errors of many unrelated classes for faulty folders.
     except Exception as problem:
         detail = f"{type(problem).__name__}: {problem}".splitlines()[0][:200]
@@ -58,7 +60,9 @@ def load_classifier(folder: Path) -> Classifier:
             "folder again."
         )
     labels = {int(index): str(name) for index, name in model.config.id2label.items()}
-    return Classifier(model.eval().float(), processor, labels, model.config.problem_type == "multi_label_classification")
+    return Classifier(
+        model.eval().float(), processor, labels, model.config.problem_type == "multi_label_classification"
+    )
 
 
 @torch.inference_mode()

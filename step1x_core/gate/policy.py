@@ -22,7 +22,9 @@ ACTIONS = (OFF, REPORT, LABEL, BLUR, BLOCK)
 # Pixels that a blurred image keeps on its longer side.
 BLURRED_SIDE = 5
 YES, NO = ("yes", "是"), ("no", "否", "不")
-QUESTION_SYSTEM = "You check instructions for an image editor before they are carried out. Your whole answer is one word: yes or no."
+QUESTION_SYSTEM = (
+    "You check instructions for an image editor before they are carried out. Your whole answer is one word: yes or no."
+)
 
 
 def entries(text: str) -> list[str]:
@@ -105,7 +107,10 @@ def read_answer(reply: str) -> bool | None:
     """Return whether a reply says yes, or None if it says neither yes nor no."""
     text = plain(reply).lstrip("\"'*`“ ")
     for words, answer in ((YES, True), (NO, False)):
-        if any(text.startswith(word) and not (joins(word[-1]) and joins(text[len(word):len(word) + 1] or " ")) for word in words):
+        if any(
+            text.startswith(word) and not (joins(word[-1]) and joins(text[len(word) : len(word) + 1] or " "))
+            for word in words
+        ):
             return answer
     return None
 
@@ -127,7 +132,10 @@ def blur(picture: Image.Image) -> Image.Image:
     """Blur an image beyond recognition; nearly all of its content is discarded."""
     width, height = picture.size
     longer = max(width, height)
-    small = picture.resize((max(1, round(width * BLURRED_SIDE / longer)), max(1, round(height * BLURRED_SIDE / longer))), Image.Resampling.BOX)
+    small = picture.resize(
+        (max(1, round(width * BLURRED_SIDE / longer)), max(1, round(height * BLURRED_SIDE / longer))),
+        Image.Resampling.BOX,
+    )
     return small.resize(picture.size, Image.Resampling.BICUBIC)
 
 
@@ -152,7 +160,14 @@ def notice(size: tuple[int, int], message: str) -> Image.Image:
     canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill="#c03028")
     canvas.rectangle((x - radius * 0.6, y - radius * 0.18, x + radius * 0.6, y + radius * 0.18), fill="#ffffff")
     font = ImageFont.load_default(max(8, min(width, height) / 18))
-    canvas.multiline_text((x, y + radius * 1.3), "\n".join(wrap(canvas, message, font, int(width * 0.9))), fill="#ffffff", font=font, anchor="ma", align="center")
+    canvas.multiline_text(
+        (x, y + radius * 1.3),
+        "\n".join(wrap(canvas, message, font, int(width * 0.9))),
+        fill="#ffffff",
+        font=font,
+        anchor="ma",
+        align="center",
+    )
     return out
 
 
@@ -162,7 +177,11 @@ def treat(image: Tensor, finding: Finding, action: str, message: str) -> Tensor:
     if not finding.flagged or action in (OFF, REPORT):
         return image
     picture = Image.fromarray(to_uint8(image))
-    out = {LABEL: lambda: label(picture, finding.reason), BLUR: lambda: blur(picture), BLOCK: lambda: notice(picture.size, message)}[action]()
+    out = {
+        LABEL: lambda: label(picture, finding.reason),
+        BLUR: lambda: blur(picture),
+        BLOCK: lambda: notice(picture.size, message),
+    }[action]()
     pixels = from_uint8(np.asarray(out)).to(image)
     channels = image.shape[-1]
     if channels < 3:

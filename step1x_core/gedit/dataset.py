@@ -44,11 +44,15 @@ def make_item(row: dict, load: Callable[[], Image.Image], place: str) -> Item:
     """An item of a row's columns. Raises Step1XError for a row with other values than the dataset has; place: for the error."""
     missing = [name for name in COLUMNS if row.get(name) is None]
     if missing:
-        raise Step1XError(f"{place} has no '{missing[0]}'. The dataset must have the columns {', '.join(COLUMNS)} and the picture.")
+        raise Step1XError(
+            f"{place} has no '{missing[0]}'. The dataset must have the columns {', '.join(COLUMNS)} and the picture."
+        )
     key, task_type, instruction, language, intersection = (row[name] for name in COLUMNS)
     if not isinstance(instruction, str) or language not in LANGUAGES or not isinstance(intersection, bool):
-        raise Step1XError(f"{place} does not hold a text as instruction, one of {', '.join(LANGUAGES)} as instruction_language, "
-                          "or true or false as Intersection_exist.")
+        raise Step1XError(
+            f"{place} does not hold a text as instruction, one of {', '.join(LANGUAGES)} as instruction_language, "
+            "or true or false as Intersection_exist."
+        )
     return Item(check_name(key, "key"), check_name(task_type, "task type"), language, instruction, intersection, load)
 
 
@@ -75,8 +79,10 @@ def parquet():
     try:
         import pyarrow.parquet
     except ImportError as problem:
-        raise Step1XError("The dataset is in parquet files, which need the package pyarrow: install it with `python -m pip install pyarrow` in ComfyUI's "
-                          "Python. `python scripts/gedit.py unpack`, run where it is installed, makes a folder that needs nothing.") from problem
+        raise Step1XError(
+            "The dataset is in parquet files, which need the package pyarrow: install it with `python -m pip install pyarrow` in ComfyUI's "
+            "Python. `python scripts/gedit.py unpack`, run where it is installed, makes a folder that needs nothing."
+        ) from problem
     return pyarrow.parquet
 
 
@@ -84,7 +90,9 @@ def parquet():
 @lru_cache(maxsize=1)
 def picture_group(path: Path, group: int, stamp: tuple[int, ...]) -> list:
     """The picture column of one row group: dicts with the file's content under "bytes", or the content itself. stamp: see `file_stamp`."""
-    return parquet().ParquetFile(path).read_row_group(group, columns=[PICTURE_COLUMN]).column(PICTURE_COLUMN).to_pylist()
+    return (
+        parquet().ParquetFile(path).read_row_group(group, columns=[PICTURE_COLUMN]).column(PICTURE_COLUMN).to_pylist()
+    )
 
 
 def file_stamp(path: Path) -> tuple[int, ...]:
@@ -98,7 +106,9 @@ def open_parquet_picture(path: Path, group: int, row: int, stamp: tuple[int, ...
     place = f"The picture of row {row} in group {group} of {path}"
     try:
         if file_stamp(path) != stamp:
-            raise Step1XError(f"{path} was replaced after its rows were read. Run the node that opens the dataset again.")
+            raise Step1XError(
+                f"{path} was replaced after its rows were read. Run the node that opens the dataset again."
+            )
         value = picture_group(path, group, stamp)[row]
     # pyarrow's own errors are ValueErrors and OSErrors.
     except (ValueError, OSError, LookupError) as problem:
@@ -120,7 +130,9 @@ def read_parquet(path: Path) -> list[Item]:
         file = module.ParquetFile(path)
         absent = [name for name in (*COLUMNS, PICTURE_COLUMN) if name not in file.schema_arrow.names]
         if absent:
-            raise Step1XError(f"{path} has no column '{absent[0]}': it is not GEdit-Bench. Its columns are {', '.join(file.schema_arrow.names)}.")
+            raise Step1XError(
+                f"{path} has no column '{absent[0]}': it is not GEdit-Bench. Its columns are {', '.join(file.schema_arrow.names)}."
+            )
         groups = [file.read_row_group(group, columns=list(COLUMNS)).to_pylist() for group in range(file.num_row_groups)]
     # pyarrow's own errors are ValueErrors and OSErrors.
     except (ValueError, OSError) as problem:
@@ -129,7 +141,13 @@ def read_parquet(path: Path) -> list[Item]:
         raise Step1XError(f"{path} cannot be read as a parquet file ({problem}). Download it again.") from problem
     for group, rows in enumerate(groups):
         for row, values in enumerate(rows):
-            items.append(make_item(values, partial(open_parquet_picture, path, group, row, stamp), f"Row {row} in group {group} of {path}"))
+            items.append(
+                make_item(
+                    values,
+                    partial(open_parquet_picture, path, group, row, stamp),
+                    f"Row {row} in group {group} of {path}",
+                )
+            )
     return items
 
 
@@ -152,12 +170,16 @@ def read_dataset(path: Path) -> list[Item]:
     if not files:
         raise Step1XError(f"There is no GEdit-Bench in {path}: neither {METADATA} nor parquet files. "
                           "Put the dataset of the hub (stepfun-ai/GEdit-Bench) there.")
-    items = [item for file in files for item in (read_folder(file.parent) if file.name == METADATA else read_parquet(file))]
+    items = [
+        item for file in files for item in (read_folder(file.parent) if file.name == METADATA else read_parquet(file))
+    ]
     seen = set()
     for item in items:
         # File names on Windows and macOS do not tell capitals.
         if item.name.lower() in seen:
-            raise Step1XError(f"The dataset {path} has two items {item.name}; one result would take the other's place. Remove one of them.")
+            raise Step1XError(
+                f"The dataset {path} has two items {item.name}; one result would take the other's place. Remove one of them."
+            )
         seen.add(item.name.lower())
     return items
 

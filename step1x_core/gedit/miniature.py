@@ -44,5 +44,15 @@ def draw(number: int) -> Image.Image:
 
 def miniature() -> list[Item]:
     """22 items. The Chinese ones have the pictures of the English ones; two of three types are in the intersection."""
-    return [Item(f"{language}{number:02}", task_type, language, INSTRUCTIONS[number][index], number % 3 != 2, partial(draw, number))
-            for number, task_type in enumerate(TASK_TYPES) for index, language in enumerate(LANGUAGES)]
+    return [
+        Item(
+            f"{language}{number:02}",
+            task_type,
+            language,
+            INSTRUCTIONS[number][index],
+            number % 3 != 2,
+            partial(draw, number),
+        )
+        for number, task_type in enumerate(TASK_TYPES)
+        for index, language in enumerate(LANGUAGES)
+    ]

@@ -62,7 +62,9 @@ def radar_chart(series: Series, title: str) -> Image.Image:
 
     def point(i, score):
         angle = 2 * math.pi * i / len(types) - math.pi / 2
-        return centre[0] + math.cos(angle) * radius * score / MAX_SCORE, centre[1] + math.sin(angle) * radius * score / MAX_SCORE
+        return centre[0] + math.cos(angle) * radius * score / MAX_SCORE, centre[1] + math.sin(
+            angle
+        ) * radius * score / MAX_SCORE
 
     for score in range(2, 11, 2):
         canvas.line([point(i, score) for i in range(len(types) + 1)], fill=GRID)
@@ -70,7 +72,13 @@ def radar_chart(series: Series, title: str) -> Image.Image:
     for i, name in enumerate(types):
         canvas.line((*centre, *point(i, MAX_SCORE)), fill=GRID)
         x, y = point(i, MAX_SCORE * 1.08)
-        canvas.text((x, y), name, fill=INK, font=font, anchor="mm" if abs(x - centre[0]) < 40 else "lm" if x > centre[0] else "rm")
+        canvas.text(
+            (x, y),
+            name,
+            fill=INK,
+            font=font,
+            anchor="mm" if abs(x - centre[0]) < 40 else "lm" if x > centre[0] else "rm",
+        )
     for j, scores in enumerate(series.values()):
         outline = [point(i, 0 if math.isnan(scores[name]) else scores[name]) for i, name in enumerate(types)]
         canvas.line([*outline, outline[0]], fill=COLOURS[j % len(COLOURS)], width=3)
@@ -92,7 +100,9 @@ def contact_sheet(best: list[Entry], worst: list[Entry], columns: int = 3) -> Im
     font, heading = ImageFont.load_default(14), ImageFont.load_default(18)
     cell_width, cell_height = 2 * THUMBNAIL + MARGIN, THUMBNAIL + 48
     rows = [math.ceil(len(entries) / columns) for entries in (best, worst)]
-    picture = Image.new("RGB", (columns * (cell_width + MARGIN) + MARGIN, sum(rows) * cell_height + 2 * 36 + MARGIN), PAPER)
+    picture = Image.new(
+        "RGB", (columns * (cell_width + MARGIN) + MARGIN, sum(rows) * cell_height + 2 * 36 + MARGIN), PAPER
+    )
     canvas = ImageDraw.Draw(picture)
     y, number = MARGIN, 1
     for title, entries in (("Best", best), ("Worst", worst)):
@@ -102,7 +112,12 @@ def contact_sheet(best: list[Entry], worst: list[Entry], columns: int = 3) -> Im
             x = MARGIN + i % columns * (cell_width + MARGIN)
             for j, part in enumerate(entry_pictures(entry)):
                 picture.paste(part, (x + j * (THUMBNAIL + 4), y + i // columns * cell_height))
-            for j, line in enumerate((f"{number}. {entry.item.name}"[:52], f"SC {entry.semantics:g}  PQ {entry.quality:g}  O {entry.overall:.2f}")):
+            for j, line in enumerate(
+                (
+                    f"{number}. {entry.item.name}"[:52],
+                    f"SC {entry.semantics:g}  PQ {entry.quality:g}  O {entry.overall:.2f}",
+                )
+            ):
                 canvas.text((x, y + i // columns * cell_height + THUMBNAIL + 4 + 18 * j), line, fill=INK, font=font)
             number += 1
         y += math.ceil(len(entries) / columns) * cell_height

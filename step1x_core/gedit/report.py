@@ -62,7 +62,15 @@ def write_report(items: list[Item], results: Path, method: str, judge: str, show
     best, worst = best_and_worst(entries, shown)
     series, title = chart_series(summaries), f"GEdit-Bench, O: {method}, judged by {judge}"
     text = markdown_report(method, judge, entries, summaries, [*best, *worst])
-    report = Report(entries, summaries, text, bar_chart(series, title), radar_chart(series, title), contact_sheet(best, worst), folder)
+    report = Report(
+        entries,
+        summaries,
+        text,
+        bar_chart(series, title),
+        radar_chart(series, title),
+        contact_sheet(best, worst),
+        folder,
+    )
     write_official_tables(entries, results, method, folder)
     write_file(folder / "summary.csv", summary_table(summaries).encode())
     write_file(folder / "report.md", report.text.encode())

@@ -23,7 +23,15 @@ MISSING, UNPARSABLE, UNJUDGED = "missing", "unparsable", "unjudged"
 STATES = (JUDGED, MISSING, UNPARSABLE, UNJUDGED)
 
 # "sementics" is how the official tables spell it.
-CSV_COLUMNS = ("key", "edited_image", "instruction", "sementics_score", "quality_score", "intersection_exist", "instruction_language")
+CSV_COLUMNS = (
+    "key",
+    "edited_image",
+    "instruction",
+    "sementics_score",
+    "quality_score",
+    "intersection_exist",
+    "instruction_language",
+)
 OFFICIAL, STRICT = "official-style", "strict"
 FULL_SET, INTERSECTION = "full set", "intersection"
 ALL = "all"
@@ -48,8 +56,14 @@ def digest(item: Item, picture: Path) -> str:
 def append_record(path: Path, item: Item, picture: str, verdict: Verdict) -> None:
     """Put a verdict on record. picture: the digest."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    row = {"item": item.name, "digest": picture, "semantics": verdict.semantics, "quality": verdict.quality, "problem": verdict.problem,
-           "replies": [reply[:KEPT_CHARACTERS] for reply in verdict.replies]}
+    row = {
+        "item": item.name,
+        "digest": picture,
+        "semantics": verdict.semantics,
+        "quality": verdict.quality,
+        "problem": verdict.problem,
+        "replies": [reply[:KEPT_CHARACTERS] for reply in verdict.replies],
+    }
     # Escaped, as replies may hold half a character.
     line = json.dumps(row) + "\n"
     with open(path, "ab+") as file:
@@ -149,9 +163,16 @@ def summarise(entries: list[Entry]) -> list[Summary]:
     summaries = []
     for language in languages + [ALL] * (len(languages) > 1):
         for subset in (FULL_SET, INTERSECTION):
-            chosen = [entry for entry in entries if language in (ALL, entry.item.language) and (subset == FULL_SET or entry.item.intersection)]
+            chosen = [
+                entry
+                for entry in entries
+                if language in (ALL, entry.item.language) and (subset == FULL_SET or entry.item.intersection)
+            ]
             for counting in (OFFICIAL, STRICT):
-                by_type = {name: means_of([entry for entry in chosen if entry.item.task_type == name], counting == STRICT) for name in types}
+                by_type = {
+                    name: means_of([entry for entry in chosen if entry.item.task_type == name], counting == STRICT)
+                    for name in types
+                }
                 summaries.append(Summary(language, subset, counting, by_type))
     return summaries
 
@@ -172,11 +193,26 @@ def write_official_tables(entries: list[Entry], results: Path, method: str, fold
     written = []
     for task_type in ordered_types([entry.item for entry in entries]):
         for language in (ALL, *LANGUAGES):
-            rows = [entry for entry in entries if entry.item.task_type == task_type and language in (ALL, entry.item.language)]
+            rows = [
+                entry
+                for entry in entries
+                if entry.item.task_type == task_type and language in (ALL, entry.item.language)
+            ]
             if not rows:
                 continue
-            table = [(entry.item.key, entry.picture.relative_to(results).as_posix(), entry.item.instruction, entry.semantics, entry.quality,
-                      entry.item.intersection, entry.item.language) for entry in rows if entry.state == JUDGED]
+            table = [
+                (
+                    entry.item.key,
+                    entry.picture.relative_to(results).as_posix(),
+                    entry.item.instruction,
+                    entry.semantics,
+                    entry.quality,
+                    entry.item.intersection,
+                    entry.item.language,
+                )
+                for entry in rows
+                if entry.state == JUDGED
+            ]
             path = folder / f"{method}_{task_type}_{language}_vie_score.csv"
             write_file(path, csv_text(CSV_COLUMNS, table).encode())
             written.append(path)
@@ -192,7 +228,10 @@ def summary_table(summaries: list[Summary]) -> str:
     rows = []
     for summary in summaries:
         for name, means in (*summary.types.items(), ("average", summary.average)):
-            values = ("" if math.isnan(value) else round(value, 6) for value in (means.semantics, means.quality, means.overall))
+            values = (
+                "" if math.isnan(value) else round(value, 6)
+                for value in (means.semantics, means.quality, means.overall)
+            )
             rows.append((summary.language, summary.subset, summary.counting, name, means.count, *values))
     return csv_text(("language", "set", "counting", "task_type", "items", "semantics", "quality", "overall"), rows)
 
@@ -211,29 +250,53 @@ def cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def markdown_report(method: str, judge: str, entries: list[Entry], summaries: list[Summary], shown: list[Entry] = ()) -> str:
+def markdown_report(
+    method: str, judge: str, entries: list[Entry], summaries: list[Summary], shown: list[Entry] = ()
+) -> str:
     """Tables of all means, and every item without scores with the reason. shown: the items of the contact sheet, numbered as there."""
-    lines = [f"# GEdit-Bench: {method}, judged by {judge}", "", describe_states(entries),
-             "SC is semantics, PQ is perceptual quality, O is the root of their product, per item. Averages are over task types.",
-             "Official-style: items without scores are left out. Strict: they count 0."]
+    lines = [
+        f"# GEdit-Bench: {method}, judged by {judge}",
+        "",
+        describe_states(entries),
+        "SC is semantics, PQ is perceptual quality, O is the root of their product, per item. Averages are over task types.",
+        "Official-style: items without scores are left out. Strict: they count 0.",
+    ]
     for summary in summaries:
         if summary.counting == STRICT:
             continue
-        strict = next(other for other in summaries if (other.language, other.subset, other.counting) == (summary.language, summary.subset, STRICT))
-        lines += ["", f"## {summary.language}, {summary.subset}", "", "| Task type | Items | SC | PQ | O | Items, strict | SC, strict | PQ, strict | O, strict |",
-                  "|---|---|---|---|---|---|---|---|---|"]
+        strict = next(
+            other
+            for other in summaries
+            if (other.language, other.subset, other.counting) == (summary.language, summary.subset, STRICT)
+        )
+        lines += [
+            "",
+            f"## {summary.language}, {summary.subset}",
+            "",
+            "| Task type | Items | SC | PQ | O | Items, strict | SC, strict | PQ, strict | O, strict |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
         for name, means in (*summary.types.items(), ("**average**", summary.average)):
             other = strict.types.get(name, strict.average)
-            values = [part for row in (means, other) for part in (str(row.count), number(row.semantics), number(row.quality), number(row.overall))]
+            values = [
+                part
+                for row in (means, other)
+                for part in (str(row.count), number(row.semantics), number(row.quality), number(row.overall))
+            ]
             lines.append(f"| {name} | {' | '.join(values)} |")
     without = [entry for entry in entries if entry.state != JUDGED]
     if without:
         lines += ["", "## Items without scores", ""]
-        lines += [f"- {entry.item.name}: {entry.state}{f' ({cell(entry.problem)})' if entry.problem else ''}" for entry in without]
+        lines += [
+            f"- {entry.item.name}: {entry.state}{f' ({cell(entry.problem)})' if entry.problem else ''}"
+            for entry in without
+        ]
     if shown:
         lines += ["", "## Contact sheet", ""]
-        lines += [f"{i}. {entry.item.name}: SC {entry.semantics:g}, PQ {entry.quality:g}, O {entry.overall:.2f}. {cell(entry.item.instruction)}"
-                  for i, entry in enumerate(shown, 1)]
+        lines += [
+            f"{i}. {entry.item.name}: SC {entry.semantics:g}, PQ {entry.quality:g}, O {entry.overall:.2f}. {cell(entry.item.instruction)}"
+            for i, entry in enumerate(shown, 1)
+        ]
     return "\n".join(lines) + "\n"
 
 

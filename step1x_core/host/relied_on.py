@@ -66,9 +66,18 @@ def override_is_asked() -> bool:
         seen.append((args, kwargs))
         return answer
 
-    out = attention.optimized_attention(x, x, x, 2, mask=None, skip_reshape=True, transformer_options={"optimized_attention_override": override})
+    out = attention.optimized_attention(
+        x, x, x, 2, mask=None, skip_reshape=True, transformer_options={"optimized_attention_override": override}
+    )
     ((args, kwargs),) = seen
-    return out is answer and len(args) == 4 and args[0] is x and args[3] == 2 and kwargs["skip_reshape"] is True and "transformer_options" in kwargs
+    return (
+        out is answer
+        and len(args) == 4
+        and args[0] is x
+        and args[3] == 2
+        and kwargs["skip_reshape"] is True
+        and "transformer_options" in kwargs
+    )
 
 
 @torch.inference_mode()
@@ -83,16 +92,25 @@ def blocks_agree() -> bool:
     options = {"dtype": torch.float32, "device": "cpu", "operations": comfy.ops.disable_weight_init}
     double = FusedDoubleStreamBlock(32, 2, mlp_ratio=2.0, qkv_bias=True, **options)
     single = FusedSingleStreamBlock(32, 2, mlp_ratio=2.0, **options)
-    for block, kind, settings in ((double, layers.DoubleStreamBlock, {"qkv_bias": True}), (single, layers.SingleStreamBlock, {})):
+    for block, kind, settings in (
+        (double, layers.DoubleStreamBlock, {"qkv_bias": True}),
+        (single, layers.SingleStreamBlock, {}),
+    ):
         # Names and shapes of plain torch layers: with dynamic VRAM the host's have no weights before they are loaded.
-        names = kind(32, 2, mlp_ratio=2.0, dtype=torch.float32, device="meta", operations=torch.nn, **settings).state_dict()
-        block.load_state_dict({name: torch.randn(tensor.shape, generator=random) * 0.2 for name, tensor in names.items()})
+        names = kind(
+            32, 2, mlp_ratio=2.0, dtype=torch.float32, device="meta", operations=torch.nn, **settings
+        ).state_dict()
+        block.load_state_dict(
+            {name: torch.randn(tensor.shape, generator=random) * 0.2 for name, tensor in names.items()}
+        )
     txt, img, vec = (torch.randn(shape, generator=random) for shape in ((1, 3, 32), (1, 5, 32), (1, 32)))
     pe = flux.EmbedND(dim=16, theta=10000, axes_dim=[4, 6, 6])(torch.arange(24.0).view(1, 8, 3))
     call = {"block_index": 0, "total_blocks": 2, "img_slice": [3, 8], "optimized_attention_override": torch_attention}
 
     def run(double_forward, single_forward):
-        out_img, out_txt = double_forward(double, img=img.clone(), txt=txt.clone(), vec=vec, pe=pe, attn_mask=None, transformer_options=call.copy())
+        out_img, out_txt = double_forward(
+            double, img=img.clone(), txt=txt.clone(), vec=vec, pe=pe, attn_mask=None, transformer_options=call.copy()
+        )
         x = torch.cat((out_txt, out_img), 1)
         return single_forward(single, x.clone(), vec=vec, pe=pe, attn_mask=None, transformer_options=call.copy())
 
@@ -102,20 +120,63 @@ def blocks_agree() -> bool:
 
 
 RELIED_ON = (
-    Function(BLOCKS, layers.DoubleStreamBlock, "forward",
-             ("self", "img", "txt", "vec", "pe", "attn_mask", "modulation_dims_img", "modulation_dims_txt", "transformer_options"), whole=True),
-    Function(BLOCKS, layers.SingleStreamBlock, "forward", ("self", "x", "vec", "pe", "attn_mask", "modulation_dims", "transformer_options"), whole=True),
-    Function(BLOCKS, comfy.ops, "cast_bias_weight", ("s", "input", "dtype", "device", "bias_dtype", "offloadable", "compute_dtype", "want_requant")),
+    Function(
+        BLOCKS,
+        layers.DoubleStreamBlock,
+        "forward",
+        (
+            "self",
+            "img",
+            "txt",
+            "vec",
+            "pe",
+            "attn_mask",
+            "modulation_dims_img",
+            "modulation_dims_txt",
+            "transformer_options",
+        ),
+        whole=True,
+    ),
+    Function(
+        BLOCKS,
+        layers.SingleStreamBlock,
+        "forward",
+        ("self", "x", "vec", "pe", "attn_mask", "modulation_dims", "transformer_options"),
+        whole=True,
+    ),
+    Function(
+        BLOCKS,
+        comfy.ops,
+        "cast_bias_weight",
+        ("s", "input", "dtype", "device", "bias_dtype", "offloadable", "compute_dtype", "want_requant"),
+    ),
     Function(BLOCKS, comfy.ops, "uncast_bias_weight", ("s", "weight", "bias", "offload_stream")),
     Behaviour(BLOCKS, "the arithmetic of FLUX's blocks", blocks_agree),
     Behaviour(ATTENTION, "optimized_attention_override", override_is_asked),
-    Function(TRANSFORMER, flux.Flux, "forward_orig",
-             ("self", "img", "img_ids", "txt", "txt_ids", "timesteps", "y", "control", "transformer_options")),
-    Function(TRANSFORMER, flux.Flux, "process_img", ("self", "x", "index", "h_offset", "w_offset", "transformer_options")),
-    Function(TEXT_ENCODER, llama.Llama2_, "forward", ("self", "x", "attention_mask", "embeds", "dtype", "position_ids")),
-    Function(TEXT_ENCODER, llama.TransformerBlock, "forward",
-             ("self", "x", "attention_mask", "freqs_cis", "optimized_attention", "past_key_value")),
-    Function(TEXT_ENCODER, llama, "precompute_freqs_cis", ("head_dim", "position_ids", "theta", "rope_scale", "rope_dims", "device")),
+    Function(
+        TRANSFORMER,
+        flux.Flux,
+        "forward_orig",
+        ("self", "img", "img_ids", "txt", "txt_ids", "timesteps", "y", "control", "transformer_options"),
+    ),
+    Function(
+        TRANSFORMER, flux.Flux, "process_img", ("self", "x", "index", "h_offset", "w_offset", "transformer_options")
+    ),
+    Function(
+        TEXT_ENCODER, llama.Llama2_, "forward", ("self", "x", "attention_mask", "embeds", "dtype", "position_ids")
+    ),
+    Function(
+        TEXT_ENCODER,
+        llama.TransformerBlock,
+        "forward",
+        ("self", "x", "attention_mask", "freqs_cis", "optimized_attention", "past_key_value"),
+    ),
+    Function(
+        TEXT_ENCODER,
+        llama,
+        "precompute_freqs_cis",
+        ("head_dim", "position_ids", "theta", "rope_scale", "rope_dims", "device"),
+    ),
     Function(TEXT_ENCODER, llama, "apply_rope", ("xq", "xk", "freqs_cis")),
 )
 
@@ -134,8 +195,12 @@ def changed() -> dict[str, list[str]]:
             out.setdefault(entry.part, []).append(str(entry))
     for part in PLAIN_PATH:
         if part in out:
-            log.warning("This ComfyUI is newer than this Step1X-Edit pack knows: %s changed. ComfyUI's own code runs in place of the pack's %s: the images are right, "
-                        "but sampling is slower. Update the pack.", ", ".join(out[part]), part)
+            log.warning(
+                "This ComfyUI is newer than this Step1X-Edit pack knows: %s changed. ComfyUI's own code runs in place of the pack's %s: the images are right, "
+                "but sampling is slower. Update the pack.",
+                ", ".join(out[part]),
+                part,
+            )
     return out
 
 
@@ -147,5 +212,7 @@ def intact(part: str) -> bool:
 def check_intact(part: str) -> None:
     """Raise Step1XError where something has changed that a part without a plain path leans on."""
     if not intact(part):
-        raise Step1XError(f"This ComfyUI is newer than this Step1X-Edit pack knows: {', '.join(changed()[part])} changed, which the {part} needs. "
-                          "Update the Step1X-Edit pack, or use the ComfyUI version that its README names as tested.")
+        raise Step1XError(
+            f"This ComfyUI is newer than this Step1X-Edit pack knows: {', '.join(changed()[part])} changed, which the {part} needs. "
+            "Update the Step1X-Edit pack, or use the ComfyUI version that its README names as tested."
+        )

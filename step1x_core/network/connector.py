@@ -78,7 +78,9 @@ class RefinerBlock(nn.Module):
         self.self_attn_proj = operations.Linear(hidden_size, hidden_size, dtype=dtype, device=device)
         self.norm2 = operations.LayerNorm(hidden_size, eps=1e-6, dtype=dtype, device=device)
         self.mlp = RefinerMLP(hidden_size, hidden_size * 4, dtype=dtype, device=device, operations=operations)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), operations.Linear(hidden_size, hidden_size * 2, dtype=dtype, device=device))
+        self.adaLN_modulation = nn.Sequential(
+            nn.SiLU(), operations.Linear(hidden_size, hidden_size * 2, dtype=dtype, device=device)
+        )
 
     def forward(self, x: Tensor, c: Tensor, attn_bias: Tensor, transformer_options={}) -> Tensor:
         gate_attn, gate_mlp = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
@@ -101,7 +103,9 @@ class TokenRefiner(nn.Module):
         self.input_embedder = operations.Linear(in_channels, hidden_size, dtype=dtype, device=device)
         self.t_embedder = TimestepEmbedder(hidden_size, **factory)
         self.c_embedder = ContextEmbedder(in_channels, hidden_size, **factory)
-        self.individual_token_refiner = TokenRefinerBlocks(depth, hidden_size=hidden_size, num_heads=num_heads, attention=attention, **factory)
+        self.individual_token_refiner = TokenRefinerBlocks(
+            depth, hidden_size=hidden_size, num_heads=num_heads, attention=attention, **factory
+        )
 
     def forward(self, x: Tensor, t: Tensor, pooled: Tensor, mask: Tensor, transformer_options={}) -> Tensor:
         c = self.t_embedder(t, x.dtype) + self.c_embedder(pooled)
@@ -121,7 +125,9 @@ def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     valid = mask.bool()
     allowed = valid[:, :, None] & valid[:, None, :]
     allowed[:, :, 0] = True
-    return torch.zeros(allowed.shape, dtype=dtype, device=mask.device).masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+    return torch.zeros(allowed.shape, dtype=dtype, device=mask.device).masked_fill_(~allowed, torch.finfo(dtype).min)[
+        :, None
+    ]
 
 
 def distinct_tokens(x: Tensor, mask: Tensor) -> int:
@@ -143,9 +149,23 @@ class Connector(nn.Module):
     scale_factor: whether there is a learned factor on the pooled vector, as in v1.0 checkpoints.
     """
 
-    def __init__(self, in_channels, hidden_size, num_heads, depth, vec_in_dim, scale_factor, attention, dtype=None, device=None, operations=None):
+    def __init__(
+        self,
+        in_channels,
+        hidden_size,
+        num_heads,
+        depth,
+        vec_in_dim,
+        scale_factor,
+        attention,
+        dtype=None,
+        device=None,
+        operations=None,
+    ):
         super().__init__()
-        self.S = TokenRefiner(in_channels, hidden_size, num_heads, depth, attention, dtype=dtype, device=device, operations=operations)
+        self.S = TokenRefiner(
+            in_channels, hidden_size, num_heads, depth, attention, dtype=dtype, device=device, operations=operations
+        )
         self.global_proj_out = operations.Linear(in_channels, vec_in_dim, dtype=dtype, device=device)
         if scale_factor:
             self.scale_factor = nn.Parameter(torch.empty(1, dtype=dtype, device=device))

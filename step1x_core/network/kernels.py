@@ -52,8 +52,21 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, out_scale: Tensor | None =
     batch, tokens, columns = x.shape
     x = x.contiguous()
     out = torch.empty_like(x, dtype=x.dtype if out_scale is None else FP8)
-    modulate_kernel[(batch * tokens,)](x, shift, scale, out, out_scale, tokens, columns, shift.stride(0), scale.stride(0), 1e-6,
-                                       BLOCK=next_power_of_2(columns), FP8_OUT=out_scale is not None, num_warps=8)
+    modulate_kernel[(batch * tokens,)](
+        x,
+        shift,
+        scale,
+        out,
+        out_scale,
+        tokens,
+        columns,
+        shift.stride(0),
+        scale.stride(0),
+        1e-6,
+        BLOCK=next_power_of_2(columns),
+        FP8_OUT=out_scale is not None,
+        num_warps=8,
+    )
     return out
 
 
@@ -69,12 +82,16 @@ def fp8_scale(parts: list[Tensor]) -> Tensor:
     out = torch.full((), 2.0**-60, device=parts[0].device)
     for x in parts:
         batch, tokens, columns = x.shape
-        fp8_scale_kernel[(batch * tokens,)](x, out, tokens, columns, x.stride(0), x.stride(1), BLOCK=next_power_of_2(columns))
+        fp8_scale_kernel[(batch * tokens,)](
+            x, out, tokens, columns, x.stride(0), x.stride(1), BLOCK=next_power_of_2(columns)
+        )
     return out
 
 
 @on_its_card
-def copy_rows(x: Tensor, out: Tensor, x_scale: Tensor | None = None, out_scale: Tensor | None = None, gelu: bool = False) -> None:
+def copy_rows(
+    x: Tensor, out: Tensor, x_scale: Tensor | None = None, out_scale: Tensor | None = None, gelu: bool = False
+) -> None:
     """Write x [B, S, C] to out [B * S, C], times x_scale [] and through GELU (tanh) if requested; e4m3 if out_scale []
     is given.
 
@@ -83,8 +100,21 @@ def copy_rows(x: Tensor, out: Tensor, x_scale: Tensor | None = None, out_scale: 
     from .triton_kernels import rows_kernel
 
     batch, tokens, columns = x.shape
-    rows_kernel[(batch * tokens, divided_up(columns, COLUMNS))](x, out, x_scale, out_scale, tokens, columns, x.stride(0), x.stride(1), out.stride(0),
-                                                                 BLOCK=COLUMNS, SCALED=x_scale is not None, GELU=gelu, FP8_OUT=out_scale is not None)
+    rows_kernel[(batch * tokens, divided_up(columns, COLUMNS))](
+        x,
+        out,
+        x_scale,
+        out_scale,
+        tokens,
+        columns,
+        x.stride(0),
+        x.stride(1),
+        out.stride(0),
+        BLOCK=COLUMNS,
+        SCALED=x_scale is not None,
+        GELU=gelu,
+        FP8_OUT=out_scale is not None,
+    )
 
 
 @on_its_card
@@ -93,12 +123,24 @@ def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> None:
     from .triton_kernels import add_gated_kernel
 
     batch, tokens, columns = x.shape
-    add_gated_kernel[(batch * tokens, divided_up(columns, COLUMNS))](x, update, gate, tokens, columns, gate.stride(0), BLOCK=COLUMNS)
+    add_gated_kernel[(batch * tokens, divided_up(columns, COLUMNS))](
+        x, update, gate, tokens, columns, gate.stride(0), BLOCK=COLUMNS
+    )
 
 
 @on_its_card
-def norm_and_rotate(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, pe: Tensor, q: Tensor, k: Tensor, v: Tensor | None = None,
-                    v_scale: Tensor | None = None, text: int = 0, repeats: int = 0) -> None:
+def norm_and_rotate(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    pe: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    text: int = 0,
+    repeats: int = 0,
+) -> None:
     """Apply RMS norm (eps 1e-6) and rotary positions to the queries and keys in qkv [B, S, 3, H, D].
 
     Queries go to q [B, S, H, D], keys to k [B, S + repeats, H, D], values to v, shaped like k. D is a power of two, and
@@ -114,5 +156,27 @@ def norm_and_rotate(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, pe: Tensor,
     group = min(HEADS, next_power_of_2(heads))
     v_strides = (0, 0) if v is None else v.stride()[:2]
     norm_and_rotate_kernel[(tokens + repeats, divided_up(heads, group), batch)](
-        qkv, q_weight, k_weight, pe, q, k, v, v_scale, text, repeats, heads, *qkv.stride()[:2], pe.stride(0) if pe.shape[0] > 1 else 0, pe.stride(2), *q.stride()[:2],
-        *k.stride()[:2], *v_strides, 1e-6, HEADS=group, WIDTH=width, COPY_V=v is not None, FP8_OUT=v_scale is not None, num_warps=2)
+        qkv,
+        q_weight,
+        k_weight,
+        pe,
+        q,
+        k,
+        v,
+        v_scale,
+        text,
+        repeats,
+        heads,
+        *qkv.stride()[:2],
+        pe.stride(0) if pe.shape[0] > 1 else 0,
+        pe.stride(2),
+        *q.stride()[:2],
+        *k.stride()[:2],
+        *v_strides,
+        1e-6,
+        HEADS=group,
+        WIDTH=width,
+        COPY_V=v is not None,
+        FP8_OUT=v_scale is not None,
+        num_warps=2,
+    )

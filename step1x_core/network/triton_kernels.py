@@ -12,7 +12,20 @@ def to_output(value, scale, FP8_OUT: tl.constexpr):
 
 
 @triton.jit
-def modulate_kernel(x, shift, scale, out, out_scale, tokens, columns, shift_batch, scale_batch, eps, BLOCK: tl.constexpr, FP8_OUT: tl.constexpr):
+def modulate_kernel(
+    x,
+    shift,
+    scale,
+    out,
+    out_scale,
+    tokens,
+    columns,
+    shift_batch,
+    scale_batch,
+    eps,
+    BLOCK: tl.constexpr,
+    FP8_OUT: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     batch = row // tokens
     cols = tl.arange(0, BLOCK)
@@ -29,15 +42,30 @@ def modulate_kernel(x, shift, scale, out, out_scale, tokens, columns, shift_batc
 def fp8_scale_kernel(x, out, tokens, columns, x_batch, x_token, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
-    value = tl.load(x + row // tokens * x_batch + row % tokens * x_token + cols, mask=cols < columns, other=0.0).to(tl.float32)
+    value = tl.load(x + row // tokens * x_batch + row % tokens * x_token + cols, mask=cols < columns, other=0.0).to(
+        tl.float32
+    )
     # The next power of two, by the bits of the exponent.
     bits = ((tl.max(tl.abs(value), axis=0) / 448.0).to(tl.int32, bitcast=True) + 0x7FFFFF) & -0x800000
     tl.atomic_max(out, bits.to(tl.float32, bitcast=True))
 
 
 @triton.jit
-def rows_kernel(x, out, x_scale, out_scale, tokens, columns, x_batch, x_token, out_row, BLOCK: tl.constexpr, SCALED: tl.constexpr, GELU: tl.constexpr,
-                FP8_OUT: tl.constexpr):
+def rows_kernel(
+    x,
+    out,
+    x_scale,
+    out_scale,
+    tokens,
+    columns,
+    x_batch,
+    x_token,
+    out_row,
+    BLOCK: tl.constexpr,
+    SCALED: tl.constexpr,
+    GELU: tl.constexpr,
+    FP8_OUT: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < columns
@@ -70,8 +98,34 @@ def normed_and_rotated(value, weight, rotation, eps, HEADS: tl.constexpr, WIDTH:
 
 
 @triton.jit
-def norm_and_rotate_kernel(qkv, q_weight, k_weight, pe, q, k, v, v_scale, text, repeats, heads, qkv_batch, qkv_token, pe_batch, pe_token, q_batch, q_token, k_batch, k_token,
-                           v_batch, v_token, eps, HEADS: tl.constexpr, WIDTH: tl.constexpr, COPY_V: tl.constexpr, FP8_OUT: tl.constexpr):
+def norm_and_rotate_kernel(
+    qkv,
+    q_weight,
+    k_weight,
+    pe,
+    q,
+    k,
+    v,
+    v_scale,
+    text,
+    repeats,
+    heads,
+    qkv_batch,
+    qkv_token,
+    pe_batch,
+    pe_token,
+    q_batch,
+    q_token,
+    k_batch,
+    k_token,
+    v_batch,
+    v_token,
+    eps,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COPY_V: tl.constexpr,
+    FP8_OUT: tl.constexpr,
+):
     batch, row = tl.program_id(2).to(tl.int64), tl.program_id(0).to(tl.int64)
     token = tl.where(row < text, row, tl.maximum(row - repeats, text - 1))
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -87,8 +141,12 @@ def norm_and_rotate_kernel(qkv, q_weight, k_weight, pe, q, k, v, v_scale, text, 
         if FP8_OUT:
             values = to_output(values.to(tl.float32), v_scale, FP8_OUT).to(v.dtype.element_ty)
         tl.store(v + batch * v_batch + row * v_token + here, values, mask=inside)
-    queries = normed_and_rotated(queries, tl.load(q_weight + cols).to(tl.float32), rotation, eps, HEADS, WIDTH, qkv.dtype.element_ty)
-    keys = normed_and_rotated(keys, tl.load(k_weight + cols).to(tl.float32), rotation, eps, HEADS, WIDTH, qkv.dtype.element_ty)
+    queries = normed_and_rotated(
+        queries, tl.load(q_weight + cols).to(tl.float32), rotation, eps, HEADS, WIDTH, qkv.dtype.element_ty
+    )
+    keys = normed_and_rotated(
+        keys, tl.load(k_weight + cols).to(tl.float32), rotation, eps, HEADS, WIDTH, qkv.dtype.element_ty
+    )
     tl.store(k + batch * k_batch + row * k_token + here, keys, mask=inside)
     if row < text or row >= text + repeats:
         tl.store(q + batch * q_batch + token * q_token + here, queries, mask=inside)

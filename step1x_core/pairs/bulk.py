@@ -48,7 +48,10 @@ class Tally:
     unreadable: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"{self.added} pairs added; {self.duplicates} looked like others, {self.unsuited} edits did not suit their image.", *self.unreadable]
+        lines = [
+            f"{self.added} pairs added; {self.duplicates} looked like others, {self.unsuited} edits did not suit their image.",
+            *self.unreadable,
+        ]
         return "\n".join(lines)
 
 
@@ -80,7 +83,15 @@ def find_pictures(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in paths}
 
 
-def tasks(pictures: dict[str, Path], kinds: tuple[str, ...], count: int, seed: int, max_side: int, store: PairStore, unreadable: set[str]) -> Iterator[Task]:
+def tasks(
+    pictures: dict[str, Path],
+    kinds: tuple[str, ...],
+    count: int,
+    seed: int,
+    max_side: int,
+    store: PairStore,
+    unreadable: set[str],
+) -> Iterator[Task]:
     """All pictures in turn, again and again, each time with its next orders."""
     size = max(1, min(ORDERS, count // len(pictures)))
     for first in range(0, PATIENCE * (count // len(pictures) + size), size):
@@ -104,8 +115,16 @@ class SameProcess(Executor):
         return future
 
 
-def fill_dataset(store: PairStore, pictures: dict[str, Path], kinds: tuple[str, ...], count: int, seed: int, max_side: int, workers: int,
-                 tell: Callable[[int], None]) -> Tally:
+def fill_dataset(
+    store: PairStore,
+    pictures: dict[str, Path],
+    kinds: tuple[str, ...],
+    count: int,
+    seed: int,
+    max_side: int,
+    workers: int,
+    tell: Callable[[int], None],
+) -> Tally:
     """Add pairs until the dataset has `count`, or the pictures give no more. tell: is called with the number that it has.
 
     Results are taken in the order of the tasks: the dataset does not depend on the number of processes, nor on where an earlier run was killed.
@@ -117,7 +136,11 @@ def fill_dataset(store: PairStore, pictures: dict[str, Path], kinds: tuple[str, 
     tally, unreadable = Tally(), set()
     waiting = tasks(pictures, kinds, count, seed, max_side, store, unreadable)
     running = deque()
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) if workers > 1 else SameProcess()
+    pool = (
+        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
+        if workers > 1
+        else SameProcess()
+    )
     try:
         while len(store.rows) < count:
             for task in itertools.islice(waiting, 2 * workers - len(running)):
@@ -143,8 +166,10 @@ def fill_dataset(store: PairStore, pictures: dict[str, Path], kinds: tuple[str, 
                     tally.added += 1
             tell(len(store.rows))
     except BrokenProcessPool as problem:
-        raise Step1XError("A worker process was killed, perhaps because memory ran out. The pairs made so far are kept. "
-                          "Rerun the command with fewer workers.") from problem
+        raise Step1XError(
+            "A worker process was killed, perhaps because memory ran out. The pairs made so far are kept. "
+            "Rerun the command with fewer workers."
+        ) from problem
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return tally

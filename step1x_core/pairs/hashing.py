@@ -75,7 +75,9 @@ class Index:
         if seen is None:
             return None
         known, bits = seen.prints[:len(seen.names)], 3 * STRUCTURE
-        distances = _COUNTS[known[:, :bits] ^ print_[:bits]].reshape(len(known), 3, STRUCTURE).sum(axis=2, dtype=np.int32)
+        distances = (
+            _COUNTS[known[:, :bits] ^ print_[:bits]].reshape(len(known), 3, STRUCTURE).sum(axis=2, dtype=np.int32)
+        )
         levels = np.abs(known[:, bits:].astype(np.int16) - print_[bits:]).max(axis=1)
         same = np.flatnonzero((distances <= BITS).all(axis=1) & (levels <= LEVELS))
         return seen.names[same[0]] if len(same) else None

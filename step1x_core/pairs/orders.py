@@ -19,14 +19,42 @@ from .record import Pair, changed_pixels, instructions, words
 MIN_SIDE = 64
 # Least share of the picture's pixels that an edit has to change.
 MIN_CHANGE = 0.002
-TONES = {"fog": forwards(fog), "defog": backwards(fog), "snow": forwards(snow), "unsnow": backwards(snow), "rain": forwards(rain), "unrain": backwards(rain),
-         "night": forwards(night), "day": backwards(night), "sunset": forwards(sunset), "winter": forwards(winter), "autumn": forwards(autumn),
-         "brighten": backwards(darken), "denoise": backwards(add_noise), "deblur": backwards(blur), "dejpeg": backwards(compress), "restore": backwards(age),
-         "colourise": backwards(monochrome)}
-STYLES = {"pencil": forwards(pencil), "ink": forwards(ink), "oil": forwards(oil), "cartoon": forwards(cartoon), "pixel": forwards(pixel_art),
-          "halftone": forwards(halftone), "sepia": forwards(sepia), "monochrome": forwards(monochrome)}
+TONES = {
+    "fog": forwards(fog),
+    "defog": backwards(fog),
+    "snow": forwards(snow),
+    "unsnow": backwards(snow),
+    "rain": forwards(rain),
+    "unrain": backwards(rain),
+    "night": forwards(night),
+    "day": backwards(night),
+    "sunset": forwards(sunset),
+    "winter": forwards(winter),
+    "autumn": forwards(autumn),
+    "brighten": backwards(darken),
+    "denoise": backwards(add_noise),
+    "deblur": backwards(blur),
+    "dejpeg": backwards(compress),
+    "restore": backwards(age),
+    "colourise": backwards(monochrome),
+}
+STYLES = {
+    "pencil": forwards(pencil),
+    "ink": forwards(ink),
+    "oil": forwards(oil),
+    "cartoon": forwards(cartoon),
+    "pixel": forwards(pixel_art),
+    "halftone": forwards(halftone),
+    "sepia": forwards(sepia),
+    "monochrome": forwards(monochrome),
+}
 TEXTS = {"text_replace": text_replace, "text_add": text_add, "text_remove": text_remove, "text_colour": text_colour}
-MAKERS: dict[str, dict[str, Make]] = {"tone_transfer": TONES, "style_change": STYLES, "color_alter": {"recolour": recolour}, "text_change": TEXTS}
+MAKERS: dict[str, dict[str, Make]] = {
+    "tone_transfer": TONES,
+    "style_change": STYLES,
+    "color_alter": {"recolour": recolour},
+    "text_change": TEXTS,
+}
 ORDER_KINDS = tuple(MAKERS)
 
 
@@ -64,7 +92,11 @@ def shrink(picture: np.ndarray, max_side: int) -> np.ndarray:
     scale = max_side / max(height, width)
     if not max_side or scale >= 1:
         return picture
-    return np.asarray(Image.fromarray(picture).resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.LANCZOS))
+    return np.asarray(
+        Image.fromarray(picture).resize(
+            (max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.LANCZOS
+        )
+    )
 
 
 def carry_out(picture: np.ndarray, name: str, order: Order, seed: int) -> Pair | None:
@@ -75,4 +107,12 @@ def carry_out(picture: np.ndarray, name: str, order: Order, seed: int) -> Pair |
         return None
     english, chinese = instructions(words()["makers"][order.maker], made.english, made.chinese, random.Random(text))
     numbers = {key: round(value, 4) if isinstance(value, float) else value for key, value in made.numbers.items()}
-    return Pair(made.source, made.target, order.kind, english, chinese, order.maker, {"picture": name, "number": order.number, "seed": seed, **numbers})
+    return Pair(
+        made.source,
+        made.target,
+        order.kind,
+        english,
+        chinese,
+        order.maker,
+        {"picture": name, "number": order.number, "seed": seed, **numbers},
+    )

@@ -95,7 +95,11 @@ def read_ideas(reply: str) -> list[Idea]:
             continue
         place = both(entry, "place", "place_zh")
         ideas.append(Idea("subject-remove", {"object": name, **({"place": place} if place else {})}))
-        for kind, field in (("subject-replace", "replacement"), ("color_alter", "colour"), ("material_alter", "material")):
+        for kind, field in (
+            ("subject-replace", "replacement"),
+            ("color_alter", "colour"),
+            ("material_alter", "material"),
+        ):
             content = both(entry, field, f"{field}_zh")
             if content:
                 ideas.append(Idea(kind, {"object": name, "content": content}))
@@ -108,8 +112,12 @@ def read_ideas(reply: str) -> list[Idea]:
         if name:
             ideas.append(Idea("background_change", {"content": name}))
     for entry in entries(table, "texts"):
-        old, new = (value.strip() if isinstance(value, str) and 0 < len(value.strip()) <= MAX_LENGTH and "\n" not in value.strip() else None
-                    for value in (entry.get("old"), entry.get("new")))
+        old, new = (
+            value.strip()
+            if isinstance(value, str) and 0 < len(value.strip()) <= MAX_LENGTH and "\n" not in value.strip()
+            else None
+            for value in (entry.get("old"), entry.get("new"))
+        )
         if old and new and old != new:
             ideas.append(Idea("text_change", {"object": (old, old), "content": (new, new)}))
     if not ideas:
@@ -197,5 +205,13 @@ def proposing(picture, kinds: list[str], count: int, seed: int) -> Generator[Ask
         raise Step1XError(f"{problem or 'The language model found nothing in this image'}, and every one of the kinds "
                           f"{', '.join(kinds)} depends on that. "
                           "Use the full Qwen2.5-VL-7B-Instruct, another seed, or more kinds.")
-    head = f"{problem}; these edits do not need one." if problem and not found else f"The language model found {', '.join(sorted(found))}." if found else "Not asked."
-    return chosen, "\n".join([head, *(f"{proposal.kind}: {proposal.english} / {proposal.chinese}" for proposal in chosen)])
+    head = (
+        f"{problem}; these edits do not need one."
+        if problem and not found
+        else f"The language model found {', '.join(sorted(found))}."
+        if found
+        else "Not asked."
+    )
+    return chosen, "\n".join(
+        [head, *(f"{proposal.kind}: {proposal.english} / {proposal.chinese}" for proposal in chosen)]
+    )

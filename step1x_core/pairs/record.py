@@ -50,7 +50,9 @@ class Pair:
         return replace(self, verdict=verdict)
 
 
-def make_pair(source: np.ndarray, target: np.ndarray, kind: str, english: str, chinese: str, maker: str, details: dict = {}) -> Pair:
+def make_pair(
+    source: np.ndarray, target: np.ndarray, kind: str, english: str, chinese: str, maker: str, details: dict = {}
+) -> Pair:
     """A pair of pictures, uint8 [H, W, 3]; the target is brought to the source's size.
 
     Raises Step1XError for an unknown kind, for no instruction, and for pictures of different shapes.
@@ -61,8 +63,10 @@ def make_pair(source: np.ndarray, target: np.ndarray, kind: str, english: str, c
     if not english and not chinese:
         raise Step1XError("A pair has no instruction. Write one, in English or Chinese, or connect proposals.")
     if abs(math.log(source.shape[1] * target.shape[0] / (source.shape[0] * target.shape[1]))) > ASPECT_TOLERANCE:
-        raise Step1XError(f"The edited image has {target.shape[1]}x{target.shape[0]} pixels and its source "
-                          f"{source.shape[1]}x{source.shape[0]}, but they must have the same aspect ratio. Crop one of them.")
+        raise Step1XError(
+            f"The edited image has {target.shape[1]}x{target.shape[0]} pixels and its source "
+            f"{source.shape[1]}x{source.shape[0]}, but they must have the same aspect ratio. Crop one of them."
+        )
     if target.shape != source.shape:
         target = np.asarray(Image.fromarray(target).resize(source.shape[1::-1], Image.Resampling.LANCZOS))
     return Pair(source, target, kind, english, chinese, maker, details)
@@ -89,6 +93,8 @@ def fill(wording: str, values: dict[str, str]) -> str:
     return _FIELD.sub(lambda name: values[name[1]], wording)
 
 
-def instructions(wordings: dict[str, list[str]], english: dict[str, str], chinese: dict[str, str], rng: random.Random) -> tuple[str, str]:
+def instructions(
+    wordings: dict[str, list[str]], english: dict[str, str], chinese: dict[str, str], rng: random.Random
+) -> tuple[str, str]:
     """One wording in each language, with the values of its fields."""
     return fill(rng.choice(wordings["en"]), english), fill(rng.choice(wordings["zh"]), chinese)

@@ -40,7 +40,10 @@ def objection(pair: Pair, limits: Thresholds) -> str:
         return "" if limits.unjudged or limits.unasked else "not judged"
     if pair.verdict.semantics is None or pair.verdict.quality is None:
         return "" if limits.unjudged else f"no usable judgement: {pair.verdict.problem}"
-    for name, value, least in (("semantics", min(pair.verdict.semantics), limits.semantics), ("quality", min(pair.verdict.quality), limits.quality)):
+    for name, value, least in (
+        ("semantics", min(pair.verdict.semantics), limits.semantics),
+        ("quality", min(pair.verdict.quality), limits.quality),
+    ):
         if value < least:
             return f"{name} {value:g} is below {least:g}"
     return ""
@@ -79,14 +82,27 @@ def lower_scores(semantics, quality) -> tuple[float, float] | None:
 
 def card(pair: Pair) -> Card:
     scores = pair.verdict and lower_scores(pair.verdict.semantics, pair.verdict.quality)
-    return Card(pair.kind, pair.maker, pair.english, pair.chinese, scores, lambda: (Image.fromarray(pair.source), Image.fromarray(pair.target)))
+    return Card(
+        pair.kind,
+        pair.maker,
+        pair.english,
+        pair.chinese,
+        scores,
+        lambda: (Image.fromarray(pair.source), Image.fromarray(pair.target)),
+    )
 
 
 def stored_card(folder, row: dict) -> Card:
     """A pair of a dataset by its row in the journal."""
     verdict = row["verdict"] or {}
-    return Card(row["kind"], row["maker"], row["en"], row["zh"], lower_scores(verdict.get("semantics"), verdict.get("quality")),
-                lambda: tuple(Image.open(safe_path(folder, row[side], folder, str(folder))) for side in ("source", "target")))
+    return Card(
+        row["kind"],
+        row["maker"],
+        row["en"],
+        row["zh"],
+        lower_scores(verdict.get("semantics"), verdict.get("quality")),
+        lambda: tuple(Image.open(safe_path(folder, row[side], folder, str(folder))) for side in ("source", "target")),
+    )
 
 
 def mean(values: list[float]) -> str:
@@ -101,7 +117,12 @@ def statistics(cards: list[Card]) -> str:
         group = [entry for entry in cards if name in (entry.task_type, "all")]
         scores = [entry.scores for entry in group if entry.scores]
         makers = ", ".join(f"{maker} {count}" for maker, count in Counter(entry.maker for entry in group).most_common())
-        counts = len(group), sum(bool(entry.english) for entry in group), sum(bool(entry.chinese) for entry in group), len(scores)
+        counts = (
+            len(group),
+            sum(bool(entry.english) for entry in group),
+            sum(bool(entry.chinese) for entry in group),
+            len(scores),
+        )
         means = mean([semantics for semantics, _ in scores]), mean([quality for _, quality in scores])
         lines.append(f"| {' | '.join(map(str, (name, *counts, *means, '' if name == 'all' else makers)))} |")
     return "\n".join(lines)
@@ -123,14 +144,23 @@ def contact_sheet(cards: list[Card], limit: int = 48, columns: int = 3) -> Image
     """Source and target side by side with kind and instruction, at most `limit` pairs of all kinds."""
     shown = spread(cards, limit)
     cell_width, cell_height = 2 * THUMBNAIL + 4 + MARGIN, THUMBNAIL + TEXT + MARGIN + 8
-    picture = Image.new("RGB", (columns * cell_width + MARGIN, max(1, -(-len(shown) // columns)) * cell_height + MARGIN + 28), PAPER)
+    picture = Image.new(
+        "RGB", (columns * cell_width + MARGIN, max(1, -(-len(shown) // columns)) * cell_height + MARGIN + 28), PAPER
+    )
     canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
-    canvas.text((MARGIN, MARGIN - 4), f"{len(shown)} of {len(cards)} pairs, source and target", fill=INK, font=ImageFont.load_default(16))
+    canvas.text(
+        (MARGIN, MARGIN - 4),
+        f"{len(shown)} of {len(cards)} pairs, source and target",
+        fill=INK,
+        font=ImageFont.load_default(16),
+    )
     for number, entry in enumerate(shown):
         x, y = MARGIN + number % columns * cell_width, MARGIN + 24 + number // columns * cell_height
         for side, part in enumerate(entry.load()):
             picture.paste(thumbnail(part), (x + side * (THUMBNAIL + 4), y))
         scores = f"  SC {entry.scores[0]:g}  PQ {entry.scores[1]:g}" if entry.scores else ""
-        for line, text in enumerate((f"{entry.task_type}{scores}", *caption(canvas, entry.english or entry.chinese, font, cell_width - MARGIN))):
+        for line, text in enumerate(
+            (f"{entry.task_type}{scores}", *caption(canvas, entry.english or entry.chinese, font, cell_width - MARGIN))
+        ):
             canvas.text((x, y + THUMBNAIL + 3 + 16 * line), text, fill=INK, font=font)
     return picture

@@ -28,7 +28,9 @@ def spooled(pairs: Iterable[Pair], folder: Path) -> tuple[Pair, ...]:
             file.flush()
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as problem:
-        raise Step1XError(f"The pairs cannot be kept in {folder} ({problem}). Free space on the disk, or make fewer pairs at a time.") from problem
+        raise Step1XError(
+            f"The pairs cannot be kept in {folder} ({problem}). Free space on the disk, or make fewer pairs at a time."
+        ) from problem
 
     def picture(place: int, shape: tuple[int, ...]) -> np.ndarray:
         return np.frombuffer(content, np.uint8, int(np.prod(shape)), place).reshape(shape)

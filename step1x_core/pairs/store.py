@@ -50,10 +50,23 @@ def encode(pair: Pair) -> Encoded:
     """Files, names, hash and provenance of a pair."""
     source_key = digest(pair.source.tobytes(), str(pair.source.shape))
     key = digest(source_key, pair.target.tobytes(), pair.kind, pair.maker)
-    verdict = pair.verdict and {"semantics": pair.verdict.semantics, "quality": pair.verdict.quality, "problem": pair.verdict.problem}
-    row = {"key": key, "source": f"sources/{source_key[:2]}/{source_key}.png", "target": f"targets/{key[:2]}/{key}.png", "kind": pair.kind,
-           "en": pair.english, "zh": pair.chinese, "maker": pair.maker, "details": pair.details, "verdict": verdict,
-           "hash": fingerprint(pair.source, pair.target).tobytes().hex()}
+    verdict = pair.verdict and {
+        "semantics": pair.verdict.semantics,
+        "quality": pair.verdict.quality,
+        "problem": pair.verdict.problem,
+    }
+    row = {
+        "key": key,
+        "source": f"sources/{source_key[:2]}/{source_key}.png",
+        "target": f"targets/{key[:2]}/{key}.png",
+        "kind": pair.kind,
+        "en": pair.english,
+        "zh": pair.chinese,
+        "maker": pair.maker,
+        "details": pair.details,
+        "verdict": verdict,
+        "hash": fingerprint(pair.source, pair.target).tobytes().hex(),
+    }
     return Encoded(png(pair.source), png(pair.target), row)
 
 
@@ -69,7 +82,9 @@ def read_journal(path: Path) -> tuple[list[dict], int]:
         try:
             row = json.loads(line)
             if "turned_down" not in row:
-                valid = all(isinstance(row[name], str) for name in ("key", "kind", "en", "zh", "maker")) and isinstance(row["verdict"], dict | None)
+                valid = all(isinstance(row[name], str) for name in ("key", "kind", "en", "zh", "maker")) and isinstance(
+                    row["verdict"], dict | None
+                )
                 # A dataset may come from somebody else: no name in it leads out of its folder.
                 valid = valid and all(PICTURE.fullmatch(row[name]) for name in ("source", "target"))
                 if not valid or len(bytes.fromhex(row["hash"])) != SIZE or not isinstance(row["details"], dict):
@@ -187,5 +202,12 @@ def group(row: dict) -> str:
 
 def official(rows: Iterable[dict], language: str) -> dict:
     """The pairs that have an instruction in this language, as the official training code reads them; it passes over what is added to each entry."""
-    return {row["target"]: {REFERENCE: row["source"], CAPTION: row[language],
-                            "provenance": {name: row[name] for name in ("kind", "maker", "details", "verdict")}} for row in rows if row[language]}
+    return {
+        row["target"]: {
+            REFERENCE: row["source"],
+            CAPTION: row[language],
+            "provenance": {name: row[name] for name in ("kind", "maker", "details", "verdict")},
+        }
+        for row in rows
+        if row[language]
+    }

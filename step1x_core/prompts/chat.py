@@ -44,7 +44,9 @@ def chat(system: str | None, content: list) -> tuple[list[str], list]:
     The texts contain no special tokens except those of the template and around the images, whatever the input contains.
     """
     system = DEFAULT_SYSTEM if system is None else plain_text(system)
-    return split_at_pictures([f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n", *plain_content(content), TURN_END])
+    return split_at_pictures(
+        [f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n", *plain_content(content), TURN_END]
+    )
 
 
 def untemplated(text: str, pictures: list) -> tuple[list[str], list]:

@@ -27,7 +27,11 @@ class ImageMemory:
 
     def once_by_content(self, image: Tensor, name, make: Callable[[Tensor], T]) -> T:
         """`once` for any image with the same pixels, uint8 [h, w, 3] on the CPU."""
-        digest = self.once(image, hashlib.blake2b, lambda image: hashlib.blake2b(image.contiguous().numpy().data, digest_size=16).digest())
+        digest = self.once(
+            image,
+            hashlib.blake2b,
+            lambda image: hashlib.blake2b(image.contiguous().numpy().data, digest_size=16).digest(),
+        )
         key = name, digest, tuple(image.shape)
         if key not in self.kept:
             self.kept[key] = make(image), None

@@ -59,7 +59,9 @@ def plain_text(text: str) -> str:
 
     Otherwise a text could end its turn in a chat and answer in place of the model.
     """
-    return _SPECIAL.sub(lambda match: "<| " + match[1][1:-1] + " |>" if match[1][0] == "|" else f"< {match[1]} >", clean_prompt(text))
+    return _SPECIAL.sub(
+        lambda match: "<| " + match[1][1:-1] + " |>" if match[1][0] == "|" else f"< {match[1]} >", clean_prompt(text)
+    )
 
 
 def split_quotations(text: str) -> list[str]:

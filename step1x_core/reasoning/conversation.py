@@ -53,7 +53,14 @@ class Rules:
     tries: int = MAX_TRIES
 
 
-_BUDGETS = {"rewrite": 512, "description": 768, "consistency": 1024, "reflection": 768, "edit_score": 768, "quality_score": 768}
+_BUDGETS = {
+    "rewrite": 512,
+    "description": 768,
+    "consistency": 1024,
+    "reflection": 768,
+    "edit_score": 768,
+    "quality_score": 768,
+}
 RULES = {
     "v1.2-preview": Rules({**_BUDGETS, "consistency": 512}, scored=False),
     "v1.2": Rules(_BUDGETS, scored=True),

@@ -57,7 +57,11 @@ def read_scores(reply: str) -> tuple[float, float]:
     """Read the two scores of a reply: a JSON object with "score", in any text. Raises BadReply unless they are two
     numbers 0..10."""
     scores = json_block(reply).get("score")
-    if not isinstance(scores, list) or len(scores) != 2 or not all(type(score) in (int, float) and 0 <= score <= MAX_SCORE for score in scores):
+    if (
+        not isinstance(scores, list)
+        or len(scores) != 2
+        or not all(type(score) in (int, float) and 0 <= score <= MAX_SCORE for score in scores)
+    ):
         raise BadReply(f'"score" is not two numbers from 0 to {MAX_SCORE:g}')
     return float(scores[0]), float(scores[1])
 

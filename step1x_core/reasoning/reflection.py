@@ -135,7 +135,9 @@ def rate(conversation: Conversation, name: str, **values: str) -> tuple[float, f
     return answered(conversation.ask, rating(conversation, name, **values))
 
 
-def reflect(ask: Ask, source, edited, prompt: str, rules: Rules = RULES["v1.2"], overrides: Path | None = None) -> Reflection:
+def reflect(
+    ask: Ask, source, edited, prompt: str, rules: Rules = RULES["v1.2"], overrides: Path | None = None
+) -> Reflection:
     """Judge an edited image against the source (always that of the first round) and the instruction.
 
     Returns a verdict whatever the replies are. Raises Step1XError for faulty template files in `overrides`, and
@@ -144,7 +146,9 @@ def reflect(ask: Ask, source, edited, prompt: str, rules: Rules = RULES["v1.2"],
     The scores depend on no other reply. An `ask` with a method `together` (see `AskTogether`) is asked for them beside
     the verdict, any other one after it.
     """
-    conversation = Conversation(ask, rules, load_templates(language(prompt), overrides), {"source": source, "edited": edited})
+    conversation = Conversation(
+        ask, rules, load_templates(language(prompt), overrides), {"source": source, "edited": edited}
+    )
     tracks = [judging(conversation, prompt)]
     if rules.scored:
         tracks += [rating(conversation, "edit_score", instruction=prompt), rating(conversation, "quality_score")]

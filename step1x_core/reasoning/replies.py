@@ -86,8 +86,9 @@ def read_consistency(table: dict) -> Consistency:
     """
     try:
         meets = clean_prompt(str(table.get("meets_instruction", ""))).strip().lower()
-        major, minor, hallucinations, omissions = (int(table.get(name) or 0) for name in
-                                                   ("major_conflicts", "minor_conflicts", "hallucinations", "omissions"))
+        major, minor, hallucinations, omissions = (
+            int(table.get(name) or 0) for name in ("major_conflicts", "minor_conflicts", "hallucinations", "omissions")
+        )
         raw = float(table.get("raw_score", 0.0))
         reason = clean_prompt(str(table.get("reason", ""))).strip()
     # RecursionError: a deeply nested object in place of a text.
@@ -107,7 +108,9 @@ def read_consistency(table: dict) -> Consistency:
         caps.append(OMISSION_CAP)
     if meets != "yes" or major > 0 or hallucinations > 0 or omissions > 0:
         caps.append(FLAW_CAP)
-    return Consistency(round(min([raw, *caps]), 4), raw, meets, major, minor, hallucinations, omissions, reason, tuple(caps))
+    return Consistency(
+        round(min([raw, *caps]), 4), raw, meets, major, minor, hallucinations, omissions, reason, tuple(caps)
+    )
 
 
 def count_outcomes(text: str) -> int:

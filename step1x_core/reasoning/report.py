@@ -27,8 +27,10 @@ def describe_reflection(reflection: Reflection) -> str:
         lines.append(f"  Consistency: {reflection.consistency.score:g} of 10")
     if reflection.edit_scores:
         (success, restraint), (naturalness, artifacts) = reflection.edit_scores, reflection.quality_scores
-        lines.append(f"  Scores of 10: success {success:g}, restraint {restraint:g}, naturalness {naturalness:g}, freedom from artifacts {artifacts:g}; "
-                     f"value {reflection.value:g} of 100")
+        lines.append(
+            f"  Scores of 10: success {success:g}, restraint {restraint:g}, naturalness {naturalness:g}, freedom from artifacts {artifacts:g}; "
+            f"value {reflection.value:g} of 100"
+        )
     return clean_prompt("\n".join([*lines, *map(describe_call, reflection.calls)]))
 
 

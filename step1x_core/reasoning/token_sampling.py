@@ -37,7 +37,12 @@ class Sampling:
                 f"Setting repetition_penalty is {self.repetition_penalty}; it must be above 0. Set it to 1 to disable "
                 "it."
             )
-        for name, low, high in (("temperature", 0, math.inf), ("top_p", 0, 1), ("min_p", 0, 1), ("seed", -2**63, 2**64 - 1)):
+        for name, low, high in (
+            ("temperature", 0, math.inf),
+            ("top_p", 0, 1),
+            ("min_p", 0, 1),
+            ("seed", -(2**63), 2**64 - 1),
+        ):
             # NaN fails every comparison.
             if not low <= getattr(self, name) <= high:
                 raise Step1XError(
@@ -61,7 +66,10 @@ class Settings:
         self.samples = any(row.temperature > 0 for row in samplings)
         self.widest = 0 if any(row.top_k <= 0 for row in samplings) else max(row.top_k for row in samplings)
         self.uses_top_k = any(row.top_k > 0 for row in samplings)
-        self.uses_top_p, self.uses_min_p = any(row.top_p < 1 for row in samplings), any(row.min_p > 0 for row in samplings)
+        self.uses_top_p, self.uses_min_p = (
+            any(row.top_p < 1 for row in samplings),
+            any(row.min_p > 0 for row in samplings),
+        )
 
 
 def penalise(scores: Tensor, seen: Tensor, replied: Tensor, settings: Settings) -> Tensor:
@@ -81,7 +89,9 @@ def best_first(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Of equal scores the lower token comes first on every device and in every batch size, which torch's topk leaves open.
     The sort key has the score in its upper bits, as an integer of the same order, and the token in its lower ones.
     """
-    values, tokens = scores.topk(count) if count < scores.shape[1] else (scores, torch.arange(count, device=scores.device))
+    values, tokens = (
+        scores.topk(count) if count < scores.shape[1] else (scores, torch.arange(count, device=scores.device))
+    )
     bits = values.contiguous().view(torch.int32)
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     last = 2**TOKEN_BITS - 1
@@ -147,7 +157,9 @@ class TokenSampler:
         if settings.samples:
             chances, ids = candidates(scores, settings)
             sums = chances.double().cumsum(-1)
-            drawn = (sums <= self.draws.gather(1, place) * sums[:, -1:]).sum(-1, keepdim=True).clamp_(max=ids.shape[1] - 1)
+            drawn = (
+                (sums <= self.draws.gather(1, place) * sums[:, -1:]).sum(-1, keepdim=True).clamp_(max=ids.shape[1] - 1)
+            )
             tokens = torch.where(settings.sampled, ids.gather(1, drawn), tokens)
         if settings.penalises:
             self.seen.scatter_(1, tokens, True)

@@ -49,6 +49,8 @@ class NormLimiter:
         divisor = norm_divisor(patch_norm((cond - uncond) / sigma), self.power)
         # Compared in float32, so that a sigma equal to the threshold is not above it. `full` writes on the device;
         # copying a number there would wait for the whole previous step.
-        divisor = torch.where(sigma > torch.full((), self.truncate, dtype=torch.float32, device=sigma.device), divisor, 1.0)
+        divisor = torch.where(
+            sigma > torch.full((), self.truncate, dtype=torch.float32, device=sigma.device), divisor, 1.0
+        )
         out[0] = uncond + (cond - uncond) / divisor
         return out

@@ -43,7 +43,12 @@ class TeaCacheState:
         """
         current = first_block_norm(img)
         # With several GPUs, a prompt may move to another one.
-        fits = self.previous is not None and self.previous.shape == current.shape and self.previous.device == current.device and self.residual is not None
+        fits = (
+            self.previous is not None
+            and self.previous.shape == current.shape
+            and self.previous.device == current.device
+            and self.residual is not None
+        )
         if forced or not fits:
             self.ran = True
         else:

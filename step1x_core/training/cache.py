@@ -43,7 +43,9 @@ class Cache:
         try:
             return load_file(self.path(key))
         except (OSError, SafetensorError) as error:
-            raise Step1XError(f"{self.path(key)} cannot be read ({error}). Delete it and run the dataset node again.") from error
+            raise Step1XError(
+                f"{self.path(key)} cannot be read ({error}). Delete it and run the dataset node again."
+            ) from error
 
     def store(self, key: str, tensors: dict[str, Tensor]) -> None:
         write_tensors(self.path(key), tensors)
@@ -75,7 +77,12 @@ class Cache:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """A safetensors file, written beside its place and then moved there. Raises Step1XError where the disk is full or write-protected."""
     try:
-        write_whole(path, lambda partial: save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata))
+        write_whole(
+            path,
+            lambda partial: save_file(
+                {name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata
+            ),
+        )
     except (OSError, SafetensorError) as error:
         raise unwritable(path, error) from error
 
@@ -84,7 +91,10 @@ def pack_conditioning(conditioning: list) -> dict[str, Tensor]:
     """A conditioning of one entry -> its tensors, floating-point ones rounded to bfloat16 as the published weights would take them."""
     (cond, extra), = conditioning
     tensors = {"cond": cond} | {name: value for name, value in extra.items() if torch.is_tensor(value)}
-    return {name: value.to("cpu", torch.bfloat16 if value.is_floating_point() and name not in EXACT else value.dtype) for name, value in tensors.items()}
+    return {
+        name: value.to("cpu", torch.bfloat16 if value.is_floating_point() and name not in EXACT else value.dtype)
+        for name, value in tensors.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -112,7 +122,13 @@ class EditDataset:
 
     def fingerprint(self) -> str:
         """A name for what is trained on: pictures, instructions, sizes and the order of the pairs."""
-        return content_key(*(part for item in self.pairs for part in (item.content or f"{item.conditioning} {item.source} {item.target}", *item.size)))
+        return content_key(
+            *(
+                part
+                for item in self.pairs
+                for part in (item.content or f"{item.conditioning} {item.source} {item.target}", *item.size)
+            )
+        )
 
     def latents(self, item: CachedPair) -> tuple[Tensor, Tensor]:
         """Target and source, float32 [1, C, h, w] each. Raises Step1XError where the item has no target."""

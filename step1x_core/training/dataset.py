@@ -46,7 +46,9 @@ def read_pairs(path: Path, root: Path | None = None) -> list[EditPair]:
         files = sorted(path.glob("*.json"))
         pairs = [pair for file in files for pair in _read_json(file, root)] if files else list(_read_folder(path, root))
     else:
-        raise Step1XError(f"There is no dataset at {path}. Name a folder with '{SOURCES}' and '{TARGETS}', or a JSON file.")
+        raise Step1XError(
+            f"There is no dataset at {path}. Name a folder with '{SOURCES}' and '{TARGETS}', or a JSON file."
+        )
     if not pairs:
         raise Step1XError(f"The dataset {path} holds no pairs. It needs '{SOURCES}/NAME.png', '{TARGETS}/NAME.png' and "
                           f"'{TARGETS}/NAME.txt', or a JSON file of pairs.")
@@ -62,10 +64,16 @@ def read_sources(path: Path, root: Path | None = None) -> list[EditPair]:
     Raises Step1XError as `read_pairs` does.
     """
     files = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []
-    pairs = [replace(pair, target=None) for file in files for pair in _read_json(file, root)] if files else list(_read_texts(path, root))
+    pairs = (
+        [replace(pair, target=None) for file in files for pair in _read_json(file, root)]
+        if files
+        else list(_read_texts(path, root))
+    )
     if not pairs:
-        raise Step1XError(f"The dataset {path} holds no sources. It needs '{SOURCES}/NAME.png' and '{SOURCES}/NAME.txt' with one instruction per line, "
-                          "or pairs as for training.")
+        raise Step1XError(
+            f"The dataset {path} holds no sources. It needs '{SOURCES}/NAME.png' and '{SOURCES}/NAME.txt' with one instruction per line, "
+            "or pairs as for training."
+        )
     return _existing(pairs, path)
 
 
@@ -73,7 +81,9 @@ def _existing(pairs: list[EditPair], path: Path) -> list[EditPair]:
     for pair in pairs:
         for file in pair.files:
             if not os.path.isfile(file):
-                raise Step1XError(f"The image {file} of the dataset {path} does not exist. Put it there, or remove the pair.")
+                raise Step1XError(
+                    f"The image {file} of the dataset {path} does not exist. Put it there, or remove the pair."
+                )
     return pairs
 
 
@@ -83,7 +93,9 @@ def _read_texts(folder: Path, root: Path | None) -> Iterator[EditPair]:
         source = safe_path(folder, os.path.relpath(_only(sources), folder), root, f"The dataset {folder}")
         texts = [folder / part / f"{name}.txt" for part in (SOURCES, TARGETS)]
         text = next((file for file in texts if file.is_file()), texts[0])
-        for line in _read_text(safe_path(folder, os.path.relpath(text, folder), root, f"The dataset {folder}")).splitlines():
+        for line in _read_text(
+            safe_path(folder, os.path.relpath(text, folder), root, f"The dataset {folder}")
+        ).splitlines():
             if line.strip():
                 yield EditPair(source, None, line.strip())
 
@@ -92,7 +104,9 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig").strip()
     except (OSError, ValueError) as error:
-        raise Step1XError(f"The instruction {path} could not be read ({error}). Write it into that file, in UTF-8.") from error
+        raise Step1XError(
+            f"The instruction {path} could not be read ({error}). Write it into that file, in UTF-8."
+        ) from error
 
 
 def _read_json(path: Path, root: Path | None) -> Iterator[EditPair]:
@@ -105,9 +119,17 @@ def _read_json(path: Path, root: Path | None) -> Iterator[EditPair]:
         raise Step1XError(f'{path} is not a table of pairs. Expected {{"target.png": '
                           f'{{"{REFERENCE}": "source.png", "{CAPTION}": "instruction"}}}}.')
     for target, entry in entries.items():
-        if not isinstance(entry, dict) or not isinstance(entry.get(REFERENCE), str) or not isinstance(entry.get(CAPTION), str):
-            raise Step1XError(f'The entry "{target}" of {path} has no "{REFERENCE}" or no "{CAPTION}". Both must be strings.')
-        yield EditPair(*(safe_path(path.parent, name, root, str(path)) for name in (entry[REFERENCE], target)), entry[CAPTION])
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get(REFERENCE), str)
+            or not isinstance(entry.get(CAPTION), str)
+        ):
+            raise Step1XError(
+                f'The entry "{target}" of {path} has no "{REFERENCE}" or no "{CAPTION}". Both must be strings.'
+            )
+        yield EditPair(
+            *(safe_path(path.parent, name, root, str(path)) for name in (entry[REFERENCE], target)), entry[CAPTION]
+        )
 
 
 def _pictures(folder: Path) -> dict[str, list[Path]]:
@@ -122,8 +144,10 @@ def _pictures(folder: Path) -> dict[str, list[Path]]:
 def _only(paths: list[Path]) -> Path:
     """The one picture of a name: of `1.png` and `1.jpg` nobody can tell which belongs to `1.txt`."""
     if len(paths) > 1:
-        raise Step1XError(f"The images {' and '.join(path.name for path in paths)} in {paths[0].parent} have the same name, "
-                          "so the pair is ambiguous. Rename or remove all but one.")
+        raise Step1XError(
+            f"The images {' and '.join(path.name for path in paths)} in {paths[0].parent} have the same name, "
+            "so the pair is ambiguous. Rename or remove all but one."
+        )
     return paths[0]
 
 
@@ -132,9 +156,14 @@ def _read_folder(folder: Path, root: Path | None) -> Iterator[EditPair]:
     for name, targets in _pictures(folder / TARGETS).items():
         target = _only(targets)
         if name not in sources:
-            raise Step1XError(f"{target} has no image of that name in {folder / SOURCES}. Put it there, or remove the pair.")
+            raise Step1XError(
+                f"{target} has no image of that name in {folder / SOURCES}. Put it there, or remove the pair."
+            )
         text = target.with_suffix(".txt")
-        source, target, text = (safe_path(folder, os.path.relpath(file, folder), root, f"The dataset {folder}") for file in (_only(sources[name]), target, text))
+        source, target, text = (
+            safe_path(folder, os.path.relpath(file, folder), root, f"The dataset {folder}")
+            for file in (_only(sources[name]), target, text)
+        )
         yield EditPair(source, target, _read_text(text))
 
 
@@ -152,6 +181,8 @@ def dataset_fingerprint(path: Path, root: Path | None = None, read: Callable = r
         stats = [(file, file.stat()) for pair in pairs for file in pair.files]
     except (Step1XError, OSError) as error:
         return str(error)
-    return content_key(*(pair.instruction for pair in pairs), *(f"{file}{stat.st_size}{stat.st_mtime_ns}" for file, stat in stats))
+    return content_key(
+        *(pair.instruction for pair in pairs), *(f"{file}{stat.st_size}{stat.st_mtime_ns}" for file, stat in stats)
+    )
 
 

@@ -61,12 +61,16 @@ class Distillation:
     def check(self) -> None:
         """Raise Step1XError for values that make no training."""
         if not 1 <= self.steps <= MAX_STEPS:
-            raise Step1XError(f"A few-step LoRA takes 1 to {MAX_STEPS} steps, but few_steps is {self.steps}. Choose a number in that range.")
+            raise Step1XError(
+                f"A few-step LoRA takes 1 to {MAX_STEPS} steps, but few_steps is {self.steps}. Choose a number in that range."
+            )
         if self.teacher_steps < 2 * self.steps:
             raise Step1XError(f"The teacher makes {self.teacher_steps} steps and the student {self.steps}. "
                               "Raise teacher_steps to at least twice few_steps, or lower few_steps.")
         if self.stored % self.steps:
-            raise Step1XError(f"A grid of {self.stored} points does not hold those of {self.steps} steps. Choose a multiple of few_steps.")
+            raise Step1XError(
+                f"A grid of {self.stored} points does not hold those of {self.steps} steps. Choose a multiple of few_steps."
+            )
         if self.later not in STAGES:
             raise Step1XError(f"There is no stage {self.later!r} of a distillation. Choose one of {', '.join(STAGES)}.")
 
@@ -168,7 +172,9 @@ def mean_velocity(start: Tensor, end: Tensor, s: Tensor | float, following: Tens
 
 def token_mean(values: Tensor) -> Tensor:
     """Mean over channels and 2x2 patches, [B, C, h, w] -> [B, h/2, w/2], rounded up; what an odd side lacks does not count."""
-    return torch.nn.functional.avg_pool2d(values.mean(dim=1, keepdim=True), 2, ceil_mode=True, count_include_pad=False)[:, 0]
+    return torch.nn.functional.avg_pool2d(values.mean(dim=1, keepdim=True), 2, ceil_mode=True, count_include_pad=False)[
+        :, 0
+    ]
 
 
 def token_weights(final: Tensor, source: Tensor, weight: float) -> Tensor:

@@ -27,7 +27,13 @@ def draw_losses(losses: list[float]) -> Image.Image:
     top = max(losses) or 1.0
 
     def points(values):
-        return [(MARGIN + (WIDTH - 2 * MARGIN) * i / max(1, len(losses) - 1), HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * value / top) for i, value in enumerate(values)]
+        return [
+            (
+                MARGIN + (WIDTH - 2 * MARGIN) * i / max(1, len(losses) - 1),
+                HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * value / top,
+            )
+            for i, value in enumerate(values)
+        ]
 
     mean = smooth(losses)
     draw.line([(MARGIN, MARGIN), (MARGIN, HEIGHT - MARGIN), (WIDTH - MARGIN, HEIGHT - MARGIN)], fill=INK)
@@ -42,7 +48,12 @@ def draw_progress(losses: list[float], rows: list[np.ndarray]) -> Image.Image:
     """The curve, and below it uint8 pictures [H, W, 3], each shrunk to its width."""
     parts = [draw_losses(losses)]
     for row in map(Image.fromarray, rows):
-        parts.append(row.resize((WIDTH, math.ceil(WIDTH * row.height / row.width)), Image.Resampling.BICUBIC if row.width > WIDTH else Image.Resampling.NEAREST))
+        parts.append(
+            row.resize(
+                (WIDTH, math.ceil(WIDTH * row.height / row.width)),
+                Image.Resampling.BICUBIC if row.width > WIDTH else Image.Resampling.NEAREST,
+            )
+        )
     sheet = Image.new("RGB", (WIDTH, sum(part.height for part in parts)), PAPER)
     for i, part in enumerate(parts):
         sheet.paste(part, (0, sum(above.height for above in parts[:i])))

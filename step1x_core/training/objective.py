@@ -26,7 +26,9 @@ CONSTANT, COSINE = "constant", "cosine"
 SCHEDULES = (CONSTANT, COSINE)
 
 # All linear layers of the blocks with their modulation, 304 in the published models; connector, embedders and final layer stay as they are.
-TARGET = re.compile(r"double_blocks\.\d+\.(img|txt)_(mod\.lin|attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.(linear[12]|modulation\.lin)")
+TARGET = re.compile(
+    r"double_blocks\.\d+\.(img|txt)_(mod\.lin|attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.(linear[12]|modulation\.lin)"
+)
 KOHYA_PREFIX = "lora_unet_"
 
 # Independent streams of random numbers of one seed.
@@ -83,7 +85,9 @@ def check_origin(stored: dict, origin: Origin, place: str) -> None:
     version, dataset = stored.get("version"), stored.get("dataset")
     advice = "Choose another name, or turn resume off to start over; the earlier run is then moved aside."
     if version is not None and version != origin.version:
-        raise Step1XError(f"The run in {place} is for Step1X-Edit {version}, but the model is {origin.version}. {advice}")
+        raise Step1XError(
+            f"The run in {place} is for Step1X-Edit {version}, but the model is {origin.version}. {advice}"
+        )
     if dataset is not None and dataset != origin.dataset:
         raise Step1XError(f"The run in {place} uses another dataset, size level or number of held-out pairs. {advice}")
     if stored.get("lesson", "") != origin.lesson:
@@ -155,7 +159,10 @@ class LoraLayer(nn.Module):
 def lora_layers(shapes: dict[str, tuple[int, int]], settings: Settings) -> dict[str, LoraLayer]:
     """New layers by name. shapes: (inputs, outputs) by name; those that are no target are left out."""
     names = [name for name in shapes if TARGET.fullmatch(name)]
-    return {name: LoraLayer(*shapes[name], settings.rank, settings.alpha, generator(settings.seed, WEIGHTS, i)) for i, name in enumerate(names)}
+    return {
+        name: LoraLayer(*shapes[name], settings.rank, settings.alpha, generator(settings.seed, WEIGHTS, i))
+        for i, name in enumerate(names)
+    }
 
 
 def parameters(layers: dict[str, LoraLayer]) -> dict[str, nn.Parameter]:

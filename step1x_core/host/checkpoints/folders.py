@@ -87,19 +87,29 @@ def choices(folder_name: str, subfolder: str) -> dict[str, str]:
     Of equal names the first wins, in the host's order of folders.
     """
     earlier = earlier_folders(folder_name)
-    roots = [(Path(root), "") for root in (*folder_paths.get_folder_paths(folder_name), *folder_paths.get_folder_paths("diffusers"))]
+    roots = [
+        (Path(root), "")
+        for root in (*folder_paths.get_folder_paths(folder_name), *folder_paths.get_folder_paths("diffusers"))
+    ]
     found = {}
     for root, prefix in [*roots, *((root, EARLIER_FOLDERS[folder_name] + "/") for root in earlier)]:
         for folder in model_folders(root, subfolder):
             found.setdefault(f"{prefix}{folder.relative_to(root).as_posix()}/", str(folder))
     folders = {Path(path) for path in found.values()}
 
-    files = [(name, folder_paths.get_full_path(folder_name, name)) for name in folder_paths.get_filename_list(folder_name)]
+    files = [
+        (name, folder_paths.get_full_path(folder_name, name)) for name in folder_paths.get_filename_list(folder_name)
+    ]
     for root in earlier:
         names, _ = folder_paths.recursive_search(str(root))
         files += [(os.path.join(EARLIER_FOLDERS[folder_name], name), str(root / name)) for name in sorted(names)]
     for name, path in files:
-        if path is not None and is_safetensors(Path(name)) and not SHARD.search(name) and folders.isdisjoint(Path(path).parents):
+        if (
+            path is not None
+            and is_safetensors(Path(name))
+            and not SHARD.search(name)
+            and folders.isdisjoint(Path(path).parents)
+        ):
             found.setdefault(name, path)
     return found
 
@@ -109,7 +119,11 @@ def resolve(name: str, folder_name: str, subfolder: str) -> str:
     cannot reach outside the model folders."""
     found = choices(folder_name, subfolder)
     if not isinstance(name, str) or name not in found:
-        searched = (*folder_paths.get_folder_paths(folder_name), *folder_paths.get_folder_paths("diffusers"), *earlier_folders(folder_name))
+        searched = (
+            *folder_paths.get_folder_paths(folder_name),
+            *folder_paths.get_folder_paths("diffusers"),
+            *earlier_folders(folder_name),
+        )
         raise Step1XError(
             f"'{name}' is not in the {folder_name} folder; searched: {', '.join(map(str, searched))}. Press R to "
             "refresh the node list, then choose the model again."

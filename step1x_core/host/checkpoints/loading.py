@@ -49,7 +49,10 @@ CONFIG_NAMES = {"axes_dims_rope": "axes_dim", "connector_heads_num": "connector_
 DIFFUSERS_VAE_KEY = "decoder.up_blocks.0.resnets.0.norm1.weight"
 
 # Tensors that identify FLUX, in the original and in the diffusers layout.
-FLUX_KEYS = (("double_blocks.0.img_attn.qkv.weight",), ("x_embedder.weight", "single_transformer_blocks.0.proj_mlp.weight"))
+FLUX_KEYS = (
+    ("double_blocks.0.img_attn.qkv.weight",),
+    ("x_embedder.weight", "single_transformer_blocks.0.proj_mlp.weight"),
+)
 
 
 # Maximum number of float32 copies of a matrix while it is converted to scaled fp8.
@@ -94,7 +97,9 @@ def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], di
 def strip_prefix(name: str, state_dict):
     """Return the transformer's tensors without prefix; markers of the whole file are kept. Raises Step1XError as
     `transformer_names` does."""
-    renamed = transformer_names(name, state_dict) or transformer_names(name, state_dict, [key for keys in FLUX_KEYS for key in keys[:1]])
+    renamed = transformer_names(name, state_dict) or transformer_names(
+        name, state_dict, [key for keys in FLUX_KEYS for key in keys[:1]]
+    )
     marks = {key: state_dict[key] for key in (FILE_MARKER, CONFIG_KEY) if key in state_dict}
     return marks | {short: state_dict[key] for key, short in renamed.items()} if renamed else state_dict
 
@@ -134,7 +139,9 @@ def shapes(state_dict) -> dict[str, tuple[int, ...]]:
     out = {}
     for key, tensor in state_dict.items():
         packed = tensor.dtype == torch.uint8 and key.endswith(".weight")
-        out[key.replace("_norm.scale", "_norm.weight")] = (*tensor.shape[:-1], tensor.shape[-1] * 2) if packed else tuple(tensor.shape)
+        out[key.replace("_norm.scale", "_norm.weight")] = (
+            (*tensor.shape[:-1], tensor.shape[-1] * 2) if packed else tuple(tensor.shape)
+        )
     return out
 
 
@@ -162,7 +169,9 @@ def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tupl
     check_foreign(name, state_dict, checkpoint.config)
     lift_marker(state_dict)
     state_dict = strip_prefix(name, state_dict)
-    metadata = shorten_metadata(name, metadata, state_dict, lambda names: {key.replace(COMPILED, ""): value for key, value in names.items()})
+    metadata = shorten_metadata(
+        name, metadata, state_dict, lambda names: {key.replace(COMPILED, ""): value for key, value in names.items()}
+    )
     # The connector has the same names in both layouts, so a foreign file is refused before the conversion copies it.
     if CONNECTOR_KEY not in state_dict:
         if any(all(key in state_dict for key in keys) for keys in FLUX_KEYS):
@@ -218,9 +227,13 @@ def scaled_fp8(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name, tensor in state_dict.items():
         comfy.model_management.throw_exception_if_processing_interrupted()
         if MODEL_LAYERS.fullmatch(name):
-            out |= {key: value.to(tensor.device) for key, value in converted(name, tensor.to(device), "fp8", False).items()}
+            out |= {
+                key: value.to(tensor.device) for key, value in converted(name, tensor.to(device), "fp8", False).items()
+            }
         else:
-            out[name] = tensor.to(torch.bfloat16) if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else tensor
+            out[name] = (
+                tensor.to(torch.bfloat16) if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else tensor
+            )
     return out
 
 
@@ -241,7 +254,9 @@ def load_model(path, version: str | None = None, model_options={}, disable_dynam
     if fp8:
         state_dict = scaled_fp8(state_dict)
     with naming(checkpoint.path.name):
-        patcher = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=model_options, metadata=metadata, disable_dynamic=disable_dynamic)
+        patcher = comfy.sd.load_diffusion_model_state_dict(
+            state_dict, model_options=model_options, metadata=metadata, disable_dynamic=disable_dynamic
+        )
     if patcher is None:
         raise Step1XError(
             f"ComfyUI does not recognise {checkpoint.path.name} as a Step1X-Edit model. Restart ComfyUI; if that does "
@@ -306,12 +321,20 @@ def load_text_encoder(path, layout: str | None = None, model_options={}, disable
     with naming(checkpoint.path.name):
         target = ClipTarget(tokenizer, functools.partial(Step1XTEModel, config=config, **llama_detect(state_dict)))
         parameters = comfy.utils.calculate_parameters(state_dict)
-        clip = comfy.sd.CLIP(target, parameters=parameters, state_dict=[state_dict], model_options=model_options, disable_dynamic=disable_dynamic)
+        clip = comfy.sd.CLIP(
+            target,
+            parameters=parameters,
+            state_dict=[state_dict],
+            model_options=model_options,
+            disable_dynamic=disable_dynamic,
+        )
     clip.patcher.cached_patcher_init = (load_text_encoder_patcher, (path, layout.name, model_options))
     return clip
 
 
-def load_text_encoder_patcher(path, layout=None, model_options={}, disable_dynamic=False) -> comfy.model_patcher.ModelPatcher:
+def load_text_encoder_patcher(
+    path, layout=None, model_options={}, disable_dynamic=False
+) -> comfy.model_patcher.ModelPatcher:
     return load_text_encoder(path, layout, model_options, disable_dynamic).patcher
 
 

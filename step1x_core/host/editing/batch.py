@@ -17,8 +17,18 @@ PREVIEW_FORMAT = "JPEG"
 TOGETHER = 32
 
 
-def edit_batch(node_id: str, model, clip, vae, items: list[Item], negative_prompt: str, size_level: int, steps: int, cfg: float,
-               sampler_name: str) -> tuple[list[Tensor], str]:
+def edit_batch(
+    node_id: str,
+    model,
+    clip,
+    vae,
+    items: list[Item],
+    negative_prompt: str,
+    size_level: int,
+    steps: int,
+    cfg: float,
+    sampler_name: str,
+) -> tuple[list[Tensor], str]:
     """The edited pictures [1, H, W, 3] at the sizes of their sources, without those that failed, and a report on all.
 
     Many items are encoded first, then sampled, then decoded, so that on a small card each model is loaded seldom; of a picture's instructions only the first
@@ -51,7 +61,10 @@ def edit_batch(node_id: str, model, clip, vae, items: list[Item], negative_promp
         start = progress.current
 
         def show(step, denoised, x, total):
-            progress.update_absolute(start + step + 1, preview=previewer and previewer.decode_latent_to_preview_image(PREVIEW_FORMAT, denoised))
+            progress.update_absolute(
+                start + step + 1,
+                preview=previewer and previewer.decode_latent_to_preview_image(PREVIEW_FORMAT, denoised),
+            )
 
         sigmas = model_sigmas(model, steps, encoded[2]["samples"])
         return sample(model, *encoded, sigmas, cfg, item.seed, sampler_name, show)

@@ -11,7 +11,20 @@ from torch import Tensor
 from ...checks import check_finite, check_pictures
 from ...errors import Step1XError
 from ...gate.classifier import Classifier, classify, is_classifier, load_classifier
-from ...gate.policy import ACTIONS, OFF, QUESTION_SYSTEM, Finding, describe, entries, find_labels, forbidden_words, plain, read_answer, treat, unsafe_scores
+from ...gate.policy import (
+    ACTIONS,
+    OFF,
+    QUESTION_SYSTEM,
+    Finding,
+    describe,
+    entries,
+    find_labels,
+    forbidden_words,
+    plain,
+    read_answer,
+    treat,
+    unsafe_scores,
+)
 from ...images import to_uint8
 from ..reasoning.generation import check_can_generate, generate_text
 from ..reasoning.thinking import check_instruction
@@ -69,7 +82,14 @@ def refusal(prompt: str, words: str, question: str, clip) -> str:
         return f"the prompt contains {', '.join(found)}"
     if plain(question):
         check_instruction(prompt)
-        reply = generate_text(clip, QUESTION_SYSTEM, [f"{question.strip()}\n\nThe instruction:\n{prompt}"], ANSWER_TOKENS, 0, temperature=0.0)
+        reply = generate_text(
+            clip,
+            QUESTION_SYSTEM,
+            [f"{question.strip()}\n\nThe instruction:\n{prompt}"],
+            ANSWER_TOKENS,
+            0,
+            temperature=0.0,
+        )
         answer = read_answer(reply)
         if answer is None:
             return f"the language model gave no clear answer about the prompt ({reply[:40]!r})"
@@ -117,7 +137,9 @@ def gate(images: Tensor, action: str, classifier: str, unsafe_labels: str, thres
     if classifier != NONE:
         opened = open_classifier(classifier)
         unsafe = find_labels(opened.labels, entries(unsafe_labels), classifier)
-        scores = unsafe_scores(classify(opened, [to_uint8(image) for image in images]), unsafe, opened.independent).tolist()
+        scores = unsafe_scores(
+            classify(opened, [to_uint8(image) for image in images]), unsafe, opened.independent
+        ).tolist()
     findings = []
     for score in scores:
         reasons = [refused] if refused else []

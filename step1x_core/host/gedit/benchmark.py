@@ -19,7 +19,17 @@ from ...files import check_name, open_picture, png, save_picture
 from ...gedit.dataset import LANGUAGES, Item, dataset_files, read_dataset, result_path, select
 from ...gedit.miniature import miniature
 from ...gedit.report import Report, write_report
-from ...gedit.scores import ALL, UNJUDGED, UNPARSABLE, Entry, append_record, describe_states, digest, find_entries, records_path
+from ...gedit.scores import (
+    ALL,
+    UNJUDGED,
+    UNPARSABLE,
+    Entry,
+    append_record,
+    describe_states,
+    digest,
+    find_entries,
+    records_path,
+)
 from ...images import from_uint8, to_rgb, truncate_uint8
 from ...reasoning.judge import Verdict
 from ..reasoning.generation import check_can_generate
@@ -50,9 +60,13 @@ def dataset_path(name: str) -> Path:
     path = os.path.abspath(os.path.join(root, name))
     # A link in the input folder is the person's own; a path out of it may be a stranger's workflow.
     if os.path.commonprefix([path, root + os.sep]) != root + os.sep:
-        raise Step1XError(f"The dataset {name[:80]!r} is not in ComfyUI's input folder. Put the dataset's folder there and give its name.")
+        raise Step1XError(
+            f"The dataset {name[:80]!r} is not in ComfyUI's input folder. Put the dataset's folder there and give its name."
+        )
     if not os.path.exists(path):  # unlike Path.is_file, it takes a name that no file can have, too
-        raise Step1XError(f"There is no GEdit-Bench in {root} under the name {name[:80]!r}. Put the dataset's folder there, or correct its name.")
+        raise Step1XError(
+            f"There is no GEdit-Bench in {root} under the name {name[:80]!r}. Put the dataset's folder there, or correct its name."
+        )
     return Path(path)
 
 
@@ -67,7 +81,9 @@ def open_bench(dataset: str, method: str, language: str, task_types: str, limit:
     known = {item.task_type for item in items}
     for name in wanted:
         if name not in known:
-            raise Step1XError(f"The dataset has no task type {name[:80]!r}; it has {', '.join(sorted(known))}. Correct the input 'task_types'.")
+            raise Step1XError(
+                f"The dataset has no task type {name[:80]!r}; it has {', '.join(sorted(known))}. Correct the input 'task_types'."
+            )
     chosen = select(items, LANGUAGES if language == ALL else (language,), wanted, limit)
     if not chosen:
         raise Step1XError(f"The dataset has no item in the language '{language}' of these task types. Choose others.")
@@ -100,7 +116,9 @@ def save_edit(bench: Bench, item: Item, image: Tensor) -> Path:
     """Store an edited picture [1, H, W, C] in the official layout, as 8-bit PNG by truncation as the host saves it -> its path."""
     check_pictures(image, "images")
     if image.shape[0] != 1:
-        raise Step1XError(f"There are {image.shape[0]} edited pictures for the item {item.name}; it takes one. Connect the picture of a single edit.")
+        raise Step1XError(
+            f"There are {image.shape[0]} edited pictures for the item {item.name}; it takes one. Connect the picture of a single edit."
+        )
     path = result_path(bench.results, bench.method, item)
     save_picture(path, png(Image.fromarray(truncate_uint8(to_rgb(image[0])).numpy())))
     return path
@@ -108,7 +126,15 @@ def save_edit(bench: Bench, item: Item, image: Tensor) -> Path:
 
 def judge_entries(clip, entries: list[Entry], seed: int) -> Iterator[tuple[Entry, Verdict]]:
     """The entries with their verdicts, in the order of `judge_edits`. Raises Step1XError for a source picture that cannot be read."""
-    edits = ((f"gedit {entry.item.name}", entry.item.load(), open_picture(entry.picture, str(entry.picture)), entry.item.instruction) for entry in entries)
+    edits = (
+        (
+            f"gedit {entry.item.name}",
+            entry.item.load(),
+            open_picture(entry.picture, str(entry.picture)),
+            entry.item.instruction,
+        )
+        for entry in entries
+    )
     for number, verdict in judge_edits(clip, edits, seed):
         yield entries[number], verdict
 
@@ -127,8 +153,14 @@ def judge_bench(bench: Bench, clip, judge: str, seed: int, again: bool) -> str:
     waiting = [entry for entry in entries if entry.state == UNJUDGED or again and entry.state == UNPARSABLE]
     progress = comfy.utils.ProgressBar(len(waiting))
     for done, (entry, verdict) in enumerate(judge_entries(clip, waiting, seed), 1):
-        append_record(records_path(bench.results, bench.method, judge), entry.item, digest(entry.item, entry.picture), verdict)
-        log.info("GEdit-Bench: %s %s", entry.item.name, verdict.problem or f"SC {min(verdict.semantics):g} PQ {min(verdict.quality):g}")
+        append_record(
+            records_path(bench.results, bench.method, judge), entry.item, digest(entry.item, entry.picture), verdict
+        )
+        log.info(
+            "GEdit-Bench: %s %s",
+            entry.item.name,
+            verdict.problem or f"SC {min(verdict.semantics):g} PQ {min(verdict.quality):g}",
+        )
         progress.update_absolute(done)
     return describe_states(find_entries(bench.items, bench.results, bench.method, judge) if waiting else entries)
 

@@ -19,19 +19,34 @@ def torch_attention_chosen() -> bool:
 
     Its attention functions do not reveal this; its settings do.
     """
-    others = ("sage_attention_enabled", "flash_attention_enabled", "comfy_kitchen_attention_enabled", "xformers_enabled")
+    others = (
+        "sage_attention_enabled",
+        "flash_attention_enabled",
+        "comfy_kitchen_attention_enabled",
+        "xformers_enabled",
+    )
     management = comfy.model_management
-    return management.pytorch_attention_enabled() and not any(getattr(management, name)() for name in others if hasattr(management, name))
+    return management.pytorch_attention_enabled() and not any(
+        getattr(management, name)() for name in others if hasattr(management, name)
+    )
 
 
 def cudnn_is_fastest(device: torch.device) -> bool:
     """Return True on data-centre GPUs from Hopper on, unless the user chose another attention than torch's. The host
     asks torch for flash attention first."""
-    return (torch_attention_chosen() and CAN_SET_PRIORITY and intact(ATTENTION) and device.type == "cuda" and torch.version.cuda is not None
-            and torch.cuda.get_device_capability(device) in ((9, 0), (10, 0), (10, 3)))
+    return (
+        torch_attention_chosen()
+        and CAN_SET_PRIORITY
+        and intact(ATTENTION)
+        and device.type == "cuda"
+        and torch.version.cuda is not None
+        and torch.cuda.get_device_capability(device) in ((9, 0), (10, 0), (10, 3))
+    )
 
 
-def cudnn_first(attention, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, skip_reshape=False, **kwargs) -> Tensor:
+def cudnn_first(
+    attention, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, skip_reshape=False, **kwargs
+) -> Tensor:
     """Compute attention of q, k, v [B, H, S, D] with cuDNN; returns [B, S, H * D]. The host's override hook.
 
     Inputs that cuDNN does not support, or in another layout, are passed to `attention`.

@@ -69,8 +69,15 @@ def one_on(device: torch.device) -> Tensor:
 def fp8_input_scale(linear: torch.nn.Module, x: Tensor) -> Tensor | None:
     """Return the scale, float32 [], by which the host would divide this layer's input to multiply it as e4m3 on tensor
     cores; None for all other layers."""
-    if (getattr(linear, "layout_type", None) != FP8_LAYOUT or linear._full_precision_mm or linear.weight_function or linear.bias_function
-            or getattr(linear, "comfy_force_cast_weights", False) or getattr(linear, "pre_quant_scale", None) is not None or "forward" in vars(linear)):
+    if (
+        getattr(linear, "layout_type", None) != FP8_LAYOUT
+        or linear._full_precision_mm
+        or linear.weight_function
+        or linear.bias_function
+        or getattr(linear, "comfy_force_cast_weights", False)
+        or getattr(linear, "pre_quant_scale", None) is not None
+        or "forward" in vars(linear)
+    ):
         return None
     scale = getattr(linear, "input_scale", None)
     return one_on(x.device) if scale is None else cast_to_device(scale, x.device, torch.float32)
@@ -79,7 +86,11 @@ def fp8_input_scale(linear: torch.nn.Module, x: Tensor) -> Tensor | None:
 def is_ready(layer: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether the host's cast_bias_weight would return a layer's weight and bias unchanged; checking this is
     faster than calling it."""
-    return not layer.weight_function and not layer.bias_function and all(x is None or (x.device == device and x.dtype == dtype) for x in (layer.weight, layer.bias))
+    return (
+        not layer.weight_function
+        and not layer.bias_function
+        and all(x is None or (x.device == device and x.dtype == dtype) for x in (layer.weight, layer.bias))
+    )
 
 
 def ready_weight_and_bias(layer: torch.nn.Module, device: torch.device, dtype: torch.dtype, **options) -> tuple:
@@ -100,7 +111,17 @@ def multiplied_as_fp8(layer: torch.nn.Module, x: Tensor, scale: Tensor, dtype: t
     # An fp8 product has no bias in float32.
     if isinstance(weight, QuantizedTensor) and hasattr(functional, "scaled_mm") and dtype != torch.float32:
         kind = functional.ScalingType.TensorWise
-        out = functional.scaled_mm(x, weight._qdata.t(), scale, kind, weight._params.scale, kind, bias=bias, output_dtype=dtype, use_fast_accum=True)
+        out = functional.scaled_mm(
+            x,
+            weight._qdata.t(),
+            scale,
+            kind,
+            weight._params.scale,
+            kind,
+            bias=bias,
+            output_dtype=dtype,
+            use_fast_accum=True,
+        )
     else:
         params = get_layout_class(FP8_LAYOUT).Params(scale=scale, orig_dtype=dtype, orig_shape=tuple(x.shape))
         out = functional.linear(QuantizedTensor(x, FP8_LAYOUT, params), weight, bias)
@@ -111,7 +132,11 @@ def multiplied_as_fp8(layer: torch.nn.Module, x: Tensor, scale: Tensor, dtype: t
 def is_plain(layer: torch.nn.Module) -> bool:
     """Return whether a layer is one of the host's that multiplies by its weight unchanged, so that parts of the weight
     can be multiplied separately."""
-    return type(layer) in (disable_weight_init.Linear, manual_cast.Linear) and layer.bias is not None and "forward" not in vars(layer)
+    return (
+        type(layer) in (disable_weight_init.Linear, manual_cast.Linear)
+        and layer.bias is not None
+        and "forward" not in vars(layer)
+    )
 
 
 @contextmanager
@@ -136,7 +161,11 @@ def modulated(layer: torch.nn.Module, x: Tensor, mod: ModulationOut) -> Tensor:
         return layer(ck.adaln(x, mod.scale, mod.shift, 1e-6))
     scale = fp8_input_scale(layer, x)
     out = kernels.modulate(x, mod.shift, mod.scale, scale)
-    return layer(out) if scale is None else multiplied_as_fp8(layer, out.flatten(0, 1), scale, x.dtype).unflatten(0, x.shape[:2])
+    return (
+        layer(out)
+        if scale is None
+        else multiplied_as_fp8(layer, out.flatten(0, 1), scale, x.dtype).unflatten(0, x.shape[:2])
+    )
 
 
 class Part(NamedTuple):
@@ -153,17 +182,25 @@ def projected(layer: torch.nn.Module, parts: list[Part], dtype: torch.dtype) -> 
     x = parts[0].x
     kernels = kernels_on(x.device)
     if kernels is None:
-        return layer(torch.cat([functional.gelu(part.x, approximate="tanh") if part.gelu else part.x for part in parts], dim=-1))
+        return layer(
+            torch.cat([functional.gelu(part.x, approximate="tanh") if part.gelu else part.x for part in parts], dim=-1)
+        )
     scale = fp8_input_scale(layer, x)
     if scale is not None and len(parts) == 1 and x.dtype == kernels.FP8:
         # The fp8 attention's result is used on its own scale, without rounding it again.
         return multiplied_as_fp8(layer, x.flatten(0, 1), parts[0].scale, dtype).unflatten(0, x.shape[:2])
-    joined = torch.empty((x.shape[0] * x.shape[1], sum(part.x.shape[-1] for part in parts)), device=x.device, dtype=dtype if scale is None else kernels.FP8)
+    joined = torch.empty(
+        (x.shape[0] * x.shape[1], sum(part.x.shape[-1] for part in parts)),
+        device=x.device,
+        dtype=dtype if scale is None else kernels.FP8,
+    )
     start = 0
     for part in parts:
         kernels.copy_rows(part.x, joined[:, start:start + part.x.shape[-1]], part.scale, scale, part.gelu)
         start += part.x.shape[-1]
-    return (layer(joined) if scale is None else multiplied_as_fp8(layer, joined, scale, dtype)).unflatten(0, x.shape[:2])
+    return (layer(joined) if scale is None else multiplied_as_fp8(layer, joined, scale, dtype)).unflatten(
+        0, x.shape[:2]
+    )
 
 
 def mlp_of_modulated(mlp: torch.nn.Sequential, x: Tensor, mod: ModulationOut) -> Tensor:
@@ -189,10 +226,14 @@ def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> None:
 
 def with_repeats(x: Tensor, dim: int, text: int, repeats: int) -> Tensor:
     """Repeat entry text - 1 of an axis `repeats` more times, directly after itself."""
-    return torch.cat((x.narrow(dim, 0, text), *[x.narrow(dim, text - 1, 1)] * repeats, x.narrow(dim, text, x.shape[dim] - text)), dim)
+    return torch.cat(
+        (x.narrow(dim, 0, text), *[x.narrow(dim, text - 1, 1)] * repeats, x.narrow(dim, text, x.shape[dim] - text)), dim
+    )
 
 
-def queries_keys_values(streams: list[tuple[Tensor, QKNorm]], heads: int, pe: Tensor, transformer_options: dict) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def queries_keys_values(
+    streams: list[tuple[Tensor, QKNorm]], heads: int, pe: Tensor, transformer_options: dict
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Split projections [B, S_i, 3 * H * D] into q [B, S, H, D] and k, v [B, S + R, H, D], with norms and rotary
     positions applied. They may share the projections' memory.
 
@@ -221,13 +262,29 @@ def queries_keys_values(streams: list[tuple[Tensor, QKNorm]], heads: int, pe: Te
         q_weight, _, q_stream = ready_weight_and_bias(norm.query_norm, projection.device, projection.dtype)
         k_weight, _, k_stream = ready_weight_and_bias(norm.key_norm, projection.device, projection.dtype)
         if kernels is None:
-            ck.rms_rope_(q[:, start:end], k[:, start:end], pe[:, :, start:end].transpose(1, 2), q_weight.detach(), k_weight.detach(), 1e-6)
+            ck.rms_rope_(
+                q[:, start:end],
+                k[:, start:end],
+                pe[:, :, start:end].transpose(1, 2),
+                q_weight.detach(),
+                k_weight.detach(),
+                1e-6,
+            )
         else:
             # The first stream starts with the text; the repeats follow it directly.
             own, before = ((0, 0), repeats) if number else ((text, repeats), 0)
             places = slice(start + before, end + repeats)
-            kernels.norm_and_rotate(projection.unflatten(-1, (3, heads, -1)), q_weight, k_weight, pe[:, :, start:end], q[:, start:end], k[:, places],
-                                    None if in_place else v[:, places], v_scale, *own)
+            kernels.norm_and_rotate(
+                projection.unflatten(-1, (3, heads, -1)),
+                q_weight,
+                k_weight,
+                pe[:, :, start:end],
+                q[:, start:end],
+                k[:, places],
+                None if in_place else v[:, places],
+                v_scale,
+                *own,
+            )
         uncast_bias_weight(norm.query_norm, q_weight, None, q_stream)
         uncast_bias_weight(norm.key_norm, k_weight, None, k_stream)
         start = end
@@ -250,23 +307,40 @@ def attend(q: Tensor, k: Tensor, v: Tensor, transformer_options: dict, mask: Ten
     if mask is not None and mask.shape[-1] > 1 and repeats:
         mask = with_repeats(mask, -1, text, repeats)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return optimized_attention(q, k, v, q.shape[1], skip_reshape=True, mask=mask, transformer_options=transformer_options)
+    return optimized_attention(
+        q, k, v, q.shape[1], skip_reshape=True, mask=mask, transformer_options=transformer_options
+    )
 
 
 class FusedDoubleStreamBlock(DoubleStreamBlock):
     """The host's double block with fused operations; same parameters and result."""
 
     @in_turn
-    def forward(self, img, txt, vec, pe, attn_mask=None, modulation_dims_img=None, modulation_dims_txt=None, transformer_options={}):
+    def forward(
+        self,
+        img,
+        txt,
+        vec,
+        pe,
+        attn_mask=None,
+        modulation_dims_img=None,
+        modulation_dims_txt=None,
+        transformer_options={},
+    ):
         """Run on img [B, S_img, C], txt [B, S_txt, C], vec [B, C], pe float32 [B, 1, S_txt + S_img, D / 2, 2, 2];
         returns img and txt, changed in place."""
         if plain_needed(transformer_options) or modulation_dims_img is not None or modulation_dims_txt is not None:
-            return super().forward(img, txt, vec, pe, attn_mask, modulation_dims_img, modulation_dims_txt, transformer_options)
+            return super().forward(
+                img, txt, vec, pe, attn_mask, modulation_dims_img, modulation_dims_txt, transformer_options
+            )
         img_mod1, img_mod2 = self.img_mod(vec)
         txt_mod1, txt_mod2 = self.txt_mod(vec)
         tokens = txt.shape[1]
 
-        streams = [(modulated(self.txt_attn.qkv, txt, txt_mod1), self.txt_attn.norm), (modulated(self.img_attn.qkv, img, img_mod1), self.img_attn.norm)]
+        streams = [
+            (modulated(self.txt_attn.qkv, txt, txt_mod1), self.txt_attn.norm),
+            (modulated(self.img_attn.qkv, img, img_mod1), self.img_attn.norm),
+        ]
         *qkv, scale = queries_keys_values(streams, self.num_heads, pe, transformer_options)
         del streams
         attn = attend(*qkv, transformer_options, attn_mask)
@@ -306,14 +380,22 @@ class FusedSingleStreamBlock(SingleStreamBlock):
             qkv, mlp = modulated(self.linear1, x, mod).split([width, self.mlp_hidden_dim], dim=-1)
         q, k, v, scale = queries_keys_values([(qkv, self.norm)], self.num_heads, pe, transformer_options)
         del qkv
-        attn = attend(q[:, rows], k, v, transformer_options, attn_mask if attn_mask is None or attn_mask.shape[-2] == 1 else attn_mask[..., rows, :])
+        attn = attend(
+            q[:, rows],
+            k,
+            v,
+            transformer_options,
+            attn_mask if attn_mask is None or attn_mask.shape[-2] == 1 else attn_mask[..., rows, :],
+        )
         del q, k, v
         if split:
             if scale is not None:
                 rounded, attn = attn, torch.empty_like(attn, dtype=x.dtype)
                 kernels.copy_rows(rounded, attn.flatten(0, 1), scale)
             with weight_and_bias(self.linear2, attn) as (weight, bias):
-                update = torch.addmm(bias, attn.flatten(0, 1), weight[:, :self.hidden_size].t()).addmm_(mlp.flatten(0, 1), weight[:, self.hidden_size:].t())
+                update = torch.addmm(bias, attn.flatten(0, 1), weight[:, : self.hidden_size].t()).addmm_(
+                    mlp.flatten(0, 1), weight[:, self.hidden_size :].t()
+                )
             update = update.unflatten(0, attn.shape[:2])
         else:
             update = projected(self.linear2, [Part(attn, scale), Part(mlp[:, rows], gelu=True)], x.dtype)

@@ -20,7 +20,11 @@ def foreign_parts(transformer) -> frozenset[str]:
     for name, depth, kind in (("double_blocks", transformer.params.depth, DoubleStreamBlock),
                               ("single_blocks", transformer.params.depth_single_blocks, SingleStreamBlock)):
         blocks = [getattr(block, "_orig_mod", block) for block in getattr(transformer, name)]
-        if len(blocks) != depth or not all(isinstance(block, kind) for block in blocks) or any(bound_forward(block) for block in blocks):
+        if (
+            len(blocks) != depth
+            or not all(isinstance(block, kind) for block in blocks)
+            or any(bound_forward(block) for block in blocks)
+        ):
             parts.add(name)
     return frozenset(parts)
 
@@ -62,7 +66,11 @@ def runs_own_blocks(transformer) -> bool:
     shortcuts in transformer_options."""
     blocks = (*transformer.double_blocks, *transformer.single_blocks)
     return "forward_orig" not in vars(transformer) and all(
-        type(block) in (FusedDoubleStreamBlock, FusedSingleStreamBlock) and "forward" not in vars(block) and block._compiled_call_impl is None for block in blocks)
+        type(block) in (FusedDoubleStreamBlock, FusedSingleStreamBlock)
+        and "forward" not in vars(block)
+        and block._compiled_call_impl is None
+        for block in blocks
+    )
 
 
 def check_own_forward(transformer) -> None:

@@ -47,7 +47,11 @@ def on_device(conditioning: dict) -> dict:
     """Return the conditioning's tensors on the sampling device, its entry "device". The host would copy them in every
     step and wait for the previous one."""
     device = conditioning["device"]
-    out = {name: conditioning[name].to(device) for name in ("cross_attn", "attention_mask", "text_ids", "text_embeds", "text_mask") if conditioning.get(name) is not None}
+    out = {
+        name: conditioning[name].to(device)
+        for name in ("cross_attn", "attention_mask", "text_ids", "text_embeds", "text_mask")
+        if conditioning.get(name) is not None
+    }
     if conditioning.get("reference_latents"):
         out["reference_latents"] = [latent.to(device) for latent in conditioning["reference_latents"]]
     return out
@@ -119,7 +123,9 @@ class Step1XEditModel(comfy.model_base.Flux):
                 out["text_tokens"] = CONDTextTokens(distinct_tokens(context, mask))
         return out | self.layout_conds(context, **kwargs)
 
-    def check_inputs(self, noise, reference_latents=None, reference_latents_method=None, area=None, control=None, **kwargs) -> None:
+    def check_inputs(
+        self, noise, reference_latents=None, reference_latents_method=None, area=None, control=None, **kwargs
+    ) -> None:
         """Raise Step1XError for latents of another model, and for settings of other nodes that the host would apply
         wrongly or ignore."""
         check_own_forward(self.diffusion_model)
@@ -174,7 +180,10 @@ class Step1XEditModel(comfy.model_base.Flux):
             )
         out = {"text_ids": comfy.conds.CONDRegular(position_bits(text_ids))}
         if self.diffusion_model.text_token_mapping is not None:
-            out |= {"text_embeds": comfy.conds.CONDRegular(text_embeds), "quoted_mask": comfy.conds.CONDRegular(text_mask)}
+            out |= {
+                "text_embeds": comfy.conds.CONDRegular(text_embeds),
+                "quoted_mask": comfy.conds.CONDRegular(text_mask),
+            }
         return out
 
 
@@ -188,7 +197,11 @@ class Step1XEdit(comfy.supported_models.Flux):
     @classmethod
     def matches(cls, unet_config, state_dict=None, unet_key_prefix=""):
         # Not through `required_keys`, because older hosts look those up without the prefix.
-        return super().matches(unet_config) and state_dict is not None and any(k.endswith(CONNECTOR_KEY) for k in state_dict)
+        return (
+            super().matches(unet_config)
+            and state_dict is not None
+            and any(k.endswith(CONNECTOR_KEY) for k in state_dict)
+        )
 
     def get_model(self, state_dict, prefix="", device=None):
         self.stored = stored_config(state_dict, prefix)
@@ -219,9 +232,14 @@ class Step1XEdit(comfy.supported_models.Flux):
         if not weights:
             return None
         # Unknown if the host loads only the text encoder; the transformer's tensors are still there then.
-        version = self.unet_config.get("version") or detect_config(state_dict, comfy.model_detection.unet_prefix_from_state_dict(state_dict)).version
+        version = (
+            self.unet_config.get("version")
+            or detect_config(state_dict, comfy.model_detection.unet_prefix_from_state_dict(state_dict)).version
+        )
         tokenizer = functools.partial(Step1XTokenizer, layout=VERSIONS[version].layout)
-        return ClipTarget(tokenizer, functools.partial(Step1XTEModel, config=detect_mllm_config(weights, {}), **llama_detect(weights)))
+        return ClipTarget(
+            tokenizer, functools.partial(Step1XTEModel, config=detect_mllm_config(weights, {}), **llama_detect(weights))
+        )
 
 
 def register() -> None:

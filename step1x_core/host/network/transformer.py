@@ -11,7 +11,14 @@ from ...network.connector import Connector
 from ...versions import TIME_FACTOR, VERSIONS
 from ..relied_on import BLOCKS, TRANSFORMER, check_intact, intact
 from .attention import cudnn_first, cudnn_is_fastest
-from .blocks import FP8_ATTENTION, REPEATED_TEXT, TOKENS_READ, FusedDoubleStreamBlock, FusedSingleStreamBlock, plain_needed
+from .blocks import (
+    FP8_ATTENTION,
+    REPEATED_TEXT,
+    TOKENS_READ,
+    FusedDoubleStreamBlock,
+    FusedSingleStreamBlock,
+    plain_needed,
+)
 from .foreign import check_alone, runs_own_blocks
 
 # Text tokens are computed in multiples of this number, so that fewer different shapes occur.
@@ -53,19 +60,42 @@ class Step1XTransformer(Flux):
     quoted characters.
     """
 
-    def __init__(self, version, connector, depth, depth_single_blocks, text_token_mapping=False, dtype=None, device=None, operations=None, **kwargs):
+    def __init__(
+        self,
+        version,
+        connector,
+        depth,
+        depth_single_blocks,
+        text_token_mapping=False,
+        dtype=None,
+        device=None,
+        operations=None,
+        **kwargs,
+    ):
         super().__init__(dtype=dtype, device=device, operations=operations, depth=0, depth_single_blocks=0, **kwargs)
         self.params.depth, self.params.depth_single_blocks = depth, depth_single_blocks
         check_intact(TRANSFORMER)
-        double, single = (FusedDoubleStreamBlock, FusedSingleStreamBlock) if intact(BLOCKS) else (DoubleStreamBlock, SingleStreamBlock)
+        double, single = (
+            (FusedDoubleStreamBlock, FusedSingleStreamBlock)
+            if intact(BLOCKS)
+            else (DoubleStreamBlock, SingleStreamBlock)
+        )
         block = {"mlp_ratio": self.params.mlp_ratio, "dtype": dtype, "device": device, "operations": operations}
-        self.double_blocks = torch.nn.ModuleList([double(self.hidden_size, self.num_heads, qkv_bias=self.params.qkv_bias, **block) for _ in range(depth)])
-        self.single_blocks = torch.nn.ModuleList([single(self.hidden_size, self.num_heads, **block) for _ in range(depth_single_blocks)])
+        self.double_blocks = torch.nn.ModuleList(
+            [double(self.hidden_size, self.num_heads, qkv_bias=self.params.qkv_bias, **block) for _ in range(depth)]
+        )
+        self.single_blocks = torch.nn.ModuleList(
+            [single(self.hidden_size, self.num_heads, **block) for _ in range(depth_single_blocks)]
+        )
         self.version = version
-        self.connector = Connector(**connector, attention=optimized_attention_masked, dtype=dtype, device=device, operations=operations)
+        self.connector = Connector(
+            **connector, attention=optimized_attention_masked, dtype=dtype, device=device, operations=operations
+        )
         self.text_token_mapping = None
         if text_token_mapping:
-            self.text_token_mapping = operations.Linear(connector["in_channels"], connector["hidden_size"], dtype=dtype, device=device)
+            self.text_token_mapping = operations.Linear(
+                connector["in_channels"], connector["hidden_size"], dtype=dtype, device=device
+            )
 
     def process_reference(self, latent: Tensor, index: int, transformer_options={}) -> tuple[Tensor, Tensor]:
         """Convert latent [B, C, h, w] of reference number `index` (from 0) to tokens [B, N, C*4] and position ids [B,
@@ -75,14 +105,35 @@ class Step1XTransformer(Flux):
         """
         t, y, x = VERSIONS[self.version].reference_offset
         # A copy: in float32 on the CPU, this is the conditioning's own tensor.
-        return self.process_img(latent.clone(), index=t * (index + 1), h_offset=y * self.patch_size, w_offset=x * self.patch_size, transformer_options=transformer_options)
+        return self.process_img(
+            latent.clone(),
+            index=t * (index + 1),
+            h_offset=y * self.patch_size,
+            w_offset=x * self.patch_size,
+            transformer_options=transformer_options,
+        )
 
     def forward(self, x, timestep, *args, **kwargs):
         # EasyCache modifies its input in place, and in float32 that is the sampler's own tensor, as are the times.
         return super().forward(x.clone(), timestep.clone(), *args, **kwargs)
 
-    def _forward(self, x, timestep, context, y=None, guidance=None, ref_latents=None, control=None, transformer_options={},
-                 text_mask=None, text_tokens=None, text_ids=None, text_embeds=None, quoted_mask=None, **kwargs):
+    def _forward(
+        self,
+        x,
+        timestep,
+        context,
+        y=None,
+        guidance=None,
+        ref_latents=None,
+        control=None,
+        transformer_options={},
+        text_mask=None,
+        text_tokens=None,
+        text_ids=None,
+        text_embeds=None,
+        quoted_mask=None,
+        **kwargs,
+    ):
         """Predict the velocity [B, C, h, w] for the noisy latent x [B, C, h, w] at timestep [B] in 0..1.
 
         context: language-model states [B, T, C_llm]. text_mask: [B, T] of 0/1. ref_latents: list of [B, C, h, w].
@@ -130,7 +181,9 @@ class Step1XTransformer(Flux):
         else:
             txt_ids = text_ids.view(torch.float32).clone()  # not the conditioning's own
         # Padded text takes part in the transformer's attention, so there is no mask here.
-        out = self.forward_orig(img, img_ids, txt, txt_ids, timestep, vec, control=control, transformer_options=transformer_options)
+        out = self.forward_orig(
+            img, img_ids, txt, txt_ids, timestep, vec, control=control, transformer_options=transformer_options
+        )
         return self.unpack(out[:, :img_tokens], height, width)
 
     def unpack(self, tokens: Tensor, height: int, width: int) -> Tensor:

@@ -39,8 +39,15 @@ def propose_edits(clip, rows: list[dict]) -> list[tuple[list[Proposal], str]]:
     Raises Step1XError as `proposing` does, and for a text encoder that cannot generate text.
     """
     check_can_generate(clip)
-    tasks = [(Asker(clip, "propose", row["seed"]), proposing(single_picture(row["image"], "image"), parse_kinds(row["kinds"], PROPOSED),
-                                                             row["count"], row["seed"])) for row in rows]
+    tasks = [
+        (
+            Asker(clip, "propose", row["seed"]),
+            proposing(
+                single_picture(row["image"], "image"), parse_kinds(row["kinds"], PROPOSED), row["count"], row["seed"]
+            ),
+        )
+        for row in rows
+    ]
     progress = comfy.utils.ProgressBar(len(rows))
     found = {}
     for number, result in answer_all(clip, tasks, tasks_at_a_time(clip)):
@@ -49,7 +56,9 @@ def propose_edits(clip, rows: list[dict]) -> list[tuple[list[Proposal], str]]:
     return [found[number] for number in range(len(rows))]
 
 
-def algorithmic_pairs(images: list[Tensor], kinds: str, count: int, seed: int, max_side: int) -> tuple[tuple[Pair, ...], str]:
+def algorithmic_pairs(
+    images: list[Tensor], kinds: str, count: int, seed: int, max_side: int
+) -> tuple[tuple[Pair, ...], str]:
     """At most `count` pairs of each picture, and a report. The same picture and seed give the same pairs.
 
     One picture is worked on at a time, and what is made waits in the host's temporary folder: it may be more than main memory holds.
@@ -121,8 +130,10 @@ def record_pairs(source: list[Tensor], target: list[Tensor], proposals: list[Pro
     Raises Step1XError as `make_pair` does, and where the numbers do not agree.
     """
     if not proposals and direction != FORWARD:
-        raise Step1XError(f"'direction' is {direction}, but without proposals there is no instruction for the way back. "
-                          "Set it to forward, or connect proposals. To reverse a pair yourself, swap source and target.")
+        raise Step1XError(
+            f"'direction' is {direction}, but without proposals there is no instruction for the way back. "
+            "Set it to forward, or connect proposals. To reverse a pair yourself, swap source and target."
+        )
     targets = pictures(target, "target")
     sources = one_each(pictures(source, "source"), len(targets), "source")
     makers = one_each(maker, len(targets), "maker")

@@ -16,16 +16,31 @@ def judge_pairs(clip, pairs: tuple[Pair, ...], seed: int) -> tuple[tuple[Pair, .
     check_can_generate(clip)
     judged = list(pairs)
     waiting = [(place, pair) for place, pair in enumerate(pairs) if pair.verdict is None or pair.verdict.problem]
-    edits = ((f"pair {digest(pair.source.tobytes(), pair.target.tobytes())}", Image.fromarray(pair.source), Image.fromarray(pair.target), pair.instruction)
-             for _, pair in waiting)
+    edits = (
+        (
+            f"pair {digest(pair.source.tobytes(), pair.target.tobytes())}",
+            Image.fromarray(pair.source),
+            Image.fromarray(pair.target),
+            pair.instruction,
+        )
+        for _, pair in waiting
+    )
     progress = comfy.utils.ProgressBar(len(waiting))
     for done, (number, verdict) in enumerate(judge_edits(clip, edits, seed), 1):
         place, pair = waiting[number]
         judged[place] = pair.with_verdict(verdict)
         progress.update_absolute(done)
-    scores = [pair.verdict.problem or f"semantics {min(pair.verdict.semantics):g}, quality {min(pair.verdict.quality):g}" for pair in judged]
+    scores = [
+        pair.verdict.problem or f"semantics {min(pair.verdict.semantics):g}, quality {min(pair.verdict.quality):g}"
+        for pair in judged
+    ]
     usable = sum(not pair.verdict.problem for pair in judged)
-    return tuple(judged), "\n".join([f"{usable} of {len(judged)} pairs judged.", *(f"{text} ({describe(pair)})" for pair, text in zip(judged, scores))])
+    return tuple(judged), "\n".join(
+        [
+            f"{usable} of {len(judged)} pairs judged.",
+            *(f"{text} ({describe(pair)})" for pair, text in zip(judged, scores)),
+        ]
+    )
 
 
 def judge_and_sift(clip, pairs: tuple[Pair, ...], seed: int,

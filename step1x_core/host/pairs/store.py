@@ -55,7 +55,9 @@ def save_pairs(pairs: tuple[Pair, ...], name: str) -> tuple[str, str]:
         known = [store.add(encode(pair)) for pair in with_progress(list(pairs))]
         cards = [stored_card(folder, row) for row in store.rows]
     twins = [f"left out: looks like {twin} ({describe(pair)})" for pair, twin in zip(pairs, known) if twin]
-    return str(folder), "\n".join([f"{len(pairs) - len(twins)} pairs added to {folder}, which has {len(cards)}.", *twins, "", statistics(cards)])
+    return str(folder), "\n".join(
+        [f"{len(pairs) - len(twins)} pairs added to {folder}, which has {len(cards)}.", *twins, "", statistics(cards)]
+    )
 
 
 def show_pairs(pairs: tuple[Pair, ...], limit: int) -> tuple[Tensor, str]:

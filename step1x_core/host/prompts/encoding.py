@@ -77,8 +77,18 @@ def check_latent(samples: Tensor, pictures: Tensor) -> None:
     check_finite(samples, BAD_LATENT)
 
 
-def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, size_level: int, latent: dict | None = None,
-                progress=None, known: dict | None = None, with_negative: bool = True) -> tuple[list, list, dict]:
+def encode_edit(
+    clip,
+    vae,
+    image: Tensor,
+    prompt: str,
+    negative_prompt: str,
+    size_level: int,
+    latent: dict | None = None,
+    progress=None,
+    known: dict | None = None,
+    with_negative: bool = True,
+) -> tuple[list, list, dict]:
     """Encode images [B, H, W, C] in 0..1 and a prompt to positive and negative conditioning, and the images' latent.
 
     Every image is resized to its working size. The language model sees it with both prompts (for v1.2 resized from the
@@ -135,10 +145,18 @@ def encode_edit(clip, vae, image: Tensor, prompt: str, negative_prompt: str, siz
             progress.update(1)
         conditionings.append(merge_batch(parts))
     comfy.model_management.throw_exception_if_processing_interrupted()
-    samples = known["samples"] if "samples" in known else encode_pictures(vae, pictures) if latent is None else latent["samples"]
+    samples = (
+        known["samples"]
+        if "samples" in known
+        else encode_pictures(vae, pictures)
+        if latent is None
+        else latent["samples"]
+    )
     known |= {"samples": samples} | ({"negative": conditionings[1]} if with_negative else {})
     progress.update(1)
-    positive, negative = ([[cond, {**extra, "reference_latents": [samples]}] for cond, extra in c] for c in conditionings)
+    positive, negative = (
+        [[cond, {**extra, "reference_latents": [samples]}] for cond, extra in c] for c in conditionings
+    )
     return positive, negative, {"samples": samples, LAYOUT_KEY: layout.name}
 
 
@@ -163,11 +181,22 @@ def add_references(conditionings: list[list], vae, images: list[Tensor], size_le
     for image in images:
         check_pictures(image, "references")
     # This entry of the conditioning identifies the layout; each version resizes all its references in the same way.
-    layout = LAYOUT_V12 if any("text_ids" in extra for conditioning in conditionings for _, extra in conditioning) else LAYOUT_V11
+    layout = (
+        LAYOUT_V12
+        if any("text_ids" in extra for conditioning in conditionings for _, extra in conditioning)
+        else LAYOUT_V11
+    )
     resize = to_working_size_v12 if layout.resizes_floats else to_working_size
-    latents = [encode_pictures(vae, torch.stack([resize(picture, size_level) for picture in image])) for image in images]
-    return [[[cond, {**extra, "reference_latents": [*extra.get("reference_latents", []), *latents]}] for cond, extra in conditioning]
-            for conditioning in conditionings]
+    latents = [
+        encode_pictures(vae, torch.stack([resize(picture, size_level) for picture in image])) for image in images
+    ]
+    return [
+        [
+            [cond, {**extra, "reference_latents": [*extra.get("reference_latents", []), *latents]}]
+            for cond, extra in conditioning
+        ]
+        for conditioning in conditionings
+    ]
 
 
 def merge_batch(parts: list[list]) -> list:
@@ -177,7 +206,10 @@ def merge_batch(parts: list[list]) -> list:
         return parts[0]
     merged = []
     for entries in zip(*parts):
-        extra = {name: torch.cat([e[1][name] for e in entries]) if torch.is_tensor(value) else value for name, value in entries[0][1].items()}
+        extra = {
+            name: torch.cat([e[1][name] for e in entries]) if torch.is_tensor(value) else value
+            for name, value in entries[0][1].items()
+        }
         merged.append([torch.cat([e[0] for e in entries]), extra])
     return merged
 

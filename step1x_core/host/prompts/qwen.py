@@ -29,9 +29,15 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
         check_intact(TEXT_ENCODER)
         config = MLLMConfig(**config_dict)
         text = llama.Qwen25_7BVLI_Config(
-            vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads, rms_norm_eps=config.rms_norm_eps, rope_theta=config.rope_theta, lm_head=config.lm_head,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_theta=config.rope_theta,
+            lm_head=config.lm_head,
         )
         text.head_dim = config.head_dim
         text.rope_dims = config.mrope_section
@@ -48,7 +54,11 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
         Float32 on CPUs, on cards without bfloat16 and with the host's --fp32-text-enc.
         """
         weight = self.model.norm.weight.dtype
-        if weight == torch.float32 or comfy.cli_args.args.fp32_text_enc or not comfy.model_management.should_use_bf16(device):
+        if (
+            weight == torch.float32
+            or comfy.cli_args.args.fp32_text_enc
+            or not comfy.model_management.should_use_bf16(device)
+        ):
             return torch.float32
         # Also for weights in float16, whose range the activations of Qwen2.5-VL leave.
         return torch.bfloat16
@@ -108,10 +118,20 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
         """Return the bytes that a run over sequences needs besides the weights: widest activations, keys and values,
         and room for replies, all in float32, and what choosing tokens takes."""
         config = self.model.config
-        longest = max(sum(math.prod(picture_grid(token["data"])) if isinstance(token, dict) else 1 for token in sequence) for sequence in sequences)
+        longest = max(
+            sum(math.prod(picture_grid(token["data"])) if isinstance(token, dict) else 1 for token in sequence)
+            for sequence in sequences
+        )
         together = max(longest, min(PREFILL_TOKENS, len(sequences) * longest))
         activations = together * (3 * config.intermediate_size + 8 * config.hidden_size)
-        cache = len(sequences) * (longest + REPLY_TOKENS) * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        cache = (
+            len(sequences)
+            * (longest + REPLY_TOKENS)
+            * 2
+            * config.num_hidden_layers
+            * config.num_key_value_heads
+            * config.head_dim
+        )
         # Scores, their sort keys of 8 bytes and copies of both.
         choice = len(sequences) * 8 * config.vocab_size
         return 4 * (activations + cache + choice)

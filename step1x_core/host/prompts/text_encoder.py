@@ -46,8 +46,16 @@ def say_cut(prompt: str, tokens: int, picture_tokens: int = 0) -> None:
 
 class Step1XTextModel(sd1_clip.SDClipModel):
     def __init__(self, config: MLLMConfig, device="cpu", dtype=None, model_options={}):
-        super().__init__(device=device, layer="last", textmodel_json_config=asdict(config), dtype=dtype, special_tokens={"pad": 151643},
-                         layer_norm_hidden_state=False, model_class=Qwen25VL, model_options=model_options)
+        super().__init__(
+            device=device,
+            layer="last",
+            textmodel_json_config=asdict(config),
+            dtype=dtype,
+            special_tokens={"pad": 151643},
+            layer_norm_hidden_state=False,
+            model_class=Qwen25VL,
+            model_options=model_options,
+        )
 
     def forward(self, tokens):
         """Encode one list of ids that contains one image, as Step1XTokenizer makes it; returns states [1, L, C] and no
@@ -69,7 +77,15 @@ class Step1XTextModel(sd1_clip.SDClipModel):
         mask = [*picture["text_mask"][:at], *[0] * (grid[0] * grid[1]), *picture["text_mask"][at + 1:]]
         # The official code passes both in bfloat16, whatever dtype the models use.
         states, embeds = (tensor[:, KEPT].bfloat16().float() for tensor in (states, embeds))
-        return states, None, {"text_ids": text_ids(positions, at, grid, picture["working_size"])[None], "text_embeds": embeds, "text_mask": torch.tensor([mask])[:, KEPT]}
+        return (
+            states,
+            None,
+            {
+                "text_ids": text_ids(positions, at, grid, picture["working_size"])[None],
+                "text_embeds": embeds,
+                "text_mask": torch.tensor([mask])[:, KEPT],
+            },
+        )
 
     def check_can_generate(self) -> None:
         """Raise Step1XError for weights without a language-model head."""
@@ -80,7 +96,19 @@ class Step1XTextModel(sd1_clip.SDClipModel):
                 "repository."
             )
 
-    def generate(self, tokens, do_sample, max_length, temperature, top_k, top_p, min_p, repetition_penalty, seed, presence_penalty=0.0):
+    def generate(
+        self,
+        tokens,
+        do_sample,
+        max_length,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty,
+        seed,
+        presence_penalty=0.0,
+    ):
         """Generate the reply to one prompt in the host's token structure; returns its ids. The settings are those of
         Hugging Face's `generate`.
 
@@ -91,8 +119,18 @@ class Step1XTextModel(sd1_clip.SDClipModel):
         self.check_can_generate()
         together = isinstance(seed, list)
         rows = zip(temperature, seed) if together else [(temperature, seed)]
-        samplings = [Sampling(temperature=heat if do_sample else 0, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-                              presence_penalty=presence_penalty, seed=number or 0) for heat, number in rows]
+        samplings = [
+            Sampling(
+                temperature=heat if do_sample else 0,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                presence_penalty=presence_penalty,
+                seed=number or 0,
+            )
+            for heat, number in rows
+        ]
         sequences = [[token[0] for token in sequence] for sequence in tokens[TEXT_ENCODER_NAME]]
         replies = self.transformer.generate(sequences[:len(samplings)], self.execution_device, max_length, samplings)
         return replies if together else replies[0]
@@ -102,11 +140,26 @@ class Step1XTEModel(sd1_clip.SD1ClipModel):
     """Encodes one prompt to [1, 640, C] with its attention mask [1, 640], or for v1.2 to [1, L, C] with the extras of
     `Step1XTextModel.forward`."""
 
-    def __init__(self, config: MLLMConfig, device="cpu", dtype=None, model_options={}, dtype_llama=None, llama_quantization_metadata=None):
+    def __init__(
+        self,
+        config: MLLMConfig,
+        device="cpu",
+        dtype=None,
+        model_options={},
+        dtype_llama=None,
+        llama_quantization_metadata=None,
+    ):
         if llama_quantization_metadata is not None:
             model_options = {**model_options, "quantization_metadata": llama_quantization_metadata}
 
-        super().__init__(device=device, dtype=dtype_llama or dtype, name=TEXT_ENCODER_NAME, clip_model=Step1XTextModel, model_options=model_options, config=config)
+        super().__init__(
+            device=device,
+            dtype=dtype_llama or dtype,
+            name=TEXT_ENCODER_NAME,
+            clip_model=Step1XTextModel,
+            model_options=model_options,
+            config=config,
+        )
 
     def encode_token_weights(self, token_weight_pairs):
         states, pooled, *extra = super().encode_token_weights(token_weight_pairs)
@@ -127,12 +180,21 @@ class Step1XTokenizer(sd1_clip.SD1Tokenizer):
     """The host's tokenizer with Step1X-Edit's prompt layouts. layout: how prompts are laid out."""
 
     def __init__(self, embedding_directory=None, tokenizer_data={}, layout=LAYOUT_V11):
-        super().__init__(embedding_directory=embedding_directory, tokenizer_data=tokenizer_data, name=TEXT_ENCODER_NAME, tokenizer=Qwen25_7BVLITokenizer)
+        super().__init__(
+            embedding_directory=embedding_directory,
+            tokenizer_data=tokenizer_data,
+            name=TEXT_ENCODER_NAME,
+            tokenizer=Qwen25_7BVLITokenizer,
+        )
         self.layout = layout
         # The host's tokenizer has four tags of later models, which are plain text to Qwen2.5-VL.
         inner = getattr(self, self.clip)
-        known = {id: token for id, token in inner.tokenizer.added_tokens_decoder.items() if str(token) in SPECIAL_TOKENS}
-        inner.tokenizer = type(inner.tokenizer).from_pretrained(inner.tokenizer.name_or_path, added_tokens_decoder=known)
+        known = {
+            id: token for id, token in inner.tokenizer.added_tokens_decoder.items() if str(token) in SPECIAL_TOKENS
+        }
+        inner.tokenizer = type(inner.tokenizer).from_pretrained(
+            inner.tokenizer.name_or_path, added_tokens_decoder=known
+        )
 
     def token_ids(self, text: str) -> list[int]:
         return getattr(self, self.clip).tokenizer(text)["input_ids"]
@@ -145,7 +207,10 @@ class Step1XTokenizer(sd1_clip.SD1Tokenizer):
         memory = ImageMemory() if memory is None else memory
         sequence = self.token_ids(texts[0])
         for picture, text in zip(pictures, texts[1:]):
-            sequence += [{"type": "image", "data": memory.once(picture, to_thinker_size, to_thinker_size), "memory": memory}, *self.token_ids(text)]
+            sequence += [
+                {"type": "image", "data": memory.once(picture, to_thinker_size, to_thinker_size), "memory": memory},
+                *self.token_ids(text),
+            ]
         return {TEXT_ENCODER_NAME: [[(token, 1.0) for token in sequence or [STOP_IDS[0]]]]}
 
     def tokenize_request(self, text, skip_template, image=None, video=None, audio=None) -> dict:
@@ -178,7 +243,9 @@ class Step1XTokenizer(sd1_clip.SD1Tokenizer):
         `skip_template`, gets its text laid out as a chat instead.
         """
         if "skip_template" in kwargs:
-            return self.tokenize_request(text, kwargs["skip_template"], kwargs.get("image"), kwargs.get("video"), kwargs.get("audio"))
+            return self.tokenize_request(
+                text, kwargs["skip_template"], kwargs.get("image"), kwargs.get("video"), kwargs.get("audio")
+            )
         if len(images) > 1:
             raise Step1XError(
                 f"Step1X-Edit reads one image with the prompt, but {len(images)} are connected. Connect a single image."
@@ -187,4 +254,6 @@ class Step1XTokenizer(sd1_clip.SD1Tokenizer):
         memory = ImageMemory() if memory is None else memory
         sequence = SEQUENCES[self.layout](text, picture, size_level, self.token_ids, memory)
         say_cut(text, sequence.cut, sequence.cut_picture)
-        return {TEXT_ENCODER_NAME: [[(token, 1.0, 0) if return_word_ids else (token, 1.0) for token in sequence.tokens]]}
+        return {
+            TEXT_ENCODER_NAME: [[(token, 1.0, 0) if return_word_ids else (token, 1.0) for token in sequence.tokens]]
+        }

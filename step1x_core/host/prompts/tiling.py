@@ -27,7 +27,11 @@ def memory_is_short(vae, samples: Tensor) -> bool:
     comfy.model_management.load_models_gpu([vae.patcher], memory_required=needed, force_full_load=vae.disable_offload)
     free = vae.patcher.get_free_memory(vae.device)
     if needed > free:
-        log.info("Step1X-Edit decodes in tiles: in one piece it would need %.1f GB, and %.1f GB are free", needed / 1e9, free / 1e9)
+        log.info(
+            "Step1X-Edit decodes in tiles: in one piece it would need %.1f GB, and %.1f GB are free",
+            needed / 1e9,
+            free / 1e9,
+        )
     return needed > free
 
 

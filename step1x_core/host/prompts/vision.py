@@ -23,7 +23,9 @@ class Windows:
         ends = [0, *itertools.accumulate(lengths)]
         # Windows of one length are computed as one batch; those at the edges of an image are shorter.
         order = sorted(range(len(lengths)), key=lambda window: -lengths[window])
-        self.groups = [(length, len(list(group))) for length, group in itertools.groupby(order, key=lengths.__getitem__)]
+        self.groups = [
+            (length, len(list(group))) for length, group in itertools.groupby(order, key=lengths.__getitem__)
+        ]
         self.there = self.back = None
         if order != list(range(len(lengths))):
             there = torch.cat([torch.arange(ends[window], ends[window + 1]) for window in order])
@@ -48,8 +50,15 @@ class Windows:
 class VisionTransformer(qwen_vl.Qwen2VLVisionTransformer):
     def __init__(self, config: MLLMConfig, device=None, dtype=None, ops=None):
         super().__init__(
-            hidden_size=config.vision_hidden_size, output_hidden_size=config.hidden_size, intermediate_size=config.vision_intermediate_size,
-            num_heads=config.vision_heads, num_layers=config.vision_depth, window_size=config.vision_window_size, device=device, dtype=dtype, ops=ops,
+            hidden_size=config.vision_hidden_size,
+            output_hidden_size=config.hidden_size,
+            intermediate_size=config.vision_intermediate_size,
+            num_heads=config.vision_heads,
+            num_layers=config.vision_depth,
+            window_size=config.vision_window_size,
+            device=device,
+            dtype=dtype,
+            ops=ops,
         )
         self.fullatt_block_indexes = config.vision_full_attention
 

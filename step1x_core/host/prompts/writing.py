@@ -179,7 +179,9 @@ class Writer:
         if getattr(comfy.cli_args.args, "disable_cuda_graphs", False):
             say_eager("ComfyUI was started with --disable-cuda-graphs")
         elif not settled:
-            say_eager("ComfyUI moves the weights of the text encoder as it needs memory, and their format has no kernel")
+            say_eager(
+                "ComfyUI moves the weights of the text encoder as it needs memory, and their format has no kernel"
+            )
         else:
             self.may_capture = True
 

@@ -45,16 +45,36 @@ def generate_text(clip, system: str | None, content: list[str | Tensor], max_tok
     """
     check_text_encoder(clip)
     tokens = clip.tokenizer.tokenize_chat(*chat(system, content))
-    reply = clip.generate(tokens, do_sample=temperature > 0, max_length=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                          repetition_penalty=repetition_penalty, seed=seed)
+    reply = clip.generate(
+        tokens,
+        do_sample=temperature > 0,
+        max_length=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
     return clip.decode(reply).strip()
 
 
-def generate_texts(clip, questions: list[Question], max_tokens: int, top_p=0.9, top_k=50, repetition_penalty=1.05) -> list[str]:
+def generate_texts(
+    clip, questions: list[Question], max_tokens: int, top_p=0.9, top_k=50, repetition_penalty=1.05
+) -> list[str]:
     """Return the answers to several questions, generated as one batch; each equals that of `generate_text`, up to
     rounding. Raises what that raises."""
     check_text_encoder(clip)
-    sequences = [clip.tokenizer.tokenize_chat(*chat(question.system, question.content), question.memory)[TEXT_ENCODER_NAME][0] for question in questions]
-    replies = clip.generate({TEXT_ENCODER_NAME: sequences}, max_length=max_tokens, temperature=[question.temperature for question in questions], top_k=top_k,
-                            top_p=top_p, repetition_penalty=repetition_penalty, seed=[question.seed for question in questions])
+    sequences = [
+        clip.tokenizer.tokenize_chat(*chat(question.system, question.content), question.memory)[TEXT_ENCODER_NAME][0]
+        for question in questions
+    ]
+    replies = clip.generate(
+        {TEXT_ENCODER_NAME: sequences},
+        max_length=max_tokens,
+        temperature=[question.temperature for question in questions],
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=[question.seed for question in questions],
+    )
     return [clip.decode(reply).strip() for reply in replies]

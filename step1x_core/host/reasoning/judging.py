@@ -29,10 +29,14 @@ class LocalJudge(Asker):
     def question(self, system: str, content: list, number: str = "") -> Question:
         repeated = any(asked == system for asked, _, _ in self.exchanges)
         self.temperature = RETRY_TEMPERATURE if repeated else 0.0
-        return super().question(system, [part if isinstance(part, str) else self.image(part) for part in content], number)
+        return super().question(
+            system, [part if isinstance(part, str) else self.image(part) for part in content], number
+        )
 
 
-def judge_edits(clip, edits: Iterable[tuple[str, Image.Image, Image.Image, str]], seed: int) -> Iterator[tuple[int, Verdict]]:
+def judge_edits(
+    clip, edits: Iterable[tuple[str, Image.Image, Image.Image, str]], seed: int
+) -> Iterator[tuple[int, Verdict]]:
     """The verdicts on edits, with their numbers, in the order in which they are reached; a few edits are asked about at a time.
 
     edits: name, source, edited picture and instruction; the name and the seed decide what is drawn for an answer that is asked for anew.

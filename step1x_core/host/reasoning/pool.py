@@ -25,7 +25,9 @@ def tasks_at_a_time(clip) -> int:
     return MANY if room >= ROOM else FEW
 
 
-def answer_all(clip, tasks: Iterable[tuple[Asker, Generator[Asked, str]]], together: int, ask=None) -> Iterator[tuple[int, object]]:
+def answer_all(
+    clip, tasks: Iterable[tuple[Asker, Generator[Asked, str]]], together: int, ask=None
+) -> Iterator[tuple[int, object]]:
     """Run steps as for `conversation.answered`, all with one budget, `together` tasks at a time; yields the number of a
     task with its result, in the order in which they are reached.
 

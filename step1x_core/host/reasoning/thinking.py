@@ -46,7 +46,9 @@ class Asker:
 
     def note(self, question: Question, reply: str) -> None:
         """Record a call; the next one gets another seed."""
-        self.exchanges.append((question.system, "\n".join(part for part in question.content if isinstance(part, str)), reply))
+        self.exchanges.append(
+            (question.system, "\n".join(part for part in question.content if isinstance(part, str)), reply)
+        )
 
     def __call__(self, system: str, content: list, max_tokens: int) -> str:
         question = self.question(system, content)

@@ -56,7 +56,9 @@ class Cfg1Saving:
 
     def __call__(self, executor, x, timestep, model_options={}, seed=None) -> Tensor:
         cfg = getattr(executor.class_obj, "cfg", None)
-        alone = [type(hook) for hook in model_options.get(HOOKS, [])] == [NormLimiter] and not has_cfg_functions(model_options)
+        alone = [type(hook) for hook in model_options.get(HOOKS, [])] == [NormLimiter] and not has_cfg_functions(
+            model_options
+        )
         if alone and isinstance(cfg, (int, float)) and math.isclose(cfg, 1.0):
             # Compared in float32, like the limiter does.
             if not (timestep > torch.full((), self.truncate, dtype=torch.float32, device=timestep.device)).any():
@@ -119,7 +121,13 @@ class GuidanceInterval:
         args = args | {"model_options": self.guarded(args["model"].diffusion_model, args["model_options"])}
         if not guided:
             args = args | {"conds": [args["conds"][0], *(None for _ in args["conds"][1:])]}
-        out = self.other(args) if self.other else comfy.samplers.calc_cond_batch(args["model"], args["conds"], args["input"], args["sigma"], args["model_options"])
+        out = (
+            self.other(args)
+            if self.other
+            else comfy.samplers.calc_cond_batch(
+                args["model"], args["conds"], args["input"], args["sigma"], args["model_options"]
+            )
+        )
         # Separate tensors, because the host may modify one in place.
         return out if guided else [out[0], *(out[0].clone() for _ in out[1:])]
 
@@ -157,7 +165,9 @@ def set_guidance_interval(model, start: float, end: float):
         )
     model = model.clone()
     other = model.model_options.get(COND_BATCH)
-    model.set_model_sampler_calc_cond_batch_function(GuidanceInterval(start, end, other.other if isinstance(other, GuidanceInterval) else other))
+    model.set_model_sampler_calc_cond_batch_function(
+        GuidanceInterval(start, end, other.other if isinstance(other, GuidanceInterval) else other)
+    )
     return model
 
 
@@ -201,7 +211,9 @@ def fit_latent(model, latent: dict) -> dict:
     samples = latent_samples(latent)
     out = latent.copy()
     # The host's other factor applies to latents with a time axis, which are refused below.
-    out["samples"] = samples = comfy.sample.fix_empty_latent_channels(model, samples, out.pop("downscale_ratio_spacial", None))
+    out["samples"] = samples = comfy.sample.fix_empty_latent_channels(
+        model, samples, out.pop("downscale_ratio_spacial", None)
+    )
     check_latent_shape(samples, model.model.latent_channels)
     check_finite(samples, BAD_LATENT)
     return out
@@ -218,7 +230,11 @@ def check_references(model, positive: list, negative: list, cfg: float) -> None:
     width = model.model.diffusion_model.connector.S.c_embedder.linear_1.in_features
     if any(entry[0].shape[-1] != width for entry in (*positive, *negative)):
         return  # of another model: `extra_conds` reports it
-    lacking = [name for name, prompts in (("positive", positive), ("negative", negative)) if not all(entry[1].get("reference_latents") for entry in prompts)]
+    lacking = [
+        name
+        for name, prompts in (("positive", positive), ("negative", negative))
+        if not all(entry[1].get("reference_latents") for entry in prompts)
+    ]
     if lacking and any(entry[1].get("reference_latents") for entry in (*positive, *negative)):
         raise Step1XError(
             f"Input '{lacking[0]}' has no reference image, but another prompt of this edit has one; the result would "
@@ -237,7 +253,17 @@ def copied(value):
     return type(value)(map(copied, value)) if type(value) in (list, tuple) else value
 
 
-def sample(model, positive, negative, latent: dict, sigmas: Tensor, cfg: float, seed: int, sampler_name: str = "euler", callback=None) -> dict:
+def sample(
+    model,
+    positive,
+    negative,
+    latent: dict,
+    sigmas: Tensor,
+    cfg: float,
+    seed: int,
+    sampler_name: str = "euler",
+    callback=None,
+) -> dict:
     """Denoise a latent dict with the host's sampler; returns a new latent dict.
 
     Noise is drawn on the CPU from `seed`. With fewer than two sigmas nothing is run and the latent is returned
@@ -266,8 +292,18 @@ def sample(model, positive, negative, latent: dict, sigmas: Tensor, cfg: float, 
     positive = copied(positive)
     negative = left_out(positive) if is_left_out(negative) else copied(negative)
     out["samples"] = comfy.sample.sample_custom(
-        model, noise, cfg, comfy.samplers.sampler_object(sampler_name), sigmas.clone(), positive, negative, samples.clone(),
-        noise_mask=None if mask is None else mask.clone(), callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed,
+        model,
+        noise,
+        cfg,
+        comfy.samplers.sampler_object(sampler_name),
+        sigmas.clone(),
+        positive,
+        negative,
+        samples.clone(),
+        noise_mask=None if mask is None else mask.clone(),
+        callback=callback,
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
     )
     check_finite(
         out["samples"],

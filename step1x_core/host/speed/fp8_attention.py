@@ -34,12 +34,26 @@ class Plan:
         self.handle = handle_for(device)
         self.set_stream = cudnn.set_stream
         float32, e4m3 = cudnn.data_type.FLOAT, cudnn.data_type.FP8_E4M3
-        self.graph = cudnn.pygraph(io_data_type=e4m3, intermediate_data_type=float32, compute_data_type=float32, handle=self.handle)
-        self.inputs = [self.graph.tensor(name=name, dim=list(shape), stride=list(stride), data_type=e4m3) for name, (shape, stride) in zip("qkv", (q, k, v))]
-        scalars = {"descale_q": 1.0, "descale_k": 1.0, "descale_v": 1.0, "descale_s": 1 / WEIGHTS_SCALE, "scale_s": WEIGHTS_SCALE, "scale_o": 1.0}
+        self.graph = cudnn.pygraph(
+            io_data_type=e4m3, intermediate_data_type=float32, compute_data_type=float32, handle=self.handle
+        )
+        self.inputs = [
+            self.graph.tensor(name=name, dim=list(shape), stride=list(stride), data_type=e4m3)
+            for name, (shape, stride) in zip("qkv", (q, k, v))
+        ]
+        scalars = {
+            "descale_q": 1.0,
+            "descale_k": 1.0,
+            "descale_v": 1.0,
+            "descale_s": 1 / WEIGHTS_SCALE,
+            "scale_s": WEIGHTS_SCALE,
+            "scale_o": 1.0,
+        }
         one = {"dim": [1] * 4, "stride": [1] * 4, "data_type": float32}
         nodes = {name: self.graph.tensor(name=name, **one) for name in scalars}
-        self.out, _, *maxima = self.graph.sdpa_fp8(**dict(zip("qkv", self.inputs)), **nodes, attn_scale=q[0][-1]**-0.5, generate_stats=False)
+        self.out, _, *maxima = self.graph.sdpa_fp8(
+            **dict(zip("qkv", self.inputs)), **nodes, attn_scale=q[0][-1] ** -0.5, generate_stats=False
+        )
         self.out.set_output(True).set_dim(list(out[0])).set_stride(list(out[1])).set_data_type(e4m3)
         for node in maxima:
             node.set_output(True).set_dim([1] * 4).set_stride([1] * 4).set_data_type(float32)
@@ -55,7 +69,9 @@ class Plan:
     def run(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         self.set_stream(handle=self.handle, stream=torch.cuda.current_stream(q.device).cuda_stream)
         workspace = torch.empty(self.workspace_size, dtype=torch.uint8, device=q.device)
-        self.graph.execute({**dict(zip(self.inputs, (q, k, v))), self.out: out, **self.constants}, workspace, handle=self.handle)
+        self.graph.execute(
+            {**dict(zip(self.inputs, (q, k, v))), self.out: out, **self.constants}, workspace, handle=self.handle
+        )
 
 
 # Two, for the last block and the others, for each size of picture, number of prompts at a time and length of the text.
@@ -84,13 +100,17 @@ def set_fp8_attention(model):
     """A clone of a Step1X-Edit model whose blocks attend in e4m3. Raises Step1XError where that cannot run."""
     missing = missing_for_fp8(model.load_device)
     if missing == NO_CARD:
-        raise Step1XError("The fp8 attention of 'Step1X-Edit Speed' needs an NVIDIA data-centre GPU (H100, H200, B200 or "
-                          "B300) with Triton, and ComfyUI started without an option that chooses another attention. Set "
-                          "attention to exact.")
+        raise Step1XError(
+            "The fp8 attention of 'Step1X-Edit Speed' needs an NVIDIA data-centre GPU (H100, H200, B200 or "
+            "B300) with Triton, and ComfyUI started without an option that chooses another attention. Set "
+            "attention to exact."
+        )
     if missing:
-        raise Step1XError("The fp8 attention of 'Step1X-Edit Speed' needs NVIDIA's package nvidia-cudnn-frontend. Install "
-                          "it with the Python that starts ComfyUI: python -m pip install nvidia-cudnn-frontend; or set "
-                          "attention to exact.")
+        raise Step1XError(
+            "The fp8 attention of 'Step1X-Edit Speed' needs NVIDIA's package nvidia-cudnn-frontend. Install "
+            "it with the Python that starts ComfyUI: python -m pip install nvidia-cudnn-frontend; or set "
+            "attention to exact."
+        )
     model = model.clone()
     model.model_options["transformer_options"][FP8_ATTENTION] = attend_fp8
     return model

@@ -31,7 +31,9 @@ class TransformerCall:
     def __init__(self, cache: dict, x: Tensor, options: dict, rows: Tensor | None, tokens: int):
         self.cache = cache
         self.conds = options["uuids"]
-        self.inner = options.get("optimized_attention_override") or (cudnn_first if cudnn_is_fastest(x.device) else None)
+        self.inner = options.get("optimized_attention_override") or (
+            cudnn_first if cudnn_is_fastest(x.device) else None
+        )
         self.rows = rows
         self.tokens = tokens
 
@@ -53,13 +55,19 @@ class TransformerCall:
         x = extra["original_block"](args)["img"]
         text = x.shape[1] - self.rows.shape[1]
         out = x.new_zeros((x.shape[0], text + self.tokens, x.shape[2]))
-        out.scatter_(1, (text + self.rows).repeat(len(self.conds), 1)[..., None].expand(-1, -1, x.shape[2]), x[:, text:])
+        out.scatter_(
+            1, (text + self.rows).repeat(len(self.conds), 1)[..., None].expand(-1, -1, x.shape[2]), x[:, text:]
+        )
         return {"img": out}
 
     def attention(self, attention, q: Tensor, k: Tensor, v: Tensor, heads: int, *args, **kwargs) -> Tensor:
         """The host's override hook around the attention that would run without this patch."""
         def attend(q, k, v):
-            return self.inner(attention, q, k, v, heads, *args, **kwargs) if self.inner else attention(q, k, v, heads, *args, **kwargs)
+            return (
+                self.inner(attention, q, k, v, heads, *args, **kwargs)
+                if self.inner
+                else attention(q, k, v, heads, *args, **kwargs)
+            )
 
         options = kwargs["transformer_options"]
         if "block_type" not in options:
@@ -72,7 +80,9 @@ class TransformerCall:
                 self.cache[cond, block] = tuple(x.clone(memory_format=torch.contiguous_format) for x in (keys, values))
             return attend(q, k, v)
         text = k.shape[2] - self.rows.shape[1]
-        places = torch.cat((torch.arange(text, device=k.device).expand(len(self.rows), -1), text + self.rows), dim=1)[:, None, :, None].expand_as(parts[0][2])
+        places = torch.cat((torch.arange(text, device=k.device).expand(len(self.rows), -1), text + self.rows), dim=1)[
+            :, None, :, None
+        ].expand_as(parts[0][2])
         out = []
         for cond, queries, keys, values in parts:
             all_keys, all_values = self.cache[cond, block]
@@ -86,11 +96,17 @@ def check_other_patches(model_options: dict) -> None:
     found = []
     if options.get("patches_replace", {}).get("dit"):
         found.append("a node that replaces the transformer's blocks, such as TeaCache")
-    found += [f"'{name}'" for name in ("EasyCache", "LazyCache") if get_wrappers_with_key(WrappersMP.OUTER_SAMPLE, name.lower(), options)]
+    found += [
+        f"'{name}'"
+        for name in ("EasyCache", "LazyCache")
+        if get_wrappers_with_key(WrappersMP.OUTER_SAMPLE, name.lower(), options)
+    ]
     if "torch_compile_kwargs" in model_options:
         found.append("'TorchCompileModel'")
     if found:
-        raise Step1XError(f"'{NODE}' cannot work together with {' and '.join(found)}: both decide what a step computes. Remove one of the two.")
+        raise Step1XError(
+            f"'{NODE}' cannot work together with {' and '.join(found)}: both decide what a step computes. Remove one of the two."
+        )
 
 
 class RegionDenoiser:
@@ -185,7 +201,9 @@ class RegionDenoiser:
         if self.mode == "region" and not foreign and all((cond, ("double", 0)) in self.cache for cond in conds):
             rows = token_rows(self.run.edited, references).to(x.device)
         if not foreign and (self.mode == "record" or rows is not None):
-            transformer_options = TransformerCall(self.cache, x, transformer_options, rows, tokens).options(transformer_options, self.last_block)
+            transformer_options = TransformerCall(self.cache, x, transformer_options, rows, tokens).options(
+                transformer_options, self.last_block
+            )
         self.call_shares.append(1.0 if rows is None else rows.shape[1] / tokens)
         return executor(x, timestep, context, y, guidance, ref_latents, control, transformer_options, **kwargs)
 
@@ -194,9 +212,16 @@ def apply_region(model, settings: RegionSettings):
     """A clone of a Step1X-Edit model with region-aware denoising, in place of an earlier one."""
     model = model.clone()
     transformer = model.model.diffusion_model
-    denoiser = RegionDenoiser(settings, len(transformer.double_blocks), len(transformer.single_blocks), transformer.hidden_size)
-    wrappers = {WrappersMP.OUTER_SAMPLE: denoiser.sample, WrappersMP.PREPARE_SAMPLING: denoiser.prepare,
-                WrappersMP.PREDICT_NOISE: denoiser.predict, WrappersMP.APPLY_MODEL: denoiser.apply, WrappersMP.DIFFUSION_MODEL: denoiser.forward}
+    denoiser = RegionDenoiser(
+        settings, len(transformer.double_blocks), len(transformer.single_blocks), transformer.hidden_size
+    )
+    wrappers = {
+        WrappersMP.OUTER_SAMPLE: denoiser.sample,
+        WrappersMP.PREPARE_SAMPLING: denoiser.prepare,
+        WrappersMP.PREDICT_NOISE: denoiser.predict,
+        WrappersMP.APPLY_MODEL: denoiser.apply,
+        WrappersMP.DIFFUSION_MODEL: denoiser.forward,
+    }
     for kind, wrapper in wrappers.items():
         model.remove_wrappers_with_key(kind, WRAPPER_KEY)
         model.add_wrapper_with_key(kind, WRAPPER_KEY, wrapper)

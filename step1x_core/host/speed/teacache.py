@@ -36,9 +36,13 @@ class TeaCache:
         Raises Step1XError for a compiled model, one with a few-step LoRA, and one whose forward pass is another pack's.
         """
         if "torch_compile_kwargs" in executor.class_obj.model_options:
-            raise Step1XError(f"'TorchCompileModel' would keep for all steps what '{NODE}' decides in the first. Remove one of the two.")
+            raise Step1XError(
+                f"'TorchCompileModel' would keep for all steps what '{NODE}' decides in the first. Remove one of the two."
+            )
         refuse_few_steps(executor.class_obj.model_patcher, NODE)  # a LoRA loaded after this patch
-        refuse_shared(NODE, foreign_parts(executor.class_obj.model_patcher.model.diffusion_model) & {"forward", "_forward"})
+        refuse_shared(
+            NODE, foreign_parts(executor.class_obj.model_patcher.model.diffusion_model) & {"forward", "_forward"}
+        )
         self.states.clear()
         try:
             return executor(*args, **kwargs)
@@ -84,7 +88,9 @@ def apply_teacache(model, threshold: float):
     refuse_few_steps(model, NODE)
     model = model.clone()
     patches = model.model_options["transformer_options"].setdefault("patches", {})
-    patches["post_input"] = [p for p in patches.get("post_input", []) if not isinstance(getattr(p, "__self__", None), TeaCache)]
+    patches["post_input"] = [
+        p for p in patches.get("post_input", []) if not isinstance(getattr(p, "__self__", None), TeaCache)
+    ]
     transformer = model.model.diffusion_model
     cache = TeaCache(threshold, len(transformer.single_blocks))
     model.set_model_post_input_patch(cache.after_input)

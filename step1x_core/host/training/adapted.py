@@ -111,4 +111,8 @@ def switched_off(layers: dict[str, LoraLayer]) -> Iterator[None]:
 
 def linear_shapes(transformer: torch.nn.Module) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of the transformer's linear layers by name."""
-    return {name: (module.in_features, module.out_features) for name, module in transformer.named_modules() if hasattr(module, "in_features")}
+    return {
+        name: (module.in_features, module.out_features)
+        for name, module in transformer.named_modules()
+        if hasattr(module, "in_features")
+    }

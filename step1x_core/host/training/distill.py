@@ -57,7 +57,9 @@ def plain_velocity(model, conditioning: tuple[Tensor, dict]) -> Callable[[Tensor
     return lambda x, s: predict(model, x, torch.full((len(x),), s, device=x.device), conditioning)
 
 
-def guided_velocity(model, positive: tuple[Tensor, dict], negative: tuple[Tensor, dict], cfg: float) -> Callable[[Tensor, float], Tensor]:
+def guided_velocity(
+    model, positive: tuple[Tensor, dict], negative: tuple[Tensor, dict], cfg: float
+) -> Callable[[Tensor, float], Tensor]:
     """The velocity that the sampler follows with this model and CFG, norm-limited as there."""
     limiter, limits_cfg1 = limiter_of(model), model_version(model).uncond_at_cfg1
     towards, away = plain_velocity(model, positive), plain_velocity(model, negative)
@@ -103,8 +105,14 @@ class Lesson:
         self.settings.check()
         self.metadata = self.settings.metadata(model.model.diffusion_model.version)
         limiter = limiter_of(model)
-        self.teacher = content_key(fingerprint(model, model.model.diffusion_model), limiter.truncate, limiter.power, self.settings.substeps,
-                                   self.settings.stored, f"{cfg:g}")
+        self.teacher = content_key(
+            fingerprint(model, model.model.diffusion_model),
+            limiter.truncate,
+            limiter.power,
+            self.settings.substeps,
+            self.settings.stored,
+            f"{cfg:g}",
+        )
         self.name, self.report, self.made = self.settings.text(), report, 0
 
     def cache(self, dataset: EditDataset) -> Cache:
@@ -116,12 +124,19 @@ class Lesson:
 
     def noise(self, model, item: CachedPair, seed: int, number: int) -> Tensor:
         """Its first point, float32 [1, C, h, w]; the same wherever the pair stands in the dataset."""
-        return trajectory_noise(seed, int(item.content[:16] or "0", 16), number, (1, model.model.latent_channels, *item.size))
+        return trajectory_noise(
+            seed, int(item.content[:16] or "0", 16), number, (1, model.model.latent_channels, *item.size)
+        )
 
     def points(self, model, dataset: EditDataset, item: CachedPair, seed: int, number: int) -> Tensor:
         """The trajectory at the student's noise levels, noise first, float32 [steps + 1, C, h, w]."""
         later = self.cache(dataset).load(self.key(item, seed, number))["points"]
-        return torch.cat([self.noise(model, item, seed, number).to(later.device), later[self.settings.stride - 1::self.settings.stride].float()])
+        return torch.cat(
+            [
+                self.noise(model, item, seed, number).to(later.device),
+                later[self.settings.stride - 1 :: self.settings.stride].float(),
+            ]
+        )
 
     def prepare(self, model, dataset: EditDataset, settings: Settings) -> None:
         """Make the trajectories that the cache lacks, `settings.batch` at a time; each batch is stored at once, so a cancelled run is resumed.
@@ -129,20 +144,30 @@ class Lesson:
         Raises Step1XError for a dataset without negative conditionings, for NaN, and for a full disk, and the host's exception on cancel.
         """
         if any(item.negative is None for item in dataset.pairs):
-            raise Step1XError("A few-step LoRA is trained on sources and instructions alone, but the dataset was encoded as pairs. "
-                              "Turn on 'sources_only' in 'Step1X-Edit Dataset'.")
+            raise Step1XError(
+                "A few-step LoRA is trained on sources and instructions alone, but the dataset was encoded as pairs. "
+                "Turn on 'sources_only' in 'Step1X-Edit Dataset'."
+            )
         cache = self.cache(dataset)
-        wanted = [(item, number) for item in dataset.pairs for number in range(self.settings.noises)] + [(item, 0) for item in dataset.validation]
+        wanted = [(item, number) for item in dataset.pairs for number in range(self.settings.noises)] + [
+            (item, 0) for item in dataset.validation
+        ]
         keys = {self.key(item, settings.seed, number): (item, number) for item, number in wanted}
         missing = {key: found for key, found in keys.items() if key not in cache}
         self.made = len(missing)
         if missing:
-            log.info("Step1X-Edit samples %d trajectories of the teacher; %d are in the cache", len(missing), len(keys) - len(missing))
+            log.info(
+                "Step1X-Edit samples %d trajectories of the teacher; %d are in the cache",
+                len(missing),
+                len(keys) - len(missing),
+            )
             with torch.inference_mode():
                 self.sample_missing(model, dataset, settings, missing)
         cache.prune(set(keys))
 
-    def sample_missing(self, model, dataset: EditDataset, settings: Settings, missing: dict[str, tuple[CachedPair, int]]) -> None:
+    def sample_missing(
+        self, model, dataset: EditDataset, settings: Settings, missing: dict[str, tuple[CachedPair, int]]
+    ) -> None:
         cache, progress = self.cache(dataset), comfy.utils.ProgressBar(len(missing))
         # Shapes that can be computed together stand together.
         todo = sorted(missing.items(), key=lambda entry: entry[1][0].size)
@@ -152,16 +177,26 @@ class Lesson:
         for first in range(0, len(todo), settings.batch):
             comfy.model_management.throw_exception_if_processing_interrupted()
             part = todo[first:first + settings.batch]
-            rows = [(self.noise(model, item, settings.seed, number), key, item, dataset.conditioning(item)) for key, (item, number) in part]
+            rows = [
+                (self.noise(model, item, settings.seed, number), key, item, dataset.conditioning(item))
+                for key, (item, number) in part
+            ]
             for group in in_groups(rows):
                 noises, names, items, conditionings = zip(*group)
-                for key, points in zip(names, self.trajectories(model, dataset, torch.cat(noises).to(model.load_device), list(items), list(conditionings))):
+                for key, points in zip(
+                    names,
+                    self.trajectories(
+                        model, dataset, torch.cat(noises).to(model.load_device), list(items), list(conditionings)
+                    ),
+                ):
                     cache.store(key, {"points": points})
             progress.update(len(part))
             if self.report is not None:
                 self.report(first + len(part), len(todo))
 
-    def trajectories(self, model, dataset: EditDataset, noise: Tensor, items: list[CachedPair], conditionings: list) -> Tensor:
+    def trajectories(
+        self, model, dataset: EditDataset, noise: Tensor, items: list[CachedPair], conditionings: list
+    ) -> Tensor:
         """noise [B, C, h, w] -> the teacher's latents at the stored noise levels, float16 [B, stored, C, h, w] on the CPU.
 
         Raises Step1XError for NaN.
@@ -169,15 +204,22 @@ class Lesson:
         sigmas = teacher_sigmas(self.settings, *noise.shape[-2:])
         points = follow(self.guided(model, dataset, items, conditionings), noise, sigmas, self.settings.substeps)
         stacked = torch.stack(points, dim=1)
-        check_finite(stacked, "The teacher's sampling returned NaN or Inf values. The model's file may be damaged, or float16 may overflow. "
-                              "Try the model without LoRAs, or download it again.")
+        check_finite(
+            stacked,
+            "The teacher's sampling returned NaN or Inf values. The model's file may be damaged, or float16 may overflow. "
+            "Try the model without LoRAs, or download it again.",
+        )
         return stacked.to("cpu", torch.float16)
 
-    def guided(self, model, dataset: EditDataset, items: list[CachedPair], conditionings: list) -> Callable[[Tensor, float], Tensor]:
+    def guided(
+        self, model, dataset: EditDataset, items: list[CachedPair], conditionings: list
+    ) -> Callable[[Tensor, float], Tensor]:
         negatives = join([dataset.conditioning(item, negative=True) for item in items])
         return guided_velocity(model, join(conditionings), negatives, self.settings.teacher_cfg)
 
-    def losses(self, model, dataset: EditDataset, items: list[CachedPair], positions: list[int], run: Run) -> Iterator[Tensor]:
+    def losses(
+        self, model, dataset: EditDataset, items: list[CachedPair], positions: list[int], run: Run
+    ) -> Iterator[Tensor]:
         """The losses of these examples, [n] each time, in groups of equal shapes. positions: of the examples in the training."""
         settings, seed = self.settings, run.settings.seed
         rows = []
@@ -205,7 +247,10 @@ class Lesson:
     def cached_losses(self, model, conditioning, points: Tensor, weights: Tensor, examples) -> Tensor:
         """Against each segment's mean velocity, from points of the teacher's trajectories. points [B, steps + 1, C, h, w] -> [B]."""
         sigmas = student_sigmas(self.settings, *points.shape[-2:])
-        drawn = [cached_example(row, sigmas.to(row.device), example.segment, example.fraction) for row, example in zip(points, examples)]
+        drawn = [
+            cached_example(row, sigmas.to(row.device), example.segment, example.fraction)
+            for row, example in zip(points, examples)
+        ]
         x, s, velocity = (torch.stack(part) for part in zip(*drawn))
         return robust_loss(predict(model, x, s, conditioning), velocity, weights)
 
@@ -218,7 +263,9 @@ class Lesson:
             end = points[:, segment + 1]
             if teacher is not None:
                 substeps = self.settings.substeps * self.settings.stride
-                levels = teacher_sigmas(self.settings, *points.shape[-2:])[segment * substeps:(segment + 1) * substeps + 1]
+                levels = teacher_sigmas(self.settings, *points.shape[-2:])[
+                    segment * substeps : (segment + 1) * substeps + 1
+                ]
                 with switched_off(run.layers):
                     end = follow(teacher, own, levels)[-1]
         return robust_loss(student(own, s), mean_velocity(own, end, s, following), weights)
@@ -236,5 +283,9 @@ class Lesson:
             student = plain_velocity(model, join([dataset.conditioning(item)]))
             final = follow(student, points[:1].to(model.load_device), student_sigmas(self.settings, *item.size))[-1]
             latents = [model.model.process_latent_out(latent.float().cpu()) for latent in (final, points[-1:])]
-            rows.append(to_uint8(torch.cat([vae.decode(latent.clone())[0] for latent in (dataset.source(item), *latents)], dim=1)))
+            rows.append(
+                to_uint8(
+                    torch.cat([vae.decode(latent.clone())[0] for latent in (dataset.source(item), *latents)], dim=1)
+                )
+            )
         return rows

@@ -12,7 +12,18 @@ from torch import Tensor
 
 from ...errors import Step1XError
 from ...training.cache import write_tensors
-from ...training.objective import MAX_GRADIENT_NORM, WEIGHT_DECAY, Origin, Settings, check_origin, check_resumed, learning_rate, lora_layers, parameters, to_kohya
+from ...training.objective import (
+    MAX_GRADIENT_NORM,
+    WEIGHT_DECAY,
+    Origin,
+    Settings,
+    check_origin,
+    check_resumed,
+    learning_rate,
+    lora_layers,
+    parameters,
+    to_kohya,
+)
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +45,21 @@ class Run:
     origin: what it is trained on. metadata: what else the LoRA's file says of itself. owns_folder: whether what lies in its folder is its own; saved: steps of its files there.
     """
 
-    def __init__(self, settings: Settings, shapes: dict[str, tuple[int, int]], device: torch.device, origin: Origin = UNKNOWN,
-                 metadata: dict[str, str] | None = None):
+    def __init__(
+        self,
+        settings: Settings,
+        shapes: dict[str, tuple[int, int]],
+        device: torch.device,
+        origin: Origin = UNKNOWN,
+        metadata: dict[str, str] | None = None,
+    ):
         self.settings, self.origin, self.metadata = settings, origin, metadata or {}
         self.layers = {name: layer.to(device) for name, layer in lora_layers(shapes, settings).items()}
         self.weights = parameters(self.layers)
         # One weight after the other, as on the CPU: all at once take a copy of the moments.
-        self.optimiser = torch.optim.AdamW(self.weights.values(), lr=settings.learning_rate, weight_decay=WEIGHT_DECAY, foreach=False)
+        self.optimiser = torch.optim.AdamW(
+            self.weights.values(), lr=settings.learning_rate, weight_decay=WEIGHT_DECAY, foreach=False
+        )
         self.average = {name: weight.detach().clone() for name, weight in self.weights.items()} if settings.ema else {}
         self.losses: list[float] = []
         self.owns_folder = False
@@ -87,10 +106,16 @@ class Run:
         if self.step <= self.saved:
             return
         self.claim(folder)
-        tensors = {name: weight.detach() for name, weight in self.weights.items()} | {"losses": torch.tensor(self.losses, dtype=torch.float64)}
+        tensors = {name: weight.detach() for name, weight in self.weights.items()} | {
+            "losses": torch.tensor(self.losses, dtype=torch.float64)
+        }
         tensors |= {f"average.{name}": average for name, average in self.average.items()}
         for name, weight in self.weights.items():
-            tensors |= {f"{moment}.{name}": self.optimiser.state[weight][moment] for moment in MOMENTS if weight in self.optimiser.state}
+            tensors |= {
+                f"{moment}.{name}": self.optimiser.state[weight][moment]
+                for moment in MOMENTS
+                if weight in self.optimiser.state
+            }
         write_tensors(folder / STATE_FILE, tensors, {RUN_KEY: json.dumps(asdict(self.settings) | asdict(self.origin))})
         # kohya's names.
         metadata = {"ss_network_dim": self.settings.rank, "ss_network_alpha": self.settings.alpha, STEPS_KEY: self.step,
@@ -119,7 +144,9 @@ class Run:
         copies = {f"average.{name}": average.shape for name, average in self.average.items()}
         if len(losses):
             copies |= {f"{moment}.{name}": weight.shape for name, weight in self.weights.items() for moment in MOMENTS}
-        wrong = next((name for name, shape in copies.items() if name not in tensors or tensors[name].shape != shape), None)
+        wrong = next(
+            (name for name, shape in copies.items() if name not in tensors or tensors[name].shape != shape), None
+        )
         if wrong:
             raise damaged(path, f"{wrong} is missing or of another shape")
         self.take(losses.tolist(), tensors)
@@ -189,6 +216,8 @@ def move_aside(folder: Path) -> Path | None:
         for file in files:
             os.rename(file, aside / file.name)
     except (OSError, ValueError) as problem:
-        raise Step1XError(f"The earlier run in {folder} could not be moved aside ({problem}). Move it yourself, or choose another name.") from problem
+        raise Step1XError(
+            f"The earlier run in {folder} could not be moved aside ({problem}). Move it yourself, or choose another name."
+        ) from problem
     log.warning("The earlier run in %s was moved to %s.", folder, aside)
     return aside

@@ -41,7 +41,11 @@ def prepare_model(model):
     """
     model = model.clone()
     for module in model.model.diffusion_model.modules():
-        if hasattr(module, "in_features") and type(module.weight) is not torch.nn.Parameter and not isinstance(module.weight, QuantizedTensor):
+        if (
+            hasattr(module, "in_features")
+            and type(module.weight) is not torch.nn.Parameter
+            and not isinstance(module.weight, QuantizedTensor)
+        ):
             raise Step1XError("A LoRA cannot be trained on GGUF weights, which only their own loader can unpack. "
                               "Load a safetensors file with 'Load Step1X-Edit Model'; fp8 saves memory.")
     model.model.diffusion_model.requires_grad_(False)
@@ -72,17 +76,27 @@ def predict(model, x: Tensor, s: Tensor, conditioning: tuple[Tensor, dict]) -> T
     """The model's velocity, float32 [B, C, h, w]. x: noisy latents as the network sees them, float32; s [B] in 0..1; conditioning of B rows."""
     cond, extra = conditioning
     entry = {"cross_attn": cond, "model_conds": {}, **extra}
-    conds = comfy.samplers.encode_model_conds(model.model.extra_conds, [entry], x, x.device, "training")[0]["model_conds"]
-    conds = {name: value.process_cond(batch_size=len(x), device=x.device, area=None).cond for name, value in conds.items()}
+    conds = comfy.samplers.encode_model_conds(model.model.extra_conds, [entry], x, x.device, "training")[0][
+        "model_conds"
+    ]
+    conds = {
+        name: value.process_cond(batch_size=len(x), device=x.device, area=None).cond for name, value in conds.items()
+    }
     options = {} if torch_attention_chosen() else {"optimized_attention_override": differentiable_attention}
     # Copies, because both are needed afterwards.
-    return (x - model.model.apply_model(x.clone(), s.clone(), transformer_options=options, **conds)) / s[:, None, None, None]
+    return (x - model.model.apply_model(x.clone(), s.clone(), transformer_options=options, **conds)) / s[
+        :, None, None, None
+    ]
 
 
 def join(conditionings: list[tuple[Tensor, dict]]) -> tuple[Tensor, dict]:
     """Conditionings of one row and of equal shapes -> one of many rows."""
     conds, extras = zip(*conditionings)
-    joined = {name: torch.cat([extra[name] for extra in extras]) for name, value in extras[0].items() if torch.is_tensor(value)}
+    joined = {
+        name: torch.cat([extra[name] for extra in extras])
+        for name, value in extras[0].items()
+        if torch.is_tensor(value)
+    }
     references = [torch.cat(latents) for latents in zip(*(extra["reference_latents"] for extra in extras))]
     return torch.cat(conds), joined | {"reference_latents": references}
 
@@ -97,7 +111,9 @@ def in_groups(rows: list[tuple]) -> Iterator[list[tuple]]:
     yield from groups.values()
 
 
-def batch_losses(model, dataset: EditDataset, items: list[CachedPair], positions: list[int], seed: int) -> Iterator[Tensor]:
+def batch_losses(
+    model, dataset: EditDataset, items: list[CachedPair], positions: list[int], seed: int
+) -> Iterator[Tensor]:
     """The losses of these pairs, [n] each time, in groups of equal shapes. positions: in the training, which noise depends on."""
     device = model.load_device
     rows = []
@@ -120,7 +136,11 @@ def train_step(model, dataset: EditDataset, run: Run, lesson=None) -> None:
             first = run.step * settings.pairs_per_step + part * settings.batch
             positions = range(first, first + settings.batch)
             items = [dataset.pairs[pair_at(settings.seed, position, len(dataset.pairs))] for position in positions]
-            taught = batch_losses(model, dataset, items, positions, settings.seed) if lesson is None else lesson.losses(model, dataset, items, positions, run)
+            taught = (
+                batch_losses(model, dataset, items, positions, settings.seed)
+                if lesson is None
+                else lesson.losses(model, dataset, items, positions, run)
+            )
             for losses in taught:
                 loss = losses.sum() / settings.pairs_per_step
                 loss.backward()
@@ -134,8 +154,19 @@ def train_step(model, dataset: EditDataset, run: Run, lesson=None) -> None:
     run.update(total)
 
 
-def train(model, dataset: EditDataset, settings: Settings, folder: Path, resume: bool = True, checkpointing: bool = True, save_every: int = 0,
-          validate_every: int = 0, validate: Callable | None = None, report: Callable | None = None, lesson=None) -> Run:
+def train(
+    model,
+    dataset: EditDataset,
+    settings: Settings,
+    folder: Path,
+    resume: bool = True,
+    checkpointing: bool = True,
+    save_every: int = 0,
+    validate_every: int = 0,
+    validate: Callable | None = None,
+    report: Callable | None = None,
+    lesson=None,
+) -> Run:
     """Train up to settings.steps. State and LoRA go to the folder every `save_every` steps (0: never), at the end, and when the run is cancelled or fails,
     but not before its first step: until then an earlier training stays as it is. Then, where the run does not go on from it, it is moved to FOLDER.1.
 
@@ -151,7 +182,9 @@ def train(model, dataset: EditDataset, settings: Settings, folder: Path, resume:
     transformer = model.model.diffusion_model
     origin = Origin(dataset.fingerprint(), transformer.version, "" if lesson is None else lesson.name)
     with torch.inference_mode(False):
-        run = Run(settings, linear_shapes(transformer), model.load_device, origin, None if lesson is None else lesson.metadata)
+        run = Run(
+            settings, linear_shapes(transformer), model.load_device, origin, None if lesson is None else lesson.metadata
+        )
         if resume:
             run.resume(folder)
     if lesson is not None:
@@ -168,7 +201,11 @@ def train(model, dataset: EditDataset, settings: Settings, folder: Path, resume:
                     run.save(folder)
                 if report is not None:
                     report(run)
-                if validate is not None and validate_every and (run.step % validate_every == 0 or run.step == settings.steps):
+                if (
+                    validate is not None
+                    and validate_every
+                    and (run.step % validate_every == 0 or run.step == settings.steps)
+                ):
                     with torch.inference_mode():
                         validate(model, run.step)
                     load_for_training(model, dataset, settings, run.trained, checkpointing)

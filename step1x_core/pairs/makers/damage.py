@@ -40,5 +40,9 @@ def age(picture, rng):
     canvas, scratches = ImageDraw.Draw(plane), int(rng.integers(8, 25))
     for _ in range(scratches):
         x, y = rng.uniform(0, width), rng.uniform(0, height)
-        canvas.line((x, y, x + rng.normal(0, 0.03) * width, y + rng.normal(0, 0.25) * height), fill=int(rng.uniform(90, 220)), width=max(1, round(height / 600)))
+        canvas.line(
+            (x, y, x + rng.normal(0, 0.03) * width, y + rng.normal(0, 0.25) * height),
+            fill=int(rng.uniform(90, 220)),
+            width=max(1, round(height / 600)),
+        )
     return to_pixels(faded + (240 - faded) * blurred(np.asarray(plane), 0.6) / 255), {"scratches": scratches}

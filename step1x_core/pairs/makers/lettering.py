@@ -8,7 +8,14 @@ from PIL import Image, ImageDraw, ImageFont
 from ..record import words
 from .pixels import LUMA, Made
 
-INKS = {"red": (205, 30, 35), "yellow": (250, 215, 40), "green": (25, 130, 60), "blue": (30, 70, 190), "white": (250, 250, 250), "black": (15, 15, 15)}
+INKS = {
+    "red": (205, 30, 35),
+    "yellow": (250, 215, 40),
+    "green": (25, 130, 60),
+    "blue": (30, 70, 190),
+    "white": (250, 250, 250),
+    "black": (15, 15, 15),
+}
 # Least difference in brightness, of 255, at which letters can be read.
 CONTRAST = 80
 
@@ -55,7 +62,13 @@ def letter(picture: np.ndarray, sign: Sign, text: str, ink: str | None = None) -
     if sign.paper:
         canvas.rounded_rectangle(sign.box, radius=sign.size * 0.25, fill=INKS[sign.paper])
     left, top, right, bottom = sign.box
-    canvas.text(((left + right) / 2, (top + bottom) / 2), text, INKS[ink or sign.ink], ImageFont.load_default(sign.size), anchor="mm")
+    canvas.text(
+        ((left + right) / 2, (top + bottom) / 2),
+        text,
+        INKS[ink or sign.ink],
+        ImageFont.load_default(sign.size),
+        anchor="mm",
+    )
     return np.asarray(out)
 
 
@@ -74,8 +87,13 @@ def text_add(picture, rng):
     new, = pick_words(rng, 1)
     sign = place_sign(picture, rng, [new], plate=False)
     english, chinese = words()["places"][sign.place]
-    return Made(picture, letter(picture, sign, new), {"place": sign.place}, {"new": new, "place": english, "colour": sign.ink},
-                {"new": new, "place": chinese, "colour": words()["colours"][sign.ink]})
+    return Made(
+        picture,
+        letter(picture, sign, new),
+        {"place": sign.place},
+        {"new": new, "place": english, "colour": sign.ink},
+        {"new": new, "place": chinese, "colour": words()["colours"][sign.ink]},
+    )
 
 
 def text_remove(picture, rng):
@@ -91,5 +109,10 @@ def text_colour(picture, rng):
     paper = str(rng.choice(["white", "yellow"]))
     ink, colour = (str(name) for name in rng.choice(readable(INKS[paper]), 2, replace=False))
     sign = replace(sign, paper=paper, ink=ink)
-    return Made(letter(picture, sign, old), letter(picture, sign, old, colour), {"place": sign.place}, {"old": old, "colour": colour},
-                {"old": old, "colour": words()["colours"][colour]})
+    return Made(
+        letter(picture, sign, old),
+        letter(picture, sign, old, colour),
+        {"place": sign.place},
+        {"old": old, "colour": colour},
+        {"old": old, "colour": words()["colours"][colour]},
+    )

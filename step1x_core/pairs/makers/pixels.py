@@ -41,12 +41,19 @@ def three(values: np.ndarray) -> np.ndarray:
 
 def blurred(values: np.ndarray, radius: float) -> np.ndarray:
     """A plane [H, W] of 0..255, blurred at 8 bits -> float32 [H, W, 1]."""
-    return np.asarray(Image.fromarray(to_pixels(values)).filter(ImageFilter.GaussianBlur(radius)), np.float32)[..., None]
+    return np.asarray(Image.fromarray(to_pixels(values)).filter(ImageFilter.GaussianBlur(radius)), np.float32)[
+        ..., None
+    ]
 
 
 def clouds(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Smooth noise of two scales, float32 [H, W, 1] in 0..1."""
-    planes = [np.asarray(Image.fromarray(rng.random((cells, cells), np.float32)).resize((width, height), Image.Resampling.BICUBIC)) for cells in (4, 12)]
+    planes = [
+        np.asarray(
+            Image.fromarray(rng.random((cells, cells), np.float32)).resize((width, height), Image.Resampling.BICUBIC)
+        )
+        for cells in (4, 12)
+    ]
     return np.clip((2 * planes[0] + planes[1]) / 3, 0, 1)[..., None]
 
 

@@ -30,14 +30,18 @@ def ink(picture, rng):
     offset = rng.uniform(4, 9)
     brightness = grey(picture)
     surroundings = blurred(brightness[..., 0], max(picture.shape) / 100)
-    return three(np.where((blurred(brightness[..., 0], 1) < surroundings - offset) | (brightness < 40), 20.0, 250.0)), {"offset": offset}
+    return three(np.where((blurred(brightness[..., 0], 1) < surroundings - offset) | (brightness < 40), 20.0, 250.0)), {
+        "offset": offset
+    }
 
 
 def box_means(values: np.ndarray, radius: int) -> np.ndarray:
     """Means over the square of radius + 1 pixels whose upper left corner each pixel is, of a picture [H, W, C] with `radius` pixels of margin on each side."""
     sums = np.pad(values.cumsum(0, np.float64).cumsum(1), ((1, 0), (1, 0), (0, 0)))
     size = radius + 1
-    return ((sums[size:, size:] - sums[:-size, size:] - sums[size:, :-size] + sums[:-size, :-size]) / size**2).astype(np.float32)
+    return ((sums[size:, size:] - sums[:-size, size:] - sums[size:, :-size] + sums[:-size, :-size]) / size**2).astype(
+        np.float32
+    )
 
 
 def painted(picture: np.ndarray, radius: int) -> np.ndarray:
@@ -67,7 +71,9 @@ def cartoon(picture, rng):
     flat = painted(picture, max(2, round(max(picture.shape) * 0.003)))
     step = 255 / (levels - 1)
     brightness = grey(flat)[..., 0]
-    edges = np.abs(np.diff(brightness, axis=0, append=brightness[-1:])) + np.abs(np.diff(brightness, axis=1, append=brightness[:, -1:]))
+    edges = np.abs(np.diff(brightness, axis=0, append=brightness[-1:])) + np.abs(
+        np.diff(brightness, axis=1, append=brightness[:, -1:])
+    )
     lines = blurred(np.clip(edges * 6 - 60, 0, 255), 0.7)
     return to_pixels(np.round(flat / step) * step * (1 - 0.9 * lines / 255)), {"levels": levels}
 
@@ -76,7 +82,9 @@ def pixel_art(picture, rng):
     height, width, _ = picture.shape
     cells = int(rng.integers(56, 112))
     scale = cells / max(height, width)
-    small = Image.fromarray(picture).resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BOX)
+    small = Image.fromarray(picture).resize(
+        (max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BOX
+    )
     small = small.quantize(24).convert("RGB")
     return np.asarray(small.resize((width, height), Image.Resampling.NEAREST)), {"cells": cells}
 
@@ -88,4 +96,6 @@ def halftone(picture, rng):
     angle = np.pi / 4
     across, along = (x * np.cos(angle) + y * np.sin(angle)) / spacing, (y * np.cos(angle) - x * np.sin(angle)) / spacing
     screen = (np.cos(2 * np.pi * across) + np.cos(2 * np.pi * along))[..., None] * 62 + 128
-    return three(np.clip((blurred(grey(picture)[..., 0], spacing / 3) - screen) * 4 + 128, 15, 245)), {"spacing": spacing}
+    return three(np.clip((blurred(grey(picture)[..., 0], spacing / 3) - screen) * 4 + 128, 15, 245)), {
+        "spacing": spacing
+    }

@@ -42,7 +42,9 @@ def rain(picture, rng):
     canvas = ImageDraw.Draw(plane)
     for _ in range(int(700 * density)):
         x, y, length = rng.uniform(-0.2, 1.2) * width, rng.uniform(-0.1, 1) * height, rng.uniform(0.03, 0.09) * height
-        canvas.line((x, y, x + slant * length, y + length), fill=int(rng.uniform(60, 150)), width=max(1, round(height / 700)))
+        canvas.line(
+            (x, y, x + slant * length, y + length), fill=int(rng.uniform(60, 150)), width=max(1, round(height / 700))
+        )
     dark = 0.72 * picture + 0.08 * grey(picture)
     return to_pixels(dark + (235 - dark) * blurred(np.asarray(plane), 0.6) / 255), {"slant": slant, "density": density}
 
@@ -50,7 +52,9 @@ def rain(picture, rng):
 def night(picture, rng):
     strength = rng.uniform(0.28, 0.42)
     values = (picture / np.float32(255)) ** 1.35 * 255
-    return to_pixels((0.55 * values + 0.45 * grey(picture)) * strength * np.array((0.75, 0.9, 1.35), np.float32)), {"strength": strength}
+    return to_pixels((0.55 * values + 0.45 * grey(picture)) * strength * np.array((0.75, 0.9, 1.35), np.float32)), {
+        "strength": strength
+    }
 
 
 def sunset(picture, rng):
