@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from step1x_core.images import VISION_CELL, VISION_PATCH, vision_sizes
+from step1x_core.prompts.cut import PROMPT_DROP_TOKENS
 from step1x_core.prompts.mllm import attention_mask, mrope_positions
-from step1x_core.prompts.v11 import PICTURE_LABEL_IDS, PROMPT_DROP_TOKENS, prompt_head_ids
+from step1x_core.prompts.v11 import PICTURE_LABEL_IDS, prompt_head_ids
 
 from .model import DemoSize
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from step1x_core.checkpoints.detection import default_axes_dim
 from step1x_core.network.connector import Connector, scale_time, time_features
-from step1x_core.prompts.v11 import PROMPT_MAX_TOKENS
+from step1x_core.prompts.cut import PROMPT_MAX_TOKENS
 from step1x_core.versions import HEAD_DIM, VERSIONS
 
 VERSION = "v1.1"

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..images import SIZE_MULTIPLE, VISION_CELL
-from ..prompts.v12 import KEPT
+from ..prompts.cut import KEPT
 
 
 def vision_coordinates(cells: int, side: int) -> Tensor:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..images import picture_grid, to_vision_size, to_vision_size_v12
 from ..versions import LAYOUT_V11, LAYOUT_V12, PromptLayout
-from .memory import ImageMemory
-from .v11 import IMAGE_PAD_ID, PICTURE_LABEL_IDS, PROMPT_DROP_TOKENS, PROMPT_MAX_TOKENS, TURN_END, prompt_ids
-from .v12 import KEPT, prompt_ids_v12
+from .cut import KEPT, PROMPT_DROP_TOKENS, PROMPT_MAX_TOKENS
+from .image_memory import ImageMemory
+from .v11 import IMAGE_PAD_ID, PICTURE_LABEL_IDS, TURN_END, prompt_ids
+from .v12 import prompt_ids_v12
 
 
 @dataclass

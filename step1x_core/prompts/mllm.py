@@ -5,8 +5,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .v11 import PROMPT_DROP_TOKENS, PROMPT_MAX_TOKENS
-
 
 def attention_mask(ids: Tensor) -> Tensor:
     """Return the official mask, `id > 0`. Id 0 is a lone exclamation mark, which the model therefore never sees."""
@@ -52,17 +50,3 @@ def rope_positions(runs: Iterable[int | tuple[int, int]]) -> Tensor:
             parts.append(start + torch.stack((torch.zeros_like(cells), cells // columns, cells % columns)))
             start += max(rows, columns)
     return torch.cat(parts, dim=1)
-
-
-def layout_states(states: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut the hidden states [1, L, C] of a sequence to the conditioning [1, 640, C], zero-padded on the right, and its
-    mask [1, 640].
-
-    The fixed head is dropped except for its last token, and the end of a long prompt is cut off. The mask is 1 on every
-    kept token, including lone exclamation marks.
-    """
-    kept = states[:, PROMPT_DROP_TOKENS:PROMPT_DROP_TOKENS + PROMPT_MAX_TOKENS]
-    length = kept.shape[1]
-    mask = torch.zeros((kept.shape[0], PROMPT_MAX_TOKENS), dtype=torch.long, device=kept.device)
-    mask[:, :length] = 1
-    return torch.nn.functional.pad(kept, (0, 0, 0, PROMPT_MAX_TOKENS - length)), mask

@@ -9,10 +9,6 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-# Text conditioning of v1.0 and v1.1 (docs/model.md, The 217 rule).
-PROMPT_DROP_TOKENS = 217
-PROMPT_MAX_TOKENS = 640
-
 IMAGE_PAD = "<|image_pad|>"
 IMAGE_PAD_ID = 151655
 VISION_END_ID = 151653

@@ -43,11 +43,6 @@ _SPECIAL = re.compile("({})".format("|".join(map(re.escape, SPECIAL_TOKENS))))
 CHAT_TEMPLATE = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{prefix} {instruction}"
                  "Picture 1: <|vision_start|><|image_pad|><|vision_end|><|im_end|>\n<|im_start|>assistant\n")
 
-# The part of a sequence that the transformer gets. The template and the prefix are dropped except for the last token,
-# and the end of a long prompt is cut off (docs/model.md, v1.2 conditioning).
-KEPT = slice(90, 90 + 2048)
-
-
 @cache
 def prompt_prefix() -> str:
     """Return the 449 characters before every instruction. The network depends on this exact text."""

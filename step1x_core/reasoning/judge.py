@@ -2,7 +2,8 @@
 GEdit-Bench).
 
 `ask(system, content, max_tokens) -> reply`; `content` holds texts and images, uint8 [H, W, 3], in order. Each edit has
-its own `ask`, which samples again if the same question is repeated.
+its own `ask`, which samples again if the same question is repeated. A reply that cannot be read is asked for anew up to
+`TRIES` times (`Conversation.tries`).
 """
 
 import math

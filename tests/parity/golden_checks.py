@@ -36,7 +36,8 @@ from step1x_core.host.sampling.sampler import flow_sigmas, set_norm_limiter
 from step1x_core.host.speed.teacache import TeaCache, apply_teacache
 from step1x_core.images import BLACK_PICTURE, truncate_uint8, vision_sizes, working_size
 from step1x_core.network.connector import Connector, TimestepEmbedder, scale_time, time_features
-from step1x_core.prompts.mllm import attention_mask, layout_states, mrope_positions
+from step1x_core.prompts.cut import layout_states
+from step1x_core.prompts.mllm import attention_mask, mrope_positions
 from step1x_core.prompts.v11 import prompt_ids
 from step1x_core.sampling.guidance import NormLimiter, norm_divisor, patch_norm
 from step1x_core.sampling.schedule import image_to_image_start, latent_tokens, shift_mu, sigma_schedule

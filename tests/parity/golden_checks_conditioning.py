@@ -31,9 +31,10 @@ from step1x_core.images import (
     working_size,
 )
 from step1x_core.network.positions import text_ids, vision_coordinates
+from step1x_core.prompts.cut import KEPT
 from step1x_core.prompts.mllm import attention_mask, mrope_positions
 from step1x_core.prompts.v11 import IMAGE_PAD_ID
-from step1x_core.prompts.v12 import KEPT, SPECIAL_TOKENS, chat_text, prompt_prefix, split_chat, split_quotations
+from step1x_core.prompts.v12 import SPECIAL_TOKENS, chat_text, prompt_prefix, split_chat, split_quotations
 from step1x_core.sampling.schedule import latent_tokens, shift_mu
 from step1x_core.versions import LAYOUT_V12
 

@@ -18,7 +18,7 @@ from test_goldens import GOLDENS, size_table
 
 from step1x_core.host.network.transformer import position_bits
 from step1x_core.host.prompts.text_encoder import Step1XTokenizer
-from step1x_core.prompts.v12 import KEPT
+from step1x_core.prompts.cut import KEPT
 from step1x_core.versions import LAYOUT_V12
 
 NAMES_V1 = {"dit_forward_v1.0.safetensors": 0, "dit_forward_v1.1.safetensors": 1}

@@ -9,7 +9,7 @@ from torch import Tensor
 from ...checks import BAD_LATENT, check_conditioning, check_finite, check_latent_shape, check_pictures, latent_samples
 from ...errors import Step1XError
 from ...images import to_output_size, to_working_size, to_working_size_v12
-from ...prompts.memory import ImageMemory
+from ...prompts.image_memory import ImageMemory
 from ...versions import LAYOUT_V11, LAYOUT_V12, LAYOUTS
 from ..left_out import left_out
 from .text_encoder import Step1XTokenizer

@@ -1,7 +1,5 @@
 """The Step1X-Edit text encoder on the host's Qwen2.5-VL (docs/model.md, Prompt; Language model; v1.2 conditioning)."""
 
-import functools
-import logging
 from dataclasses import asdict
 
 import torch
@@ -13,35 +11,16 @@ from ...errors import Step1XError
 from ...images import BLACK_PICTURE, picture_grid, to_thinker_size
 from ...network.positions import text_ids
 from ...prompts.chat import chat, untemplated
+from ...prompts.cut import KEPT, layout_states, say_cut
+from ...prompts.image_memory import ImageMemory
 from ...prompts.layouts import SEQUENCES
-from ...prompts.memory import ImageMemory
-from ...prompts.mllm import layout_states
-from ...prompts.v12 import KEPT, SPECIAL_TOKENS
+from ...prompts.v12 import SPECIAL_TOKENS
 from ...reasoning.token_sampling import Sampling
 from ...versions import LAYOUT_V11
 from .qwen import Qwen25VL
 from .writing import STOP_IDS
 
-log = logging.getLogger(__name__)
-
 TEXT_ENCODER_NAME = "qwen25_7b"
-
-
-@functools.lru_cache(maxsize=64)
-def say_cut(prompt: str, tokens: int, picture_tokens: int = 0) -> None:
-    """Log, once for each prompt, how many tokens are cut off its end and off the image after it. Values below 1 mean
-    none."""
-    if tokens > 0:
-        log.warning(
-            "The prompt is too long: its last %d tokens are cut off and have no effect. Shorten it. It begins: %s",
-            tokens, prompt[:60],
-        )
-    elif picture_tokens > 0:
-        log.warning(
-            "The prompt is so long that the language model does not see the last %d tokens of the image. Shorten it. "
-            "It begins: %s",
-            picture_tokens, prompt[:60],
-        )
 
 
 class Step1XTextModel(sd1_clip.SDClipModel):

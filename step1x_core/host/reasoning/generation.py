@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...prompts.chat import chat
-from ...prompts.memory import ImageMemory
+from ...prompts.image_memory import ImageMemory
 from ..prompts.encoding import check_text_encoder
 from ..prompts.text_encoder import TEXT_ENCODER_NAME
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ...checks import check_pictures
 from ...errors import Step1XError
-from ...prompts.memory import ImageMemory
+from ...prompts.image_memory import ImageMemory
 from ...prompts.v11 import clean_prompt
 from ...reasoning.conversation import LAYOUTS, RULES, Asked, Rules
 from ...reasoning.reflection import Reflection, reflect, think

@@ -13,7 +13,7 @@ from step1x_core.checkpoints.prefixes import TRANSFORMER_PREFIXES, transformer_n
 from step1x_core.errors import Step1XError
 from step1x_core.host.checkpoints import loading
 from step1x_core.host.checkpoints.loading import load_model, load_text_encoder, mllm_state_dict, model_state_dict, naming
-from step1x_core.host.prompts.text_encoder import say_cut
+from step1x_core.prompts.cut import say_cut
 
 STACKED = ("module._orig_mod.", "model.diffusion_model.", "base_model.model.", "pipe.dit.", "model.model.")
 

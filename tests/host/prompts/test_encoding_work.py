@@ -23,7 +23,7 @@ from step1x_core.host.sampling.sampler import flow_sigmas, sample
 from step1x_core.images import to_working_size
 from step1x_core.pairs import propose
 from step1x_core.pairs.propose import Idea
-from step1x_core.prompts.memory import ImageMemory
+from step1x_core.prompts.image_memory import ImageMemory
 from step1x_core.reasoning.conversation import RULES
 from step1x_core.reasoning.replies import BadReply
 

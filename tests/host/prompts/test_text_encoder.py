@@ -13,7 +13,8 @@ from step1x_core.checkpoints.language_model import detect_mllm_config, normalize
 from step1x_core.errors import Step1XError
 from step1x_core.host.checkpoints.loading import load_text_encoder, mllm_shapes
 from step1x_core.host.prompts.text_encoder import Step1XTokenizer
-from step1x_core.prompts.mllm import attention_mask, layout_states
+from step1x_core.prompts.cut import layout_states
+from step1x_core.prompts.mllm import attention_mask
 from step1x_core.prompts.v11 import IMAGE_PAD_ID, prompt_head_ids, split_quotations
 
 NAME = "qwen25_7b"
