@@ -103,11 +103,11 @@ def test_of_equal_names_the_hosts_first_folder_is_taken_and_told(host_folders, m
         config.write_text("shared:\n  base_path: shared\n  diffusion_models: .\n")
         load_extra_path_config(str(config))
         assert resolve("same.safetensors", "diffusion_models", "transformer") == str(own)
-        assert f"'same.safetensors' is {own}" in caplog.text
+        assert f"'same.safetensors' resolves to {own}" in caplog.text
         config.write_text("shared:\n  base_path: shared\n  is_default: true\n  diffusion_models: .\n")
         load_extra_path_config(str(config))
         assert resolve("same.safetensors", "diffusion_models", "transformer") == str(other)
-        assert f"'same.safetensors' is {other}" in caplog.text
+        assert f"'same.safetensors' resolves to {other}" in caplog.text
 
 
 def test_of_equal_folders_the_first_is_taken(host_folders, models):
@@ -182,4 +182,4 @@ def test_a_running_host_offers_and_logs_them(models, tmp_path):
         prompt = {"1": {"class_type": "Step1XEditLoader", "inputs": {"unet_name": name, "version": "auto", "weight_dtype": "default"}},
                   "2": {"class_type": "ModelSave", "inputs": {"model": ["1", 0], "filename_prefix": "saved"}}}
         client.run(prompt)
-        assert f"'{name}' is {path}" in server.log_text() and f"Step1X-Edit v1.1 from {path}" in server.log_text()
+        assert f"'{name}' resolves to {path}" in server.log_text() and f"Step1X-Edit v1.1 from {path}" in server.log_text()

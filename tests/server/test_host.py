@@ -97,7 +97,8 @@ def test_workflows_are_offered_as_templates(client):
 EDITED = (600, 400)
 SHIPPED = [("step1x_edit.json", EDITED), ("step1x_edit_custom_sampler.json", EDITED), ("step1x_text_to_image.json", (128, 96)), ("step1x_edit_v12.json", EDITED),
            ("step1x_edit_v12_thinking.json", EDITED), ("step1x_masked_edit.json", EDITED), ("step1x_local_edit.json", EDITED), ("step1x_edit_in_turns.json", EDITED),
-           ("step1x_local_edit_upscale.json", (1200, 800)), ("step1x_interior_material.json", EDITED), ("step1x_lora.json", EDITED), ("step1x_low_vram.json", EDITED),
+           ("step1x_local_edit_upscale.json", (1200, 800)), ("step1x_interior_material.json", EDITED), ("step1x_lora.json", EDITED),
+           ("step1x_lightning.json", EDITED), ("step1x_low_vram.json", EDITED),
            ("step1x_fast.json", EDITED), ("step1x_region.json", EDITED)]
 # Sizes in the order of the Save Image nodes.
 SHIPPED_BATCHES = {"step1x_product_variants.json": [EDITED] * 4, "step1x_social_media_set.json": [(1080, 1080)] * 3 + [(1080, 1350)] * 3 + [(1080, 1920)] * 3}

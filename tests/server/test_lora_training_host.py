@@ -12,8 +12,9 @@ import train_lora
 from comfy_server import Client, ExecutionError, find_nodes, to_api
 from conftest import PACK
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
-from test_edit_pairs import write_folder
+from test_edit_pairs import write_folder, write_picture
 
 SMALL = {"Step1XEditTrainDataset": {"size_level": 64, "validation": 1}, "Step1XEditTrainLora": {"steps": 12, "rank": 4, "validate_every": 6, "save_every": 4}}
 STATE, LORA = "state.safetensors", "lora.safetensors"
@@ -69,6 +70,25 @@ def test_the_shipped_workflow_trains_is_cancelled_and_goes_on(client, prompt, ba
     with pytest.raises(ExecutionError, match="uses another dataset"):
         client.run(prompt)
     assert (run_folder / LORA).read_bytes() == finished
+
+
+def test_the_shipped_distillation_makes_a_lora_that_names_its_steps(client, base):
+    folder = base / "input" / "my_sources" / "source"
+    for i in range(3):
+        write_picture(folder / f"{i}.png", i)
+        (folder / f"{i}.txt").write_text(f"edit number {i}\n", encoding="utf-8")
+    workflow = json.loads((PACK / "workflows" / "step1x_distill.json").read_text(encoding="utf-8"))
+    prompt = to_api(workflow, client.get("/object_info"))
+    (reader,), (trainer,) = (find_nodes(prompt, name) for name in ("Step1XEditTrainDataset", "Step1XEditTrainLora"))
+    for class_type, inputs in SMALL.items():
+        for node in find_nodes(prompt, class_type):
+            prompt[node]["inputs"].update(inputs)
+    prompt[reader]["inputs"]["validation"] = 0
+    prompt[trainer]["inputs"] |= {"steps": 2, "accumulation": 1, "validate_every": 0}
+    prompt[trainer]["inputs"] |= {"mode.few_steps": 2, "mode.teacher_steps": 4}
+    client.run(prompt)
+    with safe_open(base / "output" / "step1x_training" / "my_lightning" / LORA, "pt") as file:
+        assert (file.metadata()["step1x_edit.steps"], float(file.metadata()["step1x_edit.cfg"])) == ("2", 1.0)
 
 
 def test_what_is_trained_fits_the_stock_nodes(client):

@@ -273,7 +273,8 @@ def sample(
     Raises Step1XError for a latent or a conditioning of another model, and if the result contains NaN or Inf.
     """
     check_conditioning(positive, "positive")
-    negative = left_out(positive) if negative is None else negative
+    if negative is None and not reads_negative(model, cfg):
+        negative = left_out(positive)
     check_conditioning(negative, "negative")
     check_references(model, positive, negative, cfg)
     out = fit_latent(model, latent)
