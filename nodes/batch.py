@@ -6,7 +6,7 @@ from ..step1x_core.host.editing.batch import edit_batch
 from ..step1x_core.host.reasoning.rounds import failures
 from ..step1x_core.host.sampling.sampler import SAMPLERS
 from .categories import MAIN
-from .widgets import cfg_input, check_widgets, steps_input
+from .widgets import cfg_input, check_widgets, negative_prompt_input, seed_input, size_level_input, steps_input
 
 # What may come as a list; of everything else there is one.
 LISTS = ("images", "prompts", "seed")
@@ -51,30 +51,9 @@ class Step1XEditBatchImages(io.ComfyNode):
                     default=PAIRS,
                     tooltip="pairs: the first instruction on the first picture and so on; a single one goes with all. all: every instruction on every picture.",
                 ),
-                io.String.Input(
-                    "negative_prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default="",
-                    advanced=True,
-                    tooltip="What guidance steers away from. The model was trained with an empty one for edits.",
-                ),
-                io.Int.Input(
-                    "size_level",
-                    default=1024,
-                    min=64,
-                    max=2048,
-                    step=16,
-                    tooltip="Each picture is edited at about this many pixels squared, keeping its aspect ratio, and comes out at its own size.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=42,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="The seed of the first edit; each further one takes the next number. Connect a list to choose them all.",
-                ),
+                negative_prompt_input(),
+                size_level_input("Each picture is edited at about this many pixels squared, keeping its aspect ratio, and comes out at its own size."),
+                seed_input("The seed of the first edit; each further one takes the next number. Connect a list to choose them all."),
                 steps_input(),
                 cfg_input(),
                 io.Combo.Input(

@@ -6,7 +6,7 @@ from ..step1x_core.host.sampling.few_steps import reads_negative
 from ..step1x_core.host.sampling.sampler import check_model, with_norm_limiter
 from ..step1x_core.host.status import show_status
 from .categories import EDIT_ALIASES, MAIN
-from .widgets import check_widgets
+from .widgets import check_widgets, negative_prompt_input, size_level_input
 
 # More than a few are too much for the model, and for most graphics cards.
 MAX_REFERENCES = 8
@@ -42,22 +42,8 @@ class Step1XEditEncode(io.ComfyNode):
                     placeholder="replace the modern sofa with a vintage leather couch\n把现代沙发换成复古皮沙发",
                     tooltip="What to change, in English or Chinese. Put words that are to appear in the picture in double quotes.",
                 ),
-                io.String.Input(
-                    "negative_prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default="",
-                    advanced=True,
-                    tooltip="What guidance steers away from. The model was trained with an empty one for edits.",
-                ),
-                io.Int.Input(
-                    "size_level",
-                    default=1024,
-                    min=64,
-                    max=2048,
-                    step=16,
-                    tooltip="The picture is edited at about this many pixels squared, keeping its aspect ratio. 1024 gives the best quality; 512 is much faster.",
-                ),
+                negative_prompt_input(),
+                size_level_input("The picture is edited at about this many pixels squared, keeping its aspect ratio. 1024 gives the best quality; 512 is much faster."),
                 io.Latent.Input(
                     "latent",
                     optional=True,

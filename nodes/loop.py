@@ -30,7 +30,7 @@ from ..step1x_core.reasoning.report import report
 from .categories import MAIN
 from .edit import Step1XEditDecode, Step1XEditEncode
 from .sampling import Step1XEditSampler
-from .widgets import cfg_input, check_widgets, steps_input
+from .widgets import cfg_input, check_widgets, negative_prompt_input, seed_input, size_level_input, steps_input
 
 STATE = io.Custom("STEP1X_ROUNDS")
 GUARDED = "Guarded"
@@ -151,30 +151,9 @@ class Step1XEditReflectionLoop(io.ComfyNode):
                     placeholder="this bread stayed in too long\n面包烤过头了",
                     tooltip="What to change, in English or Chinese.",
                 ),
-                io.String.Input(
-                    "negative_prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default="",
-                    advanced=True,
-                    tooltip="What guidance steers away from. The model was trained with an empty one for edits.",
-                ),
-                io.Int.Input(
-                    "size_level",
-                    default=1024,
-                    min=64,
-                    max=2048,
-                    step=16,
-                    tooltip="The picture is edited at about this many pixels squared, keeping its aspect ratio.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=42,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="The random seed of everything: round 1 samples with it, each later round with the next number, and every answer's seed is made of it.",
-                ),
+                negative_prompt_input(),
+                size_level_input("The picture is edited at about this many pixels squared, keeping its aspect ratio."),
+                seed_input("The random seed of everything: round 1 samples with it, each later round with the next number, and every answer's seed is made of it."),
                 steps_input(),
                 cfg_input(),
                 io.Int.Input(

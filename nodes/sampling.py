@@ -16,7 +16,7 @@ from ..step1x_core.host.sampling.sampler import (
 from ..step1x_core.sampling.guidance import NormLimiter
 from ..step1x_core.versions import GUIDANCE_NORM_POWER
 from .categories import EDIT_ALIASES, MAIN
-from .widgets import cfg_input, check_widgets, steps_input
+from .widgets import cfg_input, check_widgets, seed_input, steps_input
 
 
 class Step1XEditSampler(io.ComfyNode):
@@ -45,14 +45,7 @@ class Step1XEditSampler(io.ComfyNode):
                     "latent_image",
                     tooltip="The latent from 'Step1X-Edit Encode', or an empty latent for text to image.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=42,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="The random seed: same seed and inputs, same picture.",
-                ),
+                seed_input("The random seed: same seed and inputs, same picture."),
                 steps_input(),
                 cfg_input(),
                 io.Combo.Input(

@@ -5,7 +5,7 @@ from ..step1x_core.host.reasoning.thinking import TEMPERATURE, judge, rewrite
 from ..step1x_core.reasoning.conversation import RULES
 from ..step1x_core.reasoning.report import describe_reflection
 from .categories import MAIN
-from .widgets import check_widgets
+from .widgets import check_widgets, seed_input
 
 
 class Step1XEditThinkPrompt(io.ComfyNode):
@@ -32,14 +32,7 @@ class Step1XEditThinkPrompt(io.ComfyNode):
                     placeholder="this bread stayed in too long\n面包烤过头了",
                     tooltip="What to change, in your own words. The answer is in Chinese if this has at least two Chinese characters, else in English.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=42,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="The random seed: same seed and inputs, same answer.",
-                ),
+                seed_input("The random seed: same seed and inputs, same answer."),
                 io.Float.Input(
                     "temperature",
                     default=TEMPERATURE,
@@ -90,14 +83,7 @@ class Step1XEditReflectOnEdit(io.ComfyNode):
                     dynamic_prompts=True,
                     tooltip="The instruction to judge by: the one from 'Step1X-Edit Rewrite Prompt' if you use it.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=42,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="The random seed: same seed and inputs, same judgement.",
-                ),
+                seed_input("The random seed: same seed and inputs, same judgement."),
                 io.Combo.Input(
                     "version",
                     options=list(RULES),

@@ -18,7 +18,7 @@ from ..step1x_core.training.distillation import MAX_STEPS, STAGES, TRAJECTORY, D
 from ..step1x_core.training.loss_curve import draw_progress
 from ..step1x_core.training.objective import ALPHA, CONSTANT, LEARNING_RATE, RANK, SCHEDULES, Settings
 from .categories import TRAINING
-from .widgets import check_widgets
+from .widgets import check_widgets, seed_input
 
 DATASET = io.Custom("STEP1X_EDIT_DATASET")
 # Steps between two pictures of the curve.
@@ -198,14 +198,7 @@ class Step1XEditTrainLora(io.ComfyNode):
                     max=1024,
                     tooltip="Batches per step. Has the effect of a larger batch without its memory.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=42,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Random seed. The same seed and inputs give the same LoRA.",
-                ),
+                seed_input("Random seed. The same seed and inputs give the same LoRA."),
                 io.Boolean.Input(
                     "resume",
                     default=True,

@@ -90,3 +90,24 @@ def cfg_input() -> io.Float.Input:
         tooltip="0 uses the default: that of a few-step LoRA, else the version's, which is 6, or 4 for "
         "v1.2-preview. Higher values follow the instruction more strictly; 1 disables guidance.",
     )
+
+
+def seed_input(tooltip: str) -> io.Int.Input:
+    return io.Int.Input(
+        "seed", default=42, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=tooltip
+    )
+
+
+def negative_prompt_input() -> io.String.Input:
+    return io.String.Input(
+        "negative_prompt",
+        multiline=True,
+        dynamic_prompts=True,
+        default="",
+        advanced=True,
+        tooltip="What guidance steers away from. The model was trained with an empty one for edits.",
+    )
+
+
+def size_level_input(tooltip: str) -> io.Int.Input:
+    return io.Int.Input("size_level", default=1024, min=64, max=2048, step=16, tooltip=tooltip)

@@ -37,6 +37,19 @@ class NormLimiter:
     truncate: float = GUIDANCE_TRUNCATE
     power: float = GUIDANCE_NORM_POWER
 
+    def active(self, sigma: Tensor) -> Tensor:
+        """Return where sigma is above `truncate`.
+
+        Compared in float32, so that a sigma equal to the threshold is not above it. `full` writes on the device; copying
+        a number there would wait for the whole previous step.
+        """
+        return sigma > torch.full((), self.truncate, dtype=torch.float32, device=sigma.device)
+
+    def divisor(self, difference: Tensor, sigma: Tensor) -> Tensor:
+        """Return what the guidance difference of velocities [B, C, H, W] is divided by: [B, 1, H, W]. sigma: [B or 1, 1,
+        1, 1]."""
+        return torch.where(self.active(sigma), norm_divisor(patch_norm(difference), self.power), 1.0)
+
     def __call__(self, args: dict) -> list[Tensor]:
         """Return the limited predictions. args: the host's pre-CFG arguments; `conds_out` holds denoised latents [B, C,
         H, W]."""
@@ -46,11 +59,5 @@ class NormLimiter:
         cond, uncond = out[:2]
         sigma = args["sigma"].reshape(-1, *[1] * (cond.ndim - 1))
         # The norm is defined on velocities; denoised = x - sigma * velocity.
-        divisor = norm_divisor(patch_norm((cond - uncond) / sigma), self.power)
-        # Compared in float32, so that a sigma equal to the threshold is not above it. `full` writes on the device;
-        # copying a number there would wait for the whole previous step.
-        divisor = torch.where(
-            sigma > torch.full((), self.truncate, dtype=torch.float32, device=sigma.device), divisor, 1.0
-        )
-        out[0] = uncond + (cond - uncond) / divisor
+        out[0] = uncond + (cond - uncond) / self.divisor((cond - uncond) / sigma, sigma)
         return out

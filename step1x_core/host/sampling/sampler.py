@@ -49,10 +49,10 @@ class Cfg1Saving:
     inactive.
 
     Those steps are bit-identical to the host's own at CFG 1. If another hook is set, which may need that pass, the
-    model's options decide. truncate: the limiter's.
+    model's options decide.
     """
 
-    truncate: float
+    limiter: NormLimiter
 
     def __call__(self, executor, x, timestep, model_options={}, seed=None) -> Tensor:
         cfg = getattr(executor.class_obj, "cfg", None)
@@ -60,8 +60,7 @@ class Cfg1Saving:
             model_options
         )
         if alone and isinstance(cfg, (int, float)) and math.isclose(cfg, 1.0):
-            # Compared in float32, like the limiter does.
-            if not (timestep > torch.full((), self.truncate, dtype=torch.float32, device=timestep.device)).any():
+            if not self.limiter.active(timestep).any():
                 model_options = model_options | {"disable_cfg1_optimization": False}
         return executor(x, timestep, model_options, seed)
 
@@ -87,16 +86,24 @@ def set_norm_limiter(model, limiter: NormLimiter):
     model.set_model_sampler_pre_cfg_function(limiter, disable_cfg1_optimization=shapes_cfg1)
     model.remove_wrappers_with_key(WrappersMP.PREDICT_NOISE, CFG1_KEY)
     if shapes_cfg1:
-        model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, CFG1_KEY, Cfg1Saving(limiter.truncate))
+        model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, CFG1_KEY, Cfg1Saving(limiter))
     return model
+
+
+def norm_limiter(model) -> NormLimiter | None:
+    """Return the model's norm limiter, if it has one."""
+    return next((hook for hook in model.model_options.get(HOOKS, []) if isinstance(hook, NormLimiter)), None)
+
+
+def official_limiter(model) -> NormLimiter:
+    """Return the norm limiter of the official code for the model's version."""
+    return NormLimiter(model_version(model).guidance_truncate)
 
 
 def with_norm_limiter(model):
     """Return the model if it has a norm limiter, else a clone with its version's. A model from a stock loader has
     none."""
-    if any(isinstance(hook, NormLimiter) for hook in model.model_options.get(HOOKS, [])):
-        return model
-    return set_norm_limiter(model, NormLimiter(model_version(model).guidance_truncate))
+    return model if norm_limiter(model) is not None else set_norm_limiter(model, official_limiter(model))
 
 
 @dataclass(frozen=True)
@@ -173,7 +180,7 @@ def set_guidance_interval(model, start: float, end: float):
 
 def renew_norm_limiter(model):
     """Return a clone whose norm limiter follows the model's present settings; the model itself if it has none."""
-    limiter = next((hook for hook in model.model_options.get(HOOKS, []) if isinstance(hook, NormLimiter)), None)
+    limiter = norm_limiter(model)
     return model if limiter is None else set_norm_limiter(model, limiter)
 
 

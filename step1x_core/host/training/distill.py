@@ -14,7 +14,6 @@ from ...checks import check_finite
 from ...errors import Step1XError
 from ...files import content_key
 from ...images import to_uint8
-from ...sampling.guidance import NormLimiter, norm_divisor, patch_norm
 from ...training.cache import Cache, CachedPair, EditDataset
 from ...training.distillation import (
     CACHED,
@@ -34,7 +33,7 @@ from ...training.distillation import (
 )
 from ...training.objective import Settings
 from ..sampling.few_steps import model_version, version_defaults
-from ..sampling.sampler import HOOKS, check_model
+from ..sampling.sampler import check_model, norm_limiter, official_limiter
 from .adapted import switched_off
 from .cache import fingerprint
 from .run import Run
@@ -46,12 +45,6 @@ log = logging.getLogger(__name__)
 FOLDER = "trajectories"
 
 
-def limiter_of(model) -> NormLimiter:
-    """The norm limiter that sampling with this model would use."""
-    found = (hook for hook in model.model_options.get(HOOKS, []) if isinstance(hook, NormLimiter))
-    return next(found, None) or NormLimiter(model_version(model).guidance_truncate)
-
-
 def plain_velocity(model, conditioning: tuple[Tensor, dict]) -> Callable[[Tensor, float], Tensor]:
     """The model's velocity at CFG 1 without the limiter. conditioning: of as many rows as the latents have."""
     return lambda x, s: predict(model, x, torch.full((len(x),), s, device=x.device), conditioning)
@@ -61,20 +54,16 @@ def guided_velocity(
     model, positive: tuple[Tensor, dict], negative: tuple[Tensor, dict], cfg: float
 ) -> Callable[[Tensor, float], Tensor]:
     """The velocity that the sampler follows with this model and CFG, norm-limited as there."""
-    limiter, limits_cfg1 = limiter_of(model), model_version(model).uncond_at_cfg1
+    limiter, limits_cfg1 = norm_limiter(model) or official_limiter(model), model_version(model).uncond_at_cfg1
     towards, away = plain_velocity(model, positive), plain_velocity(model, negative)
-    # As float32, like the limiter compares them.
-    truncate = torch.tensor(limiter.truncate, dtype=torch.float32).item()
 
     def velocity(x: Tensor, s: float) -> Tensor:
-        limited = s > truncate
-        if cfg == 1 and not (limited and limits_cfg1):
+        sigma = torch.full((1, 1, 1, 1), s)
+        if cfg == 1 and not (limits_cfg1 and limiter.active(sigma)):
             return towards(x, s)
         unconditional = away(x, s)
         difference = towards(x, s) - unconditional
-        if limited:
-            difference = difference / norm_divisor(patch_norm(difference), limiter.power)
-        return unconditional + cfg * difference
+        return unconditional + cfg * (difference / limiter.divisor(difference, sigma.to(x.device)))
 
     return velocity
 
@@ -104,7 +93,7 @@ class Lesson:
         self.settings = settings.for_teacher(steps, cfg)
         self.settings.check()
         self.metadata = self.settings.metadata(model.model.diffusion_model.version)
-        limiter = limiter_of(model)
+        limiter = norm_limiter(model) or official_limiter(model)
         self.teacher = content_key(
             fingerprint(model, model.model.diffusion_model),
             limiter.truncate,
