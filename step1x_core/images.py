@@ -131,12 +131,17 @@ def resize_tensor(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     return torch.nn.functional.interpolate(batch, size[::-1], mode=mode, antialias=True)[0].movedim(0, -1).contiguous()
 
 
+def to_size(image: Tensor, size: tuple[int, int], floats: bool) -> Tensor:
+    """Resize an image [H, W, C] in 0..1 to size (width, height), [h, w, 3] in 0..1: bilinearly on floats, else with
+    Lanczos on 8-bit values."""
+    if floats:
+        return resize_tensor(to_rgb(image), size, "bilinear")
+    return from_uint8(resize(to_uint8(image), size, Image.Resampling.LANCZOS))
+
+
 def to_working_size(image: Tensor, size_level: int) -> Tensor:
     """Resize an image [H, W, C] in 0..1 to its working size [h, w, 3] in 0..1, with Lanczos on 8-bit values."""
-    pixels = to_uint8(image)
-    return from_uint8(
-        resize(pixels, working_size(pixels.shape[1], pixels.shape[0], size_level), Image.Resampling.LANCZOS)
-    )
+    return to_size(image, working_size(image.shape[1], image.shape[0], size_level), floats=False)
 
 
 def to_vision_size(image: Tensor) -> Tensor:
@@ -151,8 +156,7 @@ def to_vision_size(image: Tensor) -> Tensor:
 def to_working_size_v12(image: Tensor, size_level: int) -> Tensor:
     """Resize an image [H, W, C] in 0..1 to its working size [h, w, 3] in 0..1 for the VAE of v1.2, bilinearly on
     floats."""
-    image = to_rgb(image)
-    return resize_tensor(image, working_size(image.shape[1], image.shape[0], size_level), "bilinear")
+    return to_size(image, working_size(image.shape[1], image.shape[0], size_level), floats=True)
 
 
 def to_vision_size_v12(image: Tensor, size_level: int) -> tuple[Tensor, tuple[int, int]]:

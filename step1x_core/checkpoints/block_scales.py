@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..rounding import divided_up
+
 # Number of elements converted to float32 at a time.
 CHUNK = 2**20
 
@@ -32,7 +34,7 @@ def block_size(length: int, count: int, told: int | None) -> int | None:
     sizes = [told] if told else []
     sizes += [2**power for power in range(20)]
     sizes += [length // count] if count and length % count == 0 else []
-    return next((size for size in sizes if -(-length // size) == count), None)
+    return next((size for size in sizes if divided_up(length, size) == count), None)
 
 
 def scale_grid(weight: Tensor, scale: Tensor, told: tuple[int, int] | None) -> tuple[Tensor, int, int] | None:
@@ -54,7 +56,7 @@ def scale_grid(weight: Tensor, scale: Tensor, told: tuple[int, int] | None) -> t
         return None
     # One row with as many scales as the weight has rows could be one scale for each row, transposed, or one for each
     # group of columns. It is read as blocks only if their size is given.
-    if tuple(scale.shape) == (1, rows) and not (told and -(-columns // told[1]) == rows):
+    if tuple(scale.shape) == (1, rows) and not (told and divided_up(columns, told[1]) == rows):
         return None
     row, column = (
         block_size(n, count, told[i] if told else None) for i, (n, count) in enumerate(zip(weight.shape, scale.shape))

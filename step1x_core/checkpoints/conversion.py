@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import Step1XError
 from ..files import write_file
+from ..rounding import multiple_up
 from .detection import CONFIG_KEY, CONNECTOR_KEY
 from .files import check_file, is_safetensors
 from .keys import diffusers_to_original, is_diffusers_layout
@@ -147,7 +148,7 @@ def marker(host_format: str, full_precision: bool) -> Tensor:
     """
     text = json.dumps({"format": host_format, **({"full_precision_matrix_mult": True} if full_precision else {})})
     # Padded to whole words, so that the following data is aligned.
-    return torch.tensor(list(text.ljust(-(-len(text) // 8) * 8).encode()), dtype=torch.uint8)
+    return torch.tensor(list(text.ljust(multiple_up(len(text), 8)).encode()), dtype=torch.uint8)
 
 
 class Weights:
@@ -278,7 +279,7 @@ def header(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
         entries[name] = {"dtype": WRITTEN[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
+    text = text.ljust(multiple_up(len(text), 8))
     return len(text).to_bytes(8, "little") + text
 
 

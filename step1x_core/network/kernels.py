@@ -13,6 +13,8 @@ import functools
 import torch
 from torch import Tensor
 
+from ..rounding import divided_up, next_power_of_2
+
 FP8 = torch.float8_e4m3fn
 # Work per program; the fastest on an H200 (docs/performance.md).
 COLUMNS = 4096
@@ -29,15 +31,6 @@ def on_its_card(function):
             return function(first, *args, **kwargs)
 
     return launched
-
-
-def next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def divided_up(a: int, b: int) -> int:
-    """Divide a by b, rounding up."""
-    return -(-a // b)
 
 
 @on_its_card

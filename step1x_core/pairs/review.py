@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 from ..files import safe_path
+from ..rounding import divided_up
 from ..sheets import INK, MARGIN, PAPER, THUMBNAIL, thumbnail, wrap
 from ..tasks import ordered_types
 from .record import Pair, changed_pixels
@@ -145,7 +146,7 @@ def contact_sheet(cards: list[Card], limit: int = 48, columns: int = 3) -> Image
     shown = spread(cards, limit)
     cell_width, cell_height = 2 * THUMBNAIL + 4 + MARGIN, THUMBNAIL + TEXT + MARGIN + 8
     picture = Image.new(
-        "RGB", (columns * cell_width + MARGIN, max(1, -(-len(shown) // columns)) * cell_height + MARGIN + 28), PAPER
+        "RGB", (columns * cell_width + MARGIN, max(1, divided_up(len(shown), columns)) * cell_height + MARGIN + 28), PAPER
     )
     canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
     canvas.text(

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..rounding import divided_up, next_power_of_2
+
 FP8 = torch.float8_e4m3fn
 # Rows of a tile. Tensor cores take no fewer; rows that do not exist cost nothing, since reading the weights takes the time.
 ROWS = 16
@@ -44,11 +46,6 @@ class Projection:
         return self.weight.is_contiguous() and self.weight.shape[1] % 64 == 0
 
 
-def divided_up(a: int, b: int) -> int:
-    """Divide a by b, rounding up."""
-    return -(-a // b)
-
-
 def inputs_of(tile: Tile, columns: int) -> int:
     """Return the largest number of inputs up to the tile's that divides the columns, which are a multiple of 64."""
     size = tile.inputs
@@ -68,7 +65,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     out = torch.empty_like(x)
     rows, columns = x.shape
-    norm_kernel[(rows,)](x, weight, out, columns, eps, BLOCK=1 << (columns - 1).bit_length(), num_warps=8)
+    norm_kernel[(rows,)](x, weight, out, columns, eps, BLOCK=next_power_of_2(columns), num_warps=8)
     return out
 
 

@@ -5,12 +5,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..rounding import multiple_up
+
 # Capacities are multiples of this: what one program of the attention kernel reads.
 STEP = 64
-
-
-def rounded(tokens: int) -> int:
-    return -(-tokens // STEP) * STEP
 
 
 class Cache:
@@ -23,7 +21,7 @@ class Cache:
 
     def __init__(self, layers: int, kv_heads: int, width: int, lengths: Tensor, positions: Tensor, capacity: int,
                  dtype: torch.dtype):
-        shape = (len(lengths), rounded(capacity), kv_heads, width)
+        shape = (len(lengths), multiple_up(capacity, STEP), kv_heads, width)
         # Zeros, because masked values are still multiplied by 0, and NaN would stay NaN.
         self.layers = [tuple(torch.zeros(shape, dtype=dtype, device=lengths.device).transpose(1, 2) for _ in range(2))
                        for _ in range(layers)]
@@ -46,7 +44,7 @@ class Cache:
 
     def grow(self, tokens: int) -> None:
         """Make room for that many more tokens a row."""
-        more = rounded(tokens)
+        more = multiple_up(tokens, STEP)
         for index, layer in enumerate(self.layers):
             self.layers[index] = tuple(pad(part.transpose(1, 2), (0, 0, 0, 0, 0, more)).transpose(1, 2)
                                        for part in layer)

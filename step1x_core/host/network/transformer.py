@@ -8,6 +8,7 @@ from comfy.ldm.modules.attention import optimized_attention_masked
 from torch import Tensor
 
 from ...network.connector import Connector
+from ...rounding import divided_up, multiple_up
 from ...versions import TIME_FACTOR, VERSIONS
 from ..relied_on import BLOCKS, TRANSFORMER, check_intact, intact
 from .attention import cudnn_first, cudnn_is_fastest
@@ -168,7 +169,7 @@ class Step1XTransformer(Flux):
         if not plain_needed(transformer_options) and runs_own_blocks(self):
             if text_tokens is not None and keeps_text(transformer_options):
                 # Identical tokens at identical positions stay identical in every block, so one is computed for all.
-                text_tokens = min(-(-text_tokens // TEXT_STEP) * TEXT_STEP, context.shape[1])
+                text_tokens = min(multiple_up(text_tokens, TEXT_STEP), context.shape[1])
                 transformer_options[REPEATED_TEXT] = (text_tokens, context.shape[1] - text_tokens)
                 context, text_mask = context[:, :text_tokens], text_mask[:, :text_tokens]
             if not transformer_options.get("patches_replace", {}).get("dit") and control is None:
@@ -189,6 +190,6 @@ class Step1XTransformer(Flux):
     def unpack(self, tokens: Tensor, height: int, width: int) -> Tensor:
         """Convert tokens [B, N, C*4] to a latent [B, C, height, width], without the padding of odd sides."""
         p = self.patch_size
-        rows, columns = -(-height // p), -(-width // p)
+        rows, columns = divided_up(height, p), divided_up(width, p)
         latent = tokens.reshape(tokens.shape[0], rows, columns, -1, p, p).permute(0, 3, 1, 4, 2, 5)
         return latent.reshape(tokens.shape[0], -1, rows * p, columns * p)[:, :, :height, :width]

@@ -10,7 +10,7 @@ from ...checks import BAD_LATENT, check_conditioning, check_finite, check_latent
 from ...errors import Step1XError
 from ...images import to_output_size, to_working_size, to_working_size_v12
 from ...prompts.image_memory import ImageMemory
-from ...versions import LAYOUT_V11, LAYOUT_V12, LAYOUTS
+from ...versions import LAYOUT_V11, LAYOUT_V12, LAYOUTS, PromptLayout
 from ..left_out import left_out
 from .text_encoder import Step1XTokenizer
 from .tiling import AUTO, decode
@@ -77,6 +77,12 @@ def check_latent(samples: Tensor, pictures: Tensor) -> None:
     check_finite(samples, BAD_LATENT)
 
 
+def at_working_size(images: Tensor, layout: PromptLayout, size_level: int) -> Tensor:
+    """Resize images [B, H, W, C] in 0..1 to their working size [B, h, w, 3], as the layout's version does."""
+    resize = to_working_size_v12 if layout.resizes_floats else to_working_size
+    return torch.stack([resize(image, size_level) for image in images])
+
+
 def encode_edit(
     clip,
     vae,
@@ -109,10 +115,9 @@ def encode_edit(
     check_vae(vae)
     check_pictures(image, "image")
     layout = clip.tokenizer.layout
-    resize = to_working_size_v12 if layout.resizes_floats else to_working_size
     known = {} if known is None else known
     if "pictures" not in known:
-        known["pictures"] = torch.stack([resize(picture, size_level) for picture in image])
+        known["pictures"] = at_working_size(image, layout, size_level)
     pictures = known["pictures"]
     shown = image if layout.shows_original else pictures
     if latent is not None:
@@ -145,14 +150,11 @@ def encode_edit(
             progress.update(1)
         conditionings.append(merge_batch(parts))
     comfy.model_management.throw_exception_if_processing_interrupted()
-    samples = (
-        known["samples"]
-        if "samples" in known
-        else encode_pictures(vae, pictures)
-        if latent is None
-        else latent["samples"]
-    )
-    known |= {"samples": samples} | ({"negative": conditionings[1]} if with_negative else {})
+    if "samples" not in known:
+        known["samples"] = encode_pictures(vae, pictures) if latent is None else latent["samples"]
+    if with_negative:
+        known["negative"] = conditionings[1]
+    samples = known["samples"]
     progress.update(1)
     positive, negative = (
         [[cond, {**extra, "reference_latents": [samples]}] for cond, extra in c] for c in conditionings
@@ -186,10 +188,7 @@ def add_references(conditionings: list[list], vae, images: list[Tensor], size_le
         if any("text_ids" in extra for conditioning in conditionings for _, extra in conditioning)
         else LAYOUT_V11
     )
-    resize = to_working_size_v12 if layout.resizes_floats else to_working_size
-    latents = [
-        encode_pictures(vae, torch.stack([resize(picture, size_level) for picture in image])) for image in images
-    ]
+    latents = [encode_pictures(vae, at_working_size(image, layout, size_level)) for image in images]
     return [
         [
             [cond, {**extra, "reference_latents": [*extra.get("reference_latents", []), *latents]}]

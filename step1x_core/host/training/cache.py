@@ -7,17 +7,15 @@ from pathlib import Path
 import comfy.model_management
 import comfy.utils
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ...checks import check_finite
 from ...errors import Step1XError
 from ...files import content_key, picture_size
-from ...images import from_uint8, resize, resize_tensor, to_rgb, to_uint8, working_size
+from ...images import to_size, working_size
 from ...training.cache import CACHE_FOLDER, Cache, CachedPair, EditDataset, pack_conditioning
 from ...training.dataset import EditPair, decode_picture
-from ...versions import PromptLayout
-from ..prompts.encoding import LATENT_FACTOR, check_text_encoder, check_vae, encode_pictures
+from ..prompts.encoding import LATENT_FACTOR, at_working_size, check_text_encoder, check_vae, encode_pictures
 
 # The shape of source and target may differ by this share, which rounding to whole pixels can do.
 ASPECT_TOLERANCE = 0.03
@@ -51,13 +49,6 @@ def unchanged(path: Path, key: str, name: Callable[[bytes], str]) -> bytes:
     if name(data) != key:
         raise Step1XError(f"The image {path} was replaced while the dataset was read. Run the node again.")
     return data
-
-
-def to_size(picture: Tensor, size: tuple[int, int], layout: PromptLayout) -> Tensor:
-    """Picture [H, W, 3] -> [h, w, 3] at size (width, height), as the layout's version resizes what it edits."""
-    if layout.resizes_floats:
-        return resize_tensor(to_rgb(picture), size, "bilinear")
-    return from_uint8(resize(to_uint8(picture), size, Image.Resampling.LANCZOS))
 
 
 class PairEncoder:
@@ -112,7 +103,7 @@ class PairEncoder:
         if self.layout.shows_original:
             shown = picture
         else:
-            shown = to_size(picture, working_size(picture.shape[1], picture.shape[0], self.size_level), self.layout)
+            shown = at_working_size(picture[None], self.layout, self.size_level)[0]
         tokens = self.clip.tokenize(text, images=[shown[None]], size_level=self.size_level)
         conditioning = self.clip.encode_from_tokens_scheduled(tokens)
         check_finite(conditioning[0][0], "The text encoder returned NaN or infinite values. Its file may be damaged. "
@@ -125,7 +116,7 @@ class PairEncoder:
         for key, path in zip((item.source, item.target), item.pair.files):
             if key not in self.cache:
                 picture = decode_picture(unchanged(path, key, lambda data: self.picture_key(data, size)), path)
-                latent = encode_pictures(self.vae, to_size(picture, size, self.layout)[None])
+                latent = encode_pictures(self.vae, to_size(picture, size, self.layout.resizes_floats)[None])
                 self.cache.store(key, {"latent": latent.float().cpu()})
                 self.computed += 1
 

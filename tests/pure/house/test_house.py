@@ -115,7 +115,7 @@ def test_triton_is_needed_by_two_files_and_the_network_by_none():
 
 
 def test_the_ground_floor_of_files_and_names_needs_no_torch():
-    for module in ("errors", "files", "languages", "sheets", "tasks", "versions"):
+    for module in ("errors", "files", "languages", "rounding", "sheets", "tasks", "versions"):
         assert "torch" not in packages(TREES[module])
 
 
