@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -111,6 +111,38 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, default=Path("gpu_edit.json"), help="where all numbers go")
     return parser.parse_args()
+
+
+@contextmanager
+def models_folder(chosen: Path | None, otherwise: Path | None = None):
+    """The folder for the checkpoints: the chosen one, made if it is missing, or a temporary one (below `otherwise`)."""
+    if chosen is not None:
+        chosen.mkdir(parents=True, exist_ok=True)
+        yield chosen
+    else:
+        with tempfile.TemporaryDirectory(dir=otherwise) as folder:
+            yield Path(folder)
+
+
+def write_language_models(folder: Path, tiny: bool, device, formats, fp8_head: bool) -> dict[str, Path]:
+    """Checkpoints of the language model with random weights, by format (bf16, fp8). fp8: its layers, and the head if
+    asked for, not the table and the vision tower."""
+    import tiny_models
+    import torch
+    from safetensors.torch import save_file
+
+    config = tiny_models.TINY_MLLM if tiny else FULL_MLLM
+    names = {name: f"{name}-head" if name == "fp8" and fp8_head else name for name in formats}
+    paths = {name: folder / f"mllm-{file}.safetensors" for name, file in names.items()}
+    if all(path.is_file() for path in paths.values()):
+        return paths
+    weights = tiny_models.random_weights(tiny_models.mllm_shapes(config), 0, torch.bfloat16, device)
+    quantised = ("model.layers.", "lm_head.") if fp8_head else ("model.layers.",)
+    for name, path in paths.items():
+        if name == "fp8":
+            weights |= tiny_models.scaled_fp8({key: weights.pop(key) for key in list(weights) if key.startswith(quantised)})
+        save_file(weights, path, metadata={"step1x_edit_config": json.dumps(config)})
+    return paths
 
 
 def write_models(folder: Path, version: str, tiny: bool, device, only_sampling: bool) -> dict[str, Path]:
@@ -399,10 +431,10 @@ def main() -> int:
     )
     runs, float32 = [], {}
     with (
-        nullcontext(options.models) if options.models else tempfile.TemporaryDirectory() as folder,
+        models_folder(options.models) as folder,
         torch.inference_mode(),
     ):
-        paths = write_models(Path(folder), options.version, options.tiny, device, options.only_sampling)
+        paths = write_models(folder, options.version, options.tiny, device, options.only_sampling)
         for mode in options.modes:
             host = MODES[mode].get("host_blocks", False)
             for vram in options.vram:

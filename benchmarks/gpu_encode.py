@@ -11,9 +11,8 @@ the script works, not how fast anything is.
 import argparse
 import statistics
 import sys
-import tempfile
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -50,27 +49,6 @@ def arguments() -> argparse.Namespace:
 
 def say(text: str) -> None:
     print(text, flush=True)
-
-
-def write_models(folder: Path, tiny: bool, device, formats: list[str]) -> dict[str, Path]:
-    """Checkpoints of the language model with random weights, by kind: bf16, fp8."""
-    import tiny_models
-    import torch
-    from safetensors.torch import save_file
-
-    config = tiny_models.TINY_MLLM if tiny else gpu_edit.FULL_MLLM
-    paths = {name: folder / f"mllm-{name}.safetensors" for name in ("bf16", *(["fp8"] if "fp8" in formats else []))}
-    if all(path.is_file() for path in paths.values()):
-        return paths
-    weights = tiny_models.random_weights(tiny_models.mllm_shapes(config), 0, torch.bfloat16, device)
-    for name, path in paths.items():
-        if name == "fp8":
-            # As published files have it: the layers, not the table, the head and the vision tower.
-            weights |= tiny_models.scaled_fp8(
-                {key: weight for key, weight in weights.items() if key.startswith("model.layers.")}
-            )
-        save_file(weights, path, metadata={"step1x_edit_config": tiny_models.json.dumps(config)})
-    return paths
 
 
 def wait() -> None:
@@ -410,12 +388,12 @@ def main() -> int:
     shared = Path("/dev/shm")
     start = time.perf_counter()
     with (
-        nullcontext(options.models)
-        if options.models
-        else tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder,
+        gpu_edit.models_folder(options.models, shared if shared.is_dir() else None) as folder,
         torch.inference_mode(),
     ):
-        paths = write_models(Path(folder), options.tiny, device, options.formats)
+        paths = gpu_edit.write_language_models(
+            folder, options.tiny, device, ["bf16", *({"fp8"} & {*options.formats})], fp8_head=False
+        )
         for kind in options.formats:
             for version in VERSIONS:
                 clip = load(paths["fp8" if kind == "fp8" else "bf16"], version, kind)

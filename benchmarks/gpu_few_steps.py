@@ -15,13 +15,13 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "scripts" / "support"))
 import environment
-from gpu_edit import PROMPT, Clock, made_up_conditioning, write_models
+from gpu_edit import PROMPT, Clock, made_up_conditioning, models_folder, write_models
 
 MODES = ("fp8 attention", "fp8_scaled", "bf16")
 PARTS = ("edit", "vae", "distill")
@@ -447,16 +447,16 @@ def main() -> int:
     )
     record = Record(options.json, options.seconds)
     with (
-        nullcontext(options.models) if options.models else tempfile.TemporaryDirectory() as models,
+        models_folder(options.models) as models,
         tempfile.TemporaryDirectory() as folder,
         torch.inference_mode(),
     ):
         record.add(
             "writing the checkpoints",
-            timed(lambda: write_models(Path(models), options.version, options.tiny, device, False)),
+            timed(lambda: write_models(models, options.version, options.tiny, device, False)),
             digits=1,
         )
-        paths = write_models(Path(models), options.version, options.tiny, device, False)
+        paths = write_models(models, options.version, options.tiny, device, False)
         folder = Path(folder)
         if {"edit", "vae"} & {*options.parts}:
             clip = load_text_encoder(paths["mllm"], options.version)

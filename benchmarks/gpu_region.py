@@ -9,12 +9,11 @@ Every time is the median of repeated runs after a warm-up. `--tiny` runs the sam
 import argparse
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "scripts" / "support"))
 import environment
-from gpu_edit import Clock, made_up_conditioning, write_models
+from gpu_edit import Clock, made_up_conditioning, models_folder, write_models
 
 
 def arguments() -> argparse.Namespace:
@@ -99,9 +98,9 @@ def main() -> int:
         f"{'fp8_scaled' if options.fp8 else 'bf16'}, {options.steps} steps, CFG {options.cfg}, {options.repeats} runs after a warm-up"
     )
     print(f"{'size':>5}{'edited':>8}{'reuse':>7}{'tokens':>8}{'seconds':>9}{'faster':>8}{'GiB':>7}")
-    with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
+    with models_folder(options.models) as folder, torch.inference_mode():
         path = write_models(
-            options.models or Path(temporary), options.version, options.tiny, device, only_sampling=True
+            folder, options.version, options.tiny, device, only_sampling=True
         )["transformer"]
         model = load_model(path, options.version, fp8=options.fp8)
         for size in options.sizes:

@@ -8,9 +8,7 @@ relative difference of the velocities to those of the host's blocks in bf16; and
 import argparse
 import statistics
 import sys
-import tempfile
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "scripts" / "support"))
@@ -135,10 +133,10 @@ def main() -> int:
     )
     exact = None
     with (
-        nullcontext(options.models) if options.models else tempfile.TemporaryDirectory() as folder,
+        gpu_edit.models_folder(options.models) as folder,
         torch.inference_mode(),
     ):
-        path = gpu_edit.write_models(Path(folder), "v1.1", options.tiny, device, only_sampling=True)["transformer"]
+        path = gpu_edit.write_models(folder, "v1.1", options.tiny, device, only_sampling=True)["transformer"]
         for fp8 in (False, True):
             model = load_model(path, "v1.1", fp8=fp8)
             comfy.model_management.load_models_gpu([model], force_full_load=True)

@@ -7,13 +7,11 @@ Also checks that captured and uncaptured replies are equal, that a reply is the 
 """
 
 import argparse
-import json
 import statistics
 import sys
-import tempfile
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -59,26 +57,6 @@ def arguments() -> argparse.Namespace:
         "--models", type=Path, help="keep the checkpoints in this folder, or take those that an earlier run kept there"
     )
     return parser.parse_args()
-
-
-def write_models(folder: Path, tiny: bool, device, formats: list[str]) -> dict[str, Path]:
-    """Checkpoints of the language model with random weights, by format."""
-    import tiny_models
-    import torch
-    from safetensors.torch import save_file
-
-    config = tiny_models.TINY_MLLM if tiny else gpu_edit.FULL_MLLM
-    paths = {name: folder / f"mllm-{name}.safetensors" for name in formats}
-    if all(path.is_file() for path in paths.values()):
-        return paths
-    weights = tiny_models.random_weights(tiny_models.mllm_shapes(config), 0, torch.bfloat16, device)
-    for name, path in paths.items():
-        if name == "fp8":
-            # As published files have it: the layers and the head, not the table and the vision tower.
-            chosen = {key: weights.pop(key) for key in list(weights) if key.startswith(("model.layers.", "lm_head."))}
-            weights |= tiny_models.scaled_fp8(chosen)
-        save_file(weights, path, metadata={"step1x_edit_config": json.dumps(config)})
-    return paths
 
 
 def seconds(call, repeats: int = 3) -> float:
@@ -405,10 +383,10 @@ def main() -> int:
         "loop": loop,
     }
     with (
-        nullcontext(options.models) if options.models else tempfile.TemporaryDirectory() as folder,
+        gpu_edit.models_folder(options.models) as folder,
         torch.inference_mode(),
     ):
-        paths = write_models(Path(folder), options.tiny, device, options.formats)
+        paths = gpu_edit.write_language_models(folder, options.tiny, device, options.formats, fp8_head=True)
         for number, name in enumerate(options.formats):
             clip = load_text_encoder(paths[name], "v1.2")
             bench = Bench(clip, options)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "scripts" / "support"))
 import environment
-from gpu_edit import Clock, made_up_conditioning, write_models
+from gpu_edit import Clock, made_up_conditioning, models_folder, write_models
 
 WEIGHT_DTYPES = ("default", "float8_e4m3fn", "fp8_scaled")
 
@@ -117,9 +117,9 @@ def main() -> int:
         f"weights {options.weight_dtype}, rank {options.rank}, batch {options.batch}, {settings.steps} steps"
     )
     print(f"{'size':>5}  {'tokens wait in':<14}{'s a step':>9}{'allocated':>22}{'reserved':>22}")
-    with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
+    with models_folder(options.models) as folder, tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
         path = write_models(
-            options.models or Path(temporary), options.version, options.tiny, device, only_sampling=True
+            folder, options.version, options.tiny, device, only_sampling=True
         )["transformer"]
         dtype = {"dtype": torch.float8_e4m3fn} if options.weight_dtype == "float8_e4m3fn" else {}
         model = load_model(path, options.version, dtype, fp8=options.weight_dtype == "fp8_scaled")
