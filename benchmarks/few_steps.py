@@ -31,7 +31,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--loras",
         nargs="*",
-        help="NAME=FILE@STEPS; FILE+FILE: the first for the first half of the steps (default: the shipped LoRA, if there is one)",
+        help="NAME=FILE@STEPS; FILE+FILE: the first for the first half of the steps (default: the shipped LoRA, if "
+             "there is one)",
     )
     parser.add_argument("--edits", type=int, default=200, help="number of held-out edits")
     parser.add_argument("--seed", type=int, default=1)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# The latent format of the transformer: processed = (latent - SHIFT) * SCALE. Stored in the file, so the encoder's own output is the processed latent.
+# The latent format of the transformer: processed = (latent - SHIFT) * SCALE. Stored in the file, so the encoder's own
+# output is the processed latent.
 LATENT_SCALE, LATENT_SHIFT = 0.3611, 0.1159
 CHANNELS = 16
 WIDTH = 64

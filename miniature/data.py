@@ -19,8 +19,8 @@ from .scenes import pair_at
 # Token ids after the picture are padded to this length; the longest instructions have about 30.
 AFTER_LENGTH = 40
 PAD_ID = 151643
-# Conditioning positions in training: the text before the picture that is kept (7), the picture of a square scene (256), the text after it,
-# and one padded position that stands for the rest of the 640.
+# Conditioning positions in training: the text before the picture that is kept (7), the picture of a square scene (256),
+# the text after it, and one padded position that stands for the rest of the 640.
 PICTURE = slice(7, 7 + 256)
 TEXT_LENGTH = PICTURE.stop + AFTER_LENGTH + 1
 # Pairs that a worker hands over at a time.

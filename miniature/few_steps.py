@@ -23,7 +23,8 @@ import environment
 RANK = 32
 # Points of a trajectory: those of students of 1, 2 and 4 steps.
 GRID = 4
-# LoRAs that `all` makes: a name, the student's steps, what the later part of the training does, first and last trained step.
+# LoRAs that `all` makes: a name, the student's steps, what the later part of the training does, first and last trained
+# step.
 KINDS = {
     "1": (1, "cached", 0, 0),
     "2-trajectory": (2, "trajectory", 0, 0),

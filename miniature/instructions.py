@@ -60,8 +60,8 @@ CHINESE_PLACES = {
     "bottom right": ("右下角", "右下方"),
 }
 
-# By language and by what is asked for. Slots: {ref} an object of the scene; {colour} and {a_colour} "blue", "a blue"; {shape} and {thing}
-# "a star", "a red star" (Chinese: without the article); {place}; {old} and {new} quoted words.
+# By language and by what is asked for. Slots: {ref} an object of the scene; {colour} and {a_colour} "blue", "a blue";
+# {shape} and {thing} "a star", "a red star" (Chinese: without the article); {place}; {old} and {new} quoted words.
 TEMPLATES: dict[str, dict[str, tuple[str, ...]]] = {
     "en": {
         "recolour": (

@@ -23,7 +23,8 @@ from .drawing import (
 
 T = TypeVar("T")
 
-# Named places: (column, row) of a 3x3 grid. None is any column or row: "on the left" holds in the corners on the left, too.
+# Named places: (column, row) of a 3x3 grid. None is any column or row: "on the left" holds in the corners on the left,
+# too.
 PLACES: dict[str, tuple[int | None, int | None]] = {
     "left": (0, None),
     "right": (2, None),

@@ -38,8 +38,9 @@ FILES = {
 }
 VAE_WEIGHTS = "autoencoder.safetensors"
 
-# Shares of the batch: "change nothing" with an empty instruction, beside the pairs of that kind; and the empty instruction with a real edit,
-# at times when the noisy picture already shows it. The latter keeps guidance from overdoing an edit that is under way.
+# Shares of the batch: "change nothing" with an empty instruction, beside the pairs of that kind; and the empty
+# instruction with a real edit, at times when the noisy picture already shows it. The latter keeps guidance from
+# overdoing an edit that is under way.
 IDENTITY_SHARE, DROPPED_SHARE = 0.045, 0.04
 DROPPED_TIME = 0.7
 REGION_WEIGHT = 6.0

@@ -13,7 +13,8 @@ LISTS = ("images", "prompts", "seed")
 
 
 class Step1XEditBatchImages(io.ComfyNode):
-    """Many edits in one node. The other nodes take lists, too, but there one bad picture ends everything, and the models take turns in memory."""
+    """Many edits in one node. The other nodes take lists, too, but there one bad picture ends everything, and the
+    models take turns in memory."""
 
     @classmethod
     def define_schema(cls):
@@ -21,7 +22,8 @@ class Step1XEditBatchImages(io.ComfyNode):
             node_id="Step1XEditBatchImages",
             display_name="Step1X-Edit Batch Images",
             category=MAIN,
-            description="Edits many pictures of any sizes, or one picture in many ways. An edit that fails is reported and the others come out.",
+            description="Edits many pictures of any sizes, or one picture in many ways. An edit that fails is reported "
+                        "and the others come out.",
             search_aliases=["batch edit", "bulk edit", "image list", "many images", "variants"],
             is_input_list=True,
             hidden=[io.Hidden.unique_id],
@@ -32,11 +34,13 @@ class Step1XEditBatchImages(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The text encoder from 'Load Step1X-Edit MLLM'."),
                 io.Vae.Input(
                     "vae",
-                    tooltip="The FLUX VAE: the stock 'Load VAE' with ae.safetensors, or the VAE output of 'Load Step1X-Edit Model' for a diffusers folder.",
+                    tooltip="The FLUX VAE: the stock 'Load VAE' with ae.safetensors, or the VAE output of 'Load "
+                            "Step1X-Edit Model' for a diffusers folder.",
                 ),
                 io.Image.Input(
                     "images",
-                    tooltip="The pictures: one, a batch, or a list with pictures of different sizes, as the stock 'Create List' makes it.",
+                    tooltip="The pictures: one, a batch, or a list with pictures of different sizes, as the stock "
+                            "'Create List' makes it.",
                 ),
                 io.String.Input(
                     "prompts",
@@ -49,7 +53,8 @@ class Step1XEditBatchImages(io.ComfyNode):
                     "combine",
                     options=[PAIRS, ALL],
                     default=PAIRS,
-                    tooltip="pairs: the first instruction on the first picture and so on; a single one goes with all. all: every instruction on every picture.",
+                    tooltip="pairs: the first instruction on the first picture and so on; a single one goes with all. "
+                            "all: every instruction on every picture.",
                 ),
                 negative_prompt_input(),
                 size_level_input("Each picture is edited at about this many pixels squared, keeping its aspect ratio, and comes out at its own size."),

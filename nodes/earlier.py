@@ -13,7 +13,8 @@ class Earlier:
     sockets: str
     # A + is the widget that the editor puts behind a seed.
     widgets: str
-    # How many they are, where each has kept its place; otherwise the new place of each, None where there is none any more.
+    # How many they are, where each has kept its place; otherwise the new place of each, None where there is none any
+    # more.
     outputs: int | tuple[int | None, ...]
     # New input by old one, where the name has changed; None where there is none any more.
     renamed: dict[str, str | None] = field(default_factory=dict)
@@ -107,7 +108,8 @@ EARLIER = {
     "Step1XTrainLora": Earlier(
         "Step1XEditTrainLora",
         "model dataset vae",
-        "name steps learning_rate rank alpha batch_size accumulation seed + resume save_every validate_every schedule warmup ema gradient_checkpointing",
+        "name steps learning_rate rank alpha batch_size accumulation seed + resume save_every validate_every schedule "
+        "warmup ema gradient_checkpointing",
         4,
     ),
     "Step1XGate": Earlier(

@@ -23,31 +23,36 @@ class Step1XEditEncode(io.ComfyNode):
             node_id="Step1XEditEncode",
             display_name="Step1X-Edit Encode",
             category=MAIN,
-            description="Encodes a picture and an editing instruction. The outputs go to 'Step1X-Edit Sampler', KSampler or any other sampler.",
+            description="Encodes a picture and an editing instruction. The outputs go to 'Step1X-Edit Sampler', "
+                        "KSampler or any other sampler.",
             search_aliases=["step1x", *EDIT_ALIASES, "text encode", "reference image", "several images"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder from 'Load Step1X-Edit MLLM'."),
                 io.Vae.Input(
                     "vae",
-                    tooltip="The FLUX VAE: the stock 'Load VAE' with ae.safetensors, or the VAE output of 'Load Step1X-Edit Model' for a diffusers folder.",
+                    tooltip="The FLUX VAE: the stock 'Load VAE' with ae.safetensors, or the VAE output of 'Load "
+                            "Step1X-Edit Model' for a diffusers folder.",
                 ),
                 io.Image.Input(
                     "image",
-                    tooltip="The picture to edit, of any size. A batch is edited picture by picture with the same instruction.",
+                    tooltip="The picture to edit, of any size. A batch is edited picture by picture with the same "
+                            "instruction.",
                 ),
                 io.String.Input(
                     "prompt",
                     multiline=True,
                     dynamic_prompts=True,
                     placeholder="replace the modern sofa with a vintage leather couch\n把现代沙发换成复古皮沙发",
-                    tooltip="What to change, in English or Chinese. Put words that are to appear in the picture in double quotes.",
+                    tooltip="What to change, in English or Chinese. Put words that are to appear in the picture in "
+                            "double quotes.",
                 ),
                 negative_prompt_input(),
                 size_level_input("The picture is edited at about this many pixels squared, keeping its aspect ratio. 1024 gives the best quality; 512 is much faster."),
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="To edit a result further without loss: the latent it was decoded from. The picture is then read by the language model only.",
+                    tooltip="To edit a result further without loss: the latent it was decoded from. The picture is "
+                            "then read by the language model only.",
                 ),
                 io.Autogrow.Input(
                     "references",
@@ -55,7 +60,8 @@ class Step1XEditEncode(io.ComfyNode):
                     template=io.Autogrow.TemplatePrefix(
                         io.Image.Input("reference"), prefix="reference", min=0, max=MAX_REFERENCES
                     ),
-                    tooltip="Experimental: further images that the image model sees beside the edited one. It was trained with one image, "
+                    tooltip="Experimental: further images that the image model sees beside the edited one. It was "
+                            "trained with one image, "
                     "so results vary. Each slows sampling down.",
                 ),
                 io.Int.Input(
@@ -66,7 +72,8 @@ class Step1XEditEncode(io.ComfyNode):
                     step=16,
                     optional=True,
                     advanced=True,
-                    tooltip="Each reference is scaled to about this many pixels squared. Larger shows more detail but costs time and VRAM.",
+                    tooltip="Each reference is scaled to about this many pixels squared. Larger shows more detail but "
+                            "costs time and VRAM.",
                 ),
                 io.Model.Input(
                     "model",
@@ -109,7 +116,8 @@ class Step1XEditEncode(io.ComfyNode):
 
 
 class Step1XEditDecode(io.ComfyNode):
-    """The stock 'VAE Decode', tiled when memory is short, followed by the official return to the source image's size."""
+    """The stock 'VAE Decode', tiled when memory is short, followed by the official return to the source image's size.
+    """
 
     @classmethod
     def define_schema(cls):
@@ -125,7 +133,8 @@ class Step1XEditDecode(io.ComfyNode):
                 io.Image.Input(
                     "source",
                     optional=True,
-                    tooltip="The picture you edited: the result gets exactly its size. Leave it unconnected to keep the working size.",
+                    tooltip="The picture you edited: the result gets exactly its size. Leave it unconnected to keep "
+                            "the working size.",
                 ),
                 io.Combo.Input(
                     "tiling",
@@ -133,7 +142,8 @@ class Step1XEditDecode(io.ComfyNode):
                     default=AUTO,
                     optional=True,
                     advanced=True,
-                    tooltip="auto decodes in tiles when memory is short, on always does. off decodes in one piece unless ComfyUI runs out of memory. "
+                    tooltip="auto decodes in tiles when memory is short, on always does. off decodes in one piece "
+                            "unless ComfyUI runs out of memory. "
                     "Tiles need less VRAM but take longer.",
                 ),
             ],

@@ -16,7 +16,8 @@ class Step1XEditContentGate(io.ComfyNode):
             node_id="Step1XEditContentGate",
             display_name="Step1X-Edit Content Gate",
             category=MAIN,
-            description="Between decode and save: checks pictures with a classifier of yours and the instruction by words or a question. All on this machine.",
+            description="Between decode and save: checks pictures with a classifier of yours and the instruction by "
+                        "words or a question. All on this machine.",
             search_aliases=["content filter", "safety checker", "nsfw", "moderation"],
             inputs=[
                 io.Image.Input("images", tooltip="The pictures to check, one or a batch; each is treated by itself."),
@@ -24,14 +25,17 @@ class Step1XEditContentGate(io.ComfyNode):
                     "action",
                     options=list(ACTIONS),
                     default=OFF,
-                    tooltip="What happens to a picture that is found unsafe. off: nothing is checked. report: it passes and the report tells. "
-                    "label: it passes with a label drawn on it. blur: only blurred colours are left. block: a notice takes its place.",
+                    tooltip="What happens to a picture that is found unsafe. off: nothing is checked. report: it "
+                            "passes and the report tells. "
+                    "label: it passes with a label drawn on it. blur: only blurred colours are left. block: a notice "
+                    "takes its place.",
                 ),
                 io.Combo.Input(
                     "classifier",
                     options=[NONE, *sorted(classifier_folders())],
                     default=NONE,
-                    tooltip="A picture classifier of the transformers library, as a folder in models/image_classification. none: only the instruction is checked.",
+                    tooltip="A picture classifier of the transformers library, as a folder in "
+                            "models/image_classification. none: only the instruction is checked.",
                 ),
                 io.String.Input(
                     "unsafe_labels",
@@ -61,19 +65,22 @@ class Step1XEditContentGate(io.ComfyNode):
                     "words",
                     multiline=True,
                     default="",
-                    tooltip="Words and phrases that an instruction must not have, one a line or with commas between them.",
+                    tooltip="Words and phrases that an instruction must not have, one a line or with commas between "
+                            "them.",
                 ),
                 io.String.Input(
                     "question",
                     multiline=True,
                     default="",
                     advanced=True,
-                    tooltip="A question about the instruction that the language model answers with yes or no; yes makes it unsafe. Empty: nothing is asked.",
+                    tooltip="A question about the instruction that the language model answers with yes or no; yes "
+                            "makes it unsafe. Empty: nothing is asked.",
                 ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="For the question: the text encoder from 'Load Step1X-Edit MLLM'. Its file needs a language-model head (lm_head).",
+                    tooltip="For the question: the text encoder from 'Load Step1X-Edit MLLM'. Its file needs a "
+                            "language-model head (lm_head).",
                 ),
             ],
             outputs=[

@@ -34,7 +34,8 @@ class Step1XEditGEditItems(io.ComfyNode):
             node_id="Step1XEditGEditItems",
             display_name="Step1X-Edit GEdit-Bench Items",
             category=EVALUATION,
-            description="Opens GEdit-Bench, a benchmark for instruction-based editing, and outputs the next items without a result, "
+            description="Opens GEdit-Bench, a benchmark for instruction-based editing, and outputs the next items "
+                        "without a result, "
             "as lists of images and instructions. Queue repeatedly until all items are done.",
             search_aliases=["gedit", "benchmark", "evaluation", "dataset", "next items"],
             inputs=[
@@ -47,7 +48,8 @@ class Step1XEditGEditItems(io.ComfyNode):
                 io.String.Input(
                     "method",
                     default="step1x-edit",
-                    tooltip="Name of what is measured, for example model and settings. Results are kept under it in output/gedit_bench.",
+                    tooltip="Name of what is measured, for example model and settings. Results are kept under it in "
+                            "output/gedit_bench.",
                 ),
                 io.Combo.Input(
                     "language", options=[*LANGUAGES, ALL], default="en", tooltip="Language of the instructions."
@@ -154,19 +156,22 @@ class Step1XEditGEditReport(io.ComfyNode):
             node_id="Step1XEditGEditReport",
             display_name="Step1X-Edit GEdit-Bench Report",
             category=EVALUATION,
-            description="Scores every stored edit that has no score yet with a language model, then writes the official tables, means and plots. "
+            description="Scores every stored edit that has no score yet with a language model, then writes the "
+                        "official tables, means and plots. "
             "Can be cancelled and resumed.",
             search_aliases=["gedit", "benchmark", "viescore", "score edits", "scores", "radar chart", "contact sheet"],
             is_output_node=True,
             inputs=[
                 BENCH.Input(
                     "bench",
-                    tooltip="From 'Step1X-Edit GEdit-Bench Items', or from 'Step1X-Edit GEdit-Bench Save' to judge what was just edited.",
+                    tooltip="From 'Step1X-Edit GEdit-Bench Items', or from 'Step1X-Edit GEdit-Bench Save' to judge "
+                            "what was just edited.",
                 ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="The judge: the text encoder from 'Load Step1X-Edit MLLM'. Its file needs a language-model head (lm_head). "
+                    tooltip="The judge: the text encoder from 'Load Step1X-Edit MLLM'. Its file needs a language-model "
+                            "head (lm_head). "
                     "Not connected: only existing scores are reported.",
                 ),
                 io.String.Input(

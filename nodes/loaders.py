@@ -20,8 +20,8 @@ WEIGHT_DTYPES = {
 
 
 class Step1XEditLoader(io.ComfyNode):
-    """Loads a Step1X-Edit model. Unlike the stock 'Load Diffusion Model' it also opens diffusers folders, lets you set the
-    version, checks that the file is complete, and switches on the official guidance."""
+    """Loads a Step1X-Edit model. Unlike the stock 'Load Diffusion Model' it also opens diffusers folders, lets you set
+    the version, checks that the file is complete, and switches on the official guidance."""
 
     @classmethod
     def define_schema(cls):
@@ -35,27 +35,32 @@ class Step1XEditLoader(io.ComfyNode):
                 io.Combo.Input(
                     "unet_name",
                     options=list(choices("diffusion_models", "transformer")),
-                    tooltip="A file in models/diffusion_models, or a diffusers folder there or in models/diffusers, up to three levels deep (shown with a slash).",
+                    tooltip="A file in models/diffusion_models, or a diffusers folder there or in models/diffusers, up "
+                            "to three levels deep (shown with a slash).",
                 ),
                 io.Combo.Input(
                     "version",
                     options=["auto", *VERSIONS],
                     default="auto",
-                    tooltip="auto reads the version off the tensors, the repository's class or the file's name. Choose one for a renamed or converted file "
+                    tooltip="auto reads the version off the tensors, the repository's class or the file's name. Choose "
+                            "one for a renamed or converted file "
                     "that tells none of it: v1.1 and v1.2-preview can be alike to the last tensor.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
                     options=list(WEIGHT_DTYPES),
                     default="default",
-                    tooltip="Precision the weights are kept in. default keeps the file's. fp8_scaled needs 16 GB in place of 25 and is the fastest on cards with "
-                    "fp8 tensor cores (RTX 40 series and later), at a small loss of quality. The others are the host's own: fp8 without scales.",
+                    tooltip="Precision the weights are kept in. default keeps the file's. fp8_scaled needs 16 GB in "
+                            "place of 25 and is the fastest on cards with "
+                    "fp8 tensor cores (RTX 40 series and later), at a small loss of quality. The others are the host's "
+                    "own: fp8 without scales.",
                 ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model, with norm-limited guidance switched on."),
                 io.Vae.Output(
-                    tooltip="The VAE of a diffusers folder that has one. Empty for a single file: use the stock 'Load VAE'."
+                    tooltip="The VAE of a diffusers folder that has one. Empty for a single file: use the stock 'Load "
+                            "VAE'."
                 ),
             ],
         )
@@ -69,7 +74,8 @@ class Step1XEditLoader(io.ComfyNode):
 
 
 class Step1XEditMLLM(io.ComfyNode):
-    """Loads Qwen2.5-VL-7B as Step1X-Edit's text encoder. The stock 'Load CLIP' knows the file but not this model's prompt layout."""
+    """Loads Qwen2.5-VL-7B as Step1X-Edit's text encoder. The stock 'Load CLIP' knows the file but not this model's
+    prompt layout."""
 
     @classmethod
     def define_schema(cls):
@@ -77,13 +83,15 @@ class Step1XEditMLLM(io.ComfyNode):
             node_id="Step1XEditMLLM",
             display_name="Load Step1X-Edit MLLM",
             category=MAIN,
-            description="Loads Qwen2.5-VL-7B-Instruct, which reads the instruction and looks at the picture. The file that Qwen-Image uses fits, bf16 or scaled fp8.",
+            description="Loads Qwen2.5-VL-7B-Instruct, which reads the instruction and looks at the picture. The file "
+                        "that Qwen-Image uses fits, bf16 or scaled fp8.",
             search_aliases=["step1x", *EDIT_ALIASES, "qwen2.5-vl", "qwen_2.5_vl_7b", "text encoder", "load clip"],
             inputs=[
                 io.Combo.Input(
                     "clip_name",
                     options=list(choices("text_encoders", "text_encoder")),
-                    tooltip="A file in models/text_encoders such as qwen_2.5_vl_7b.safetensors, or a Hugging Face folder (shown with a slash).",
+                    tooltip="A file in models/text_encoders such as qwen_2.5_vl_7b.safetensors, or a Hugging Face "
+                            "folder (shown with a slash).",
                 ),
                 io.Combo.Input(
                     "device",
@@ -97,13 +105,15 @@ class Step1XEditMLLM(io.ComfyNode):
                     options=["auto", *LAYOUTS],
                     default="auto",
                     optional=True,
-                    tooltip="How the instruction is laid out: v1.1 for Step1X-Edit v1.0 and v1.1, v1.2 for v1.2 and its preview. "
+                    tooltip="How the instruction is laid out: v1.1 for Step1X-Edit v1.0 and v1.1, v1.2 for v1.2 and "
+                            "its preview. "
                     "auto follows the repository a folder belongs to and takes v1.1 for a single file.",
                 ),
             ],
             outputs=[
                 io.Clip.Output(
-                    tooltip="Text encoder for 'Step1X-Edit Encode'. For text to image it also works with the stock 'CLIP Text Encode'."
+                    tooltip="Text encoder for 'Step1X-Edit Encode'. For text to image it also works with the stock "
+                            "'CLIP Text Encode'."
                 )
             ],
         )
@@ -121,8 +131,8 @@ NO_LORA = "none"
 
 
 class Step1XEditLoadLora(io.ComfyNode):
-    """The stock 'Load LoRA (Model)' works, too. This one knows more names of layers, follows the official merging rule for an alpha of 0, and
-    refuses a file in which nothing fits the model, where the stock node goes on without it."""
+    """The stock 'Load LoRA (Model)' works, too. This one knows more names of layers, follows the official merging rule
+    for an alpha of 0, and refuses a file in which nothing fits the model, where the stock node goes on without it."""
 
     @classmethod
     def define_schema(cls):
@@ -130,7 +140,8 @@ class Step1XEditLoadLora(io.ComfyNode):
             node_id="Step1XEditLoadLora",
             display_name="Load Step1X-Edit LoRA",
             category=MAIN,
-            description="Applies a LoRA to a Step1X-Edit model. Several can be chained. The steps and CFG of a few-step "
+            description="Applies a LoRA to a Step1X-Edit model. Several can be chained. The steps and CFG of a "
+                        "few-step "
             "LoRA become the sampler's defaults.",
             search_aliases=["lora", "load lora", "lightning", "few steps"],
             inputs=[
@@ -138,7 +149,8 @@ class Step1XEditLoadLora(io.ComfyNode):
                 io.Combo.Input(
                     "lora_name",
                     options=[NO_LORA, *folder_paths.get_filename_list("loras")],
-                    tooltip="A file in models/loras, in the layout of kohya, PEFT, diffusers, DiffSynth, LyCORIS or SimpleTuner. "
+                    tooltip="A file in models/loras, in the layout of kohya, PEFT, diffusers, DiffSynth, LyCORIS or "
+                            "SimpleTuner. "
                     "none leaves the model as it is. The stock 'Load LoRA' does not read the steps and CFG of a "
                     "few-step LoRA; set them in the sampler there.",
                 ),

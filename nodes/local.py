@@ -8,7 +8,8 @@ STITCH = io.Custom("STEP1X_STITCH")
 
 
 class Step1XEditCropToMask(io.ComfyNode):
-    """Cuts out what is to be edited. The stock 'Crop Image' takes numbers, not a mask, and nothing puts its result back."""
+    """Cuts out what is to be edited. The stock 'Crop Image' takes numbers, not a mask, and nothing puts its result
+    back."""
 
     @classmethod
     def define_schema(cls):
@@ -16,17 +17,20 @@ class Step1XEditCropToMask(io.ComfyNode):
             node_id="Step1XEditCropToMask",
             display_name="Step1X-Edit Crop to Mask",
             category=MAIN,
-            description="Cuts the masked part out of a picture, with its surroundings, so that a small part is edited at the model's full resolution. "
+            description="Cuts the masked part out of a picture, with its surroundings, so that a small part is edited "
+                        "at the model's full resolution. "
             "'Step1X-Edit Stitch Crop' puts the result back.",
             search_aliases=["inpaint crop", "crop and stitch", "masked edit", "local edit"],
             inputs=[
                 io.Image.Input(
                     "image",
-                    tooltip="The picture to edit, of any size. For a batch one crop is made around the masks of all pictures.",
+                    tooltip="The picture to edit, of any size. For a batch one crop is made around the masks of all "
+                            "pictures.",
                 ),
                 io.Mask.Input(
                     "mask",
-                    tooltip="What may change, from the mask editor or any other node: the same size as the picture, or the same shape. Not empty.",
+                    tooltip="What may change, from the mask editor or any other node: the same size as the picture, or "
+                            "the same shape. Not empty.",
                 ),
                 io.Float.Input(
                     "context",
@@ -34,7 +38,8 @@ class Step1XEditCropToMask(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="How much around the masked part the model sees: on each side this many lengths of its longer side. 10 is nearly always the whole picture.",
+                    tooltip="How much around the masked part the model sees: on each side this many lengths of its "
+                            "longer side. 10 is nearly always the whole picture.",
                 ),
                 io.Int.Input(
                     "min_size",
@@ -43,7 +48,8 @@ class Step1XEditCropToMask(io.ComfyNode):
                     max=8192,
                     step=16,
                     advanced=True,
-                    tooltip="Least width and height of the crop, where the picture is as large: a tiny part keeps surroundings that the model can read.",
+                    tooltip="Least width and height of the crop, where the picture is as large: a tiny part keeps "
+                            "surroundings that the model can read.",
                 ),
             ],
             outputs=[
@@ -66,7 +72,8 @@ class Step1XEditCropToMask(io.ComfyNode):
 
 
 class Step1XEditStitchCrop(io.ComfyNode):
-    """Pastes an edited crop back. The stock 'ImageCompositeMasked' does so without a soft edge, at a place given by numbers."""
+    """Pastes an edited crop back. The stock 'ImageCompositeMasked' does so without a soft edge, at a place given by
+    numbers."""
 
     @classmethod
     def define_schema(cls):
@@ -74,7 +81,8 @@ class Step1XEditStitchCrop(io.ComfyNode):
             node_id="Step1XEditStitchCrop",
             display_name="Step1X-Edit Stitch Crop",
             category=MAIN,
-            description="Puts an edited crop back into its picture. Every pixel outside the mask stays exactly as it was.",
+            description="Puts an edited crop back into its picture. Every pixel outside the mask stays exactly as it "
+                        "was.",
             search_aliases=["inpaint stitch", "crop and stitch", "paste back", "uncrop"],
             inputs=[
                 io.Image.Input(
@@ -86,7 +94,8 @@ class Step1XEditStitchCrop(io.ComfyNode):
                     default=16,
                     min=0,
                     max=512,
-                    tooltip="Width of the soft edge in pixels of the whole picture. It lies inside the mask, so paint a little beyond what is to change.",
+                    tooltip="Width of the soft edge in pixels of the whole picture. It lies inside the mask, so paint "
+                            "a little beyond what is to change.",
                 ),
             ],
             outputs=[io.Image.Output()],

@@ -1,9 +1,10 @@
 """The reflection loop: one node that is expanded to a graph of the pack's own nodes.
 
-All rounds are laid out at once and a round is run only when 'Step1XEditLoopResult' asks for it, through lazy inputs. Expanding one round
-out of the other would nest them, and the host's default cache forgets nested nodes between two runs: a cancelled loop would start from
-the beginning. From the first picture on an error must not end the prompt, as the host would throw the picture away. So the later rounds
-use guarded twins of the public nodes, which hand an error on as a value.
+All rounds are laid out at once and a round is run only when 'Step1XEditLoopResult' asks for it, through lazy inputs.
+Expanding one round out of the other would nest them, and the host's default cache forgets nested nodes between two
+runs: a cancelled loop would start from the beginning. From the first picture on an error must not end the prompt, as
+the host would throw the picture away. So the later rounds use guarded twins of the public nodes, which hand an error on
+as a value.
 """
 
 from comfy_api.latest import io
@@ -44,7 +45,8 @@ def task_of(inputs: dict) -> str:
 
 
 def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
-    """A twin of a node with the suffix `GUARDED`: an error, its own or one it is given, comes out of all outputs as a Failure."""
+    """A twin of a node with the suffix `GUARDED`: an error, its own or one it is given, comes out of all outputs as a
+    Failure."""
 
     class Guarded(io.ComfyNode):
         @classmethod
@@ -117,7 +119,8 @@ def add_edit(
 
 
 class Step1XEditReflectionLoop(io.ComfyNode):
-    """The official editing with thinking and reflection in one node. Built of the pack's own nodes, so each shows its progress, is cached and can be cancelled."""
+    """The official editing with thinking and reflection in one node. Built of the pack's own nodes, so each shows its
+    progress, is cached and can be cancelled."""
 
     @classmethod
     def define_schema(cls):
@@ -125,7 +128,8 @@ class Step1XEditReflectionLoop(io.ComfyNode):
             node_id="Step1XEditReflectionLoop",
             display_name="Step1X-Edit Reflection Loop",
             category=MAIN,
-            description="Edits, has the language model judge the result, and edits again until it is satisfied. Returns the best picture and all the others.",
+            description="Edits, has the language model judge the result, and edits again until it is satisfied. "
+                        "Returns the best picture and all the others.",
             search_aliases=["thinking", "reflection", "reasonedit", "edit loop", "best of"],
             # One loop belongs to one picture; a list would run a loop within a loop for each of its entries.
             is_input_list=True,
@@ -137,11 +141,13 @@ class Step1XEditReflectionLoop(io.ComfyNode):
                 ),
                 io.Clip.Input(
                     "clip",
-                    tooltip="The text encoder from 'Load Step1X-Edit MLLM'. To think and to reflect its file needs a language-model head (lm_head).",
+                    tooltip="The text encoder from 'Load Step1X-Edit MLLM'. To think and to reflect its file needs a "
+                            "language-model head (lm_head).",
                 ),
                 io.Vae.Input(
                     "vae",
-                    tooltip="The FLUX VAE: the stock 'Load VAE' with ae.safetensors, or the VAE output of 'Load Step1X-Edit Model' for a diffusers folder.",
+                    tooltip="The FLUX VAE: the stock 'Load VAE' with ae.safetensors, or the VAE output of 'Load "
+                            "Step1X-Edit Model' for a diffusers folder.",
                 ),
                 io.Image.Input("image", tooltip="The picture to edit, exactly one, of any size."),
                 io.String.Input(
@@ -187,7 +193,8 @@ class Step1XEditReflectionLoop(io.ComfyNode):
                 ),
                 io.String.Output(
                     display_name="report",
-                    tooltip="What was edited, judged and answered in every round, and what ended the loop early, if anything did.",
+                    tooltip="What was edited, judged and answered in every round, and what ended the loop early, if "
+                            "anything did.",
                 ),
                 io.String.Output(
                     display_name="prompt",
@@ -236,7 +243,8 @@ class Step1XEditReflectionLoop(io.ComfyNode):
             check_thinking(values["clip"])
             check_instruction(values["prompt"])
 
-        # Links let the host recognise the nodes it has run before. Where it keeps no results they would run the loaders again.
+        # Links let the host recognise the nodes it has run before. Where it keeps no results they would run the loaders
+        # again.
         inputs = cls.hidden.dynprompt.get_node(cls.hidden.unique_id)["inputs"] if HOST_KEEPS_RESULTS else values
         graph = GraphBuilder()
         image, prompt, thought, text = inputs["image"], inputs["prompt"], {}, report(Loop(values["prompt"]))
@@ -298,7 +306,8 @@ class Step1XEditLoopStart(io.ComfyNode):
     @classmethod
     def execute(cls, prompt, version, instruction=None) -> io.NodeOutput:
         thought = None if instruction is None else Thought(instruction, prompt)
-        # How many rounds are laid out is not part of the state, so that more of them do not make those that have run outdated.
+        # How many rounds are laid out is not part of the state, so that more of them do not make those that have run
+        # outdated.
         return io.NodeOutput(Rounds(Loop(prompt, RULES[version], ROUNDS_LIMIT), thought))
 
 
@@ -331,7 +340,8 @@ class Step1XEditLoopJudge(io.ComfyNode):
             category=MAIN,
             is_dev_only=True,
             hidden=[io.Hidden.unique_id],
-            description="Part of 'Step1X-Edit Reflection Loop': 'Step1X-Edit Reflect' for a round's picture; an error is put on record.",
+            description="Part of 'Step1X-Edit Reflection Loop': 'Step1X-Edit Reflect' for a round's picture; an error "
+                        "is put on record.",
             inputs=[
                 STATE.Input("state"),
                 io.Clip.Input("clip"),

@@ -1,7 +1,8 @@
 """Offers to replace the nodes of earlier Step1X-Edit packs, so that their workflows can go on with ours.
 
-Their generate nodes become 'Step1X-Edit Reflection Loop' without thinking and reflection: picture and instruction in, picture out. It needs a text encoder and
-a VAE beside the model, which the person connects; a replacement cannot add nodes. Switches for device, precision and offload are dropped: the host sees to that.
+Their generate nodes become 'Step1X-Edit Reflection Loop' without thinking and reflection: picture and instruction in,
+picture out. It needs a text encoder and a VAE beside the model, which the person connects; a replacement cannot add
+nodes. Switches for device, precision and offload are dropped: the host sees to that.
 """
 
 from comfy_api.latest import ComfyAPI, io
@@ -42,7 +43,8 @@ RENAMED = {"num_steps": "steps", "cfg_guidance": "cfg"}
 
 
 def replace(old: str, new: str, widgets: list[str], mapped: dict[str, str], values: dict) -> io.NodeReplace:
-    """mapped: new input by old one. values: what inputs without a counterpart are set to; the others keep what they have."""
+    """mapped: new input by old one. values: what inputs without a counterpart are set to; the others keep what they
+    have."""
     inputs = [{"new_id": new_id, "old_id": old_id} for old_id, new_id in mapped.items()]
     inputs += [{"new_id": name, "set_value": value} for name, value in values.items()]
     return io.NodeReplace(

@@ -28,7 +28,8 @@ class Step1XEditSampler(io.ComfyNode):
             node_id="Step1XEditSampler",
             display_name="Step1X-Edit Sampler",
             category=MAIN,
-            description="Edits with the schedule and guidance of the official code. KSampler works as well; its schedulers do not know the picture's size.",
+            description="Edits with the schedule and guidance of the official code. KSampler works as well; its "
+                        "schedulers do not know the picture's size.",
             search_aliases=["step1x", *EDIT_ALIASES, "ksampler", "sampler", "edit sampler"],
             inputs=[
                 io.Model.Input(
@@ -61,7 +62,8 @@ class Step1XEditSampler(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Below 1 only the last part of the schedule is run, starting from the picture itself: less change. 0 returns the latent unchanged.",
+                    tooltip="Below 1 only the last part of the schedule is run, starting from the picture itself: less "
+                            "change. 0 returns the latent unchanged.",
                 ),
             ],
             outputs=[io.Latent.Output()],
@@ -140,7 +142,8 @@ class Step1XEditGuidance(io.ComfyNode):
             node_id="Step1XEditGuidance",
             display_name="Step1X-Edit Guidance",
             category=MAIN,
-            description="Sets the norm limiter of Step1X-Edit's guidance. 'Load Step1X-Edit Model' switches the official one on; "
+            description="Sets the norm limiter of Step1X-Edit's guidance. 'Load Step1X-Edit Model' switches the "
+                        "official one on; "
             "add this node to change it, or to give it to a model from the stock loader.",
             search_aliases=["cfg norm", "norm limiter", "process norm"],
             inputs=[
@@ -151,7 +154,8 @@ class Step1XEditGuidance(io.ComfyNode):
                     min=-1.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Guidance is limited while the noise level is above this value. -1 takes the version's: 0.93, for v1.2 every step. "
+                    tooltip="Guidance is limited while the noise level is above this value. -1 takes the version's: "
+                            "0.93, for v1.2 every step. "
                     "1 switches the limiter off, as the first official release had it; 0 limits every step.",
                 ),
                 io.Float.Input(

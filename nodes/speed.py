@@ -69,7 +69,8 @@ class Step1XEditSpeedPreset(io.ComfyNode):
             node_id="Step1XEditSpeedPreset",
             display_name="Step1X-Edit Speed",
             category=MAIN,
-            description="Makes sampling faster by leaving work out: TeaCache, region denoising, guidance in a part of the "
+            description="Makes sampling faster by leaving work out: TeaCache, region denoising, guidance in a part of "
+                        "the "
             "steps, fp8 attention. Choose a preset, or a custom mode for the single settings. The log says "
             "what was chosen for this graphics card.",
             search_aliases=["speed", "faster", "teacache", "cache", "region", "guidance interval", "fp8 attention"],
@@ -78,7 +79,8 @@ class Step1XEditSpeedPreset(io.ComfyNode):
                 io.DynamicCombo.Input(
                     "mode",
                     options=[io.DynamicCombo.Option(key, inputs) for key, inputs in modes.items()],
-                    tooltip="balanced skips steps that hardly change anything. fast also ends guidance halfway and uses "
+                    tooltip="balanced skips steps that hardly change anything. fast also ends guidance halfway and "
+                            "uses "
                     "fp8 attention where the graphics card can. exact leaves nothing out. The custom modes show "
                     "their settings.",
                 ),

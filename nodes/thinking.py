@@ -9,7 +9,8 @@ from .widgets import check_widgets, seed_input
 
 
 class Step1XEditThinkPrompt(io.ComfyNode):
-    """The official rewriting of an instruction. The stock 'Generate Text' works with this text encoder, too, but takes its texts from you."""
+    """The official rewriting of an instruction. The stock 'Generate Text' works with this text encoder, too, but takes
+    its texts from you."""
 
     @classmethod
     def define_schema(cls):
@@ -17,12 +18,14 @@ class Step1XEditThinkPrompt(io.ComfyNode):
             node_id="Step1XEditThinkPrompt",
             display_name="Step1X-Edit Rewrite Prompt",
             category=MAIN,
-            description="Has the language model look at the picture and rewrite the instruction as a clear edit. The prompt goes to 'Step1X-Edit Encode'.",
+            description="Has the language model look at the picture and rewrite the instruction as a clear edit. The "
+                        "prompt goes to 'Step1X-Edit Encode'.",
             search_aliases=["thinking", "reasonedit", "rewrite prompt", "prompt enhance"],
             inputs=[
                 io.Clip.Input(
                     "clip",
-                    tooltip="The text encoder from 'Load Step1X-Edit MLLM'. Its file needs a language-model head (lm_head).",
+                    tooltip="The text encoder from 'Load Step1X-Edit MLLM'. Its file needs a language-model head "
+                            "(lm_head).",
                 ),
                 io.Image.Input("image", tooltip="The picture to edit, exactly one."),
                 io.String.Input(
@@ -30,7 +33,8 @@ class Step1XEditThinkPrompt(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=True,
                     placeholder="this bread stayed in too long\n面包烤过头了",
-                    tooltip="What to change, in your own words. The answer is in Chinese if this has at least two Chinese characters, else in English.",
+                    tooltip="What to change, in your own words. The answer is in Chinese if this has at least two "
+                            "Chinese characters, else in English.",
                 ),
                 seed_input("The random seed: same seed and inputs, same answer."),
                 io.Float.Input(
@@ -60,7 +64,8 @@ class Step1XEditThinkPrompt(io.ComfyNode):
 
 
 class Step1XEditReflectOnEdit(io.ComfyNode):
-    """The official judgement on an edit, for graphs of your own. 'Step1X-Edit Reflection Loop' does the rounds by itself."""
+    """The official judgement on an edit, for graphs of your own. 'Step1X-Edit Reflection Loop' does the rounds by
+    itself."""
 
     @classmethod
     def define_schema(cls):
@@ -68,12 +73,14 @@ class Step1XEditReflectOnEdit(io.ComfyNode):
             node_id="Step1XEditReflectOnEdit",
             display_name="Step1X-Edit Reflect",
             category=MAIN,
-            description="Has the language model compare source and edited picture: did the edit succeed, should it be refined, or done again?",
+            description="Has the language model compare source and edited picture: did the edit succeed, should it be "
+                        "refined, or done again?",
             search_aliases=["reflection", "reasonedit", "judge edit", "score image"],
             inputs=[
                 io.Clip.Input(
                     "clip",
-                    tooltip="The text encoder from 'Load Step1X-Edit MLLM'. Its file needs a language-model head (lm_head).",
+                    tooltip="The text encoder from 'Load Step1X-Edit MLLM'. Its file needs a language-model head "
+                            "(lm_head).",
                 ),
                 io.Image.Input("source", tooltip="The picture before any edit, exactly one."),
                 io.Image.Input("edited", tooltip="The edited picture, exactly one."),

@@ -124,7 +124,8 @@ class Step1XEditTrainLora(io.ComfyNode):
             node_id="Step1XEditTrainLora",
             display_name="Step1X-Edit Train LoRA",
             category=TRAINING,
-            description="Trains a LoRA on pairs of images, or one that edits in 1 to 8 steps as the model itself does in "
+            description="Trains a LoRA on pairs of images, or one that edits in 1 to 8 steps as the model itself does "
+                        "in "
             "many. Can be cancelled and resumed. The LoRA is also saved in output/step1x_training.",
             search_aliases=[
                 "train lora",

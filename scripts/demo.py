@@ -95,7 +95,8 @@ def choose_lora(object_info: dict) -> str:
     )
     if found is None:
         raise FileNotFoundError(
-            "--fast needs a few-step LoRA in models/loras, with 'lightning', 'fast' or 'few' in its name. See docs/few_steps.md, or leave --fast out."
+            "--fast needs a few-step LoRA in models/loras, with 'lightning', 'fast' or 'few' in its name. See "
+            "docs/few_steps.md, or leave --fast out."
         )
     return found
 

@@ -95,7 +95,8 @@ def arguments(argv=None) -> argparse.Namespace:
     judge.add_argument("--mllm", type=Path, help="a local judge: Qwen2.5-VL as one file or a Hugging Face folder")
     judge.add_argument(
         "--endpoint",
-        help="a judge on the web: the beginning of its address, e.g. http://localhost:8000/v1; the pictures are sent there",
+        help="a judge on the web: the beginning of its address, e.g. http://localhost:8000/v1; the pictures are sent "
+             "there",
     )
     judge.add_argument("--model", help="the model's name at the endpoint")
     judge.add_argument(

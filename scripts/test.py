@@ -32,7 +32,8 @@ def python_m(host: environment.Host, tools: Path | None, module: str, *arguments
 
 # The folders of tests/ that run in every ComfyUI.
 PARTS = {"host": ("tests/host", "tests/parity"), "stress": ("tests/stress",), "server": ("tests/server",)}
-# Seconds that a part takes on a core, in the first ComfyUI and in a further one. Only their order matters: what starts last should be short.
+# Seconds that a part takes on a core, in the first ComfyUI and in a further one. Only their order matters: what starts
+# last should be short.
 SECONDS = {"host": (650, 350), "browser": (300, 0), "server": (220, 120), "stress": (210, 80), "pure": (50, 0)}
 # More at once need more memory than a small machine has.
 MOST_TOGETHER = 4

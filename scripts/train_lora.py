@@ -54,7 +54,8 @@ def arguments() -> argparse.Namespace:
         type=int,
         metavar="STEPS",
         help="distil the model: train a LoRA that edits in 1 to 8 steps at CFG 1 as the model does with "
-        "its own steps and CFG. DATASET then needs no targets: source/NAME.png and source/NAME.txt, one instruction per line",
+        "its own steps and CFG. DATASET then needs no targets: source/NAME.png and source/NAME.txt, one instruction "
+        "per line",
     )
     parser.add_argument(
         "--teacher-steps",

@@ -94,8 +94,8 @@ def check_kind(value, kind: type, name: str, nodes: str) -> None:
 def all_finite(values: Tensor) -> bool:
     """Return whether no value is NaN or Inf.
 
-    The sum tells in one pass without further memory: it is finite only if all values are. Where it is not, as when large
-    numbers overflow, each value is looked at.
+    The sum tells in one pass without further memory: it is finite only if all values are. Where it is not, as when
+    large numbers overflow, each value is looked at.
     """
     return bool(torch.isfinite(values.sum()) or torch.isfinite(values).all())
 

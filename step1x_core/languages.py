@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Language:
-    """name: of the folder with the templates. code: ISO 639-1, as locales and datasets have it. gedit: GEdit-Bench's."""
+    """name: of the folder with the templates. code: ISO 639-1, as locales and datasets have it. gedit: GEdit-Bench's.
+    """
 
     name: str
     code: str

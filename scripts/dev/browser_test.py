@@ -65,7 +65,8 @@ def prepare_browser(install: bool) -> tuple[str, Path]:
     browser = find_browser()
     if browser is None or not shutil.which("node"):
         raise CannotRun(
-            "The browser test needs Chromium (or Chrome) and Node.js on the PATH. Install them, or run this again with --install."
+            "The browser test needs Chromium (or Chrome) and Node.js on the PATH. Install them, or run this again with "
+            "--install."
         )
     folder = environment.home() / "browser" / DRIVER.replace("@", "-")
     if not (folder / "node_modules" / "playwright-core").is_dir():

@@ -25,7 +25,8 @@ TEXT_MAPPING_KEY = "text_token_mapping.weight"
 
 @dataclass
 class Step1XConfig:
-    """Hyper-parameters of one checkpoint. `in_channels` and `out_channels` count latent channels (16 in every published model)."""
+    """Hyper-parameters of one checkpoint. `in_channels` and `out_channels` count latent channels (16 in every published
+    model)."""
 
     version: str
     in_channels: int

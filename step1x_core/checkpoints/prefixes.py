@@ -1,4 +1,5 @@
-"""What stands in front of tensor names, by the program that wrote the file: one table and one function for each of the two models.
+"""What stands in front of tensor names, by the program that wrote the file: one table and one function for each of the
+two models.
 
 A prefix that is not in the tables is not guessed: the file is then not known for one of the models.
 """
@@ -9,8 +10,9 @@ from collections.abc import Iterable
 from ..errors import Step1XError
 from .detection import CONNECTOR_KEY
 
-# In front of a transformer's names, one behind the other in any order: ComfyUI ("model.diffusion_model.", "diffusion_model."), diffusers, DiffSynth ("dit.", "pipe."),
-# trainers ("net.", "inner_model.", "unet."), PEFT ("base_model.model."), and torch's own wrappers ("module." of DDP).
+# In front of a transformer's names, one behind the other in any order: ComfyUI ("model.diffusion_model.",
+# "diffusion_model."), diffusers, DiffSynth ("dit.", "pipe."), trainers ("net.", "inner_model.", "unet."), PEFT
+# ("base_model.model."), and torch's own wrappers ("module." of DDP).
 TRANSFORMER_PREFIXES = (
     "model",
     "diffusion_model",

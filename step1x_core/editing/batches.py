@@ -34,7 +34,8 @@ def split_prompts(texts: list[str]) -> list[str]:
 
 
 def combine(pictures: list[Tensor], prompts: list[str], mode: str) -> Iterator[tuple[int, str]]:
-    """Indices of pictures and the prompts for them. `ALL`: every prompt on every picture. `PAIRS`: one each in turn; a single one goes with all others."""
+    """Indices of pictures and the prompts for them. `ALL`: every prompt on every picture. `PAIRS`: one each in turn; a
+    single one goes with all others."""
     if mode == ALL:
         yield from ((index, prompt) for index in range(len(pictures)) for prompt in prompts)
         return

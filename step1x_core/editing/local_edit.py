@@ -1,4 +1,5 @@
-"""Editing a part of a picture: cut it out, edit it at full resolution, paste it back. No pixel outside the mask changes."""
+"""Editing a part of a picture: cut it out, edit it at full resolution, paste it back. No pixel outside the mask
+changes."""
 
 from dataclasses import dataclass
 
@@ -20,7 +21,8 @@ RATIO_TOLERANCE = 1.05
 class Cutout:
     """Where a part came from.
 
-    source: the pictures [B, H, W, C]. mask: [1 or B, H, W] in 0..1, above 0 where they may change. box: (left, top, width, height).
+    source: the pictures [B, H, W, C]. mask: [1 or B, H, W] in 0..1, above 0 where they may change. box: (left, top,
+    width, height).
     """
 
     source: Tensor
@@ -38,7 +40,8 @@ def fit_mask(mask: Tensor, image: Tensor) -> Tensor:
 
     A mask of another size but the same aspect ratio is scaled.
 
-    Raises Step1XError for what is no mask, an empty one, one of another aspect ratio, and any number of masks but one or one for each picture.
+    Raises Step1XError for what is no mask, an empty one, one of another aspect ratio, and any number of masks but one
+    or one for each picture.
     """
     check_mask(mask)
     mask = mask.reshape(-1, *mask.shape[-2:]).to(image.device, torch.float32).nan_to_num(0.0).clamp(0, 1)
@@ -81,8 +84,9 @@ def cut_box(
 ) -> tuple[int, int, int, int]:
     """The box to cut out around a region of a picture of size (width, height).
 
-    context: what is added on every side, in lengths of the region's longer side, at least one pixel. min_size: least length of both sides.
-    At the picture's border the box is moved, not made smaller; a box that is most of the picture becomes all of it.
+    context: what is added on every side, in lengths of the region's longer side, at least one pixel. min_size: least
+    length of both sides. At the picture's border the box is moved, not made smaller; a box that is most of the picture
+    becomes all of it.
     """
     left, top, width, height = inner
     # Feathering needs to see where the mask ends.
@@ -95,7 +99,8 @@ def cut_box(
 
 
 def cut_out(image: Tensor, mask: Tensor, context: float, min_size: int) -> Cutout:
-    """Pictures [B, H, W, C] and what may change in them (see `fit_mask`) -> the cut-out around the masks of all of them (see `cut_box`).
+    """Pictures [B, H, W, C] and what may change in them (see `fit_mask`) -> the cut-out around the masks of all of them
+    (see `cut_box`).
 
     Raises Step1XError for a mask that is empty or does not fit.
     """
@@ -105,7 +110,8 @@ def cut_out(image: Tensor, mask: Tensor, context: float, min_size: int) -> Cutou
 
 
 def feathered(mask: Tensor, feather: int) -> Tensor:
-    """Mask [h, w] -> the share [h, w] of the edited picture: 0 outside as before, rising to the mask's value over `feather` pixels inside its edge.
+    """Mask [h, w] -> the share [h, w] of the edited picture: 0 outside as before, rising to the mask's value over
+    `feather` pixels inside its edge.
 
     Where the mask is too thin for that, it rises to its middle. The picture's border is no edge.
     """
@@ -120,7 +126,8 @@ def feathered(mask: Tensor, feather: int) -> Tensor:
 
 
 def paste(result: Tensor, cutout: Cutout, feather: int) -> Tensor:
-    """Edited parts [R, h, w, 3] in 0..1, of any size -> whole pictures [R, H, W, C]: the source wherever the mask is 0, to the last bit.
+    """Edited parts [R, h, w, 3] in 0..1, of any size -> whole pictures [R, H, W, C]: the source wherever the mask is 0,
+    to the last bit.
 
     R is the number of source pictures, or any number of versions of a single one. An alpha channel stays the source's.
     Raises Step1XError for another number.

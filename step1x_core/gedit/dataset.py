@@ -25,7 +25,8 @@ COLUMNS = ("key", "task_type", "instruction", "instruction_language", "Intersect
 
 @dataclass(frozen=True)
 class Item:
-    """One edit to make. `load` gives the source picture as RGB; it raises Step1XError where the picture cannot be read."""
+    """One edit to make. `load` gives the source picture as RGB; it raises Step1XError where the picture cannot be read.
+    """
 
     key: str
     task_type: str
@@ -41,7 +42,8 @@ class Item:
 
 
 def make_item(row: dict, load: Callable[[], Image.Image], place: str) -> Item:
-    """An item of a row's columns. Raises Step1XError for a row with other values than the dataset has; place: for the error."""
+    """An item of a row's columns. Raises Step1XError for a row with other values than the dataset has; place: for the
+    error."""
     missing = [name for name in COLUMNS if row.get(name) is None]
     if missing:
         raise Step1XError(
@@ -80,7 +82,8 @@ def parquet():
         import pyarrow.parquet
     except ImportError as problem:
         raise Step1XError(
-            "The dataset is in parquet files, which need the package pyarrow: install it with `python -m pip install pyarrow` in ComfyUI's "
+            "The dataset is in parquet files, which need the package pyarrow: install it with `python -m pip install "
+            "pyarrow` in ComfyUI's "
             "Python. `python scripts/gedit.py unpack`, run where it is installed, makes a folder that needs nothing."
         ) from problem
     return pyarrow.parquet
@@ -89,7 +92,8 @@ def parquet():
 # Items come in the file's order, so the group at hand is nearly always the last one.
 @lru_cache(maxsize=1)
 def picture_group(path: Path, group: int, stamp: tuple[int, ...]) -> list:
-    """The picture column of one row group: dicts with the file's content under "bytes", or the content itself. stamp: see `file_stamp`."""
+    """The picture column of one row group: dicts with the file's content under "bytes", or the content itself. stamp:
+    see `file_stamp`."""
     return (
         parquet().ParquetFile(path).read_row_group(group, columns=[PICTURE_COLUMN]).column(PICTURE_COLUMN).to_pylist()
     )
@@ -102,7 +106,8 @@ def file_stamp(path: Path) -> tuple[int, ...]:
 
 
 def open_parquet_picture(path: Path, group: int, row: int, stamp: tuple[int, ...]) -> Image.Image:
-    """stamp: of the file when its rows were read. Raises Step1XError where it was replaced since: its pictures would go with other instructions."""
+    """stamp: of the file when its rows were read. Raises Step1XError where it was replaced since: its pictures would go
+    with other instructions."""
     place = f"The picture of row {row} in group {group} of {path}"
     try:
         if file_stamp(path) != stamp:
@@ -152,7 +157,8 @@ def read_parquet(path: Path) -> list[Item]:
 
 
 def dataset_files(path: Path) -> list[Path]:
-    """The files that a dataset is read from: its metadata.jsonl, or parquet files, those of the split `train` where there are others."""
+    """The files that a dataset is read from: its metadata.jsonl, or parquet files, those of the split `train` where
+    there are others."""
     if path.is_file():
         return [path]
     if (path / METADATA).is_file():
@@ -164,7 +170,8 @@ def dataset_files(path: Path) -> list[Path]:
 def read_dataset(path: Path) -> list[Item]:
     """The items of a dataset: a folder in either layout, or one parquet file.
 
-    Raises Step1XError where there is none, for faulty rows, for two items with the same name, and for parquet files without pyarrow.
+    Raises Step1XError where there is none, for faulty rows, for two items with the same name, and for parquet files
+    without pyarrow.
     """
     files = dataset_files(path)
     if not files:
@@ -185,7 +192,8 @@ def read_dataset(path: Path) -> list[Item]:
 
 
 def select(items: list[Item], languages=LANGUAGES, task_types=(), limit: int = 0) -> list[Item]:
-    """The items of these languages and task types (none: all), at most `limit` (0: all) of each type in each language."""
+    """The items of these languages and task types (none: all), at most `limit` (0: all) of each type in each language.
+    """
     counts, chosen = {}, []
     for item in items:
         if item.language in languages and (not task_types or item.task_type in task_types):
@@ -197,7 +205,8 @@ def select(items: list[Item], languages=LANGUAGES, task_types=(), limit: int = 0
 
 
 def write_folder(items: list[Item], folder: Path) -> None:
-    """Write a dataset as a folder. Pictures that are there are kept; the list is written last, so that a folder with it is whole."""
+    """Write a dataset as a folder. Pictures that are there are kept; the list is written last, so that a folder with it
+    is whole."""
     rows = []
     for item in items:
         name = f"images/{item.name}.png"

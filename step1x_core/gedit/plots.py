@@ -50,7 +50,8 @@ def bar_chart(series: Series, title: str) -> Image.Image:
 
 
 def radar_chart(series: Series, title: str) -> Image.Image:
-    """A web with one spoke for each task type and one outline for each series. A score that is missing lies at the centre."""
+    """A web with one spoke for each task type and one outline for each series. A score that is missing lies at the
+    centre."""
     types = list(next(iter(series.values())))
     size, radius = 720, 220
     top = 48 + 22 * len(series)
@@ -96,7 +97,8 @@ def entry_pictures(entry: Entry) -> tuple[Image.Image, Image.Image]:
 
 
 def contact_sheet(best: list[Entry], worst: list[Entry], columns: int = 3) -> Image.Image:
-    """The best and the worst edits as pairs of source and result, numbered through, best first. The instructions are in the report."""
+    """The best and the worst edits as pairs of source and result, numbered through, best first. The instructions are in
+    the report."""
     font, heading = ImageFont.load_default(14), ImageFont.load_default(18)
     cell_width, cell_height = 2 * THUMBNAIL + MARGIN, THUMBNAIL + 48
     rows = [math.ceil(len(entries) / columns) for entries in (best, worst)]

@@ -52,9 +52,11 @@ def chart_series(summaries: list[Summary], label: str = "") -> dict[str, dict[st
 
 
 def write_report(items: list[Item], results: Path, method: str, judge: str, shown: int = SHOWN) -> Report:
-    """Tables (official CSVs, summary.csv, report.md) and pictures (bars.png, radar.png, contact_sheet.png) of what has been judged so far.
+    """Tables (official CSVs, summary.csv, report.md) and pictures (bars.png, radar.png, contact_sheet.png) of what has
+    been judged so far.
 
-    All are made anew from the judgements on record. shown: how many of the best, and of the worst, the contact sheet has at most.
+    All are made anew from the judgements on record. shown: how many of the best, and of the worst, the contact sheet
+    has at most.
     """
     folder = scores_folder(results, method, judge)
     entries = find_entries(items, results, method, judge)

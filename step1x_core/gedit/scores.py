@@ -1,7 +1,9 @@
 """Judgements of GEdit-Bench: the record of them, the official tables, and the means (docs/model.md, GEdit-Bench).
 
-Every item of the dataset is in one of the states below. The official code leaves out those without scores, which lifts its means; so
-there are two sets of means: official-style ones, over the items with scores, and strict ones, in which an item without counts 0.
+Every item of the dataset is in one of the states below. The official code leaves out those without scores, which lifts
+its means; so
+there are two sets of means: official-style ones, over the items with scores, and strict ones, in which an item without
+counts 0.
 """
 
 import csv
@@ -87,7 +89,8 @@ def read_records(path: Path) -> dict[str, dict]:
 
 @dataclass(frozen=True)
 class Entry:
-    """One item of the dataset and what became of it. semantics, quality: SC and PQ, 0..10, the lower of each pair; None unless judged."""
+    """One item of the dataset and what became of it. semantics, quality: SC and PQ, 0..10, the lower of each pair; None
+    unless judged."""
 
     item: Item
     picture: Path
@@ -102,7 +105,8 @@ class Entry:
 
 
 def find_entries(items: list[Item], results: Path, method: str, judge: str) -> list[Entry]:
-    """The state of every item, in the dataset's order. Edited pictures are read, to see whether they are those that were judged."""
+    """The state of every item, in the dataset's order. Edited pictures are read, to see whether they are those that
+    were judged."""
     records = read_records(records_path(results, method, judge))
     entries = []
     for item in items:
@@ -142,7 +146,8 @@ def means_of(entries: list[Entry], strict: bool) -> Means:
 
 @dataclass(frozen=True)
 class Summary:
-    """Means of one language (or all), set and way of counting: by task type, and their average, the mean over types and not over items."""
+    """Means of one language (or all), set and way of counting: by task type, and their average, the mean over types and
+    not over items."""
 
     language: str
     subset: str
@@ -157,7 +162,8 @@ class Summary:
 
 
 def summarise(entries: list[Entry]) -> list[Summary]:
-    """All means: each language that occurs, and all if there are several; the full set and the intersection; official-style and strict."""
+    """All means: each language that occurs, and all if there are several; the full set and the intersection;
+    official-style and strict."""
     languages = [language for language in LANGUAGES if any(entry.item.language == language for entry in entries)]
     types = ordered_types([entry.item for entry in entries])
     summaries = []
@@ -186,7 +192,8 @@ def csv_text(columns, rows) -> str:
 
 
 def write_official_tables(entries: list[Entry], results: Path, method: str, folder: Path) -> list[Path]:
-    """Write `{method}_{task_type}_{language}_vie_score.csv` for each task type and language, and for all languages: the items with scores.
+    """Write `{method}_{task_type}_{language}_vie_score.csv` for each task type and language, and for all languages: the
+    items with scores.
 
     edited_image is the picture's path within `results`.
     """
@@ -253,12 +260,14 @@ def cell(text: str) -> str:
 def markdown_report(
     method: str, judge: str, entries: list[Entry], summaries: list[Summary], shown: list[Entry] = ()
 ) -> str:
-    """Tables of all means, and every item without scores with the reason. shown: the items of the contact sheet, numbered as there."""
+    """Tables of all means, and every item without scores with the reason. shown: the items of the contact sheet,
+    numbered as there."""
     lines = [
         f"# GEdit-Bench: {method}, judged by {judge}",
         "",
         describe_states(entries),
-        "SC is semantics, PQ is perceptual quality, O is the root of their product, per item. Averages are over task types.",
+        "SC is semantics, PQ is perceptual quality, O is the root of their product, per item. Averages are over task "
+        "types.",
         "Official-style: items without scores are left out. Strict: they count 0.",
     ]
     for summary in summaries:
@@ -301,7 +310,8 @@ def markdown_report(
 
 
 def best_and_worst(entries: list[Entry], count: int) -> tuple[list[Entry], list[Entry]]:
-    """The judged items with the highest and the lowest O, at most `count` of each and none twice; among equals the dataset's order decides."""
+    """The judged items with the highest and the lowest O, at most `count` of each and none twice; among equals the
+    dataset's order decides."""
     ranked = sorted((entry for entry in entries if entry.state == JUDGED), key=lambda entry: -entry.overall)
     best = ranked[:min(count, (len(ranked) + 1) // 2)]
     return best, ranked[len(best):][-count:][::-1]

@@ -1,7 +1,8 @@
 """What this pack relies on in ComfyUI's own classes and functions, checked once before the first model is loaded.
 
-ComfyUI changes every week. Where one of these has changed, the log names it, and the plain path is taken: ComfyUI's own blocks or attention instead of ours.
-What has no plain path is refused with a sentence, since it would give a wrong image or fail in the middle of a run.
+ComfyUI changes every week. Where one of these has changed, the log names it, and the plain path is taken: ComfyUI's own
+blocks or attention instead of ours. What has no plain path is refused with a sentence, since it would give a wrong
+image or fail in the middle of a run.
 """
 
 import functools
@@ -27,7 +28,8 @@ PLAIN_PATH = (BLOCKS, ATTENTION)
 
 
 class Function(NamedTuple):
-    """A host function and the parameters that this pack gives it by name or overrides. whole: it takes no others, since an override would not know them."""
+    """A host function and the parameters that this pack gives it by name or overrides. whole: it takes no others, since
+    an override would not know them."""
 
     part: str
     owner: object
@@ -196,7 +198,8 @@ def changed() -> dict[str, list[str]]:
     for part in PLAIN_PATH:
         if part in out:
             log.warning(
-                "This ComfyUI is newer than this Step1X-Edit pack knows: %s changed. ComfyUI's own code runs in place of the pack's %s: the images are right, "
+                "This ComfyUI is newer than this Step1X-Edit pack knows: %s changed. ComfyUI's own code runs in place "
+                "of the pack's %s: the images are right, "
                 "but sampling is slower. Update the pack.",
                 ", ".join(out[part]),
                 part,

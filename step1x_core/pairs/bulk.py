@@ -1,4 +1,5 @@
-"""Many algorithmic pairs at once: pictures are handed to several processes, and what comes back goes into a dataset in a fixed order."""
+"""Many algorithmic pairs at once: pictures are handed to several processes, and what comes back goes into a dataset in
+a fixed order."""
 
 import itertools
 import multiprocessing
@@ -125,9 +126,11 @@ def fill_dataset(
     workers: int,
     tell: Callable[[int], None],
 ) -> Tally:
-    """Add pairs until the dataset has `count`, or the pictures give no more. tell: is called with the number that it has.
+    """Add pairs until the dataset has `count`, or the pictures give no more. tell: is called with the number that it
+    has.
 
-    Results are taken in the order of the tasks: the dataset does not depend on the number of processes, nor on where an earlier run was killed.
+    Results are taken in the order of the tasks: the dataset does not depend on the number of processes, nor on where an
+    earlier run was killed.
 
     Raises Step1XError as the store does, and where a process was killed, by a lack of memory, say.
     """

@@ -1,4 +1,5 @@
-"""Perceptual hashes: whether two pairs show the same edit of the same picture, whatever their size, format and wording."""
+"""Perceptual hashes: whether two pairs show the same edit of the same picture, whatever their size, format and wording.
+"""
 
 from dataclasses import dataclass
 
@@ -18,14 +19,16 @@ COLOURS = 3 * COLOUR_GRID**2
 
 
 def look(picture: Image.Image, box: tuple[float, float, float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """RGB picture, and left, top, right, bottom of the part to look at -> difference hash, uint8 [32], and mean colours, uint8 [48]."""
+    """RGB picture, and left, top, right, bottom of the part to look at -> difference hash, uint8 [32], and mean
+    colours, uint8 [48]."""
     grid = np.asarray(picture.convert("L").resize((GRID + 1, GRID), Image.Resampling.BOX, box), np.int16)
     colours = np.asarray(picture.resize((COLOUR_GRID, COLOUR_GRID), Image.Resampling.BOX, box))
     return np.packbits(np.diff(grid, axis=1) > FLAT), colours.reshape(-1)
 
 
 def extent(shares: np.ndarray) -> tuple[float, float]:
-    """Beginning and end of what has these shares along one side, [N]: as for an even bar of the same mean and deviation. Single pixels hardly count."""
+    """Beginning and end of what has these shares along one side, [N]: as for an even bar of the same mean and
+    deviation. Single pixels hardly count."""
     places = np.arange(len(shares)) + 0.5
     mean = np.average(places, weights=shares)
     half = max(3 * np.average((places - mean) ** 2, weights=shares), 0.25) ** 0.5
@@ -42,7 +45,8 @@ def changed_box(source: np.ndarray, target: np.ndarray) -> tuple[float, float, f
 
 
 def fingerprint(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """uint8 [240]: structure, then colours, of the source and of what was changed, after and before. Pictures uint8 [H, W, 3] of one size.
+    """uint8 [240]: structure, then colours, of the source and of what was changed, after and before. Pictures uint8 [H,
+    W, 3] of one size.
 
     The region that was changed is looked at by itself: a word on a sign is nothing in the whole picture.
     """

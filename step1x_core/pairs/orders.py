@@ -68,7 +68,8 @@ class Order:
 
 
 def orders(name: str, kinds: list[str], first: int, count: int, seed: int) -> list[Order]:
-    """The picture's orders number `first` to `first + count`: the kinds take turns, and the makers of each kind in a random order of the picture's own.
+    """The picture's orders number `first` to `first + count`: the kinds take turns, and the makers of each kind in a
+    random order of the picture's own.
 
     name: of the picture; the same name and seed give the same orders.
     """
@@ -86,7 +87,8 @@ def check_side(height: int, width: int) -> None:
 
 
 def shrink(picture: np.ndarray, max_side: int) -> np.ndarray:
-    """uint8 [H, W, 3] -> the same with at most so many pixels on the longer side; 0: as it is. Raises Step1XError for a picture that is too small."""
+    """uint8 [H, W, 3] -> the same with at most so many pixels on the longer side; 0: as it is. Raises Step1XError for a
+    picture that is too small."""
     height, width, _ = picture.shape
     check_side(height, width)
     scale = max_side / max(height, width)
@@ -100,7 +102,8 @@ def shrink(picture: np.ndarray, max_side: int) -> np.ndarray:
 
 
 def carry_out(picture: np.ndarray, name: str, order: Order, seed: int) -> Pair | None:
-    """The ordered pair of a picture, uint8 [H, W, 3]; None where the maker finds nothing to work on or changes too little."""
+    """The ordered pair of a picture, uint8 [H, W, 3]; None where the maker finds nothing to work on or changes too
+    little."""
     text = f"{seed} {name} {order.number}"
     made = MAKERS[order.kind][order.maker](picture, np.random.default_rng(list(text.encode())))
     if made is None or changed_pixels(made.source, made.target).mean() < MIN_CHANGE:

@@ -1,6 +1,8 @@
-"""Proposals: the language model lists what is in a picture, and templates make instructions of it, in two languages (docs/model.md, Training pairs).
+"""Proposals: the language model lists what is in a picture, and templates make instructions of it, in two languages
+(docs/model.md, Training pairs).
 
-`ask(system, content, max_tokens) -> reply`, as in reflection.py; a retry repeats the same words, so `ask` must sample anew each time.
+`ask(system, content, max_tokens) -> reply`, as in reflection.py; a retry repeats the same words, so `ask` must sample
+anew each time.
 """
 
 import random
@@ -40,8 +42,10 @@ PROPOSED = (*SEEN, *TABLED)
 class Proposal:
     """An edit to make. english, chinese: its instruction.
 
-    thing: what to segment, in English; "" for edits of the whole picture. content: what to paint or print there; "" where it is taken away.
-    back_kind, back_english, back_chinese: the edit that the pair is when it is read from its end to its beginning; "" where that has no words.
+    thing: what to segment, in English; "" for edits of the whole picture. content: what to paint or print there; ""
+    where it is taken away.
+    back_kind, back_english, back_chinese: the edit that the pair is when it is read from its end to its beginning; ""
+    where that has no words.
     """
 
     kind: str
@@ -157,7 +161,8 @@ def word(idea: Idea, rng: random.Random) -> Proposal:
 
 
 def choose(ideas: list[Idea], kinds: list[str], count: int, rng: random.Random) -> list[Idea]:
-    """So many ideas of these kinds, or as many as there are: the kinds take turns, in a random order, as do the ideas of each."""
+    """So many ideas of these kinds, or as many as there are: the kinds take turns, in a random order, as do the ideas
+    of each."""
     groups = {kind: [idea for idea in ideas if idea.kind == kind] for kind in kinds}
     groups = {kind: rng.sample(group, len(group)) for kind, group in groups.items() if group}
     order = rng.sample(list(groups), len(groups))
@@ -181,10 +186,11 @@ def propose(ask: Ask, picture, kinds: list[str], count: int, seed: int) -> tuple
 
 
 def proposing(picture, kinds: list[str], count: int, seed: int) -> Generator[Asked, str, tuple[list[Proposal], str]]:
-    """Yield the steps (see `conversation.answered`) to proposals of these kinds, at most `count`, and a report. The same
-    replies and seed give the same ones.
+    """Yield the steps (see `conversation.answered`) to proposals of these kinds, at most `count`, and a report. The
+    same replies and seed give the same ones.
 
-    Where the model gives no usable reply in 3 tries, or none of a kind that a table has something for, the table is taken.
+    Where the model gives no usable reply in 3 tries, or none of a kind that a table has something for, the table is
+    taken.
 
     Raises Step1XError if nothing can be proposed.
     """

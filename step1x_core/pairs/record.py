@@ -1,4 +1,5 @@
-"""A pair of pictures for training: before and after an edit, with its instruction in two languages and where it comes from (docs/model.md, Training pairs)."""
+"""A pair of pictures for training: before and after an edit, with its instruction in two languages and where it comes
+from (docs/model.md, Training pairs)."""
 
 import json
 import math
@@ -19,7 +20,8 @@ from ..tasks import TASK_TYPES
 
 # The kinds of edits are those of the benchmark.
 KINDS = TASK_TYPES
-# A pixel counts as changed from this difference on, in 8-bit levels of its most different channel; recompression stays below it.
+# A pixel counts as changed from this difference on, in 8-bit levels of its most different channel; recompression stays
+# below it.
 CHANGED = 12
 # The shape of source and target may differ by this share, which rounding to whole pixels can do.
 ASPECT_TOLERANCE = 0.03
@@ -28,9 +30,11 @@ _FIELD = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """source, target: uint8 [H, W, 3] of one size. english, chinese: the instruction, "" where there is none in that language.
+    """source, target: uint8 [H, W, 3] of one size. english, chinese: the instruction, "" where there is none in that
+    language.
 
-    maker: what made the pair, a word or a sentence. details: how, as JSON takes it. verdict: the judge's, None before it was asked.
+    maker: what made the pair, a word or a sentence. details: how, as JSON takes it. verdict: the judge's, None before
+    it was asked.
     """
 
     source: np.ndarray

@@ -19,7 +19,8 @@ TEXT = 44
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What a pair must have. semantics, quality: least score, the lower of two, 0..10. min_change, max_change: share of the pixels that the edit changed, 0..1.
+    """What a pair must have. semantics, quality: least score, the lower of two, 0..10. min_change, max_change: share of
+    the pixels that the edit changed, 0..1.
 
     unjudged: whether a pair without scores may pass. unasked: whether one may that no judge was asked about.
     """
@@ -67,7 +68,8 @@ def sift(pairs: tuple[Pair, ...], limits: Thresholds) -> tuple[tuple[Pair, ...],
 
 @dataclass(frozen=True)
 class Card:
-    """A pair as statistics and sheet see it. load: source and target. scores: semantics and quality, the lower of two each, None without."""
+    """A pair as statistics and sheet see it. load: source and target. scores: semantics and quality, the lower of two
+    each, None without."""
 
     task_type: str
     maker: str
@@ -111,7 +113,8 @@ def mean(values: list[float]) -> str:
 
 
 def statistics(cards: list[Card]) -> str:
-    """A table with a line for each kind: pairs, those with an instruction in each language, mean scores of those that were judged, makers."""
+    """A table with a line for each kind: pairs, those with an instruction in each language, mean scores of those that
+    were judged, makers."""
     lines = ["| kind | pairs | en | zh | judged | semantics | quality | made by |", "|---|---|---|---|---|---|---|---|"]
     kinds = ordered_types(cards)
     for name in [*kinds, "all"]:

@@ -1,4 +1,5 @@
-"""Pictures of many pairs in a temporary file in place of main memory: the system brings back what is looked at and drops it when memory is short."""
+"""Pictures of many pairs in a temporary file in place of main memory: the system brings back what is looked at and
+drops it when memory is short."""
 
 import mmap
 import tempfile
@@ -13,9 +14,11 @@ from .record import Pair
 
 
 def spooled(pairs: Iterable[Pair], folder: Path) -> tuple[Pair, ...]:
-    """The pairs, taken one after the other, with read-only pictures that lie in a file in the folder. The file ends with the last of its pictures.
+    """The pairs, taken one after the other, with read-only pictures that lie in a file in the folder. The file ends
+    with the last of its pictures.
 
-    A source that several pairs in a row share is stored once. Raises Step1XError where the disk is full or write-protected.
+    A source that several pairs in a row share is stored once. Raises Step1XError where the disk is full or
+    write-protected.
     """
     kept = []
     try:

@@ -1,7 +1,9 @@
-"""A dataset of pairs on disk, in the layout of the official training code, that grows and survives a kill (docs/model.md, LoRA training).
+"""A dataset of pairs on disk, in the layout of the official training code, that grows and survives a kill
+(docs/model.md, LoRA training).
 
 `sources/ab/KEY.png`, `targets/ab/KEY.png`: the pictures, a source once however many pairs it has.
-`pairs.jsonl`: the journal, one line for each pair that is there or was turned down. It alone is the truth, all else follows from it.
+`pairs.jsonl`: the journal, one line for each pair that is there or was turned down. It alone is the truth, all else
+follows from it.
 `en-00000.json`, `zh-00000.json`: the official JSON in each language, so many pairs in a file.
 """
 
@@ -136,7 +138,8 @@ class PairStore:
         return unwritable(f"The dataset {self.folder}", problem)
 
     def write_row(self, row: dict) -> None:
-        """A line of the journal, whole or not at all: half of one would spoil the next. Raises Step1XError where the disk is full."""
+        """A line of the journal, whole or not at all: half of one would spoil the next. Raises Step1XError where the
+        disk is full."""
         data, place = json.dumps(row).encode() + b"\n", self.journal.stat().st_size
         try:
             if self.file.write(data) != len(data):
@@ -146,7 +149,8 @@ class PairStore:
             raise self.unwritable(problem) from problem
 
     def add(self, encoded: Encoded, order: str = "") -> str | None:
-        """Store a pair unless one that looks the same is there -> the name of that one. order: what it was made for, to be found in `done`.
+        """Store a pair unless one that looks the same is there -> the name of that one. order: what it was made for, to
+        be found in `done`.
 
         The pictures come before their line: what the journal names is there as a whole.
         """
@@ -201,7 +205,8 @@ def group(row: dict) -> str:
 
 
 def official(rows: Iterable[dict], language: str) -> dict:
-    """The pairs that have an instruction in this language, as the official training code reads them; it passes over what is added to each entry."""
+    """The pairs that have an instruction in this language, as the official training code reads them; it passes over
+    what is added to each entry."""
     return {
         row["target"]: {
             REFERENCE: row["source"],

@@ -17,8 +17,8 @@ class ImageMemory:
         self.kept: dict[tuple, tuple] = {}
 
     def once(self, image: Tensor, name, make: Callable[[Tensor], T]) -> T:
-        """Return what `make` makes of an image, once for this very tensor or view of it. name: hashable, tells one maker
-        from another."""
+        """Return what `make` makes of an image, once for this very tensor or view of it. name: hashable, tells one
+        maker from another."""
         key = name, image.data_ptr(), tuple(image.shape), image.stride(), image.dtype
         if key not in self.kept:
             # The image stays, so that its address is not used again.

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..rounding import divided_up, next_power_of_2
 
 FP8 = torch.float8_e4m3fn
-# Rows of a tile. Tensor cores take no fewer; rows that do not exist cost nothing, since reading the weights takes the time.
+# Rows of a tile. Tensor cores take no fewer; rows that do not exist cost nothing, since reading the weights takes the
+# time.
 ROWS = 16
 # Tokens that one program of the attention reads, and how many of its results are added up at a time.
 CHUNK, JOINED = 64, 16

@@ -40,13 +40,14 @@ class NormLimiter:
     def active(self, sigma: Tensor) -> Tensor:
         """Return where sigma is above `truncate`.
 
-        Compared in float32, so that a sigma equal to the threshold is not above it. `full` writes on the device; copying
-        a number there would wait for the whole previous step.
+        Compared in float32, so that a sigma equal to the threshold is not above it. `full` writes on the device;
+        copying a number there would wait for the whole previous step.
         """
         return sigma > torch.full((), self.truncate, dtype=torch.float32, device=sigma.device)
 
     def divisor(self, difference: Tensor, sigma: Tensor) -> Tensor:
-        """Return what the guidance difference of velocities [B, C, H, W] is divided by: [B, 1, H, W]. sigma: [B or 1, 1,
+        """Return what the guidance difference of velocities [B, C, H, W] is divided by: [B, 1, H, W]. sigma: [B or 1,
+        1,
         1, 1]."""
         return torch.where(self.active(sigma), norm_divisor(patch_norm(difference), self.power), 1.0)
 

@@ -19,7 +19,8 @@ ALL_STEPS, TEACACHE, REGION = "custom: nothing skipped", "custom: TeaCache", "cu
 class SpeedSettings:
     """One way to save work.
 
-    threshold: TeaCache's, or None for no TeaCache. region: settings of region denoising, or None. At most one of the two.
+    threshold: TeaCache's, or None for no TeaCache. region: settings of region denoising, or None. At most one of the
+    two.
     fp8_attention: attention in e4m3. start, end: the guided part of the steps, 0 <= start <= end <= 1.
     """
 
@@ -44,7 +45,8 @@ PRESETS = {
 
 
 def described(mode: str, settings: SpeedSettings, missing: str | None = None) -> str:
-    """The line for the log. settings: what is applied; missing: why fp8 attention, which the mode asks for, is left out."""
+    """The line for the log. settings: what is applied; missing: why fp8 attention, which the mode asks for, is left
+    out."""
     parts = []
     if settings.threshold is not None:
         parts.append(f"TeaCache {settings.threshold:g}")

@@ -16,7 +16,8 @@ from .dataset import EditPair
 
 # Positions must not be rounded.
 EXACT = ("text_ids",)
-# What the last run did not use may stay up to the size of what it did use, and at least so many bytes: to go back to other settings or datasets is quick.
+# What the last run did not use may stay up to the size of what it did use, and at least so many bytes: to go back to
+# other settings or datasets is quick.
 SPARE_BYTES = 4 * 2**30
 # Seconds after which a half-written file belongs to nobody any more.
 LEFTOVER_AGE = 24 * 3600
@@ -51,7 +52,8 @@ class Cache:
         write_tensors(self.path(key), tensors)
 
     def prune(self, used: set[str], spare: int = SPARE_BYTES) -> None:
-        """Mark what is used, and delete of the rest what was used longest ago, until it takes no more than the used files or `spare` bytes do."""
+        """Mark what is used, and delete of the rest what was used longest ago, until it takes no more than the used
+        files or `spare` bytes do."""
         rest, taken = [], 0
         for path in self.folder.glob("??/*"):
             try:
@@ -75,7 +77,8 @@ class Cache:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file, written beside its place and then moved there. Raises Step1XError where the disk is full or write-protected."""
+    """A safetensors file, written beside its place and then moved there. Raises Step1XError where the disk is full or
+    write-protected."""
     try:
         write_whole(
             path,
@@ -88,7 +91,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def pack_conditioning(conditioning: list) -> dict[str, Tensor]:
-    """A conditioning of one entry -> its tensors, floating-point ones rounded to bfloat16 as the published weights would take them."""
+    """A conditioning of one entry -> its tensors, floating-point ones rounded to bfloat16 as the published weights
+    would take them."""
     (cond, extra), = conditioning
     tensors = {"cond": cond} | {name: value for name, value in extra.items() if torch.is_tensor(value)}
     return {
@@ -99,8 +103,8 @@ def pack_conditioning(conditioning: list) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class CachedPair:
-    """Keys into the cache. target: None for a source without one. size: height and width of the latents. negative: the conditioning of the empty prompt, for
-    sources without targets and for pairs that are only edited and compared."""
+    """Keys into the cache. target: None for a source without one. size: height and width of the latents. negative: the
+    conditioning of the empty prompt, for sources without targets and for pairs that are only edited and compared."""
 
     pair: EditPair
     conditioning: str
@@ -142,7 +146,8 @@ class EditDataset:
         return self.cache.load(item.source)["latent"]
 
     def conditioning(self, item: CachedPair, negative: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        """Language-model states bfloat16 [1, T, C_llm], and the tensors beside them, with the source's latent as the reference."""
+        """Language-model states bfloat16 [1, T, C_llm], and the tensors beside them, with the source's latent as the
+        reference."""
         tensors = self.cache.load(item.negative if negative else item.conditioning)
         return tensors.pop("cond"), tensors | {"reference_latents": [self.cache.load(item.source)["latent"]]}
 

@@ -1,4 +1,5 @@
-"""Pairs of pictures before and after an edit: the two layouts in which they are read, and the cache of what the encoders make of them."""
+"""Pairs of pictures before and after an edit: the two layouts in which they are read, and the cache of what the
+encoders make of them."""
 
 import json
 import os
@@ -34,8 +35,9 @@ class EditPair:
 def read_pairs(path: Path, root: Path | None = None) -> list[EditPair]:
     """The pairs of a dataset, in the order of their names.
 
-    path: an official JSON file `{target: {"ref_image_path": source, "caption": instruction}}`, whose relative paths start at its folder; or a folder with
-    such files; or one without, but with `source/NAME.png`, `target/NAME.png` and `target/NAME.txt`.
+    path: an official JSON file `{target: {"ref_image_path": source, "caption": instruction}}`, whose relative paths
+    start at its folder; or a folder with such files; or one without, but with `source/NAME.png`, `target/NAME.png` and
+    `target/NAME.txt`.
     root: where all files must lie; None: anywhere.
 
     Raises Step1XError for what is none of these, for broken JSON, missing pictures or texts, and files outside `root`.
@@ -58,8 +60,8 @@ def read_pairs(path: Path, root: Path | None = None) -> list[EditPair]:
 def read_sources(path: Path, root: Path | None = None) -> list[EditPair]:
     """The sources and instructions of a dataset, without targets, in the order of their names.
 
-    path: a folder with `source/NAME.png` and `source/NAME.txt`, which holds one instruction a line; or any dataset of pairs, whose targets are not read and
-    need not exist. root: as for `read_pairs`.
+    path: a folder with `source/NAME.png` and `source/NAME.txt`, which holds one instruction a line; or any dataset of
+    pairs, whose targets are not read and need not exist. root: as for `read_pairs`.
 
     Raises Step1XError as `read_pairs` does.
     """
@@ -168,13 +170,14 @@ def _read_folder(folder: Path, root: Path | None) -> Iterator[EditPair]:
 
 
 def decode_picture(data: bytes, path: Path) -> Tensor:
-    """Decode a file's content to float32 [H, W, 3] in 0..1, upright. Raises Step1XError if it is not an image; path: for
-    the error."""
+    """Decode a file's content to float32 [H, W, 3] in 0..1, upright. Raises Step1XError if it is not an image; path:
+    for the error."""
     return from_uint8(np.asarray(open_picture(data, str(path))))
 
 
 def dataset_fingerprint(path: Path, root: Path | None = None, read: Callable = read_pairs) -> str:
-    """Another text whenever a picture or an instruction of the dataset was changed, or where its faults are others. root: see `read_pairs`;
+    """Another text whenever a picture or an instruction of the dataset was changed, or where its faults are others.
+    root: see `read_pairs`;
     read: it or `read_sources`."""
     try:
         pairs = read(path, root)

@@ -1,7 +1,8 @@
 """Few-step distillation: a teacher's trajectories at the student's noise levels, and what a student learns from them.
 
-The teacher follows the flow from noise to the edited latent in many guided steps. The student makes one step of each segment of that path, so what it has to
-predict is the mean velocity over the segment. Everything here is independent of ComfyUI; `velocity` functions are called as (x, s).
+The teacher follows the flow from noise to the edited latent in many guided steps. The student makes one step of each
+segment of that path, so what it has to predict is the mean velocity over the segment. Everything here is independent of
+ComfyUI; `velocity` functions are called as (x, s).
 """
 
 import json
@@ -35,10 +36,12 @@ class Distillation:
     """What a few-step LoRA is taught.
 
     steps: of the student, 1 to 8. teacher_steps, teacher_cfg: of the teacher, 0 for its version's.
-    grid: points of a trajectory that are stored, a multiple of steps; 0: 8 where that is one, so that students of 1, 2, 4 and 8 steps share their trajectories,
-    else steps. The teacher's steps are rounded up to a multiple of it.
-    noises: trajectories of each pair. later: one of STAGES, for the last part of the training; share: how much of the training that is.
-    between: share of the examples that start between two points of the trajectory. weight: additional weight of fully edited tokens.
+    grid: points of a trajectory that are stored, a multiple of steps; 0: 8 where that is one, so that students of 1, 2,
+    4 and 8 steps share their trajectories, else steps. The teacher's steps are rounded up to a multiple of it.
+    noises: trajectories of each pair. later: one of STAGES, for the last part of the training; share: how much of the
+    training that is.
+    between: share of the examples that start between two points of the trajectory. weight: additional weight of fully
+    edited tokens.
     first, last: the student's steps that are trained, for a LoRA of a part of them; last 0 stands for all.
     """
 
@@ -95,7 +98,8 @@ class Distillation:
         return range(self.first, self.last or self.steps)
 
     def metadata(self, version: str) -> dict[str, str]:
-        """What the LoRA's file says of itself. version: of the model. No schedule stands for the version's own, whose shift depends on the size of the image."""
+        """What the LoRA's file says of itself. version: of the model. No schedule stands for the version's own, whose
+        shift depends on the size of the image."""
         teacher = {"version": version, "steps": self.stored * self.substeps, "cfg": self.teacher_cfg}
         return FewSteps(self.steps, STUDENT_CFG, teacher=teacher).metadata()
 
@@ -132,7 +136,8 @@ def trajectory_noise(seed: int, pair: int, number: int, shape: tuple[int, ...]) 
 
 @dataclass(frozen=True)
 class Example:
-    """What one example of the training is. noise: number of the trajectory; segment: of the student's steps; fraction: how far into the segment, 0 is its start."""
+    """What one example of the training is. noise: number of the trajectory; segment: of the student's steps; fraction:
+    how far into the segment, 0 is its start."""
 
     noise: int
     segment: int
@@ -157,7 +162,8 @@ def draw_segment(settings: Distillation, seed: int, step: int) -> int:
 def cached_example(points: Tensor, sigmas: Tensor, segment: int, fraction: float) -> tuple[Tensor, Tensor, Tensor]:
     """A point of a segment, its noise level and the segment's mean velocity.
 
-    points [steps + 1, C, h, w]: a trajectory, noise first; sigmas [steps + 1]. The point lies on the straight line between the segment's ends.
+    points [steps + 1, C, h, w]: a trajectory, noise first; sigmas [steps + 1]. The point lies on the straight line
+    between the segment's ends.
     -> x [C, h, w], s [], velocity [C, h, w].
     """
     start, end = points[segment], points[segment + 1]
@@ -171,14 +177,16 @@ def mean_velocity(start: Tensor, end: Tensor, s: Tensor | float, following: Tens
 
 
 def token_mean(values: Tensor) -> Tensor:
-    """Mean over channels and 2x2 patches, [B, C, h, w] -> [B, h/2, w/2], rounded up; what an odd side lacks does not count."""
+    """Mean over channels and 2x2 patches, [B, C, h, w] -> [B, h/2, w/2], rounded up; what an odd side lacks does not
+    count."""
     return torch.nn.functional.avg_pool2d(values.mean(dim=1, keepdim=True), 2, ceil_mode=True, count_include_pad=False)[
         :, 0
     ]
 
 
 def token_weights(final: Tensor, source: Tensor, weight: float) -> Tensor:
-    """How much each token counts: more where the teacher changed the source. final, source [B, C, h, w] -> [B, h/2, w/2] with a mean of 1 in each row."""
+    """How much each token counts: more where the teacher changed the source. final, source [B, C, h, w] -> [B, h/2,
+    w/2] with a mean of 1 in each row."""
     change = token_mean((final - source).float().square()).sqrt()
     weights = 1 + weight * (change / EDITED).clamp(max=1)
     return weights / weights.mean(dim=(1, 2), keepdim=True)
@@ -187,7 +195,8 @@ def token_weights(final: Tensor, source: Tensor, weight: float) -> Tensor:
 def robust_loss(found: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
     """Pseudo-Huber loss of each token, weighted. found, wanted [B, C, h, w]; weights [B, h/2, w/2] -> float32 [B].
 
-    The error of a token is a root mean square: unlike a mean of squares it does not let a few tokens that the teacher fills almost at random decide all.
+    The error of a token is a root mean square: unlike a mean of squares it does not let a few tokens that the teacher
+    fills almost at random decide all.
     """
     errors = token_mean((found.float() - wanted.float()).square())
     return (weights * ((errors + HUBER**2).sqrt() - HUBER)).mean(dim=(1, 2))

@@ -1,4 +1,5 @@
-"""Training a LoRA on pairs of pictures: objective, noise levels, layers, order of the pairs and the kohya layout (docs/model.md, LoRA training)."""
+"""Training a LoRA on pairs of pictures: objective, noise levels, layers, order of the pairs and the kohya layout
+(docs/model.md, LoRA training)."""
 
 import logging
 import math
@@ -25,7 +26,8 @@ MAX_GRADIENT_NORM = 1.0
 CONSTANT, COSINE = "constant", "cosine"
 SCHEDULES = (CONSTANT, COSINE)
 
-# All linear layers of the blocks with their modulation, 304 in the published models; connector, embedders and final layer stay as they are.
+# All linear layers of the blocks with their modulation, 304 in the published models; connector, embedders and final
+# layer stay as they are.
 TARGET = re.compile(
     r"double_blocks\.\d+\.(img|txt)_(mod\.lin|attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.(linear[12]|modulation\.lin)"
 )
@@ -37,7 +39,8 @@ ORDER, NOISE, WEIGHTS = range(3)
 
 @dataclass(frozen=True)
 class Settings:
-    """One training. steps: updates of the weights; each averages batch * accumulation pairs. warmup: steps in which the learning rate rises. ema: decay, 0 is off."""
+    """One training. steps: updates of the weights; each averages batch * accumulation pairs. warmup: steps in which the
+    learning rate rises. ema: decay, 0 is off."""
 
     steps: int
     learning_rate: float = LEARNING_RATE
@@ -60,7 +63,8 @@ FIXED = ("rank", "alpha", "seed", "batch", "accumulation", "ema")
 
 
 def check_resumed(stored: dict, settings: Settings, place: str) -> None:
-    """Raise Step1XError where a stored training cannot go on with these settings. stored: the earlier settings as a dict; place: where it was found."""
+    """Raise Step1XError where a stored training cannot go on with these settings. stored: the earlier settings as a
+    dict; place: where it was found."""
     for name in FIXED:
         now = getattr(settings, name)
         if stored.get(name) != now:
@@ -70,7 +74,8 @@ def check_resumed(stored: dict, settings: Settings, place: str) -> None:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a LoRA is trained on. dataset: the fingerprint of its pairs; version: of the model; lesson: the settings of a distillation, "" for pairs."""
+    """What a LoRA is trained on. dataset: the fingerprint of its pairs; version: of the model; lesson: the settings of
+    a distillation, "" for pairs."""
 
     dataset: str = ""
     version: str = ""
@@ -78,7 +83,8 @@ class Origin:
 
 
 def check_origin(stored: dict, origin: Origin, place: str) -> None:
-    """Raise Step1XError where a stored training was on another dataset or for another version. stored: as the state names them; place: where it was found.
+    """Raise Step1XError where a stored training was on another dataset or for another version. stored: as the state
+    names them; place: where it was found.
 
     A state of an earlier release that does not name them is taken on, with a line in the log.
     """
@@ -98,7 +104,8 @@ def check_origin(stored: dict, origin: Origin, place: str) -> None:
 
 
 def generator(seed: int, *stream: int) -> torch.Generator:
-    """Random numbers that depend on nothing but the seed and the numbers of the stream, so that a training can go on anywhere."""
+    """Random numbers that depend on nothing but the seed and the numbers of the stream, so that a training can go on
+    anywhere."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)[0]))
 
 
@@ -131,7 +138,8 @@ def pair_at(seed: int, position: int, count: int) -> int:
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """The learning rate of a step, from 0: a linear rise over the warm-up, then constant or half a cosine down to 0 at the last step."""
+    """The learning rate of a step, from 0: a linear rise over the warm-up, then constant or half a cosine down to 0 at
+    the last step."""
     rate = settings.learning_rate * min(1.0, (step + 1) / (settings.warmup + 1))
     if settings.schedule == COSINE and step >= settings.warmup:
         rate *= 0.5 * (1 + math.cos(math.pi * (step - settings.warmup) / max(1, settings.steps - settings.warmup)))
@@ -139,7 +147,8 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 
 class LoraLayer(nn.Module):
-    """The change of one linear layer: down [rank, in] random, up [out, rank] zero, both float32, scaled by alpha / rank."""
+    """The change of one linear layer: down [rank, in] random, up [out, rank] zero, both float32, scaled by alpha /
+    rank."""
 
     def __init__(self, inputs: int, outputs: int, rank: int, alpha: float, numbers: torch.Generator):
         super().__init__()

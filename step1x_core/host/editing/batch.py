@@ -13,7 +13,8 @@ from ..sampling.few_steps import reads_negative, version_defaults
 from ..sampling.sampler import check_model, model_sigmas, sample, show_settings, with_norm_limiter
 
 PREVIEW_FORMAT = "JPEG"
-# Edits that are encoded, sampled and decoded together. Their conditionings wait in main memory, some 20 MB for each at 1024x1024.
+# Edits that are encoded, sampled and decoded together. Their conditionings wait in main memory, some 20 MB for each at
+# 1024x1024.
 TOGETHER = 32
 
 
@@ -31,11 +32,13 @@ def edit_batch(
 ) -> tuple[list[Tensor], str]:
     """The edited pictures [1, H, W, 3] at the sizes of their sources, without those that failed, and a report on all.
 
-    Many items are encoded first, then sampled, then decoded, so that on a small card each model is loaded seldom; of a picture's instructions only the first
-    encodes the picture itself and the negative prompt.
-    node_id: the node on whose account failures are put. steps, cfg: 0 takes the default of the version, or of a few-step LoRA.
+    Many items are encoded first, then sampled, then decoded, so that on a small card each model is loaded seldom; of a
+    picture's instructions only the first encodes the picture itself and the negative prompt.
+    node_id: the node on whose account failures are put. steps, cfg: 0 takes the default of the version, or of a
+    few-step LoRA.
 
-    Raises Step1XError for models of another kind and if all items failed, and the host's exception when the run is cancelled.
+    Raises Step1XError for models of another kind and if all items failed, and the host's exception when the run is
+    cancelled.
     """
     check_model(model)
     check_text_encoder(clip)

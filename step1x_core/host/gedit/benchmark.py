@@ -71,7 +71,8 @@ def dataset_path(name: str) -> Path:
 
 
 def open_bench(dataset: str, method: str, language: str, task_types: str, limit: int) -> Bench:
-    """dataset: a folder's name, "" for the drawn miniature. language: one of them, or all. task_types: names with commas between them, "" for all.
+    """dataset: a folder's name, "" for the drawn miniature. language: one of them, or all. task_types: names with
+    commas between them, "" for all.
 
     Raises Step1XError as `read_dataset` does, for a method that cannot be a folder's name, and if no item is left.
     """
@@ -93,8 +94,8 @@ def open_bench(dataset: str, method: str, language: str, task_types: str, limit:
 def bench_fingerprint(dataset: str | None, method: str | None) -> str:
     """Another text whenever a file of the dataset, a result or a judgement changes.
 
-    None is a connected input: the host does not know its value yet, and the node that it comes from has its own fingerprint. Without
-    the method's name those of all methods count.
+    None is a connected input: the host does not know its value yet, and the node that it comes from has its own
+    fingerprint. Without the method's name those of all methods count.
     """
     folder = results_folder() / check_name(method, "name of a method") if method is not None else results_folder()
     depth = "" if method is not None else "*/"
@@ -113,7 +114,8 @@ def source_image(item: Item) -> Tensor:
 
 
 def save_edit(bench: Bench, item: Item, image: Tensor) -> Path:
-    """Store an edited picture [1, H, W, C] in the official layout, as 8-bit PNG by truncation as the host saves it -> its path."""
+    """Store an edited picture [1, H, W, C] in the official layout, as 8-bit PNG by truncation as the host saves it ->
+    its path."""
     check_pictures(image, "images")
     if image.shape[0] != 1:
         raise Step1XError(
@@ -125,7 +127,8 @@ def save_edit(bench: Bench, item: Item, image: Tensor) -> Path:
 
 
 def judge_entries(clip, entries: list[Entry], seed: int) -> Iterator[tuple[Entry, Verdict]]:
-    """The entries with their verdicts, in the order of `judge_edits`. Raises Step1XError for a source picture that cannot be read."""
+    """The entries with their verdicts, in the order of `judge_edits`. Raises Step1XError for a source picture that
+    cannot be read."""
     edits = (
         (
             f"gedit {entry.item.name}",
@@ -140,12 +143,14 @@ def judge_entries(clip, entries: list[Entry], seed: int) -> Iterator[tuple[Entry
 
 
 def judge_bench(bench: Bench, clip, judge: str, seed: int, again: bool) -> str:
-    """Judge every stored edit that has not been judged yet; each verdict is put on record at once -> what is judged and what is not.
+    """Judge every stored edit that has not been judged yet; each verdict is put on record at once -> what is judged and
+    what is not.
 
-    judge: the name that the judgements are kept under. again: whether those whose answers could not be read are asked for anew.
+    judge: the name that the judgements are kept under. again: whether those whose answers could not be read are asked
+    for anew.
 
-    Raises Step1XError for a text encoder that cannot write and for a source picture that cannot be read, and the host's exception when
-    the run is cancelled.
+    Raises Step1XError for a text encoder that cannot write and for a source picture that cannot be read, and the host's
+    exception when the run is cancelled.
     """
     check_name(judge, "name of a judge")
     check_can_generate(clip)

@@ -61,7 +61,8 @@ def algorithmic_pairs(
 ) -> tuple[tuple[Pair, ...], str]:
     """At most `count` pairs of each picture, and a report. The same picture and seed give the same pairs.
 
-    One picture is worked on at a time, and what is made waits in the host's temporary folder: it may be more than main memory holds.
+    One picture is worked on at a time, and what is made waits in the host's temporary folder: it may be more than main
+    memory holds.
     """
     chosen = parse_kinds(kinds, ORDER_KINDS)
     for batch in images:

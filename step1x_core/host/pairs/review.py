@@ -12,7 +12,8 @@ from ..reasoning.judging import judge_edits
 
 
 def judge_pairs(clip, pairs: tuple[Pair, ...], seed: int) -> tuple[tuple[Pair, ...], str]:
-    """The pairs with a verdict each, and a report. Those that have scores keep them. A reply that cannot be read is asked for anew four times."""
+    """The pairs with a verdict each, and a report. Those that have scores keep them. A reply that cannot be read is
+    asked for anew four times."""
     check_can_generate(clip)
     judged = list(pairs)
     waiting = [(place, pair) for place, pair in enumerate(pairs) if pair.verdict is None or pair.verdict.problem]
@@ -45,14 +46,16 @@ def judge_pairs(clip, pairs: tuple[Pair, ...], seed: int) -> tuple[tuple[Pair, .
 
 def judge_and_sift(clip, pairs: tuple[Pair, ...], seed: int,
                    limits: Thresholds) -> tuple[tuple[Pair, ...], tuple[Pair, ...], str]:
-    """Score the pairs that have no scores -> those that are kept, those that are dropped, a report. Raises as `judge_pairs`."""
+    """Score the pairs that have no scores -> those that are kept, those that are dropped, a report. Raises as
+    `judge_pairs`."""
     judged, scores = judge_pairs(clip, pairs, seed)
     kept, dropped, reasons = sift(judged, limits)
     return kept, dropped, f"{reasons}\n\n{scores}"
 
 
 def sift_as_they_are(pairs: tuple[Pair, ...], limits: Thresholds) -> tuple[tuple[Pair, ...], tuple[Pair, ...], str]:
-    """The same without a text encoder: by the scores that are there, and pairs that were never judged by change alone."""
+    """The same without a text encoder: by the scores that are there, and pairs that were never judged by change alone.
+    """
     kept, dropped, report = sift(pairs, replace(limits, unasked=True))
     unscored = sum(pair.verdict is None for pair in pairs)
     if unscored:

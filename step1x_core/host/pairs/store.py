@@ -49,7 +49,8 @@ def journal_state(name: str | None) -> str:
 
 
 def save_pairs(pairs: tuple[Pair, ...], name: str) -> tuple[str, str]:
-    """Add pairs to a dataset -> its folder, and a report with the statistics of all it holds. What looks like a pair that is there is left out."""
+    """Add pairs to a dataset -> its folder, and a report with the statistics of all it holds. What looks like a pair
+    that is there is left out."""
     folder = dataset_folder(name)
     with PairStore(folder) as store:
         known = [store.add(encode(pair)) for pair in with_progress(list(pairs))]

@@ -1,4 +1,5 @@
-"""The host's Qwen2.5-VL with sizes taken from the checkpoint: hidden states and text generation (docs/model.md, Language model; The 217 rule; Text generation)."""
+"""The host's Qwen2.5-VL with sizes taken from the checkpoint: hidden states and text generation (docs/model.md,
+Language model; The 217 rule; Text generation)."""
 
 import itertools
 import math
@@ -48,8 +49,8 @@ class Qwen25VL(llama.BaseLlama, torch.nn.Module):
         self.can_generate = config.lm_head or config.tie_word_embeddings
 
     def compute_dtype(self, device) -> torch.dtype:
-        """Return the dtype in which prompts are encoded on a device: that of the weights, as in the official code, which
-        for quantised ones is bfloat16.
+        """Return the dtype in which prompts are encoded on a device: that of the weights, as in the official code,
+        which for quantised ones is bfloat16.
 
         Float32 on CPUs, on cards without bfloat16 and with the host's --fp32-text-enc.
         """

@@ -11,15 +11,17 @@ log = logging.getLogger(__name__)
 
 AUTO, OFF, ON = "auto", "off", "on"
 TILING = (AUTO, OFF, ON)
-# Sides of a tile in pixels of the latent: the host's own 512 pixels, and what is tried after running out of memory with them.
+# Sides of a tile in pixels of the latent: the host's own 512 pixels, and what is tried after running out of memory with
+# them.
 TILE, SMALL_TILE = 64, 32
 
 
 def memory_is_short(vae, samples: Tensor) -> bool:
-    """Whether one latent of [B, C, h, w] needs more to be decoded in one piece than is free once other models have made room.
+    """Whether one latent of [B, C, h, w] needs more to be decoded in one piece than is free once other models have made
+    room.
 
-    By the host's own estimate. Where that is too low, an out-of-memory error follows; on Windows a driver may instead move
-    to main memory and become very slow, which is why the error is not waited for.
+    By the host's own estimate. Where that is too low, an out-of-memory error follows; on Windows a driver may instead
+    move to main memory and become very slow, which is why the error is not waited for.
     """
     if not hasattr(vae, "memory_used_decode"):
         return False
@@ -44,8 +46,8 @@ def decode_tiles(vae, samples: Tensor, tile: int) -> Tensor:
 def decode(vae, samples: Tensor, tiling: str = AUTO) -> Tensor:
     """Latents [B, C, h, w] -> pixels [B, H, W, 3] of the host's VAE, in one piece or in tiles.
 
-    tiling: ON, OFF, or AUTO for tiles when memory is short. The host's own decode takes tiles after running out of memory,
-    also with OFF; with AUTO and ON smaller ones are tried if that fails, too.
+    tiling: ON, OFF, or AUTO for tiles when memory is short. The host's own decode takes tiles after running out of
+    memory, also with OFF; with AUTO and ON smaller ones are tried if that fails, too.
 
     Raises what the VAE raises, the host's out-of-memory error among it.
     """

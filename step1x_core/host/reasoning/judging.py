@@ -37,9 +37,11 @@ class LocalJudge(Asker):
 def judge_edits(
     clip, edits: Iterable[tuple[str, Image.Image, Image.Image, str]], seed: int
 ) -> Iterator[tuple[int, Verdict]]:
-    """The verdicts on edits, with their numbers, in the order in which they are reached; a few edits are asked about at a time.
+    """The verdicts on edits, with their numbers, in the order in which they are reached; a few edits are asked about at
+    a time.
 
-    edits: name, source, edited picture and instruction; the name and the seed decide what is drawn for an answer that is asked for anew.
+    edits: name, source, edited picture and instruction; the name and the seed decide what is drawn for an answer that
+    is asked for anew.
     """
     tasks = ((LocalJudge(clip, name, seed), judging(*edit)) for name, *edit in edits)
     return answer_all(clip, tasks, tasks_at_a_time(clip), generate_texts)

@@ -10,7 +10,8 @@ from ...errors import Step1XError
 from ..network.attention import cudnn_is_fastest
 from ..network.blocks import FP8_ATTENTION, kernels_on
 
-# By what the softmax's weights, which are 0 to 1, are multiplied before they are rounded to e4m3, which holds up to 448.
+# By what the softmax's weights, which are 0 to 1, are multiplied before they are rounded to e4m3, which holds up to
+# 448.
 WEIGHTS_SCALE = 256.0
 
 NO_CARD = "no data-centre GPU with Triton and ComfyUI's default attention"
@@ -26,7 +27,8 @@ def handle_for(device: torch.device):
 
 
 class Plan:
-    """cuDNN's attention for tensors of one layout: shape and stride each of q [B, H, S, D], k and v [B, H, K, D], and the result out [B, H, S, D]."""
+    """cuDNN's attention for tensors of one layout: shape and stride each of q [B, H, S, D], k and v [B, H, K, D], and
+    the result out [B, H, S, D]."""
 
     def __init__(self, device: torch.device, q: tuple, k: tuple, v: tuple, out: tuple):
         import cudnn

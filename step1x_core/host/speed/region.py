@@ -20,9 +20,11 @@ NODE = "Step1X-Edit Speed (region)"
 
 
 class TransformerCall:
-    """The hooks of one call of the transformer. The cache holds keys and values [B, H, S, D], positions applied, by conditioning and block.
+    """The hooks of one call of the transformer. The cache holds keys and values [B, H, S, D], positions applied, by
+    conditioning and block.
 
-    rows: int64 [B, n], the picture and reference tokens to compute out of `tokens`; None for all of them, whose keys and values are then put into the cache.
+    rows: int64 [B, n], the picture and reference tokens to compute out of `tokens`; None for all of them, whose keys
+    and values are then put into the cache.
     """
 
     # No token is put to the text here (host/network/transformer.py).
@@ -76,7 +78,8 @@ class TransformerCall:
         parts = list(zip(self.conds, *(t.chunk(len(self.conds)) for t in (q, k, v)), strict=True))
         if self.rows is None:
             for cond, _, keys, values in parts:
-                # Copies, where `contiguous` may give the tensors themselves: an attention function may use their memory.
+                # Copies, where `contiguous` may give the tensors themselves: an attention function may use their
+                # memory.
                 self.cache[cond, block] = tuple(x.clone(memory_format=torch.contiguous_format) for x in (keys, values))
             return attend(q, k, v)
         text = k.shape[2] - self.rows.shape[1]
@@ -91,7 +94,8 @@ class TransformerCall:
 
 
 def check_other_patches(model_options: dict) -> None:
-    """Raise Step1XError where another node skips or replaces parts of the model's calls, or compiles them once for all steps."""
+    """Raise Step1XError where another node skips or replaces parts of the model's calls, or compiles them once for all
+    steps."""
     options = model_options["transformer_options"]
     found = []
     if options.get("patches_replace", {}).get("dit"):
@@ -129,7 +133,8 @@ class RegionDenoiser:
         self.applied = False
 
     def sample(self, executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
-        """Around a whole sampling run: nothing outlives it, also when it is cancelled. Raises Step1XError for patches that this one cannot work with."""
+        """Around a whole sampling run: nothing outlives it, also when it is cancelled. Raises Step1XError for patches
+        that this one cannot work with."""
         check_other_patches(executor.class_obj.model_options)
         self.run = RegionRun(self.settings, len(sigmas) - 1, denoise_mask)
         self.step_shares: list[float] = []
@@ -189,7 +194,8 @@ class RegionDenoiser:
         return executor(*args, **kwargs)
 
     def forward(self, executor, x, timestep, context, y, guidance, ref_latents, control, transformer_options, **kwargs):
-        """Around one call of the transformer, which may serve several conditionings: x [conditionings * B, C, h, w] -> velocity."""
+        """Around one call of the transformer, which may serve several conditionings: x [conditionings * B, C, h, w] ->
+        velocity."""
         check_alone(executor.class_obj, transformer_options)
         conds, rows = transformer_options["uuids"], None
         references = sum(latent_tokens(*latent.shape[-2:]) for latent in ref_latents or ())

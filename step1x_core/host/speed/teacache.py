@@ -13,7 +13,8 @@ NODE = "Step1X-Edit Speed (TeaCache)"
 
 
 class TeaCache:
-    """Patches for the host's Flux forward: they pass tokens through the blocks of a skipped call and add the stored residual after the last.
+    """Patches for the host's Flux forward: they pass tokens through the blocks of a skipped call and add the stored
+    residual after the last.
 
     Calls are told apart by the conditionings they serve, so cond and uncond may run together or in turn.
     """
@@ -81,7 +82,8 @@ class TeaCache:
 
 
 def apply_teacache(model, threshold: float):
-    """A clone of a Step1X-Edit model that skips the blocks while the accumulated estimate stays below `threshold`, in place of an earlier TeaCache.
+    """A clone of a Step1X-Edit model that skips the blocks while the accumulated estimate stays below `threshold`, in
+    place of an earlier TeaCache.
 
     At 0 nothing is ever skipped. Raises Step1XError for a model with a few-step LoRA.
     """

@@ -16,7 +16,8 @@ from ...training.objective import LoraLayer
 
 
 class FrozenLinear(torch.autograd.Function):
-    """A linear layer of the host whose weight is not trained. Nothing is kept for the backward pass: the weight is cast, moved or unpacked anew."""
+    """A linear layer of the host whose weight is not trained. Nothing is kept for the backward pass: the weight is
+    cast, moved or unpacked anew."""
 
     @staticmethod
     def forward(ctx, x: Tensor, layer: torch.nn.Module, forward: Callable) -> Tensor:
@@ -50,7 +51,8 @@ def copying_forward(forward: Callable, x: Tensor) -> Tensor:
 
 
 def checkpointed_forward(forward: Callable, *args, **kwargs):
-    """A block that is run again for its gradients. It gets copies of its tokens, to which it adds in place; they themselves wait in main memory."""
+    """A block that is run again for its gradients. It gets copies of its tokens, to which it adds in place; they
+    themselves wait in main memory."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     streams = {name: kwargs.pop(name) for name in ("img", "txt") if name in kwargs}
@@ -68,7 +70,8 @@ def checkpointed_forward(forward: Callable, *args, **kwargs):
 
 @contextmanager
 def adapted(transformer: torch.nn.Module, layers: dict[str, LoraLayer], checkpointing: bool = True) -> Iterator[None]:
-    """While this is open, the layers add their change to the transformer, with and without gradients, and gradients pass through all of its blocks.
+    """While this is open, the layers add their change to the transformer, with and without gradients, and gradients
+    pass through all of its blocks.
 
     The model has to be loaded. Its weights are not touched; every model that shares them is changed for the time being.
     """

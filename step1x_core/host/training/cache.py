@@ -24,7 +24,8 @@ SAMPLED = 16
 
 
 def fingerprint(patcher, network: torch.nn.Module) -> str:
-    """A name for a network's weights: shapes and some values of every tensor. Patched ones count as new with every loading."""
+    """A name for a network's weights: shapes and some values of every tensor. Patched ones count as new with every
+    loading."""
     parts = [str(patcher.patches_uuid)] if patcher.patches else []
     for name, tensor in network.state_dict().items():
         parts.append(f"{name}{tuple(tensor.shape)}{tensor.dtype}")
@@ -44,7 +45,8 @@ def check_shapes(pair: EditPair, source: tuple[int, int], target: tuple[int, int
 
 
 def unchanged(path: Path, key: str, name: Callable[[bytes], str]) -> bytes:
-    """The content of a file that had this key a moment ago. name: what the key is made by. Raises Step1XError where it was replaced meanwhile."""
+    """The content of a file that had this key a moment ago. name: what the key is made by. Raises Step1XError where it
+    was replaced meanwhile."""
     data = path.read_bytes()
     if name(data) != key:
         raise Step1XError(f"The image {path} was replaced while the dataset was read. Run the node again.")
@@ -52,7 +54,8 @@ def unchanged(path: Path, key: str, name: Callable[[bytes], str]) -> bytes:
 
 
 class PairEncoder:
-    """The two encoders of a dataset, and the cache of what they make. Everything is stored at once, so a cancelled run is resumed.
+    """The two encoders of a dataset, and the cache of what they make. Everything is stored at once, so a cancelled run
+    is resumed.
 
     size_level: as for editing. computed: how many tensors had to be computed so far.
 
@@ -73,7 +76,8 @@ class PairEncoder:
         return content_key(self.vae_name, data, *size)
 
     def encode_text(self, pair: EditPair, with_negative: bool) -> CachedPair:
-        """A pair whose conditionings are in the cache, and its latents' names. with_negative: the one of the empty prompt, too.
+        """A pair whose conditionings are in the cache, and its latents' names. with_negative: the one of the empty
+        prompt, too.
 
         Raises Step1XError for pictures that cannot be read or do not fit each other, for NaN, and for a full disk.
         """
@@ -99,7 +103,8 @@ class PairEncoder:
                           content_key(*files, pair.instruction))
 
     def conditioning(self, picture: Tensor, text: str) -> list:
-        """What the text encoder makes of a source, float32 [H, W, 3], and an instruction: a conditioning of the host."""
+        """What the text encoder makes of a source, float32 [H, W, 3], and an instruction: a conditioning of the host.
+        """
         if self.layout.shows_original:
             shown = picture
         else:
@@ -111,7 +116,8 @@ class PairEncoder:
         return conditioning
 
     def encode_latents(self, item: CachedPair) -> None:
-        """Put the latents of source and target into the cache. Raises Step1XError as `unchanged` does, and for a full disk."""
+        """Put the latents of source and target into the cache. Raises Step1XError as `unchanged` does, and for a full
+        disk."""
         size = (item.size[1] * LATENT_FACTOR, item.size[0] * LATENT_FACTOR)
         for key, path in zip((item.source, item.target), item.pair.files):
             if key not in self.cache:
@@ -125,7 +131,8 @@ def cache_pairs(clip, vae, pairs: list[EditPair], folder: Path, size_level: int,
                 validation: int = 0) -> tuple[EditDataset, int]:
     """The pairs as a training reads them, and how many tensors had to be computed for that.
 
-    folder: the dataset's; the cache lies in it. size_level: as for editing. validation: number of pairs held out at the end.
+    folder: the dataset's; the cache lies in it. size_level: as for editing. validation: number of pairs held out at the
+    end.
 
     All instructions are encoded first, then all pictures, so that on a small card each model is loaded once.
 

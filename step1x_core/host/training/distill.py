@@ -1,4 +1,5 @@
-"""Few-step distillation in the host: the teacher is the model itself, the student is it with the LoRA that is trained. Both share the weights."""
+"""Few-step distillation in the host: the teacher is the model itself, the student is it with the LoRA that is trained.
+Both share the weights."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -80,7 +81,8 @@ def no_training() -> Iterator[None]:
 
 
 class Lesson:
-    """What a distillation learns, for `train`. model: the teacher; settings: teacher_steps and teacher_cfg of 0 stand for its version's.
+    """What a distillation learns, for `train`. model: the teacher; settings: teacher_steps and teacher_cfg of 0 stand
+    for its version's.
 
     report: called as (done, total) while trajectories are made; made: how many had to be made by `prepare`.
 
@@ -128,9 +130,11 @@ class Lesson:
         )
 
     def prepare(self, model, dataset: EditDataset, settings: Settings) -> None:
-        """Make the trajectories that the cache lacks, `settings.batch` at a time; each batch is stored at once, so a cancelled run is resumed.
+        """Make the trajectories that the cache lacks, `settings.batch` at a time; each batch is stored at once, so a
+        cancelled run is resumed.
 
-        Raises Step1XError for a dataset without negative conditionings, for NaN, and for a full disk, and the host's exception on cancel.
+        Raises Step1XError for a dataset without negative conditionings, for NaN, and for a full disk, and the host's
+        exception on cancel.
         """
         if any(item.negative is None for item in dataset.pairs):
             raise Step1XError(
@@ -186,7 +190,8 @@ class Lesson:
     def trajectories(
         self, model, dataset: EditDataset, noise: Tensor, items: list[CachedPair], conditionings: list
     ) -> Tensor:
-        """noise [B, C, h, w] -> the teacher's latents at the stored noise levels, float16 [B, stored, C, h, w] on the CPU.
+        """noise [B, C, h, w] -> the teacher's latents at the stored noise levels, float16 [B, stored, C, h, w] on the
+        CPU.
 
         Raises Step1XError for NaN.
         """
@@ -195,7 +200,8 @@ class Lesson:
         stacked = torch.stack(points, dim=1)
         check_finite(
             stacked,
-            "The teacher's sampling returned NaN or Inf values. The model's file may be damaged, or float16 may overflow. "
+            "The teacher's sampling returned NaN or Inf values. The model's file may be damaged, or float16 may "
+            "overflow. "
             "Try the model without LoRAs, or download it again.",
         )
         return stacked.to("cpu", torch.float16)
@@ -209,7 +215,8 @@ class Lesson:
     def losses(
         self, model, dataset: EditDataset, items: list[CachedPair], positions: list[int], run: Run
     ) -> Iterator[Tensor]:
-        """The losses of these examples, [n] each time, in groups of equal shapes. positions: of the examples in the training."""
+        """The losses of these examples, [n] each time, in groups of equal shapes. positions: of the examples in the
+        training."""
         settings, seed = self.settings, run.settings.seed
         rows = []
         for item, position in zip(items, positions):
@@ -234,7 +241,8 @@ class Lesson:
                 yield self.own_losses(student, teacher, points, weights, segment, run)
 
     def cached_losses(self, model, conditioning, points: Tensor, weights: Tensor, examples) -> Tensor:
-        """Against each segment's mean velocity, from points of the teacher's trajectories. points [B, steps + 1, C, h, w] -> [B]."""
+        """Against each segment's mean velocity, from points of the teacher's trajectories. points [B, steps + 1, C, h,
+        w] -> [B]."""
         sigmas = student_sigmas(self.settings, *points.shape[-2:])
         drawn = [
             cached_example(row, sigmas.to(row.device), example.segment, example.fraction)
@@ -244,7 +252,8 @@ class Lesson:
         return robust_loss(predict(model, x, s, conditioning), velocity, weights)
 
     def own_losses(self, student, teacher, points: Tensor, weights: Tensor, segment: int, run: Run) -> Tensor:
-        """From the point that the student's own steps reach: to where the teacher gets from there or, where it is None, back to its trajectory."""
+        """From the point that the student's own steps reach: to where the teacher gets from there or, where it is None,
+        back to its trajectory."""
         sigmas = student_sigmas(self.settings, *points.shape[-2:])
         s, following = sigmas[segment].item(), sigmas[segment + 1].item()
         with no_training():
@@ -265,7 +274,8 @@ class Lesson:
         return robust_loss(final, points[:, -1], weights)
 
     def compare_held_out(self, model, vae, dataset: EditDataset, seed: int) -> list[np.ndarray]:
-        """The validation items: source, the student's edit and the teacher's side by side, uint8 [H, 3 W, 3] each. The LoRA has to be in place."""
+        """The validation items: source, the student's edit and the teacher's side by side, uint8 [H, 3 W, 3] each. The
+        LoRA has to be in place."""
         rows = []
         for item in dataset.validation:
             points = self.points(model, dataset, item, seed, 0)

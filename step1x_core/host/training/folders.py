@@ -15,8 +15,9 @@ LONGEST_NAME = 60
 
 
 def dataset_path(dataset: str) -> tuple[Path, Path]:
-    """A folder or file, and which of the host's folders it lies in: the input folder, or the output folder for `NAME [output]`, the host's own mark, and for the
-    whole path that 'Step1X-Edit Save Pairs' gives. Raises Step1XError for any other.
+    """A folder or file, and which of the host's folders it lies in: the input folder, or the output folder for `NAME
+    [output]`, the host's own mark, and for the whole path that 'Step1X-Edit Save Pairs' gives. Raises Step1XError
+    for any other.
     """
     roots = [
         Path(os.path.abspath(folder))

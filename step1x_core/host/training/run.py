@@ -1,4 +1,5 @@
-"""A training between two steps, and its folder: the state to go on from, the LoRA for use, and that nothing finished is overwritten by less."""
+"""A training between two steps, and its folder: the state to go on from, the LoRA for use, and that nothing finished is
+overwritten by less."""
 
 import json
 import logging
@@ -42,7 +43,8 @@ def damaged(path: Path, problem: object) -> Step1XError:
 class Run:
     """The LoRA, the optimiser and the losses so far. All that decides the next step is in the state file.
 
-    origin: what it is trained on. metadata: what else the LoRA's file says of itself. owns_folder: whether what lies in its folder is its own; saved: steps of its files there.
+    origin: what it is trained on. metadata: what else the LoRA's file says of itself. owns_folder: whether what lies in
+    its folder is its own; saved: steps of its files there.
     """
 
     def __init__(
@@ -90,7 +92,8 @@ class Run:
         self.losses.append(loss)
 
     def claim(self, folder: Path) -> None:
-        """Make the folder this run's own: what an earlier training left in it is moved aside. Call it once there is something to save.
+        """Make the folder this run's own: what an earlier training left in it is moved aside. Call it once there is
+        something to save.
 
         Raises Step1XError where that cannot be moved.
         """
@@ -165,7 +168,8 @@ class Run:
                 average.copy_(tensors[f"average.{name}"])
 
     def settle(self, folder: Path) -> None:
-        """What of the folder is this run's. A LoRA ahead of the state is of another run, one behind it is what a kill between two files left."""
+        """What of the folder is this run's. A LoRA ahead of the state is of another run, one behind it is what a kill
+        between two files left."""
         steps = lora_metadata(folder / LORA_FILE).get(STEPS_KEY, "0")
         behind = not steps.isdecimal() or int(steps) < self.step
         self.owns_folder = behind or int(steps) == self.step
@@ -173,7 +177,8 @@ class Run:
 
 
 def read_state(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """What a state file says of its training, and its tensors. Raises Step1XError for a file that is damaged or none of ours."""
+    """What a state file says of its training, and its tensors. Raises Step1XError for a file that is damaged or none of
+    ours."""
     try:
         with safe_open(path, "pt") as file:
             stored = json.loads((file.metadata() or {})[RUN_KEY])
@@ -197,9 +202,11 @@ def lora_metadata(path: Path) -> dict[str, str]:
 
 
 def move_aside(folder: Path) -> Path | None:
-    """Move an earlier training's files to FOLDER.1, or the next number that is free -> where they are; None where there were none.
+    """Move an earlier training's files to FOLDER.1, or the next number that is free -> where they are; None where there
+    were none.
 
-    The files and not the folder: it may hold more than ours. The LoRA goes first, so that a kill in between loses nothing.
+    The files and not the folder: it may hold more than ours. The LoRA goes first, so that a kill in between loses
+    nothing.
     """
     files = [folder / name for name in (LORA_FILE, STATE_FILE, PROGRESS_FILE) if os.path.lexists(folder / name)]
     if not files:

@@ -1,7 +1,8 @@
-"""Training a LoRA in the host: gradients through frozen weights of any kind, the steps, what is kept of them, and pictures on the way.
+"""Training a LoRA in the host: gradients through frozen weights of any kind, the steps, what is kept of them, and
+pictures on the way.
 
-The stock trainer fails on conditionings with reference latents and knows neither the objective nor the layers of this model. So the steps are ours, while loading,
-offloading, casting, conditioning and sampling are the host's.
+The stock trainer fails on conditionings with reference latents and knows neither the objective nor the layers of this
+model. So the steps are ours, while loading, offloading, casting, conditioning and sampling are the host's.
 """
 
 import math
@@ -30,12 +31,14 @@ from .run import LORA_FILE, STATE_FILE, Run  # noqa: F401 (the names of what a t
 
 # Bytes for each weight of a LoRA: itself, its gradient and two moments in float32.
 TRAINED_BYTES = 16
-# The working memory of one block and its gradients, in units of what sampling takes: counted 1.5 at 1024x1024 and 1.8 at 512x512, without the weights of one layer.
+# The working memory of one block and its gradients, in units of what sampling takes: counted 1.5 at 1024x1024 and 1.8
+# at 512x512, without the weights of one layer.
 BACKWARD_FACTOR = 2.5
 
 
 def prepare_model(model):
-    """A clone to train on. Where the host would compute in float16, whose range is too small for gradients, it computes in float32.
+    """A clone to train on. Where the host would compute in float16, whose range is too small for gradients, it computes
+    in float32.
 
     Raises Step1XError for weights that the host cannot unpack by itself.
     """
@@ -55,7 +58,8 @@ def prepare_model(model):
 
 
 def load_for_training(model, dataset: EditDataset, settings: Settings, trained: int, checkpointing: bool) -> None:
-    """Load as much of the model as fits beside what the training needs; the host brings the rest in layer by layer. trained: number of weights of the LoRA."""
+    """Load as much of the model as fits beside what the training needs; the host brings the rest in layer by layer.
+    trained: number of weights of the LoRA."""
     # Target and reference side by side, in latent pixels.
     height, width = max((item.size for item in dataset.pairs), key=math.prod)
     working = BACKWARD_FACTOR * model.memory_required([settings.batch, model.model.latent_channels, height, 2 * width])
@@ -68,12 +72,14 @@ def load_for_training(model, dataset: EditDataset, settings: Settings, trained: 
 
 
 def differentiable_attention(attention: Callable, *args, **kwargs) -> Tensor:
-    """The host's override hook: torch's own attention in place of kernels without gradients (Sage) and of slow ones with them."""
+    """The host's override hook: torch's own attention in place of kernels without gradients (Sage) and of slow ones
+    with them."""
     return attention_pytorch(*args, **kwargs)
 
 
 def predict(model, x: Tensor, s: Tensor, conditioning: tuple[Tensor, dict]) -> Tensor:
-    """The model's velocity, float32 [B, C, h, w]. x: noisy latents as the network sees them, float32; s [B] in 0..1; conditioning of B rows."""
+    """The model's velocity, float32 [B, C, h, w]. x: noisy latents as the network sees them, float32; s [B] in 0..1;
+    conditioning of B rows."""
     cond, extra = conditioning
     entry = {"cross_attn": cond, "model_conds": {}, **extra}
     conds = comfy.samplers.encode_model_conds(model.model.extra_conds, [entry], x, x.device, "training")[0][
@@ -102,7 +108,8 @@ def join(conditionings: list[tuple[Tensor, dict]]) -> tuple[Tensor, dict]:
 
 
 def in_groups(rows: list[tuple]) -> Iterator[list[tuple]]:
-    """Rows that begin with a latent and end with a conditioning, together with those of equal shapes, which can be computed at once."""
+    """Rows that begin with a latent and end with a conditioning, together with those of equal shapes, which can be
+    computed at once."""
     groups = {}
     for row in rows:
         cond, extra = row[-1]
@@ -114,7 +121,8 @@ def in_groups(rows: list[tuple]) -> Iterator[list[tuple]]:
 def batch_losses(
     model, dataset: EditDataset, items: list[CachedPair], positions: list[int], seed: int
 ) -> Iterator[Tensor]:
-    """The losses of these pairs, [n] each time, in groups of equal shapes. positions: in the training, which noise depends on."""
+    """The losses of these pairs, [n] each time, in groups of equal shapes. positions: in the training, which noise
+    depends on."""
     device = model.load_device
     rows = []
     for item, position in zip(items, positions):
@@ -128,7 +136,8 @@ def batch_losses(
 
 
 def train_step(model, dataset: EditDataset, run: Run, lesson=None) -> None:
-    """One update. lesson: as for `train`. Raises Step1XError when the loss is NaN or infinite, and the host's exception on cancel; the run is then as it was before."""
+    """One update. lesson: as for `train`. Raises Step1XError when the loss is NaN or infinite, and the host's exception
+    on cancel; the run is then as it was before."""
     settings, total = run.settings, 0.0
     try:
         for part in range(settings.accumulation):
@@ -167,14 +176,17 @@ def train(
     report: Callable | None = None,
     lesson=None,
 ) -> Run:
-    """Train up to settings.steps. State and LoRA go to the folder every `save_every` steps (0: never), at the end, and when the run is cancelled or fails,
-    but not before its first step: until then an earlier training stays as it is. Then, where the run does not go on from it, it is moved to FOLDER.1.
+    """Train up to settings.steps. State and LoRA go to the folder every `save_every` steps (0: never), at the end, and
+    when the run is cancelled or fails,
+    but not before its first step: until then an earlier training stays as it is. Then, where the run does not go on
+    from it, it is moved to FOLDER.1.
 
-    model: a Step1X-Edit model, of any weight dtype; it is not changed. validate: called as (model, step) every `validate_every` steps (0: never) and at the
-    end, in inference mode and with the LoRA in place. report: called with the run after each step. lesson: what is learned in place of the dataset's targets,
-    see `distill.Lesson`.
+    model: a Step1X-Edit model, of any weight dtype; it is not changed. validate: called as (model, step) every
+    `validate_every` steps (0: never) and at the end, in inference mode and with the LoRA in place. report: called with
+    the run after each step. lesson: what is learned in place of the dataset's targets, see `distill.Lesson`.
 
-    Raises Step1XError for a model of another kind, with weights that cannot be trained on or of another layout than the dataset's, and as `Run.resume` and
+    Raises Step1XError for a model of another kind, with weights that cannot be trained on or of another layout than the
+    dataset's, and as `Run.resume` and
     `train_step` do, and the host's exception on cancel.
     """
     check_model(model)
@@ -195,7 +207,8 @@ def train(
             while run.step < settings.steps:
                 with torch.inference_mode(False), torch.enable_grad(), training_mode():
                     train_step(model, dataset, run, lesson)
-                # Not before there is something to take the place of an earlier training, and before anybody else writes there.
+                # Not before there is something to take the place of an earlier training, and before anybody else writes
+                # there.
                 run.claim(folder)
                 if save_every and run.step % save_every == 0:
                     run.save(folder)
@@ -225,7 +238,8 @@ def training_mode() -> Iterator[None]:
 
 
 def edit_held_out(model, vae, dataset: EditDataset, steps: int, cfg: float, seed: int) -> list[np.ndarray]:
-    """The validation pairs edited: source, result and target side by side, uint8 [H, 3 W, 3] each. steps, cfg: 0 takes the version's default."""
+    """The validation pairs edited: source, result and target side by side, uint8 [H, 3 W, 3] each. steps, cfg: 0 takes
+    the version's default."""
     model = with_norm_limiter(model)
     steps, cfg = version_defaults(model, steps, cfg)
     rows = []

@@ -11,7 +11,8 @@ HUES = {"red": 0, "orange": 19, "yellow": 40, "green": 85, "cyan": 128, "blue": 
 # Pixels greyer or darker than this do not make a colour worth a name, and those below the second ones have no hue.
 MIN_SATURATION, MIN_VALUE = 80, 50
 HUELESS_SATURATION, HUELESS_VALUE = 24, 24
-# A colour reaches from its most frequent hue, on both sides, to where there are fewer pixels than this share, and so many hues at most.
+# A colour reaches from its most frequent hue, on both sides, to where there are fewer pixels than this share, and so
+# many hues at most.
 VALLEY, REACH = 0.12, 36
 # Share of its pixels that must bear its name.
 NAMED = 0.6
@@ -49,7 +50,8 @@ def has_hue(hsv: np.ndarray) -> np.ndarray:
 def set_off(hsv: np.ndarray) -> dict[str, np.ndarray]:
     """The colours of a picture in HSV that can be told from their neighbours: name -> hues, bool [256].
 
-    One that goes over into the next is left out: an edit would cut it in two. So is one that is almost all of the picture.
+    One that goes over into the next is left out: an edit would cut it in two. So is one that is almost all of the
+    picture.
     """
     strong = (hsv[..., 1] > MIN_SATURATION) & (hsv[..., 2] > MIN_VALUE)
     counts, reached = (np.bincount(hsv[..., 0][pixels], minlength=256) for pixels in (strong, has_hue(hsv)))

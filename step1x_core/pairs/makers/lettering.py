@@ -22,7 +22,8 @@ CONTRAST = 80
 
 @dataclass(frozen=True)
 class Sign:
-    """Where letters are put. box: left, top, right, bottom. paper: the colour of the plate, None for letters on the picture itself."""
+    """Where letters are put. box: left, top, right, bottom. paper: the colour of the plate, None for letters on the
+    picture itself."""
 
     place: str
     box: tuple[int, int, int, int]

@@ -12,7 +12,8 @@ LUMA = np.array((0.299, 0.587, 0.114), np.float32)
 
 @dataclass(frozen=True)
 class Made:
-    """source, target: uint8 [H, W, 3]. english, chinese: values for the fields of the wordings. numbers: how strong the effect is."""
+    """source, target: uint8 [H, W, 3]. english, chinese: values for the fields of the wordings. numbers: how strong the
+    effect is."""
 
     source: np.ndarray
     target: np.ndarray

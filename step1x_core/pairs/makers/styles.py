@@ -36,7 +36,8 @@ def ink(picture, rng):
 
 
 def box_means(values: np.ndarray, radius: int) -> np.ndarray:
-    """Means over the square of radius + 1 pixels whose upper left corner each pixel is, of a picture [H, W, C] with `radius` pixels of margin on each side."""
+    """Means over the square of radius + 1 pixels whose upper left corner each pixel is, of a picture [H, W, C] with
+    `radius` pixels of margin on each side."""
     sums = np.pad(values.cumsum(0, np.float64).cumsum(1), ((1, 0), (1, 0), (0, 0)))
     size = radius + 1
     return ((sums[size:, size:] - sums[:-size, size:] - sums[size:, :-size] + sums[:-size, :-size]) / size**2).astype(
@@ -45,7 +46,8 @@ def box_means(values: np.ndarray, radius: int) -> np.ndarray:
 
 
 def painted(picture: np.ndarray, radius: int) -> np.ndarray:
-    """Kuwahara's filter: each pixel takes the mean of that quarter of its surroundings that varies least. uint8 [H, W, 3] -> float32."""
+    """Kuwahara's filter: each pixel takes the mean of that quarter of its surroundings that varies least. uint8 [H, W,
+    3] -> float32."""
     height, width, _ = picture.shape
     padded = np.pad(picture, ((radius, radius), (radius, radius), (0, 0)), mode="edge").astype(np.float32)
     brightness = padded @ LUMA
