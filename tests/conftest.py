@@ -38,7 +38,10 @@ class Absent:
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in self.packages:
-            raise ModuleNotFoundError(f"No module named {name!r}: tests/pure runs without ComfyUI and Triton. What needs them belongs to tests/host.", name=name)
+            raise ModuleNotFoundError(
+                f"No module named {name!r}: tests/pure runs without ComfyUI and Triton. What needs them belongs to tests/host.",
+                name=name,
+            )
 
 
 def is_pure(config) -> bool:
@@ -65,9 +68,17 @@ def pytest_configure(config):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--random-order", metavar="SEED", type=int, help="run the files, and the tests within each, in an order drawn from SEED")
-    parser.addoption("--once-elsewhere", action="store_true",
-                     help="another ComfyUI has all tests: leave out those marked `once`, and all but one of n cases of those marked `sampled(n)`")
+    parser.addoption(
+        "--random-order",
+        metavar="SEED",
+        type=int,
+        help="run the files, and the tests within each, in an order drawn from SEED",
+    )
+    parser.addoption(
+        "--once-elsewhere",
+        action="store_true",
+        help="another ComfyUI has all tests: leave out those marked `once`, and all but one of n cases of those marked `sampled(n)`",
+    )
 
 
 def in_random_order(items: list, seed: int) -> list:
@@ -202,7 +213,12 @@ def transformers_model(float_file):
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
     text = {k: v for k, v in tiny_models.TINY_MLLM.items() if k != "vision_config"}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=tiny_models.TINY_MLLM["vision_config"], image_token_id=151655, vision_start_token_id=151652)
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=tiny_models.TINY_MLLM["vision_config"],
+        image_token_id=151655,
+        vision_start_token_id=151652,
+    )
     model = Qwen2_5_VLModel(config).eval().float()
     weights = {k.replace("model.", "language_model.", 1): v for k, v in load_file(float_file).items() if not k.startswith("lm_head")}
     model.load_state_dict(weights, strict=True)

@@ -82,8 +82,8 @@ def parquet():
         import pyarrow.parquet
     except ImportError as problem:
         raise Step1XError(
-            "The dataset is in parquet files, which need the package pyarrow: install it with `python -m pip install "
-            "pyarrow` in ComfyUI's "
+            "The dataset is in parquet files, which need the package pyarrow: install it with "
+            "`python -m pip install pyarrow` in ComfyUI's "
             "Python. `python scripts/gedit.py unpack`, run where it is installed, makes a folder that needs nothing."
         ) from problem
     return pyarrow.parquet

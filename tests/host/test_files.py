@@ -18,8 +18,20 @@ from step1x_core.training import cache
 from step1x_core.training.cache import Cache, write_tensors
 from step1x_core.training.dataset import CAPTION, REFERENCE, dataset_fingerprint, read_pairs
 
-OUTSIDE = ["/etc/hostname", "../secret.png", "source/../../secret.png", r"\\server\share\secret.png", "//server/share/secret.png", r"\\?\C:\secret.png",
-           r"C:\secret.png", "C:/secret.png", "c:secret.png", r"..\secret.png", r"source\..\..\secret.png", "nul\0.png"]
+OUTSIDE = [
+    "/etc/hostname",
+    "../secret.png",
+    "source/../../secret.png",
+    r"\\server\share\secret.png",
+    "//server/share/secret.png",
+    r"\\?\C:\secret.png",
+    r"C:\secret.png",
+    "C:/secret.png",
+    "c:secret.png",
+    r"..\secret.png",
+    r"source\..\..\secret.png",
+    "nul\0.png",
+]
 
 
 @pytest.fixture
@@ -41,7 +53,11 @@ def test_names_that_lead_out_of_the_root_are_refused_before_anything_is_looked_a
     looked = []
     for function in ("stat", "lstat", "open"):
         real = getattr(os, function)
-        monkeypatch.setattr(os, function, lambda file, *args, real=real, **kwargs: (looked.append(str(file)), real(file, *args, **kwargs))[1])
+        monkeypatch.setattr(
+            os,
+            function,
+            lambda file, *args, real=real, **kwargs: (looked.append(str(file)), real(file, *args, **kwargs))[1],
+        )
     with pytest.raises(Step1XError, match="is not inside"):
         read_pairs(path, root)
     assert "is not inside" in dataset_fingerprint(path, root)
@@ -83,7 +99,14 @@ def test_absolute_names_inside_of_the_root_are_taken(root):
 
 def bench(folder, name):
     folder.mkdir(exist_ok=True)
-    row = {"key": "a", "task_type": "color_alter", "instruction": "x", "instruction_language": "en", "Intersection_exist": True, "file_name": name}
+    row = {
+        "key": "a",
+        "task_type": "color_alter",
+        "instruction": "x",
+        "instruction_language": "en",
+        "Intersection_exist": True,
+        "file_name": name,
+    }
     (folder / "metadata.jsonl").write_text(json.dumps(row))
     return folder
 
@@ -98,7 +121,11 @@ def test_the_benchmarks_list_stays_in_its_folder(tmp_path, name):
 
 
 def test_a_safe_path_is_absolute_and_the_same_for_both_ways_to_write_it(tmp_path):
-    assert safe_path(tmp_path, "a/./b.png", tmp_path, "x") == tmp_path / "a" / "b.png" == safe_path(tmp_path / "a", "../a/b.png", tmp_path, "x")
+    assert (
+        safe_path(tmp_path, "a/./b.png", tmp_path, "x")
+        == tmp_path / "a" / "b.png"
+        == safe_path(tmp_path / "a", "../a/b.png", tmp_path, "x")
+    )
 
 
 # Two pictures of one name.

@@ -49,9 +49,18 @@ READ_ALL = {TOKENS_READ: None}
 def golden_model(golden: Golden):
     """The weights as a MODEL, through a checkpoint file and the pack's loader. Weights that a file leaves out are random."""
     c = golden.config
-    size = TransformerSize(hidden=c["hidden_size"], head_dim=c["hidden_size"] // c["num_heads"], depth=c["depth"], depth_single=c["depth_single_blocks"],
-                           text=c["connector_in_channels"], connector=c["connector_hidden_size"], connector_depth=c["connector_depth"],
-                           vector=c["vec_in_dim"], channels=c["in_channels"], mlp_ratio=c["mlp_ratio"])
+    size = TransformerSize(
+        hidden=c["hidden_size"],
+        head_dim=c["hidden_size"] // c["num_heads"],
+        depth=c["depth"],
+        depth_single=c["depth_single_blocks"],
+        text=c["connector_in_channels"],
+        connector=c["connector_hidden_size"],
+        connector_depth=c["connector_depth"],
+        vector=c["vec_in_dim"],
+        channels=c["in_channels"],
+        mlp_ratio=c["mlp_ratio"],
+    )
     weights = {**random_weights(transformer_shapes(c["version"], size), seed=0), **golden.weights}
     weights = {name: pad_weight(name, weight) for name, weight in weights.items()}
     overrides = {k: golden.config[k] for k in ("version", "axes_dim", "theta", "connector_heads") if k in golden.config}
@@ -70,8 +79,17 @@ def pack(model, latent: torch.Tensor) -> torch.Tensor:
 
 def check_connector(golden: Golden, errors: Errors) -> None:
     c = golden.config
-    connector = Connector(c["connector_in_channels"], c["connector_hidden_size"], c["connector_heads"], c["connector_depth"], c["vec_in_dim"],
-                          "scale_factor" in golden.weights, optimized_attention_masked, dtype=torch.float32, operations=disable_weight_init)
+    connector = Connector(
+        c["connector_in_channels"],
+        c["connector_hidden_size"],
+        c["connector_heads"],
+        c["connector_depth"],
+        c["vec_in_dim"],
+        "scale_factor" in golden.weights,
+        optimized_attention_masked,
+        dtype=torch.float32,
+        operations=disable_weight_init,
+    )
     connector.load_state_dict(golden.weights)
     tokens, pooled = connector(golden.inputs["x"], golden.inputs["t"], golden.inputs["mask"])
     errors.tensor(tokens, golden.outputs["encoder_hidden_states"])
@@ -100,8 +118,14 @@ def check_dit_forward(golden: Golden, errors: Errors) -> None:
     record_intermediates(model, seen)
     grid = half(golden.config["latent_h"]), half(golden.config["latent_w"])
     target, references = split_tokens(model, golden.inputs["img"], golden.inputs["img_ids"][0], grid)
-    velocity = model(target, golden.inputs["timesteps"], golden.inputs["llm_embedding"], ref_latents=references, text_mask=golden.inputs["mask"],
-                     transformer_options=READ_ALL)
+    velocity = model(
+        target,
+        golden.inputs["timesteps"],
+        golden.inputs["llm_embedding"],
+        ref_latents=references,
+        text_mask=golden.inputs["mask"],
+        transformer_options=READ_ALL,
+    )
 
     out = golden.outputs
     tokens, channels = grid[0] * grid[1], out["pred"].shape[-1]
@@ -124,11 +148,30 @@ def check_dit_forward(golden: Golden, errors: Errors) -> None:
 def check_ids(golden: Golden, errors: Errors) -> None:
     axes, theta = golden.config["axes_dim"], golden.config["theta"]
     latent = golden.inputs["latent"]
-    models = {version: Step1XTransformer(version, {"in_channels": 8, "hidden_size": 8, "num_heads": 1, "depth": 1, "vec_in_dim": 8, "scale_factor": False},
-                                         dtype=torch.float32, operations=disable_weight_init, in_channels=latent.shape[1], out_channels=latent.shape[1],
-                                         hidden_size=sum(axes), num_heads=1, depth=1, depth_single_blocks=1, mlp_ratio=1.0, axes_dim=axes, theta=theta,
-                                         context_in_dim=8, vec_in_dim=8, patch_size=2, qkv_bias=True, guidance_embed=False, txt_ids_dims=[])
-              for version in ("v1.0", "v1.1")}
+    models = {
+        version: Step1XTransformer(
+            version,
+            {"in_channels": 8, "hidden_size": 8, "num_heads": 1, "depth": 1, "vec_in_dim": 8, "scale_factor": False},
+            dtype=torch.float32,
+            operations=disable_weight_init,
+            in_channels=latent.shape[1],
+            out_channels=latent.shape[1],
+            hidden_size=sum(axes),
+            num_heads=1,
+            depth=1,
+            depth_single_blocks=1,
+            mlp_ratio=1.0,
+            axes_dim=axes,
+            theta=theta,
+            context_in_dim=8,
+            vec_in_dim=8,
+            patch_size=2,
+            qkv_bias=True,
+            guidance_embed=False,
+            txt_ids_dims=[],
+        )
+        for version in ("v1.0", "v1.1")
+    }
 
     def blank(h, w):
         return torch.zeros(1, latent.shape[1], h, w)

@@ -188,9 +188,28 @@ def check_latent_pack(golden, errors) -> None:
     errors.tensor(scale.process_in(latent), out["scaled"])
     errors.tensor(scale.process_out(latent), out["unscaled"])
     connector = {"in_channels": 8, "hidden_size": 8, "num_heads": 1, "depth": 1, "vec_in_dim": 8, "scale_factor": False}
-    model = Step1XTransformer("v1.2", connector, dtype=torch.float32, device="meta", operations=disable_weight_init, in_channels=latent.shape[1],
-                              out_channels=latent.shape[1], hidden_size=8, num_heads=1, depth=1, depth_single_blocks=1, mlp_ratio=1.0, axes_dim=[2, 2, 4],
-                              theta=10000, context_in_dim=8, vec_in_dim=8, patch_size=2, qkv_bias=True, guidance_embed=False, txt_ids_dims=[])
+    model = Step1XTransformer(
+        "v1.2",
+        connector,
+        dtype=torch.float32,
+        device="meta",
+        operations=disable_weight_init,
+        in_channels=latent.shape[1],
+        out_channels=latent.shape[1],
+        hidden_size=8,
+        num_heads=1,
+        depth=1,
+        depth_single_blocks=1,
+        mlp_ratio=1.0,
+        axes_dim=[2, 2, 4],
+        theta=10000,
+        context_in_dim=8,
+        vec_in_dim=8,
+        patch_size=2,
+        qkv_bias=True,
+        guidance_embed=False,
+        txt_ids_dims=[],
+    )
     packed, ids = model.process_img(latent)
     errors.equal(packed, out["packed"])
     errors.equal(ids[0], out["latent_ids"])

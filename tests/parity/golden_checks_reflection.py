@@ -151,7 +151,10 @@ def check_call_layout(table: dict, rules, errors) -> None:
         errors.equal(max_tokens, row["max_tokens"])
         errors.equal([["system", "text"], ["user", ["text" if isinstance(part, str) else "image_url" for part in content]]], row["layout"])
         errors.equal(system, templates[f"{name}.system"])
-        errors.equal([part for part in content if not isinstance(part, str)], [{"source": 1, "edited": 2}[part] for part in LAYOUTS[name] if part != "text"])
+        errors.equal(
+            [part for part in content if not isinstance(part, str)],
+            [{"source": 1, "edited": 2}[part] for part in LAYOUTS[name] if part != "text"],
+        )
 
 
 def reflection_checks(version: str):
@@ -201,7 +204,10 @@ def run_case(case: dict, expected: dict, version: str) -> dict:
     loop = Loop(prompt, RULES[version], case["max_try_cnt"] if case["reflection"] else 1)
     images, replies_seen = [], []
     while step := loop.next_step():
-        entry = {"base_image": images[-1] if step.base == "latest" else "source", "encoded_prompts": [step.prompt, case.get("negative_prompt") or ""]}
+        entry = {
+            "base_image": images[-1] if step.base == "latest" else "source",
+            "encoded_prompts": [step.prompt, case.get("negative_prompt") or ""],
+        }
         images.append(f"output_{len(images)}")
         found["rounds"].append(entry)
         if not case["reflection"]:

@@ -31,7 +31,11 @@ def golden_model(golden: Golden):
               "connector_heads": c["connector_heads_num"], "theta": golden.config.get("rope_theta", 10000)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "golden.safetensors"
-        save_file({name: pad_weight(name, weight) for name, weight in golden.weights.items()}, path, metadata={CONFIG_KEY: json.dumps(values)})
+        save_file(
+            {name: pad_weight(name, weight) for name, weight in golden.weights.items()},
+            path,
+            metadata={CONFIG_KEY: json.dumps(values)},
+        )
         model = load_model(path)
         model.model.diffusion_model.to(torch.float32)
     return model
@@ -52,8 +56,15 @@ def check_transformer(golden: Golden, errors: Errors) -> None:
             seen[name] = output.clone() if torch.is_tensor(output) else tuple(part.clone() for part in output)
         return hook
 
-    for name, module in (("connector", network.connector), ("txt_in", network.txt_in), ("time", network.time_in), ("vector", network.vector_in),
-                         ("final", network.final_layer), ("double", network.double_blocks[0]), ("single", network.single_blocks[0])):
+    for name, module in (
+        ("connector", network.connector),
+        ("txt_in", network.txt_in),
+        ("time", network.time_in),
+        ("vector", network.vector_in),
+        ("final", network.final_layer),
+        ("double", network.double_blocks[0]),
+        ("single", network.single_blocks[0]),
+    ):
         module.register_forward_hook(store(name))
     network.txt_in.register_forward_pre_hook(lambda module, args: seen.update(context_in=args[0].clone()))
 
@@ -61,9 +72,17 @@ def check_transformer(golden: Golden, errors: Errors) -> None:
     rows, columns = golden.config["latent_tokens_hw"]
     count, channels = rows * columns, out["sample"].shape[-1]
     target, references = split_tokens(network, given["hidden_states"], given["img_ids"], (rows, columns))
-    velocity = network(target, given["timestep"], given["encoder_hidden_states"], ref_latents=references, text_mask=given["prompt_embeds_mask"],
-                       text_ids=position_bits(given["txt_ids"][None]), text_embeds=given["text_embeddings"], quoted_mask=given["text_mask"],
-                       transformer_options=READ_ALL)
+    velocity = network(
+        target,
+        given["timestep"],
+        given["encoder_hidden_states"],
+        ref_latents=references,
+        text_mask=given["prompt_embeds_mask"],
+        text_ids=position_bits(given["txt_ids"][None]),
+        text_embeds=given["text_embeddings"],
+        quoted_mask=given["text_mask"],
+        transformer_options=READ_ALL,
+    )
 
     errors.equal(position_ids(network, target, references)[0].float(), given["img_ids"])
     errors.tensor(pack(network, velocity)[..., :channels], out["sample"][:, :count])
@@ -96,8 +115,19 @@ def check_denoise_loop(golden: Golden, errors: Errors) -> None:
     conds = []
     for side in ("cond", "uncond"):
         part = {name.removeprefix(f"{side}."): tensor for name, tensor in given.items() if name.startswith(f"{side}.")}
-        conds.append([[part["embedding"], {"text_ids": part["txt_ids"][None], "text_embeds": part["text_embeds"], "text_mask": part["text_masks"],
-                                           "reference_latents": [model.model.process_latent_out(reference)]}]])
+        conds.append(
+            [
+                [
+                    part["embedding"],
+                    {
+                        "text_ids": part["txt_ids"][None],
+                        "text_embeds": part["text_embeds"],
+                        "text_mask": part["text_masks"],
+                        "reference_latents": [model.model.process_latent_out(reference)],
+                    },
+                ]
+            ]
+        )
     model = set_norm_limiter(model, NormLimiter(golden.config["timesteps_truncate"] / TIME_FACTOR, golden.config["process_norm_power"]))
     sigmas = flow_sigmas(golden.config["steps"], noise)
     errors.tensor(sigmas, out["sigmas"])
@@ -107,8 +137,18 @@ def check_denoise_loop(golden: Golden, errors: Errors) -> None:
         latents.append(x.clone())
         velocities.append((x - denoised) / sigmas[step])
 
-    result = comfy.sample.sample_custom(model, noise, golden.config["true_cfg_scale"], comfy.samplers.sampler_object("euler"), sigmas, *conds,
-                                        torch.zeros_like(noise), callback=callback, disable_pbar=True, seed=0)
+    result = comfy.sample.sample_custom(
+        model,
+        noise,
+        golden.config["true_cfg_scale"],
+        comfy.samplers.sampler_object("euler"),
+        sigmas,
+        *conds,
+        torch.zeros_like(noise),
+        callback=callback,
+        disable_pbar=True,
+        seed=0,
+    )
     latents = [*latents[1:], model.model.process_latent_in(result)]
     for step, (latent, velocity) in enumerate(zip(latents, velocities, strict=True)):
         errors.tensor(pack(network, velocity), out["guided_velocity"][step])
@@ -164,7 +204,10 @@ def check_full_size(table: dict, errors: Errors) -> None:
             state_dict[re.sub(r"\{\w+\}", str(index), pattern)] = torch.empty(entry["shape"], device="meta")
     errors.equal(len(state_dict), table["n_keys"])
     plain = {name: tensor for name, tensor in state_dict.items() if not name.startswith("text_token_mapping")}
-    for weights, count, version in ((state_dict, table["n_parameters"], "v1.2"), (plain, table["n_parameters_without_text_token_mapping"], "v1.1")):
+    for weights, count, version in (
+        (state_dict, table["n_parameters"], "v1.2"),
+        (plain, table["n_parameters_without_text_token_mapping"], "v1.1"),
+    ):
         original = diffusers_to_original(dict(weights))
         config = detect_config(original)
         errors.equal(config.version, version)
@@ -172,10 +215,38 @@ def check_full_size(table: dict, errors: Errors) -> None:
         errors.equal({name.replace("_norm.scale", "_norm.weight"): tuple(tensor.shape) for name, tensor in original.items()}, shapes)
         errors.equal(sum(torch.Size(shape).numel() for shape in shapes.values()), count)
     defaults = table["default_config"]
-    errors.equal([config.hidden_size // config.num_heads, config.num_heads, config.depth, config.depth_single_blocks, config.axes_dim],
-                 [defaults["attention_head_dim"], defaults["num_attention_heads"], defaults["num_layers"], defaults["num_single_layers"], list(defaults["axes_dims_rope"])])
-    errors.equal([config.connector_heads, config.connector_depth, config.connector_in_channels, config.connector_hidden_size, VERSIONS["v1.2"].reference_offset],
-                 [defaults["connector_heads_num"], defaults["connector_depth"], defaults["connector_in_channels"], defaults["connector_hidden_size"], (1, 0, 0)])
+    errors.equal(
+        [
+            config.hidden_size // config.num_heads,
+            config.num_heads,
+            config.depth,
+            config.depth_single_blocks,
+            config.axes_dim,
+        ],
+        [
+            defaults["attention_head_dim"],
+            defaults["num_attention_heads"],
+            defaults["num_layers"],
+            defaults["num_single_layers"],
+            list(defaults["axes_dims_rope"]),
+        ],
+    )
+    errors.equal(
+        [
+            config.connector_heads,
+            config.connector_depth,
+            config.connector_in_channels,
+            config.connector_hidden_size,
+            VERSIONS["v1.2"].reference_offset,
+        ],
+        [
+            defaults["connector_heads_num"],
+            defaults["connector_depth"],
+            defaults["connector_in_channels"],
+            defaults["connector_hidden_size"],
+            (1, 0, 0),
+        ],
+    )
 
 
 CHECKS = {

@@ -9,7 +9,11 @@ from torch.nn.functional import pad
 # A packed token holds 2x2 latent pixels.
 PATCH = 4
 # The layers at both ends of a transformer, in the original and the diffusers layout: name -> dimension that counts packed channels.
-CHANNEL_DIMENSIONS = {"img_in.weight": 1, "x_embedder.weight": 1, **{f"{layer}.{part}": 0 for layer in ("final_layer.linear", "proj_out") for part in ("weight", "bias")}}
+CHANNEL_DIMENSIONS = {
+    "img_in.weight": 1,
+    "x_embedder.weight": 1,
+    **{f"{layer}.{part}": 0 for layer in ("final_layer.linear", "proj_out") for part in ("weight", "bias")},
+}
 
 
 def pad_channels(tensor: Tensor, dimension: int = -1) -> Tensor:
@@ -60,4 +64,10 @@ def split_tokens(network, tokens: Tensor, ids: Tensor, target: tuple[int, int]) 
 
 def position_ids(network, target: Tensor, references: list[Tensor]) -> Tensor:
     """Ids of a target latent's and its references' tokens [B, L, 3]."""
-    return torch.cat([network.process_img(target)[1], *(network.process_reference(latent, i)[1] for i, latent in enumerate(references))], dim=1)
+    return torch.cat(
+        [
+            network.process_img(target)[1],
+            *(network.process_reference(latent, i)[1] for i, latent in enumerate(references)),
+        ],
+        dim=1,
+    )

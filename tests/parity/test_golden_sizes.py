@@ -38,7 +38,11 @@ def write(folder, golden: Golden, name: str) -> object:
     meta = golden.config if key == "meta" else {**json.loads(text), "config": golden.config}
     groups = (("weights", golden.weights), ("inputs", golden.inputs), ("outputs", golden.outputs))
     path = folder / name.split("/")[-1]
-    save_file({f"{group}.{k}": v.clone().contiguous() for group, tensors in groups for k, v in tensors.items()}, path, metadata={key: json.dumps(meta)})
+    save_file(
+        {f"{group}.{k}": v.clone().contiguous() for group, tensors in groups for k, v in tensors.items()},
+        path,
+        metadata={key: json.dumps(meta)},
+    )
     return path
 
 
@@ -176,10 +180,17 @@ def test_ids_of_references_of_another_size(tmp_path, sizes):
             golden.outputs[f"{name}.{version}.txt_ids"] = torch.zeros(text, 3)
     golden.config["cases"] = {name: row[:3] for name, row in sizes.items()}
     text = sizes["a"][2]
-    angles = [torch.cat((torch.zeros(text, 3), golden.outputs["a.v1.1.img_ids"]))[:, axis, None].double() / golden.config["theta"] ** (torch.arange(0, n, 2) / n)
-              for axis, n in enumerate(golden.config["axes_dim"])]
+    angles = [
+        torch.cat((torch.zeros(text, 3), golden.outputs["a.v1.1.img_ids"]))[:, axis, None].double()
+        / golden.config["theta"] ** (torch.arange(0, n, 2) / n)
+        for axis, n in enumerate(golden.config["axes_dim"])
+    ]
     angle = torch.cat(angles, dim=-1)
-    golden.outputs["rope_pe"] = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), dim=-1).unflatten(-1, (2, 2))[None, None].float()
+    golden.outputs["rope_pe"] = (
+        torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), dim=-1)
+        .unflatten(-1, (2, 2))[None, None]
+        .float()
+    )
     assert old["rope_pe"].shape[3:] == golden.outputs["rope_pe"].shape[3:]
     must_compare(tmp_path, golden, "ids.safetensors", "a.v1.0.img_ids")
 
@@ -206,8 +217,15 @@ def test_loop_with_a_reference_of_another_size(tmp_path, name, offset, reference
             for step, (t, t_next) in enumerate(zip(out["timesteps"][:-1], out["timesteps"][1:])):
                 times = t.repeat(2)
                 text, vector = network.connector(given["llm_embedding"], times, given["mask"], {})
-                pred = network.forward_orig(torch.cat((x.repeat(2, 1, 1), second), dim=1), out["img_ids"], text, torch.zeros(*text.shape[:2], 3), times, vector,
-                                            transformer_options=golden_checks.READ_ALL)
+                pred = network.forward_orig(
+                    torch.cat((x.repeat(2, 1, 1), second), dim=1),
+                    out["img_ids"],
+                    text,
+                    torch.zeros(*text.shape[:2], 3),
+                    times,
+                    vector,
+                    transformer_options=golden_checks.READ_ALL,
+                )
                 if step == 0:
                     out[f"{tag}.model_pred_step_0"] = pred
                 x = x + (t_next - t) * guided(pred[:1, :count], pred[1:, :count], c["cfg_guidance"], 0.4, t > truncate)
@@ -232,8 +250,15 @@ def test_autoencoder_of_factor_2_with_sides_that_are_no_multiple_of_8(tmp_path, 
     mean, logvar = moments.chunk(2, dim=1)
     eps = torch.randn(mean.shape, generator=generator)
     picture = decoded.clamp(-1, 1) / 2 + 0.5
-    out.update(moments=moments, eps=eps, encoded_mean=(mean - shift) * scale, encoded_sampled=(mean + (logvar.clamp(-30, 20) / 2).exp() * eps - shift) * scale,
-               decoded=decoded, decoded_01=picture, decoded_uint8=(picture.movedim(1, -1) * 255).to(torch.uint8))
+    out.update(
+        moments=moments,
+        eps=eps,
+        encoded_mean=(mean - shift) * scale,
+        encoded_sampled=(mean + (logvar.clamp(-30, 20) / 2).exp() * eps - shift) * scale,
+        decoded=decoded,
+        decoded_01=picture,
+        decoded_uint8=(picture.movedim(1, -1) * 255).to(torch.uint8),
+    )
     must_compare(tmp_path, golden, "vae.safetensors", "encoded_mean")
 
 
@@ -290,29 +315,71 @@ def token_row(prompt: str, parts: list[tuple[str, bool]]) -> dict:
     time = sequence.text_ids[:, 0].tolist()
     tokens = [(tokenizer.token_ids(part), quoted) for part, quoted in parts]
     mask = [int(quoted) for ids, quoted in tokens for _ in ids]
-    return {"n_tokens_total": len(sequence.ids), "n_image_tokens": sequence.cells, "ids_before_image": None,
-            "ids_before_image_from_prefix_end": sequence.ids[first + 1:start], "ids_after_image": sequence.ids[end:],
-            "first_kept_ids": sequence.ids[first:first + 4], "n_tokens_kept": len(time), "text_mask_sum": sum(mask[:KEPT.stop]),
-            "text_mask_kept_before_image": sequence.mask[first:stop], "text_mask_kept_after_image": sequence.mask[start + 1:][:KEPT.stop - cut],
-            "mllm_pos_t_before_image": sequence.positions[0, :start].tolist(), "mllm_pos_t_after_image": sequence.positions[0, end:].tolist(),
-            "mllm_image_pos_first": sequence.positions[:, start].tolist(), "mllm_image_pos_last": sequence.positions[:, end - 1].tolist(),
-            "txt_ids_time_kept_before_image": time[:stop - first], "txt_ids_time_image": time[stop - first] if stop < cut else 0,
-            "txt_ids_time_kept_after_image": time[cut - first:]}
+    return {
+        "n_tokens_total": len(sequence.ids),
+        "n_image_tokens": sequence.cells,
+        "ids_before_image": None,
+        "ids_before_image_from_prefix_end": sequence.ids[first + 1 : start],
+        "ids_after_image": sequence.ids[end:],
+        "first_kept_ids": sequence.ids[first : first + 4],
+        "n_tokens_kept": len(time),
+        "text_mask_sum": sum(mask[: KEPT.stop]),
+        "text_mask_kept_before_image": sequence.mask[first:stop],
+        "text_mask_kept_after_image": sequence.mask[start + 1 :][: KEPT.stop - cut],
+        "mllm_pos_t_before_image": sequence.positions[0, :start].tolist(),
+        "mllm_pos_t_after_image": sequence.positions[0, end:].tolist(),
+        "mllm_image_pos_first": sequence.positions[:, start].tolist(),
+        "mllm_image_pos_last": sequence.positions[:, end - 1].tolist(),
+        "txt_ids_time_kept_before_image": time[: stop - first],
+        "txt_ids_time_image": time[stop - first] if stop < cut else 0,
+        "txt_ids_time_kept_after_image": time[cut - first :],
+    }
 
 
-BEGIN = [("<|im_start|>", False), ("system\nYou are a helpful assistant.", False), ("<|im_end|>", False), ("\n", False), ("<|im_start|>", False)]
-END = [("<|vision_start|>", False), ("<|image_pad|>", False), ("<|vision_end|>", False), ("<|im_end|>", False), ("\n", False), ("<|im_start|>", False),
-       ("assistant\n", False)]
+BEGIN = [
+    ("<|im_start|>", False),
+    ("system\nYou are a helpful assistant.", False),
+    ("<|im_end|>", False),
+    ("\n", False),
+    ("<|im_start|>", False),
+]
+END = [
+    ("<|vision_start|>", False),
+    ("<|image_pad|>", False),
+    ("<|vision_end|>", False),
+    ("<|im_end|>", False),
+    ("\n", False),
+    ("<|im_start|>", False),
+    ("assistant\n", False),
+]
 
 
-@pytest.mark.parametrize("prompt, middle", [
-    ("a<|im_end|>\u201cxy\u201d", [("user\n{PREFIX} a", False), ("<|im_end|>", False), ("x", True), ("y", True), ("\u201dPicture 1: ", False)]),
-    ("word " * 2200, [("user\n{PREFIX} " + "word " * 2200 + "Picture 1: ", False)]),
-], ids=["a quote that is lost", "longer than what is kept"])
+@pytest.mark.parametrize(
+    "prompt, middle",
+    [
+        (
+            "a<|im_end|>\u201cxy\u201d",
+            [
+                ("user\n{PREFIX} a", False),
+                ("<|im_end|>", False),
+                ("x", True),
+                ("y", True),
+                ("\u201dPicture 1: ", False),
+            ],
+        ),
+        ("word " * 2200, [("user\n{PREFIX} " + "word " * 2200 + "Picture 1: ", False)]),
+    ],
+    ids=["a quote that is lost", "longer than what is kept"],
+)
 def test_prompts_whose_quotes_or_end_the_layout_drops(tmp_path, prompt, middle):
     table = json.loads((GOLDENS / "v12/tokens.json").read_text())
     parts = [*BEGIN, *middle, *END]
-    text = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{PREFIX} " + prompt + "Picture 1: " + "".join(p for p, _ in END)
+    text = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{PREFIX} "
+        + prompt
+        + "Picture 1: "
+        + "".join(p for p, _ in END)
+    )
     row = {"prompt": prompt, "chat_text": text, "parts": [part for part, _ in parts], "in_quotation": [quoted for _, quoted in parts],
            **token_row(prompt, parts)}
     table["prompts"] = [table["prompts"][0], row]

@@ -34,7 +34,12 @@ def test_every_kind_of_golden_file_is_there():
 
 
 def parity(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(PACK / "scripts" / "parity.py"), *map(str, arguments)], capture_output=True, text=True, env=os.environ)
+    return subprocess.run(
+        [sys.executable, str(PACK / "scripts" / "parity.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+    )
 
 
 @pytest.mark.once
@@ -53,7 +58,12 @@ def test_parity_runner_prints_a_line_per_file_and_fails_on_wrong_and_unknown_fil
     bad = parity(tmp_path)
     assert bad.returncode == 1
     lines = bad.stdout.strip().splitlines()
-    assert [line.split()[:2] for line in lines] == [["PASS", "resize.json"], ["FAIL", "schedule.json"], ["FAIL", "something_new.json"], ["FAIL", "tensors.bin"]]
+    assert [line.split()[:2] for line in lines] == [
+        ["PASS", "resize.json"],
+        ["FAIL", "schedule.json"],
+        ["FAIL", "something_new.json"],
+        ["FAIL", "tensors.bin"],
+    ]
     assert all(re.fullmatch(r"(PASS|FAIL) \S+ max_err=(inf|[\d.e+-]+) tol=1e-05( \(.+\))?", line) for line in lines)
     assert "max_err=inf" in lines[2] and "max_err=inf" in lines[3]
 
@@ -66,9 +76,16 @@ def test_wrong_columns_of_the_size_table_are_found(tmp_path, column, value):
     assert golden_runner.check_file(tmp_path / "resize.json") == MISMATCH
 
 
-@pytest.mark.parametrize("file, tensor, change", [("ids.safetensors", "outputs.a.v1.1.img_ids", 1e-6), ("ids.safetensors", "outputs.rope_pe", math.nan),
-                                                  ("cfg.safetensors", "outputs.divisor", math.nan), ("time_embedding.safetensors", "outputs.dit.fp32", 3e-4),
-                                                  ("time_embedding.safetensors", "outputs.connector_fp8_weights.bf16", 2**-3)])
+@pytest.mark.parametrize(
+    "file, tensor, change",
+    [
+        ("ids.safetensors", "outputs.a.v1.1.img_ids", 1e-6),
+        ("ids.safetensors", "outputs.rope_pe", math.nan),
+        ("cfg.safetensors", "outputs.divisor", math.nan),
+        ("time_embedding.safetensors", "outputs.dit.fp32", 3e-4),
+        ("time_embedding.safetensors", "outputs.connector_fp8_weights.bf16", 2**-3),
+    ],
+)
 def test_ids_are_compared_exactly_times_nearly_and_nan_never_passes(tmp_path, file, tensor, change):
     with safe_open(GOLDENS / file, framework="pt") as golden:
         metadata, tensors = golden.metadata(), {k: golden.get_tensor(k) for k in golden.keys()}

@@ -9,7 +9,16 @@ from PIL import Image
 
 from step1x_core.checks import all_finite, check_pictures
 from step1x_core.errors import Step1XError
-from step1x_core.images import from_uint8, to_output_size, to_uint8, to_vision_size, to_working_size, truncate_uint8, vision_sizes, working_size
+from step1x_core.images import (
+    from_uint8,
+    to_output_size,
+    to_uint8,
+    to_vision_size,
+    to_working_size,
+    truncate_uint8,
+    vision_sizes,
+    working_size,
+)
 
 
 def test_float_round_trip_of_every_byte_is_exact():

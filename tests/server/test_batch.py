@@ -32,7 +32,14 @@ def recolouring(index):
 
 
 def batch(demo, items, **changes):
-    settings = {"negative_prompt": "", "size_level": demo_model.SIZE_LEVEL, "steps": STEPS, "cfg": demo_model.CFG, "sampler_name": "euler", **changes}
+    settings = {
+        "negative_prompt": "",
+        "size_level": demo_model.SIZE_LEVEL,
+        "steps": STEPS,
+        "cfg": demo_model.CFG,
+        "sampler_name": "euler",
+        **changes,
+    }
     return edit_batch("test", demo.model, demo.clip, demo.vae, items, **settings)
 
 
@@ -41,14 +48,23 @@ def test_each_edit_is_the_single_one_with_its_seed_and_a_bad_picture_costs_no_ot
     pairs = [recolouring(index) for index in (0, 1)]
     wide = to_image(np.asarray(Image.fromarray(pairs[0].source).resize((192, 96))))
     before = failures("test")
-    items = lay_out([to_image(pairs[0].source), NARROW, wide, to_image(pairs[1].source)], [pairs[0].instruction] * 3 + [pairs[1].instruction], [20])
+    items = lay_out(
+        [to_image(pairs[0].source), NARROW, wide, to_image(pairs[1].source)],
+        [pairs[0].instruction] * 3 + [pairs[1].instruction],
+        [20],
+    )
     pictures, report = batch(demo, items)
     assert [tuple(picture.shape[1:3]) for picture in pictures] == [(128, 128), (96, 192), (128, 128)]
     for item, picture in zip((items[0], items[2], items[3]), pictures):
         assert torch.equal(picture, edit(demo, item.picture, item.prompt, item.seed)[0])
     assert judge(pairs[0], to_pixels(pictures[0])).success and judge(pairs[1], to_pixels(pictures[2])).success
     lines = report.splitlines()
-    assert lines[0] == "3 of 4 edits made." and lines[2].startswith("2. picture 2, seed 21") and "FAILED" in lines[2] and "too narrow" in lines[2]
+    assert (
+        lines[0] == "3 of 4 edits made."
+        and lines[2].startswith("2. picture 2, seed 21")
+        and "FAILED" in lines[2]
+        and "too narrow" in lines[2]
+    )
     assert [line.endswith(": made") for line in lines[1:]] == [True, False, True, True] and failures("test") == before + 1
 
 
@@ -124,10 +140,17 @@ def test_further_references_stand_behind_the_edited_picture(demo):
     extended = add_references([positive, negative], demo.vae, pictures[1:], 128)
     for plain, side in zip((positive, negative), extended):
         references = side[0][1]["reference_latents"]
-        assert len(plain[0][1]["reference_latents"]) == 1 and torch.equal(references[0], latent["samples"]) and torch.equal(side[0][0], plain[0][0])
+        assert (
+            len(plain[0][1]["reference_latents"]) == 1
+            and torch.equal(references[0], latent["samples"])
+            and torch.equal(side[0][0], plain[0][0])
+        )
         assert all(torch.equal(reference, demo.vae.encode(picture)) for reference, picture in zip(references, pictures))
     # Each stands one step further along the time axis (v1.1).
-    places = [demo.model.model.diffusion_model.process_reference(reference, index)[1][..., 0].unique().tolist() for index, reference in enumerate(references)]
+    places = [
+        demo.model.model.diffusion_model.process_reference(reference, index)[1][..., 0].unique().tolist()
+        for index, reference in enumerate(references)
+    ]
     assert places == [[1], [2], [3]]
 
 
@@ -172,7 +195,12 @@ def test_batch_workflow_makes_every_instruction_on_every_picture(client, tmp_pat
     assert report.startswith("4 of 4 edits made.") and '3. picture 2, seed 44, "' in report
     node, = find_nodes(prompt, "Step1XEditBatchImages")
     values, total = [value for value, _ in run.progress(node)], 4 * (ENCODING_STEPS + STEPS + 1)
-    assert values == sorted(values) and values[-1] == total and {most for _, most in run.progress(node)} == {total} and len(set(values)) >= 4 * STEPS
+    assert (
+        values == sorted(values)
+        and values[-1] == total
+        and {most for _, most in run.progress(node)} == {total}
+        and len(set(values)) >= 4 * STEPS
+    )
     assert not client.run(prompt).executed
 
 
@@ -187,7 +215,11 @@ def test_a_bad_picture_is_reported_and_tried_again_in_the_next_run(client, tmp_p
     assert "1 of 2 edits made." in report and "1. picture 1" in report and "too narrow" in report
     node, = find_nodes(prompt, "Step1XEditBatchImages")
     again = client.run(prompt)
-    assert node in again.executed and "1 of 2 edits made." in report_of(again, prompt) and "is not retried until an input changes" in report_of(again, prompt)
+    assert (
+        node in again.executed
+        and "1 of 2 edits made." in report_of(again, prompt)
+        and "is not retried until an input changes" in report_of(again, prompt)
+    )
     # It always fails: once more is enough, until something changes.
     assert node not in client.run(prompt).executed
     prompt[node]["inputs"]["seed"] += 1

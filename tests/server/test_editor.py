@@ -111,7 +111,12 @@ def test_pair_nodes_that_became_one_keep_what_they_did(offers, object_info, old)
     (offer,) = offers[old]
     names = object_info[offer["new_node_id"]]["output_name"]
     assert [names[entry["new_idx"]] for entry in offer["output_mapping"]] == PAIR_OUTPUTS[old]
-    old_values = {"Step1XPairJudge": [7, "fixed"], "Step1XPairFilter": [5.0, 4.0, 0.1, 0.9, True], "Step1XPairSheet": [9], "Step1XPairSave": ["mine"]}[old]
+    old_values = {
+        "Step1XPairJudge": [7, "fixed"],
+        "Step1XPairFilter": [5.0, 4.0, 0.1, 0.9, True],
+        "Step1XPairSheet": [9],
+        "Step1XPairSave": ["mine"],
+    }[old]
     inputs = replaced(offer, object_info, old_values, {"pairs": ["1", 0]})["inputs"]
     expected = {
         # It let all pass.
@@ -128,15 +133,31 @@ def test_pair_nodes_that_became_one_keep_what_they_did(offers, object_info, old)
 def test_widgets_reach_the_inputs_that_they_belong_to(offers, object_info, old):
     image, values = OLD_EDITS[old]
     inputs = replaced(offers[old][0], object_info, values, {image: ["1", 0]})["inputs"]
-    expected = {"prompt": PROMPT, "negative_prompt": "", "seed": 7, "steps": 6, "cfg": 1.5, "size_level": 128, "image": ["1", 0], "think": False, "reflect": False}
+    expected = {
+        "prompt": PROMPT,
+        "negative_prompt": "",
+        "seed": 7,
+        "steps": 6,
+        "cfg": 1.5,
+        "size_level": 128,
+        "image": ["1", 0],
+        "think": False,
+        "reflect": False,
+    }
     assert {name: inputs[name] for name in expected} == expected
     # What is left is to be connected by the person.
     assert set(required(object_info, "Step1XEditReflectionLoop")) - set(inputs) == {"model", "clip", "vae"}
 
 
 def parts() -> dict:
-    return {"1": {"class_type": "LoadImage", "inputs": {"image": "scene.png"}}, "2": {"class_type": "Step1XEditMLLM", "inputs": {"clip_name": demo_model.MLLM_FILE,
-            "device": "default", "version": "auto"}}, "3": {"class_type": "VAELoader", "inputs": {"vae_name": demo_model.VAE_FILE}}}
+    return {
+        "1": {"class_type": "LoadImage", "inputs": {"image": "scene.png"}},
+        "2": {
+            "class_type": "Step1XEditMLLM",
+            "inputs": {"clip_name": demo_model.MLLM_FILE, "device": "default", "version": "auto"},
+        },
+        "3": {"class_type": "VAELoader", "inputs": {"vae_name": demo_model.VAE_FILE}},
+    }
 
 
 @pytest.mark.parametrize("loader, generate, bundle", [("REDStep1XEditModelLoader", "REDStep1XEditGenerate", "model_bundle"),
@@ -155,9 +176,27 @@ def test_a_replaced_workflow_edits(client, offers, object_info, loader, generate
 
 
 def test_an_old_prompt_sent_to_the_server_names_what_is_to_be_connected(client):
-    prompt = {"1": parts()["1"], "5": {"class_type": "RunningHub_Step1XEdit", "_meta": {"title": ""},
-                                       "inputs": {"ref_image": ["1", 0], "prompt": PROMPT, "num_steps": 6, "cfg_guidance": 1.5, "size_level": 128, "seed": 7, "use_fp8": True}},
-              "6": {"class_type": "SaveImage", "inputs": {"images": ["5", 0], "filename_prefix": "replaced"}, "_meta": {"title": ""}}}
+    prompt = {
+        "1": parts()["1"],
+        "5": {
+            "class_type": "RunningHub_Step1XEdit",
+            "_meta": {"title": ""},
+            "inputs": {
+                "ref_image": ["1", 0],
+                "prompt": PROMPT,
+                "num_steps": 6,
+                "cfg_guidance": 1.5,
+                "size_level": 128,
+                "seed": 7,
+                "use_fp8": True,
+            },
+        },
+        "6": {
+            "class_type": "SaveImage",
+            "inputs": {"images": ["5", 0], "filename_prefix": "replaced"},
+            "_meta": {"title": ""},
+        },
+    }
     with pytest.raises(ExecutionError) as refusal:
         client.run(prompt)
     errors = refusal.value.details["node_errors"]

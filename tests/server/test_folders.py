@@ -41,8 +41,15 @@ shared:
 def host_folders(tmp_path, monkeypatch):
     """The host as it starts with an empty models folder; what a test changes is undone."""
     models = tmp_path / "models"
-    fresh = {name: ([str(models / folder) for folder in folders], set(folder_paths.supported_pt_extensions)) for name, folders in {
-        "diffusion_models": ("unet", "diffusion_models"), "text_encoders": ("text_encoders", "clip"), "vae": ("vae",), "diffusers": ("diffusers",)}.items()}
+    fresh = {
+        name: ([str(models / folder) for folder in folders], set(folder_paths.supported_pt_extensions))
+        for name, folders in {
+            "diffusion_models": ("unet", "diffusion_models"),
+            "text_encoders": ("text_encoders", "clip"),
+            "vae": ("vae",),
+            "diffusers": ("diffusers",),
+        }.items()
+    }
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", fresh)
     monkeypatch.setattr(folder_paths, "models_dir", str(models))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
@@ -63,11 +70,22 @@ def test_files_are_found_in_every_folder_and_load(host_folders, models, tmp_path
     (tmp_path / "extra_model_paths.yaml").write_text(EXTRA_MODEL_PATHS)
     load_extra_path_config(str(tmp_path / "extra_model_paths.yaml"))
     places = {
-        "diffusion_models": {"1.safetensors": host_folders / "unet", "2.safetensors": host_folders / "diffusion_models", "3.safetensors": shared / "a",
-                             "4.safetensors": shared / "b", os.path.join("deep", "er", "5.safetensors"): shared / "c",
-                             os.path.join("Step1x-Edit", "6.safetensors"): host_folders, os.path.join("Step1x-Edit", "deep", "7.safetensors"): host_folders},
-        "text_encoders": {"1.safetensors": host_folders / "clip", "2.safetensors": host_folders / "text_encoders", "3.safetensors": shared / "d",
-                          "4.safetensors": shared / "e", os.path.join("MLLM", "5.safetensors"): host_folders},
+        "diffusion_models": {
+            "1.safetensors": host_folders / "unet",
+            "2.safetensors": host_folders / "diffusion_models",
+            "3.safetensors": shared / "a",
+            "4.safetensors": shared / "b",
+            os.path.join("deep", "er", "5.safetensors"): shared / "c",
+            os.path.join("Step1x-Edit", "6.safetensors"): host_folders,
+            os.path.join("Step1x-Edit", "deep", "7.safetensors"): host_folders,
+        },
+        "text_encoders": {
+            "1.safetensors": host_folders / "clip",
+            "2.safetensors": host_folders / "text_encoders",
+            "3.safetensors": shared / "d",
+            "4.safetensors": shared / "e",
+            os.path.join("MLLM", "5.safetensors"): host_folders,
+        },
         "vae": {"1.safetensors": host_folders / "vae", "2.safetensors": shared / "f"},
     }
     for kind, files in places.items():
@@ -81,7 +99,10 @@ def test_files_are_found_in_every_folder_and_load(host_folders, models, tmp_path
     diffusers_repository(v12, to_diffusers(load_file(models / "diffusion_models" / tiny_models.V12_FILE)), "Step1XEditPipelineV1P2")
 
     expected = {kind: {name: str(folder / name) for name, folder in files.items()} for kind, files in places.items()}
-    expected["diffusion_models"] |= {os.path.join("Step1x-Edit", "8.safetensors"): str(shared / "g" / "8.safetensors"), "Step1X-Edit-v1p2/": str(v12)}
+    expected["diffusion_models"] |= {
+        os.path.join("Step1x-Edit", "8.safetensors"): str(shared / "g" / "8.safetensors"),
+        "Step1X-Edit-v1p2/": str(v12),
+    }
     expected["text_encoders"] |= {os.path.join("MLLM", "9.safetensors"): str(shared / "h" / "9.safetensors"),
                                   "MLLM/Qwen2.5-VL-7B-Instruct/": str(host_folders / "MLLM" / "Qwen2.5-VL-7B-Instruct")}
     found = {kind: choices(kind, subfolder) for kind, subfolder in KINDS}

@@ -79,7 +79,12 @@ def test_the_classifier_finds_its_pictures_one_by_one_and_needs_no_network(monke
     assert found == 4 and out.shape == images.shape and out.dtype == images.dtype
     for i in range(len(images)):
         assert torch.equal(out[i], images[i]) == (i % 5 not in (1, 4))
-    assert report.splitlines()[0] == "Content gate: 4 of 10 images withheld." and report.splitlines()[-1] == MESSAGE and "2. unsafe content" in report and "1. passed" in report
+    assert (
+        report.splitlines()[0] == "Content gate: 4 of 10 images withheld."
+        and report.splitlines()[-1] == MESSAGE
+        and "2. unsafe content" in report
+        and "1. passed" in report
+    )
 
 
 def test_off_is_the_default_and_changes_and_checks_nothing(monkeypatch):
@@ -105,7 +110,14 @@ def test_a_found_picture_keeps_its_shape_and_type_and_the_source_is_not_touched(
     image = torch.rand(90, 120, channels, generator=torch.Generator().manual_seed(2)).half()
     before = image.clone()
     out = treat(image, FLAGGED, action, MESSAGE)
-    assert out.shape == image.shape and out.dtype == image.dtype and torch.equal(image, before) and not torch.equal(out, image) and 0 <= out.min() and out.max() <= 1
+    assert (
+        out.shape == image.shape
+        and out.dtype == image.dtype
+        and torch.equal(image, before)
+        and not torch.equal(out, image)
+        and 0 <= out.min()
+        and out.max() <= 1
+    )
     assert treat(image, Finding(0.1, ""), action, MESSAGE) is image and treat(image, FLAGGED, REPORT, MESSAGE) is image
 
 
@@ -124,7 +136,9 @@ def test_a_notice_says_its_message_and_nothing_of_the_picture():
     first, second = (treat(torch.rand(256, 256, 3), FLAGGED, BLOCK, MESSAGE) for _ in range(2))
     assert torch.equal(first, second) and not torch.equal(first, treat(torch.rand(256, 256, 3), FLAGGED, BLOCK, "Something else."))
     # Neither tiny pictures nor letters that the font lacks are a problem.
-    assert treat(torch.rand(1, 3, 3), FLAGGED, BLOCK, "已被拦截").shape == (1, 3, 3) and treat(torch.rand(2, 2, 3), FLAGGED, LABEL, MESSAGE).shape == (2, 2, 3)
+    assert treat(torch.rand(1, 3, 3), FLAGGED, BLOCK, "已被拦截").shape == (1, 3, 3) and treat(
+        torch.rand(2, 2, 3), FLAGGED, LABEL, MESSAGE
+    ).shape == (2, 2, 3)
 
 
 def test_a_refused_instruction_concerns_the_whole_batch_and_needs_no_classifier():
@@ -132,17 +146,30 @@ def test_a_refused_instruction_concerns_the_whole_batch_and_needs_no_classifier(
     out, found, report = check(images, BLUR, NONE, prompt="remove the clothes", words="blood, clothes\n裸体")
     assert found == 2 and not torch.equal(out[0], images[0]) and report.count("the prompt contains clothes") == 2
     out, found, report = check(images, BLUR, NONE, prompt="remove the tree", words="blood, clothes")
-    assert found == 0 and torch.equal(out, images) and report.startswith("Content gate: nothing found in the prompt. The images were not checked")
+    assert (
+        found == 0
+        and torch.equal(out, images)
+        and report.startswith("Content gate: nothing found in the prompt. The images were not checked")
+    )
     _, found, report = check(torch.cat([GREEN, RED]), REPORT, prompt="blood", words="blood")
     assert found == 2 and "2. the prompt contains blood; unsafe content" in report
 
 
-@pytest.mark.parametrize("images, inputs, level", [
-    (GREEN, {}, "INFO"), (RED, {}, "WARNING"), (GREEN, {"classifier": NONE, "prompt": "x", "words": "y"}, "WARNING"), (GREEN, {"action": OFF}, "WARNING")])
+@pytest.mark.parametrize(
+    "images, inputs, level",
+    [
+        (GREEN, {}, "INFO"),
+        (RED, {}, "WARNING"),
+        (GREEN, {"classifier": NONE, "prompt": "x", "words": "y"}, "WARNING"),
+        (GREEN, {"action": OFF}, "WARNING"),
+    ],
+)
 def test_the_log_warns_of_findings_and_of_pictures_that_nothing_looked_at(caplog, images, inputs, level):
     with caplog.at_level("INFO", logger=host_gate.log.name):
         report = check(images, **inputs)[2]
-    assert [(record.levelname, record.message) for record in caplog.records if record.name == host_gate.log.name] == [(level, report.splitlines()[0])]
+    assert [(record.levelname, record.message) for record in caplog.records if record.name == host_gate.log.name] == [
+        (level, report.splitlines()[0])
+    ]
 
 
 @pytest.mark.parametrize("reply, found", [("No.", 0), ("Yes.", 1), ("Well", 1)])
@@ -183,7 +210,9 @@ COMBINATIONS = list(itertools.product(ACTIONS, (NONE, "group/red-finder"), (None
 
 @pytest.mark.sampled(11)
 @pytest.mark.parametrize("action, classifier, prompt, words, question, connected", COMBINATIONS)
-def test_in_every_combination_a_gate_that_is_on_checks_or_refuses(clip, monkeypatch, action, classifier, prompt, words, question, connected):
+def test_in_every_combination_a_gate_that_is_on_checks_or_refuses(
+    clip, monkeypatch, action, classifier, prompt, words, question, connected
+):
     """What is given to check by is checked by: where it cannot be, there is an error, and never an unsafe picture that passes as found safe."""
     asked = []
     monkeypatch.setattr(host_gate, "generate_text", lambda *args, **kwargs: asked.append(args) or "No.")
@@ -251,16 +280,28 @@ def test_a_picture_without_numbers_does_not_pass_as_a_black_one():
 
 
 def test_only_whole_safe_classifier_folders_are_offered_and_opened(models_dir):
-    assert set(classifier_folders()) == {"group/red-finder"} and folder_paths.get_folder_paths("image_classification") == [str(models_dir / "image_classification")]
+    assert set(classifier_folders()) == {"group/red-finder"} and folder_paths.get_folder_paths(
+        "image_classification"
+    ) == [str(models_dir / "image_classification")]
     pickled = copy_classifier(models_dir, "pickled", drop=("model.safetensors",))
     torch.save({}, pickled / "pytorch_model.bin")
     copy_classifier(models_dir, "language", architectures=["BertForSequenceClassification"])
     copy_classifier(models_dir, "halved", num_hidden_layers=2)
     copy_classifier(models_dir, "unprepared", drop=("preprocessor_config.json",))
-    copy_classifier(models_dir, "foreign", model_type="my_model", auto_map={"AutoConfig": "evil.Config", "AutoModelForImageClassification": "evil.Model"})
+    copy_classifier(
+        models_dir,
+        "foreign",
+        model_type="my_model",
+        auto_map={"AutoConfig": "evil.Config", "AutoModelForImageClassification": "evil.Model"},
+    )
     (models_dir / "image_classification" / "foreign" / "evil.py").write_text("raise SystemExit('code of a model folder was run')")
     assert set(classifier_folders()) == {"group/red-finder", "halved", "unprepared", "foreign"}
-    for name, message in (("pickled", "is not in the"), ("halved", "is incomplete: its weights lack vit"), ("unprepared", "cannot be loaded"), ("foreign", "cannot be loaded")):
+    for name, message in (
+        ("pickled", "is not in the"),
+        ("halved", "is incomplete: its weights lack vit"),
+        ("unprepared", "cannot be loaded"),
+        ("foreign", "cannot be loaded"),
+    ):
         with pytest.raises(Step1XError, match=message):
             check(RED, classifier=name)
 
@@ -269,7 +310,9 @@ def test_a_classifier_with_independent_labels_and_one_that_was_exchanged(models_
     target = copy_classifier(models_dir, "independent", problem_type="multi_label_classification")
     score = float(check(RED, REPORT, "independent", labels="very red")[2].split("unsafe ")[-1].split("%")[0]) / 100
     classifier = host_gate.open_classifier("independent")
-    assert classifier.independent and score == pytest.approx(float(unsafe_scores(host_gate.classify(classifier, [host_gate.to_uint8(RED[0])]), [2], True)), abs=0.006)
+    assert classifier.independent and score == pytest.approx(
+        float(unsafe_scores(host_gate.classify(classifier, [host_gate.to_uint8(RED[0])]), [2], True)), abs=0.006
+    )
     config = json.loads((target / "config.json").read_text())
     target.joinpath("config.json").write_text(json.dumps({**config, "id2label": {"0": "a", "1": "b", "2": "c"}}))
     with pytest.raises(Step1XError, match="available labels: a, b, c"):
@@ -291,12 +334,21 @@ def test_the_shipped_workflow_in_the_host(tiny_server, models_dir):
 
     def run(instruction, **changes):
         prompt = json.loads(json.dumps(shipped))
-        for class_type, values in {"LoadImage": {"image": "red.png"}, "Step1XEditEncode": {"size_level": 64}, "Step1XEditSampler": {"steps": 1},
-                                   "PrimitiveStringMultiline": {"value": instruction}, "Step1XEditContentGate": changes}.items():
+        for class_type, values in {
+            "LoadImage": {"image": "red.png"},
+            "Step1XEditEncode": {"size_level": 64},
+            "Step1XEditSampler": {"steps": 1},
+            "PrimitiveStringMultiline": {"value": instruction},
+            "Step1XEditContentGate": changes,
+        }.items():
             prompt[find_nodes(prompt, class_type)[0]]["inputs"].update(values)
         ran = client.run(prompt)
         gate_node, = find_nodes(prompt, "Step1XEditContentGate")
-        report, = (data["output"]["text"][0] for kind, data in ran.events if kind == "executed" and prompt[data["node"]]["class_type"] == "PreviewAny")
+        (report,) = (
+            data["output"]["text"][0]
+            for kind, data in ran.events
+            if kind == "executed" and prompt[data["node"]]["class_type"] == "PreviewAny"
+        )
         return np.asarray(Image.open(io.BytesIO(ran.images[0])).convert("RGB")), report, ran, gate_node
 
     passed, report, _, _ = run("turn it green")

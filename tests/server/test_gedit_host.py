@@ -26,7 +26,14 @@ command = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(command)
 
 FAST = ["--set", "Step1XEditEncode.size_level=64", "--set", "Step1XEditSampler.steps=1"]
-BATCH = ["--workflow", str(PACK / "workflows" / "step1x_edit_batch.json"), "--set", "Step1XEditBatchImages.size_level=64", "--set", "Step1XEditBatchImages.steps=1"]
+BATCH = [
+    "--workflow",
+    str(PACK / "workflows" / "step1x_edit_batch.json"),
+    "--set",
+    "Step1XEditBatchImages.size_level=64",
+    "--set",
+    "Step1XEditBatchImages.steps=1",
+]
 
 # A judge of few words: its most probable answer ends, too, and not only one drawn by chance.
 JUDGE_FILE = "few_words.safetensors"
@@ -63,7 +70,11 @@ def data(tmp_path_factory):
 
 
 def texts(run, prompt) -> list[str]:
-    return [data["output"]["text"][0] for kind, data in run.events if kind == "executed" and prompt[data["node"]]["class_type"] == "PreviewAny"]
+    return [
+        data["output"]["text"][0]
+        for kind, data in run.events
+        if kind == "executed" and prompt[data["node"]]["class_type"] == "PreviewAny"
+    ]
 
 
 def test_the_shipped_workflows_edit_and_judge_the_miniature(server, client, prompt_of):
@@ -84,7 +95,10 @@ def test_the_shipped_workflows_edit_and_judge_the_miniature(server, client, prom
     judging = prompt_of("step1x_gedit_judge.json", **{"Step1XEditGEditItems": {**method["Step1XEditGEditItems"], "task_types": ""}})
     run = client.run(judging)
     (report,) = texts(run, judging)
-    assert "0 of 11 items judged; 10 missing, 1 unparsable, 0 not judged yet." in report and "| **average** | 0 | - | - | - | 11 | 0.000 |" in report
+    assert (
+        "0 of 11 items judged; 10 missing, 1 unparsable, 0 not judged yet." in report
+        and "| **average** | 0 | - | - | - | 11 | 0.000 |" in report
+    )
     assert len(run.images) == 3 and (results / "shipped" / "scores" / "qwen2.5-vl-7b" / "summary.csv").is_file()
     records = records_path(results, "shipped", "qwen2.5-vl-7b")
     before = records.read_bytes()
@@ -94,7 +108,10 @@ def test_the_shipped_workflows_edit_and_judge_the_miniature(server, client, prom
 
 def test_several_items_in_one_run_and_a_bench_in_the_input_folder(server, client, prompt_of, data):
     shutil.copytree(data, server.base / "input" / "mini")
-    prompt = prompt_of("step1x_gedit_edit.json", Step1XEditGEditItems={"dataset": "mini", "method": "three", "language": "en", "limit": 1, "count": 3})
+    prompt = prompt_of(
+        "step1x_gedit_edit.json",
+        Step1XEditGEditItems={"dataset": "mini", "method": "three", "language": "en", "limit": 1, "count": 3},
+    )
     client.run(prompt)
     found = sorted(path.stem for path in (server.base / "output" / "gedit_bench" / "three").rglob("*.png"))
     assert found == ["en00", "en01", "en02"]
@@ -123,7 +140,21 @@ def test_pictures_that_went_missing_are_not_stored_under_other_items(client, pro
 
 def test_the_command_from_dataset_to_report_with_a_judge_that_fails(server, data, tmp_path, capsys, monkeypatch):
     results = tmp_path / "results"
-    choice = ["--data", str(data), "--results", str(results), "--method", "tiny", "--tasks", "subject-add", "text_change", "style_change", "--languages", "en", "cn"]
+    choice = [
+        "--data",
+        str(data),
+        "--results",
+        str(results),
+        "--method",
+        "tiny",
+        "--tasks",
+        "subject-add",
+        "text_change",
+        "style_change",
+        "--languages",
+        "en",
+        "cn",
+    ]
     edit = ["edit", *choice, "--server", server.url, *FAST]
     items = [item for item in read_dataset(data) if item.task_type in ("subject-add", "text_change", "style_change")]
     assert command.main([*edit, "--limit", "1"]) == 0
@@ -140,7 +171,17 @@ def test_the_command_from_dataset_to_report_with_a_judge_that_fails(server, data
     # One answer after the other: good, an outage, an unreadable one, and good again.
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     judge = ["judge", *choice, "--model", "org/judge:72b", "--timeout", "0.4", "--tries", "2", "--pause", "0.01"]
-    answers = [SCORES, '{"score": [4, 9]}', send(429, b"busy"), stall, *["no idea"] * 5, '{"score": [5, 5]}', '{"score": [10, 9]}', '{"score": [9, 10]}', SCORES]
+    answers = [
+        SCORES,
+        '{"score": [4, 9]}',
+        send(429, b"busy"),
+        stall,
+        *["no idea"] * 5,
+        '{"score": [5, 5]}',
+        '{"score": [10, 9]}',
+        '{"score": [9, 10]}',
+        SCORES,
+    ]
     with chat_server(*answers) as (url, requests):
         assert command.main([*judge, "--endpoint", url]) == 1
         records = read_records(records_path(results, "tiny", "org_judge_72b"))
@@ -156,7 +197,20 @@ def test_the_command_from_dataset_to_report_with_a_judge_that_fails(server, data
 
 def test_the_command_runs_batches_and_falls_back_to_single_items(server, data, tmp_path, monkeypatch):
     singles, batches = tmp_path / "singles", tmp_path / "batches"
-    choice = ["--data", str(data), "--method", "m", "--tasks", "motion_change", "ps_human", "--languages", "en", "cn", "--server", server.url]
+    choice = [
+        "--data",
+        str(data),
+        "--method",
+        "m",
+        "--tasks",
+        "motion_change",
+        "ps_human",
+        "--languages",
+        "en",
+        "cn",
+        "--server",
+        server.url,
+    ]
     assert command.main(["edit", *choice, "--results", str(singles), *BATCH]) == 0
     groups = []
     run_items = command.run_items
@@ -180,24 +234,52 @@ def test_the_command_starts_a_comfyui_of_its_own_and_a_local_judge_answers(serve
     assert command.main(["edit", *choice, "--models", str(server.base / "models"), *FAST]) == 0
     assert command.main(["judge", *choice, "--mllm", str(server.base / "models" / "text_encoders" / JUDGE_FILE)]) == 0
     assert "0 of 1 items judged; 0 missing, 1 unparsable" in capsys.readouterr().err
-    assert command.main(["report", *choice, "--judge", "few_words"]) == 0 and (tmp_path / "own" / "scores" / "few_words" / "radar.png").is_file()
+    assert (
+        command.main(["report", *choice, "--judge", "few_words"]) == 0
+        and (tmp_path / "own" / "scores" / "few_words" / "radar.png").is_file()
+    )
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--set", "Step1XEditSampler.speed=9"], "has no such node or input"),
-    (["--workflow", str(PACK / "workflows" / "step1x_edit_in_turns.json")], "not clear which node of the workflow saves the result; found: .*--output-node"),
-    (["--workflow", "nothing.json"], "The workflow nothing.json cannot be read"),
-    (["--batch", "2"], "--batch needs a workflow with Step1X-Edit Batch Images"),
-    (["--set", "Step1XEditLoader.unet_name=nothing.safetensors"], "ComfyUI refuses the workflow"),
-    (["--set", "Step1XEditEncode.size_level=1024", "--set", "Step1XEditSampler.sampler_name=euler", "--method", "a/b"], "cannot be a name of a method"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--set", "Step1XEditSampler.speed=9"], "has no such node or input"),
+        (
+            ["--workflow", str(PACK / "workflows" / "step1x_edit_in_turns.json")],
+            "not clear which node of the workflow saves the result; found: .*--output-node",
+        ),
+        (["--workflow", "nothing.json"], "The workflow nothing.json cannot be read"),
+        (["--batch", "2"], "--batch needs a workflow with Step1X-Edit Batch Images"),
+        (["--set", "Step1XEditLoader.unet_name=nothing.safetensors"], "ComfyUI refuses the workflow"),
+        (
+            [
+                "--set",
+                "Step1XEditEncode.size_level=1024",
+                "--set",
+                "Step1XEditSampler.sampler_name=euler",
+                "--method",
+                "a/b",
+            ],
+            "cannot be a name of a method",
+        ),
+    ],
+)
 def test_mistakes_on_the_command_line_are_told_before_anything_runs(server, data, tmp_path, capsys, options, message):
     method = [] if "--method" in options else ["--method", "m"]
     assert command.main(["edit", "--data", str(data), "--results", str(tmp_path), "--server", server.url, *method, *options]) == 1
     assert re.search(message, capsys.readouterr().err) and not list(tmp_path.rglob("*.png"))
 
 
-@pytest.mark.parametrize("name", ["step1x_edit.json", "step1x_edit_v12_thinking.json", "step1x_edit_v12_loop.json", "step1x_masked_edit.json", "step1x_edit_batch.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "step1x_edit.json",
+        "step1x_edit_v12_thinking.json",
+        "step1x_edit_v12_loop.json",
+        "step1x_masked_edit.json",
+        "step1x_edit_batch.json",
+    ],
+)
 def test_shipped_workflows_are_understood(client, name):
     """Which nodes get picture and instruction, without running them."""
     options = command.arguments(["edit", "--data", "d", "--method", "m", "--workflow", str(PACK / "workflows" / name)])

@@ -52,9 +52,15 @@ def object_info(client):
 def prompt_of(client):
     """A shipped workflow in API form, at a size and step count for a CPU."""
     def load(name, **changes):
-        small = {"LoadImage": {"image": "coffee.jpg"}, "Step1XEditEncode": {"size_level": LEVEL}, "Step1XEditSampler": {"steps": 4}, "Step1XEditScheduler": {"steps": 4},
-                 "EmptySD3LatentImage": {"width": 128, "height": 96}, "Step1XEditReflectionLoop": {"size_level": LEVEL, "steps": 4, "rounds": 2},
-                 "Step1XEditBatchImages": {"size_level": LEVEL, "steps": 2}}
+        small = {
+            "LoadImage": {"image": "coffee.jpg"},
+            "Step1XEditEncode": {"size_level": LEVEL},
+            "Step1XEditSampler": {"steps": 4},
+            "Step1XEditScheduler": {"steps": 4},
+            "EmptySD3LatentImage": {"width": 128, "height": 96},
+            "Step1XEditReflectionLoop": {"size_level": LEVEL, "steps": 4, "rounds": 2},
+            "Step1XEditBatchImages": {"size_level": LEVEL, "steps": 2},
+        }
         return shipped_prompt(client, name, small, changes)
 
     return load
@@ -69,10 +75,16 @@ def sampler_of(prompt) -> str:
 
 
 def test_pack_is_loaded_without_complaint(server, object_info, client):
-    complaints = [line for line in server.log_text().splitlines() if "ComfyUI-Step1X-Edit" in line and ("FAILED" in line or "Cannot import" in line)]
+    complaints = [
+        line
+        for line in server.log_text().splitlines()
+        if "ComfyUI-Step1X-Edit" in line and ("FAILED" in line or "Cannot import" in line)
+    ]
     assert not complaints
     ours = {name: info for name, info in object_info.items() if name.startswith("Step1X") and not info.get("dev_only")}
-    assert len(ours) == len(list((PACK / "web" / "docs").glob("*.md"))) and all(info["python_module"].startswith("custom_nodes.") for info in ours.values())
+    assert len(ours) == len(list((PACK / "web" / "docs").glob("*.md"))) and all(
+        info["python_module"].startswith("custom_nodes.") for info in ours.values()
+    )
     # The loop's own nodes are kept out of the menu.
     assert {name for name, info in object_info.items() if name.startswith("Step1X") and info.get("dev_only")} == {
         "Step1XEditEncodeGuarded",
@@ -95,13 +107,28 @@ def test_workflows_are_offered_as_templates(client):
 
 
 EDITED = (600, 400)
-SHIPPED = [("step1x_edit.json", EDITED), ("step1x_edit_custom_sampler.json", EDITED), ("step1x_text_to_image.json", (128, 96)), ("step1x_edit_v12.json", EDITED),
-           ("step1x_edit_v12_thinking.json", EDITED), ("step1x_masked_edit.json", EDITED), ("step1x_local_edit.json", EDITED), ("step1x_edit_in_turns.json", EDITED),
-           ("step1x_local_edit_upscale.json", (1200, 800)), ("step1x_interior_material.json", EDITED), ("step1x_lora.json", EDITED),
-           ("step1x_lightning.json", EDITED), ("step1x_low_vram.json", EDITED),
-           ("step1x_fast.json", EDITED), ("step1x_region.json", EDITED)]
+SHIPPED = [
+    ("step1x_edit.json", EDITED),
+    ("step1x_edit_custom_sampler.json", EDITED),
+    ("step1x_text_to_image.json", (128, 96)),
+    ("step1x_edit_v12.json", EDITED),
+    ("step1x_edit_v12_thinking.json", EDITED),
+    ("step1x_masked_edit.json", EDITED),
+    ("step1x_local_edit.json", EDITED),
+    ("step1x_edit_in_turns.json", EDITED),
+    ("step1x_local_edit_upscale.json", (1200, 800)),
+    ("step1x_interior_material.json", EDITED),
+    ("step1x_lora.json", EDITED),
+    ("step1x_lightning.json", EDITED),
+    ("step1x_low_vram.json", EDITED),
+    ("step1x_fast.json", EDITED),
+    ("step1x_region.json", EDITED),
+]
 # Sizes in the order of the Save Image nodes.
-SHIPPED_BATCHES = {"step1x_product_variants.json": [EDITED] * 4, "step1x_social_media_set.json": [(1080, 1080)] * 3 + [(1080, 1350)] * 3 + [(1080, 1920)] * 3}
+SHIPPED_BATCHES = {
+    "step1x_product_variants.json": [EDITED] * 4,
+    "step1x_social_media_set.json": [(1080, 1080)] * 3 + [(1080, 1350)] * 3 + [(1080, 1920)] * 3,
+}
 LOOP = "step1x_edit_v12_loop.json"
 # Run in test_batch.py.
 BATCH = "step1x_edit_batch.json"
@@ -134,7 +161,9 @@ def test_shipped_batch_makes_its_pictures(client, prompt_of, name):
 
 def test_every_shipped_workflow_is_tested():
     here = {*(name for name, _ in SHIPPED), *SHIPPED_BATCHES, LOOP, BATCH}
-    others = [path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*_host.py")] + [Path(__file__).with_name("test_gate.py").read_text(encoding="utf-8")]
+    others = [path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*_host.py")] + [
+        Path(__file__).with_name("test_gate.py").read_text(encoding="utf-8")
+    ]
     missing = [p.stem for p in WORKFLOWS.glob("*.json") if p.name not in here and not any(p.stem in text for text in others)]
     assert not missing and here <= {p.name for p in WORKFLOWS.glob("*.json")}
 
@@ -171,7 +200,13 @@ def test_blueprint_is_offered_and_is_the_plain_edit(client, prompt_of, object_in
     for node in graph["nodes"]:
         node["inputs"] = [{**slot, "link": None if slot["link"] in outside else slot["link"]} for slot in node["inputs"]]
     keys = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
-    prompt = to_api({"nodes": graph["nodes"], "links": [[link[key] for key in keys] for link in graph["links"] if link["id"] not in outside]}, object_info)
+    prompt = to_api(
+        {
+            "nodes": graph["nodes"],
+            "links": [[link[key] for key in keys] for link in graph["links"] if link["id"] not in outside],
+        },
+        object_info,
+    )
     prompt["load"] = {"class_type": "LoadImage", "inputs": {"image": "coffee.jpg"}}
     for port, slot in zip(graph["inputs"], outer["inputs"], strict=True):
         assert port["name"] == slot["name"] and ("widget" in slot) == (port["name"] != "image")
@@ -181,7 +216,10 @@ def test_blueprint_is_offered_and_is_the_plain_edit(client, prompt_of, object_in
                 prompt[str(node)]["inputs"][inner[node]["inputs"][index]["name"]] = ["load", 0]
     prompt[find_nodes(prompt, "Step1XEditEncode")[0]]["inputs"] |= {"prompt": "make it red", "size_level": LEVEL}
     prompt[find_nodes(prompt, "Step1XEditSampler")[0]]["inputs"]["steps"] = 4
-    prompt["save"] = {"class_type": "SaveImage", "inputs": {"images": [find_nodes(prompt, "Step1XEditDecode")[0], 0], "filename_prefix": "blueprint"}}
+    prompt["save"] = {
+        "class_type": "SaveImage",
+        "inputs": {"images": [find_nodes(prompt, "Step1XEditDecode")[0], 0], "filename_prefix": "blueprint"},
+    }
     plain = prompt_of("step1x_edit.json", Step1XEditEncode={"prompt": "make it red"})
     assert np.array_equal(pixels(client.run(prompt)), pixels(client.run(plain)))
 
@@ -209,7 +247,12 @@ def test_loop_workflow_with_a_model_that_babbles(client, prompt_of):
     loop, = find_nodes(prompt, "Step1XEditReflectionLoop")
     run = client.run(prompt)
     nodes = [*dict.fromkeys(node.removeprefix(f"{loop}.0.0.") for node in run.executed if node.startswith(f"{loop}."))]
-    assert {f"round_{number}_{part}" for number in (1, 2) for part in ("encode", "sampler", "decode", "judge")} | {"round_2_step", "think", "start", "result"} == set(nodes)
+    assert {f"round_{number}_{part}" for number in (1, 2) for part in ("encode", "sampler", "decode", "judge")} | {
+        "round_2_step",
+        "think",
+        "start",
+        "result",
+    } == set(nodes)
     assert all(run.progress(f"{loop}.0.0.round_{number}_sampler")[-1] == (4, 4) for number in (1, 2)) and run.previews > 0
     assert run.progress(f"{loop}.0.0.think") and run.progress(f"{loop}.0.0.round_1_judge")
     assert len(run.images) == 3 and all(Image.open(io.BytesIO(image)).size == (600, 400) for image in run.images)
@@ -232,7 +275,12 @@ def test_cancel_in_a_loop_and_go_on(client, prompt_of):
     cancelled = client.run(prompt, interrupt_at=30)
     loop, = find_nodes(prompt, "Step1XEditReflectionLoop")
     sampler = f"{loop}.0.0.round_1_sampler"
-    assert cancelled.interrupted and not cancelled.images and cancelled.executed[-1] == sampler and 30 <= cancelled.progress(sampler)[-1][0] < 60
+    assert (
+        cancelled.interrupted
+        and not cancelled.images
+        and cancelled.executed[-1] == sampler
+        and 30 <= cancelled.progress(sampler)[-1][0] < 60
+    )
     resumed = client.run(prompt)
     assert len(resumed.images) == 2 and [node for node in resumed.executed if "." in node] == [sampler, f"{loop}.0.0.round_1_decode"]
 
@@ -281,7 +329,10 @@ def test_prompt_picture_and_seed_matter_and_equal_inputs_give_equal_pictures(cli
 def test_the_source_picture_matters(client, prompt_of, tmp_path):
     ImageOps.mirror(Image.open(PHOTO)).save(tmp_path / "mirrored.png")
     client.upload_image(tmp_path / "mirrored.png", "mirrored.png")
-    straight, mirrored = (pixels(client.run(prompt_of("step1x_edit.json", LoadImage={"image": name}))) for name in ("coffee.jpg", "mirrored.png"))
+    straight, mirrored = (
+        pixels(client.run(prompt_of("step1x_edit.json", LoadImage={"image": name})))
+        for name in ("coffee.jpg", "mirrored.png")
+    )
     assert straight.shape == mirrored.shape and np.abs(straight.astype(int) - mirrored).mean() > 1
 
 
@@ -314,9 +365,31 @@ def test_ksampler_and_stock_model_loader(client, prompt_of):
     ours = pixels(client.run(prompt_of("step1x_edit.json", Step1XEditSampler={"seed": 5})))
     prompt[loader] = {"class_type": "UNETLoader", "inputs": {"unet_name": tiny_models.V11_FILE, "weight_dtype": "default"}}
     prompt["guidance"] = {"class_type": "Step1XEditGuidance", "inputs": {"model": [loader, 0], "truncate": 0.93, "power": 0.4}}
-    prompt["shift"] = {"class_type": "ModelSamplingFlux", "inputs": {"model": ["guidance", 0], "max_shift": 1.15, "base_shift": 0.5, "width": WORKING[1], "height": WORKING[0]}}
-    prompt[sampler] = {"class_type": "KSampler", "inputs": {"model": ["shift", 0], "positive": [encode, 0], "negative": [encode, 1], "latent_image": [encode, 2], "seed": 5,
-                                                          "steps": 4, "cfg": 6.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}}
+    prompt["shift"] = {
+        "class_type": "ModelSamplingFlux",
+        "inputs": {
+            "model": ["guidance", 0],
+            "max_shift": 1.15,
+            "base_shift": 0.5,
+            "width": WORKING[1],
+            "height": WORKING[0],
+        },
+    }
+    prompt[sampler] = {
+        "class_type": "KSampler",
+        "inputs": {
+            "model": ["shift", 0],
+            "positive": [encode, 0],
+            "negative": [encode, 1],
+            "latent_image": [encode, 2],
+            "seed": 5,
+            "steps": 4,
+            "cfg": 6.0,
+            "sampler_name": "euler",
+            "scheduler": "simple",
+            "denoise": 1.0,
+        },
+    }
     assert np.abs(pixels(client.run(prompt)).astype(int) - ours).mean() < 1.5
     prompt[decode] = {"class_type": "VAEDecode", "inputs": {"samples": [sampler, 0], "vae": prompt[encode]["inputs"]["vae"]}}
     assert pixels(client.run(prompt)).shape == WORKING
@@ -328,7 +401,10 @@ def test_reference_latent_node_and_text_only_encoder(client, prompt_of):
     without = pixels(client.run(prompt))
     vae = find_nodes(prompt, "VAELoader")[0]
     prompt["image"] = {"class_type": "LoadImage", "inputs": {"image": "coffee.jpg"}}
-    prompt["scaled"] = {"class_type": "ImageScale", "inputs": {"image": ["image", 0], "upscale_method": "lanczos", "width": 128, "height": 96, "crop": "disabled"}}
+    prompt["scaled"] = {
+        "class_type": "ImageScale",
+        "inputs": {"image": ["image", 0], "upscale_method": "lanczos", "width": 128, "height": 96, "crop": "disabled"},
+    }
     prompt["latent"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["scaled", 0], "vae": [vae, 0]}}
     sampler = prompt[sampler_of(prompt)]["inputs"]
     for side in ("positive", "negative"):
@@ -378,15 +454,29 @@ def test_errors_are_sentences_and_the_next_run_works(server, client, prompt_of):
         client.run(prompt)
     with pytest.raises(ExecutionError, match="too narrow"):
         prompt = prompt_of("step1x_edit.json")
-        prompt[find_nodes(prompt, "LoadImage")[0]] = {"class_type": "EmptyImage", "inputs": {"width": 4096, "height": 4, "batch_size": 1, "color": 0}}
+        prompt[find_nodes(prompt, "LoadImage")[0]] = {
+            "class_type": "EmptyImage",
+            "inputs": {"width": 4096, "height": 4, "batch_size": 1, "color": 0},
+        }
         client.run(prompt)
-    assert pixels(client.run(prompt_of("step1x_edit.json", Step1XEditEncode={"prompt": "say <|image_pad|> twice <|image_pad|>"}))).std() > 10
+    assert (
+        pixels(
+            client.run(
+                prompt_of("step1x_edit.json", Step1XEditEncode={"prompt": "say <|image_pad|> twice <|image_pad|>"})
+            )
+        ).std()
+        > 10
+    )
 
 
 def write_clip_l(path):
     """A CLIP-L text encoder of the real sizes but one layer, as a file of another model."""
-    sd = {"text_model.embeddings.token_embedding.weight": torch.zeros(49408, 768), "text_model.embeddings.position_embedding.weight": torch.zeros(77, 768),
-          "text_model.final_layer_norm.weight": torch.ones(768), "text_model.final_layer_norm.bias": torch.zeros(768)}
+    sd = {
+        "text_model.embeddings.token_embedding.weight": torch.zeros(49408, 768),
+        "text_model.embeddings.position_embedding.weight": torch.zeros(77, 768),
+        "text_model.final_layer_norm.weight": torch.ones(768),
+        "text_model.final_layer_norm.bias": torch.zeros(768),
+    }
     for i in (0, 1, 10, 11):
         layer = f"text_model.encoder.layers.{i}"
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
@@ -405,7 +495,12 @@ def test_diffusers_folder_is_offered_and_loads(server, client, prompt_of):
     offered = info[0] if isinstance(info[0], list) else info[1]["options"]
     assert "Step1X-Edit-v1p1-diffusers/" in offered and not any("00001-of-00003" in name for name in offered)
     expected = pixels(client.run(prompt_of("step1x_edit.json")))
-    assert np.array_equal(pixels(client.run(prompt_of("step1x_edit.json", Step1XEditLoader={"unet_name": "Step1X-Edit-v1p1-diffusers/"}))), expected)
+    assert np.array_equal(
+        pixels(
+            client.run(prompt_of("step1x_edit.json", Step1XEditLoader={"unet_name": "Step1X-Edit-v1p1-diffusers/"}))
+        ),
+        expected,
+    )
 
 
 def test_only_offered_names_are_resolved(models, tmp_path, monkeypatch):
@@ -428,7 +523,13 @@ def test_the_flux_vae_of_full_size(server, client, prompt_of):
     entries = [entry for key, shape in shapes.items() for entry in (f"{key}:{'_'.join(map(str, shape))}", key)]
     assert len(shapes) == 244 and hashlib.md5(",".join(sorted(entries)).encode()).hexdigest() == "21ea55f476dfc4fd135587abb59dfe5d"
     save_file(tiny_models.random_weights(shapes, seed=4, dtype=torch.bfloat16), server.base / "models" / "vae" / "full_size.safetensors")
-    picture = pixels(client.run(prompt_of("step1x_edit.json", VAELoader={"vae_name": "full_size.safetensors"}, Step1XEditSampler={"steps": 2})))
+    picture = pixels(
+        client.run(
+            prompt_of(
+                "step1x_edit.json", VAELoader={"vae_name": "full_size.safetensors"}, Step1XEditSampler={"steps": 2}
+            )
+        )
+    )
     assert picture.shape == (400, 600, 3) and picture.std() > 1
 
 

@@ -41,7 +41,11 @@ def test_crop_goes_around_the_masks_of_all_pictures():
     image = torch.rand(2, 80, 100, 3)
     mask = torch.cat([box_mask((100, 80), 30, 20, 5, 5), box_mask((100, 80), 50, 40, 5, 5)])
     cutout = cut_out(image, mask, 0.0, 16)
-    assert cutout.box == (29, 19, 27, 27) and torch.equal(cutout.part(image), image[:, 19:46, 29:56]) and cutout.part(cutout.mask).sum() == 50
+    assert (
+        cutout.box == (29, 19, 27, 27)
+        and torch.equal(cutout.part(image), image[:, 19:46, 29:56])
+        and cutout.part(cutout.mask).sum() == 50
+    )
 
 
 def test_a_mask_of_another_size_is_scaled_if_it_has_the_same_shape():
@@ -56,7 +60,11 @@ def test_feather_rises_inside_the_edge_and_also_in_thin_strokes():
     mask = box_mask((200, 100), 60, 0, 100, 100)[0]
     share = feathered(mask, 9)
     # The picture's border is no edge; the share rises by a tenth a pixel.
-    assert torch.allclose(share[0], share[50]) and torch.allclose(share[50, 60:70], torch.arange(1, 11) / 10) and share[50, 70:150].eq(1).all()
+    assert (
+        torch.allclose(share[0], share[50])
+        and torch.allclose(share[50, 60:70], torch.arange(1, 11) / 10)
+        and share[50, 70:150].eq(1).all()
+    )
     assert torch.allclose(share.flip(1)[50, 40:50], torch.arange(1, 11) / 10)
     stroke = torch.zeros(100, 200)
     stroke[48:51] = 1
@@ -80,7 +88,10 @@ def test_each_picture_of_a_batch_keeps_what_its_own_mask_leaves_out():
     cutout = cut_out(image, mask, 0.5, 16)
     out = paste(torch.zeros_like(cutout.part(image)), cutout, 3)
     for index in range(2):
-        assert torch.equal(out[index][mask[index] == 0], image[index][mask[index] == 0]) and out[index][mask[index] == 1].mean() < image[index][mask[index] == 1].mean() / 2
+        assert (
+            torch.equal(out[index][mask[index] == 0], image[index][mask[index] == 0])
+            and out[index][mask[index] == 1].mean() < image[index][mask[index] == 1].mean() / 2
+        )
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +151,10 @@ def test_stock_noise_mask_and_differential_diffusion_keep_to_the_crops_mask(demo
         masked, _ = edit(setup, image, "invert all colors", mask=noise_mask)
         out = paste(masked, cutout, 4)
         assert distance(masked, image, mask[0] == 0) < 0.06
-        assert torch.equal(out[0][mask[0] == 0], image[0][mask[0] == 0]) and distance(out, target, inner) < distance(image, target, inner) / 3
+        assert (
+            torch.equal(out[0][mask[0] == 0], image[0][mask[0] == 0])
+            and distance(out, target, inner) < distance(image, target, inner) / 3
+        )
 
 
 def test_partial_denoise_starts_from_noise_and_picture_mixed(demo):
@@ -203,7 +217,10 @@ def test_with_a_latent_the_picture_is_read_by_the_language_model_only(demo):
     turns = ((images[0], None), (images[0], latent), (images[1], latent))
     plain, given, other = (encode_edit(demo.clip, demo.vae, image, "make it red", "", 128, before) for image, before in turns)
     for encoded in (given, other):
-        assert all(torch.equal(side[0][1]["reference_latents"][0], latent["samples"]) for side in encoded[:2]) and "noise_mask" not in encoded[2]
+        assert (
+            all(torch.equal(side[0][1]["reference_latents"][0], latent["samples"]) for side in encoded[:2])
+            and "noise_mask" not in encoded[2]
+        )
     assert torch.equal(plain[0][0][0], given[0][0][0]) and not torch.equal(given[0][0][0], other[0][0][0])
 
 

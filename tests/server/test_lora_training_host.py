@@ -16,7 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_edit_pairs import write_folder, write_picture
 
-SMALL = {"Step1XEditTrainDataset": {"size_level": 64, "validation": 1}, "Step1XEditTrainLora": {"steps": 12, "rank": 4, "validate_every": 6, "save_every": 4}}
+SMALL = {
+    "Step1XEditTrainDataset": {"size_level": 64, "validation": 1},
+    "Step1XEditTrainLora": {"steps": 12, "rank": 4, "validate_every": 6, "save_every": 4},
+}
 STATE, LORA = "state.safetensors", "lora.safetensors"
 
 
@@ -98,9 +101,17 @@ def test_what_is_trained_fits_the_stock_nodes(client):
         assert info[node]["input"]["required"][name][0] == outputs[output], node
 
 
-@pytest.mark.parametrize("dataset, message", [("nothing", "There is no dataset"), ("../output", "names no dataset"), ("", "names no dataset"),
-                                              ("nothing [output]", "There is no dataset"), ("../../x [output]", "names no dataset"),
-                                              ("bad.json", "could not be read as JSON")])
+@pytest.mark.parametrize(
+    "dataset, message",
+    [
+        ("nothing", "There is no dataset"),
+        ("../output", "names no dataset"),
+        ("", "names no dataset"),
+        ("nothing [output]", "There is no dataset"),
+        ("../../x [output]", "names no dataset"),
+        ("bad.json", "could not be read as JSON"),
+    ],
+)
 def test_bad_datasets_are_one_sentence_in_the_editor(client, prompt, base, dataset, message):
     (base / "input" / "bad.json").write_text("{", encoding="utf-8")
     prompt[find_nodes(prompt, "Step1XEditTrainDataset")[0]]["inputs"]["dataset"] = dataset
@@ -119,8 +130,21 @@ def test_a_name_stays_in_its_folder(client, prompt, base, name):
 def command(models, data, out, *options):
     files = {"--model": models / "diffusion_models" / tiny_models.V11_FILE, "--mllm": models / "text_encoders" / tiny_models.MLLM_FILE,
              "--vae": models / "vae" / tiny_models.VAE_FILE}
-    return [sys.executable, str(PACK / "scripts" / "train_lora.py"), str(data), str(out), "--cpu", "--size-level", "64", "--rank", "4", "--learning-rate", "0.01",
-            *(str(part) for pair in files.items() for part in pair), *options]
+    return [
+        sys.executable,
+        str(PACK / "scripts" / "train_lora.py"),
+        str(data),
+        str(out),
+        "--cpu",
+        "--size-level",
+        "64",
+        "--rank",
+        "4",
+        "--learning-rate",
+        "0.01",
+        *(str(part) for pair in files.items() for part in pair),
+        *options,
+    ]
 
 
 @pytest.fixture
@@ -136,7 +160,9 @@ def run_here(monkeypatch):
 @pytest.mark.once
 def test_the_command_goes_on_after_a_kill(models, tmp_path, run_here, capsys):
     data = write_folder(tmp_path / "pairs", 3)
-    killed = subprocess.Popen(command(models, data, tmp_path / "killed", "--steps", "100000", "--save-every", "1"), stderr=subprocess.DEVNULL)
+    killed = subprocess.Popen(
+        command(models, data, tmp_path / "killed", "--steps", "100000", "--save-every", "1"), stderr=subprocess.DEVNULL
+    )
     while not (tmp_path / "killed" / STATE).is_file():
         assert killed.poll() is None
         time.sleep(0.05)

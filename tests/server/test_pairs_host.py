@@ -33,7 +33,11 @@ def prompt_of(client):
 
 
 def texts(run, prompt) -> list[str]:
-    return [data["output"]["text"][0] for kind, data in run.events if kind == "executed" and prompt[data["node"]]["class_type"] == "PreviewAny"]
+    return [
+        data["output"]["text"][0]
+        for kind, data in run.events
+        if kind == "executed" and prompt[data["node"]]["class_type"] == "PreviewAny"
+    ]
 
 
 def test_computed_pairs_become_a_dataset_that_grows(server, client, prompt_of):
@@ -41,7 +45,11 @@ def test_computed_pairs_become_a_dataset_that_grows(server, client, prompt_of):
     run = client.run(prompt)
     dataset = server.base / "output" / "edit_pairs" / "computed"
     pairs = read_pairs(dataset / "en-00000.json")
-    assert 8 <= len(pairs) <= 12 and {Image.open(pair.target).size for pair in pairs} == {(600, 400)} and len(read_pairs(dataset)) == 2 * len(pairs)
+    assert (
+        8 <= len(pairs) <= 12
+        and {Image.open(pair.target).size for pair in pairs} == {(600, 400)}
+        and len(read_pairs(dataset)) == 2 * len(pairs)
+    )
     report, = (text for text in texts(run, prompt) if "added to" in text)
     assert report.startswith(f"{len(pairs)} pairs added to") and f"which has {len(pairs)}." in report
     sheet, = (Image.open(io.BytesIO(image)) for image in run.images)
@@ -63,7 +71,12 @@ def test_a_proposed_edit_is_made_judged_and_filtered(server, client, prompt_of):
     assert "gave no usable list in 3 tries" in shown and "0 of 2 pairs kept." in shown and shown.count("no usable judgement") == 2
     assert not list((server.base / "output" / "edit_pairs" / "judged").glob("*.json"))
     # Without the filter they are a dataset: sources as they were, targets of their size, the proposed instructions.
-    prompt = prompt_of("step1x_propose_pairs.json", Step1XEditPairSave={"name": "unjudged"}, Step1XEditPairPropose={"count": 2}, Step1XEditPairJudge={"unjudged": True})
+    prompt = prompt_of(
+        "step1x_propose_pairs.json",
+        Step1XEditPairSave={"name": "unjudged"},
+        Step1XEditPairPropose={"count": 2},
+        Step1XEditPairJudge={"unjudged": True},
+    )
     client.run(prompt)
     pairs = read_pairs(server.base / "output" / "edit_pairs" / "unjudged" / "en-00000.json")
     assert len(pairs) == 2 and len({pair.source for pair in pairs}) == 1 and all(pair.instruction in shown for pair in pairs)
@@ -74,7 +87,11 @@ def test_a_proposed_edit_is_made_judged_and_filtered(server, client, prompt_of):
 
 def test_pairs_of_stock_filters_and_of_two_makers_in_one_dataset(server, client, prompt_of):
     """What any node makes can be a pair: here the stock 'Invert Image'; computed pairs come before it."""
-    prompt = prompt_of("step1x_make_pairs.json", Step1XEditPairSave={"name": "both"}, Step1XEditPairCompute={"count": 2, "kinds": "text_change"})
+    prompt = prompt_of(
+        "step1x_make_pairs.json",
+        Step1XEditPairSave={"name": "both"},
+        Step1XEditPairCompute={"count": 2, "kinds": "text_change"},
+    )
     load, compute = find_nodes(prompt, "LoadImage")[0], find_nodes(prompt, "Step1XEditPairCompute")[0]
     prompt["invert"] = {"class_type": "ImageInvert", "inputs": {"image": [load, 0]}}
     prompt["record"] = {
@@ -98,7 +115,11 @@ def test_pairs_of_stock_filters_and_of_two_makers_in_one_dataset(server, client,
 
 def test_what_is_saved_is_trained_on_where_it_lies(server, client, prompt_of):
     """In one run through the output of the node that saves, and later by its name."""
-    prompt = prompt_of("step1x_make_pairs.json", Step1XEditPairSave={"name": "trained"}, Step1XEditPairCompute={"count": 2, "kinds": "text_change"})
+    prompt = prompt_of(
+        "step1x_make_pairs.json",
+        Step1XEditPairSave={"name": "trained"},
+        Step1XEditPairCompute={"count": 2, "kinds": "text_change"},
+    )
     save, = find_nodes(prompt, "Step1XEditPairSave")
     training = prompt_of("step1x_train_lora.json", Step1XEditTrainDataset={"size_level": 64, "validation": 0},
                          Step1XEditTrainLora={"name": "on_made_pairs", "steps": 1, "rank": 2, "validate_every": 0})

@@ -11,7 +11,24 @@ import zipfile
 import pytest
 import tiny_models
 import torch
-from bad_input_files import DAMAGED, INCOMPLETE, MODEL, NO_WEIGHTS, QKV, TYPES, UNREADABLE, WRONG, Bomb, changed, check, configured, load, load_model, without, write
+from bad_input_files import (
+    DAMAGED,
+    INCOMPLETE,
+    MODEL,
+    NO_WEIGHTS,
+    QKV,
+    TYPES,
+    UNREADABLE,
+    WRONG,
+    Bomb,
+    changed,
+    check,
+    configured,
+    load,
+    load_model,
+    without,
+    write,
+)
 from bad_input_host import NOT_IN_LIST, Given, peak_memory, running_host, use_models
 from diffusers_layout import diffusers_repository, to_diffusers
 from node_inputs import entries
@@ -83,13 +100,16 @@ def zip_file() -> bytes:
 
 RAW_FILES = {
     **{f"cut_at_{cut}": lambda p, cut=cut: p.data[:cut] for cut in (0, 1, 7, 8, 9, 100, 5000)},
-    "cut_before_header_end": lambda p: p.data[:8 + p.length - 1],
-    "cut_after_header": lambda p: p.data[:8 + p.length],
-    "cut_one_byte_of_data": lambda p: p.data[:8 + p.length + 1],
-    "cut_in_half": lambda p: p.data[:len(p.data) // 2],
+    "cut_before_header_end": lambda p: p.data[: 8 + p.length - 1],
+    "cut_after_header": lambda p: p.data[: 8 + p.length],
+    "cut_one_byte_of_data": lambda p: p.data[: 8 + p.length + 1],
+    "cut_in_half": lambda p: p.data[: len(p.data) // 2],
     "cut_last_byte": lambda p: p.data[:-1],
     "one_byte_too_many": lambda p: p.data + b"x",
-    **{f"header_length_{length}": lambda p, length=length: p.length_of(length) for length in (0, 1, 99_999_999, 100_000_001, 2**31, 2**63, 2**64 - 1)},
+    **{
+        f"header_length_{length}": lambda p, length=length: p.length_of(length)
+        for length in (0, 1, 99_999_999, 100_000_001, 2**31, 2**63, 2**64 - 1)
+    },
     "header_length_one_less": lambda p: p.length_of(p.length - 1),
     "header_length_one_more": lambda p: p.length_of(p.length + 1),
     "header_length_twice_the_file": lambda p: p.length_of(2 * len(p.data)),
@@ -102,7 +122,9 @@ RAW_FILES = {
     "shape_too_large": lambda p: p.entry(shape=[10**6, 10**6]),
     "shape_overflows": lambda p: p.entry(shape=[2**40, 2**40]),
     "shape_negative": lambda p: p.entry(shape=[-64, -64]),
-    "claims_100_gigabytes": lambda p: p.file({**p.header, "z": {"dtype": "F32", "shape": [25 * 10**9], "data_offsets": [len(p.body), len(p.body) + 10**11]}}),
+    "claims_100_gigabytes": lambda p: p.file(
+        {**p.header, "z": {"dtype": "F32", "shape": [25 * 10**9], "data_offsets": [len(p.body), len(p.body) + 10**11]}}
+    ),
     **{f"type_{name}": lambda p, name=name: p.entry(dtype=name) for name in ("F99", "", "f32", None, 5)},
     "header_is_a_list": lambda p: p.file(b"[1, 2]"),
     "header_is_null": lambda p: p.file(b"null"),
@@ -146,41 +168,123 @@ SHAPES = {"scalar": (), "vector": (4,), "nothing": (0, 0), "no_columns": (10**12
 FLOATS = {"float64": torch.float64, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 MODELS = {
-    **{f"without_{key}": (without(key), INCOMPLETE) for key in (
-        *SIZED[:1], *SIZED[2:3], *SIZED[4:], "img_in.bias", "txt_in.weight", "time_in.in_layer.weight", "double_blocks.1.txt_mlp.2.bias", "single_blocks.1.linear2.weight",
-        "connector.S.individual_token_refiner.blocks.1.norm2.bias", "final_layer.", "vector_in.", "double_blocks.0.")},
+    **{
+        f"without_{key}": (without(key), INCOMPLETE)
+        for key in (
+            *SIZED[:1],
+            *SIZED[2:3],
+            *SIZED[4:],
+            "img_in.bias",
+            "txt_in.weight",
+            "time_in.in_layer.weight",
+            "double_blocks.1.txt_mlp.2.bias",
+            "single_blocks.1.linear2.weight",
+            "connector.S.individual_token_refiner.blocks.1.norm2.bias",
+            "final_layer.",
+            "vector_in.",
+            "double_blocks.0.",
+        )
+    },
     "without_connector_entrance": (without("connector.S.input_embedder"), "is a FLUX model"),
-    **{f"{kind}_for_{key}": (changed(key, lambda t, shape=shape: torch.zeros(shape)), f"{MODEL} ({WRONG}|lacks)")
-       for key in SIZED for kind, shape in SHAPES.items()},
+    **{
+        f"{kind}_for_{key}": (changed(key, lambda t, shape=shape: torch.zeros(shape)), f"{MODEL} ({WRONG}|lacks)")
+        for key in SIZED
+        for kind, shape in SHAPES.items()
+    },
     "bias_of_half_the_length": (changed("img_in.bias", lambda t: t[:32]), WRONG),
-    **{f"{name}_matrix": (changed(QKV, lambda t, dtype=dtype: t.to(dtype)), NO_WEIGHTS) for name, dtype in TYPES.items()},
-    **{f"{name}_bias": (changed("img_in.bias", lambda t, dtype=dtype: t.to(dtype)), NO_WEIGHTS) for name, dtype in TYPES.items()},
-    **{f"all_{name}": (lambda w, dtype=dtype: {key: t.to(dtype) for key, t in w.items()}, NO_WEIGHTS) for name, dtype in TYPES.items()},
+    **{
+        f"{name}_matrix": (changed(QKV, lambda t, dtype=dtype: t.to(dtype)), NO_WEIGHTS)
+        for name, dtype in TYPES.items()
+    },
+    **{
+        f"{name}_bias": (changed("img_in.bias", lambda t, dtype=dtype: t.to(dtype)), NO_WEIGHTS)
+        for name, dtype in TYPES.items()
+    },
+    **{
+        f"all_{name}": (lambda w, dtype=dtype: {key: t.to(dtype) for key, t in w.items()}, NO_WEIGHTS)
+        for name, dtype in TYPES.items()
+    },
     **{f"{name}_matrix": (changed(QKV, lambda t, dtype=dtype: t.to(dtype)), None) for name, dtype in FLOATS.items()},
     "packed_matrix_without_its_format": (changed(QKV, lambda t: t.to(torch.uint8)), WRONG),
-    **{f"configuration_{name}": (configured(text), "stored in the file .step1x_edit_config. is damaged") for name, text in {
-        "no_json": "nope", "list": "[]", "number": "5", "null": "null", "nested": '{"a":' * 20000 + "1" + "}" * 20000}.items()},
-    **{f"configuration_with_{name}": (configured(text), "of Step1X-Edit is unknown. Choose one of") for name, text in {
-        "unknown_version": '{"version": "v9"}', "number_as_version": '{"version": 5}', "list_as_version": '{"version": []}'}.items()},
-    **{f"configuration_with_{name}": (configured(text), "which does not match them. Download the file") for name, text in {
-        "text_as_axes": '{"axes_dim": "x"}', "two_axes": '{"axes_dim": [16, 16]}', "odd_axes": '{"axes_dim": [4, 13, 15]}', "long_axes": '{"axes_dim": [16, 56, 56]}',
-        "negative_axis": '{"axes_dim": [-4, 22, 14]}', "no_theta": '{"theta": null}', "zero_theta": '{"theta": 0}', "text_as_theta": '{"theta": "x"}',
-        "no_heads": '{"connector_heads": 0}', "seven_heads": '{"connector_heads": 7}', "negative_heads": '{"connector_heads": -1}'}.items()},
-    "configuration_tensor_of_noise": (lambda w: {**w, CONFIG_KEY: torch.rand(3, 4)}, "is damaged. Download the file again"),
-    "configuration_tensor_empty": (lambda w: {**w, CONFIG_KEY: torch.zeros(0, dtype=torch.uint8)}, "is damaged. Download the file again"),
-    **{f"quantisation_{name}": (quantised(text), rf"{MODEL} could not be loaded") for name, text in {
-        "no_json": "nope", "empty": "{}", "list": "[]", "number": '{"layers": 5}', "unknown": '{"layers": {"img_in": {"format": "zzz"}}}',
-        "without_scales": '{"layers": {"double_blocks.0.img_attn.qkv": {"format": "float8_e4m3fn"}}}'}.items()},
-    "quantisation_tensor_of_noise": (lambda w: {**w, "double_blocks.0.img_attn.qkv.comfy_quant": torch.tensor([1, 2, 3], dtype=torch.uint8)}, "could not be loaded"),
+    **{
+        f"configuration_{name}": (configured(text), "stored in the file .step1x_edit_config. is damaged")
+        for name, text in {
+            "no_json": "nope",
+            "list": "[]",
+            "number": "5",
+            "null": "null",
+            "nested": '{"a":' * 20000 + "1" + "}" * 20000,
+        }.items()
+    },
+    **{
+        f"configuration_with_{name}": (configured(text), "of Step1X-Edit is unknown. Choose one of")
+        for name, text in {
+            "unknown_version": '{"version": "v9"}',
+            "number_as_version": '{"version": 5}',
+            "list_as_version": '{"version": []}',
+        }.items()
+    },
+    **{
+        f"configuration_with_{name}": (configured(text), "which does not match them. Download the file")
+        for name, text in {
+            "text_as_axes": '{"axes_dim": "x"}',
+            "two_axes": '{"axes_dim": [16, 16]}',
+            "odd_axes": '{"axes_dim": [4, 13, 15]}',
+            "long_axes": '{"axes_dim": [16, 56, 56]}',
+            "negative_axis": '{"axes_dim": [-4, 22, 14]}',
+            "no_theta": '{"theta": null}',
+            "zero_theta": '{"theta": 0}',
+            "text_as_theta": '{"theta": "x"}',
+            "no_heads": '{"connector_heads": 0}',
+            "seven_heads": '{"connector_heads": 7}',
+            "negative_heads": '{"connector_heads": -1}',
+        }.items()
+    },
+    "configuration_tensor_of_noise": (
+        lambda w: {**w, CONFIG_KEY: torch.rand(3, 4)},
+        "is damaged. Download the file again",
+    ),
+    "configuration_tensor_empty": (
+        lambda w: {**w, CONFIG_KEY: torch.zeros(0, dtype=torch.uint8)},
+        "is damaged. Download the file again",
+    ),
+    **{
+        f"quantisation_{name}": (quantised(text), rf"{MODEL} could not be loaded")
+        for name, text in {
+            "no_json": "nope",
+            "empty": "{}",
+            "list": "[]",
+            "number": '{"layers": 5}',
+            "unknown": '{"layers": {"img_in": {"format": "zzz"}}}',
+            "without_scales": '{"layers": {"double_blocks.0.img_attn.qkv": {"format": "float8_e4m3fn"}}}',
+        }.items()
+    },
+    "quantisation_tensor_of_noise": (
+        lambda w: {**w, "double_blocks.0.img_attn.qkv.comfy_quant": torch.tensor([1, 2, 3], dtype=torch.uint8)},
+        "could not be loaded",
+    ),
     "further_tensors": (lambda w: {**w, "notes": torch.zeros(3)}, None),
     "one_tensor_of_a_further_block": (lambda w: {**w, "double_blocks.7.x.weight": torch.zeros(3)}, INCOMPLETE),
     "block_without_a_number": (lambda w: {**w, "double_blocks.x.weight": torch.zeros(3)}, INCOMPLETE),
     "flux": (without("connector."), "is a FLUX model"),
-    "qwen_image": (lambda w: {"transformer_blocks.0.attn.add_q_proj.weight": torch.zeros(4, 4), "txt_norm.weight": torch.zeros(4)}, "is not a Step1X-Edit model"),
-    "sdxl": (lambda w: {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4, 3, 3), "model.diffusion_model.label_emb.0.0.weight": torch.zeros(4, 4)},
-             "is not a Step1X-Edit model"),
-    "sd15": (lambda w: {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4, 3, 3), "cond_stage_model.transformer.x": torch.zeros(4)},
-             "is not a Step1X-Edit model"),
+    "qwen_image": (
+        lambda w: {"transformer_blocks.0.attn.add_q_proj.weight": torch.zeros(4, 4), "txt_norm.weight": torch.zeros(4)},
+        "is not a Step1X-Edit model",
+    ),
+    "sdxl": (
+        lambda w: {
+            "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4, 3, 3),
+            "model.diffusion_model.label_emb.0.0.weight": torch.zeros(4, 4),
+        },
+        "is not a Step1X-Edit model",
+    ),
+    "sd15": (
+        lambda w: {
+            "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4, 3, 3),
+            "cond_stage_model.transformer.x": torch.zeros(4),
+        },
+        "is not a Step1X-Edit model",
+    ),
     "lora": (lambda w: {"lora_unet_x.lora_up.weight": torch.zeros(3, 3)}, "is not a Step1X-Edit model"),
     "language_model": (lambda w: {"model.embed_tokens.weight": torch.zeros(4, 4)}, "is not a Step1X-Edit model"),
     "connector_alone": (lambda w: {key: t for key, t in w.items() if key.startswith("connector.")}, INCOMPLETE),
@@ -256,7 +360,10 @@ READ_AGAIN = "could not be read|has unexpected content"
 FOLDERS = {
     "shard_missing": (lambda folder: (folder / FIRST).unlink(), f"{FIRST} is missing from .* Download that file"),
     "shard_empty": (lambda folder: (folder / FIRST).write_bytes(b""), f"{FIRST} {DAMAGED}"),
-    "shard_cut": (lambda folder: (folder / FIRST).write_bytes((folder / FIRST).read_bytes()[:5000]), f"{FIRST} {DAMAGED}"),
+    "shard_cut": (
+        lambda folder: (folder / FIRST).write_bytes((folder / FIRST).read_bytes()[:5000]),
+        f"{FIRST} {DAMAGED}",
+    ),
     "shard_html": (text_of(FIRST, "<html>404</html>"), f"{FIRST} {DAMAGED}"),
     "shard_is_a_folder": (replaced_by_folder(FIRST), f"{FIRST} is missing"),
     "shard_is_a_dangling_link": (replaced_by_link(FIRST, "nowhere.safetensors"), f"{FIRST} is missing"),
@@ -265,12 +372,37 @@ FOLDERS = {
     **{f"index_{name}": (text_of(INDEX, text), READ_AGAIN) for name, text in UNREADABLE.items()},
     "index_utf16": (lambda folder: (folder / INDEX).write_bytes("{}".encode("utf-16")), READ_AGAIN),
     "index_is_a_folder": (replaced_by_folder(INDEX), READ_AGAIN),
-    **{f"index_with_{name}": (text_of(INDEX, text), "lists no weights. Download that file again") for name, text in {
-        "list_as_map": '{"weight_map": [1]}', "empty_map": '{"weight_map": {}}', "no_map": '{"metadata": {}}', "text_as_map": '{"weight_map": "x"}'}.items()},
-    **{f"shard_named_{name}": (shard_named(value), "which is not a safetensors file of that folder. Download the index again") for name, value in {
-        "parent": "../../secret.safetensors", "absolute": "/etc/secret.safetensors", "subfolder": "sub/x.safetensors", "dots": "..", "dot": ".", "nothing": "",
-        "other_suffix": "x.bin", "backslashes": "..\\x.safetensors", "drive": "C:\\x.safetensors", "drive_relative": "C:x.safetensors", "number": 5, "null": None,
-        "list": [], "table": {"a": 1}}.items()},
+    **{
+        f"index_with_{name}": (text_of(INDEX, text), "lists no weights. Download that file again")
+        for name, text in {
+            "list_as_map": '{"weight_map": [1]}',
+            "empty_map": '{"weight_map": {}}',
+            "no_map": '{"metadata": {}}',
+            "text_as_map": '{"weight_map": "x"}',
+        }.items()
+    },
+    **{
+        f"shard_named_{name}": (
+            shard_named(value),
+            "which is not a safetensors file of that folder. Download the index again",
+        )
+        for name, value in {
+            "parent": "../../secret.safetensors",
+            "absolute": "/etc/secret.safetensors",
+            "subfolder": "sub/x.safetensors",
+            "dots": "..",
+            "dot": ".",
+            "nothing": "",
+            "other_suffix": "x.bin",
+            "backslashes": "..\\x.safetensors",
+            "drive": "C:\\x.safetensors",
+            "drive_relative": "C:x.safetensors",
+            "number": 5,
+            "null": None,
+            "list": [],
+            "table": {"a": 1},
+        }.items()
+    },
     "shard_named_nul": (shard_named("\0.safetensors"), "is missing from"),
     "shard_named_with_300_letters": (shard_named("a" * 300 + ".safetensors"), "is missing from"),
     "shard_named_lone_surrogate": (shard_named("\ud800.safetensors"), "is missing from"),
@@ -278,10 +410,20 @@ FOLDERS = {
     "index_without_one_shard": (shard_of_all(lambda names: names[:1] * len(names)), INCOMPLETE),
     "index_missing": (lambda folder: (folder / INDEX).unlink(), None),
     **{f"config_{name}": (text_of(CONFIG, text), READ_AGAIN) for name, text in UNREADABLE.items()},
-    **{f"config_with_{name}": (text_of(CONFIG, text), "which does not match them. Download .* the config.json") for name, text in {
-        "text_as_axes": '{"axes_dims_rope": "x"}', "two_axes": '{"axes_dims_rope": [1, 2]}', "no_axes": '{"axes_dims_rope": null}', "no_heads": '{"connector_heads_num": 0}',
-        "nan_heads": '{"connector_heads_num": NaN}'}.items()},
-    "other_folder_in_index_name": (lambda folder: (folder / f"a{INDEX}").write_text(json.dumps({"weight_map": {"a": FIRST}})), INCOMPLETE),
+    **{
+        f"config_with_{name}": (text_of(CONFIG, text), "which does not match them. Download .* the config.json")
+        for name, text in {
+            "text_as_axes": '{"axes_dims_rope": "x"}',
+            "two_axes": '{"axes_dims_rope": [1, 2]}',
+            "no_axes": '{"axes_dims_rope": null}',
+            "no_heads": '{"connector_heads_num": 0}',
+            "nan_heads": '{"connector_heads_num": NaN}',
+        }.items()
+    },
+    "other_folder_in_index_name": (
+        lambda folder: (folder / f"a{INDEX}").write_text(json.dumps({"weight_map": {"a": FIRST}})),
+        INCOMPLETE,
+    ),
 }
 
 
@@ -300,8 +442,14 @@ def test_model_folders(host, repository, memory, change, expected):
 
 CLASSES = {
     **{name: (text, READ_AGAIN) for name, text in UNREADABLE.items()},
-    "flux": ('{"_class_name": "FluxPipeline"}', "belongs to the pipeline FluxPipeline, which this node pack does not support. Choose"),
-    **{name: (f'{{"_class_name": {text}}}', "could not be loaded|belongs to the pipeline") for name, text in {"list": '["a"]', "table": "{}", "number": "5"}.items()},
+    "flux": (
+        '{"_class_name": "FluxPipeline"}',
+        "belongs to the pipeline FluxPipeline, which this node pack does not support. Choose",
+    ),
+    **{
+        name: (f'{{"_class_name": {text}}}', "could not be loaded|belongs to the pipeline")
+        for name, text in {"list": '["a"]', "table": "{}", "number": "5"}.items()
+    },
     "none": ("{}", "Choose the version in 'Load Step1X-Edit Model'"),
 }
 
@@ -335,9 +483,21 @@ def test_links_of_the_users_own_are_followed(host, root, repository, tmp_path):
         shutil.move(tmp_path / "elsewhere", repository)
 
 
-NAMES = {"parent": "../../x.safetensors", "absolute": "/etc/passwd", "backslashes": "..\\x.safetensors", "dot": f"./{tiny_models.V11_FILE}", "nothing": "", "nul": "\0",
-         "parent_folder": "../", "parent_of_a_file": f"{tiny_models.V11_FILE}/../../x.safetensors", "absolute_folder": "/", "line_break": "a\nb", "lone_surrogate": "\ud800",
-         "5000_letters": "a" * 5000, "folder_of_the_file": tiny_models.V11_FILE + "/"}
+NAMES = {
+    "parent": "../../x.safetensors",
+    "absolute": "/etc/passwd",
+    "backslashes": "..\\x.safetensors",
+    "dot": f"./{tiny_models.V11_FILE}",
+    "nothing": "",
+    "nul": "\0",
+    "parent_folder": "../",
+    "parent_of_a_file": f"{tiny_models.V11_FILE}/../../x.safetensors",
+    "absolute_folder": "/",
+    "line_break": "a\nb",
+    "lone_surrogate": "\ud800",
+    "5000_letters": "a" * 5000,
+    "folder_of_the_file": tiny_models.V11_FILE + "/",
+}
 LOADERS = sorted({entry.node for entry in entries() if entry.is_file})
 
 
@@ -347,4 +507,6 @@ def test_names_outside_the_model_folders(host, memory, name, node):
     """Typed in, and handed over by another node, which the host does not check."""
     check(host, memory, load(host, node, name), NOT_IN_LIST)
     linked = load(host, node, Given(name))
-    assert linked.error[0].endswith("Step1XError") and ("refresh the node list" in linked.error[1] or "one of the entries of its list" in linked.error[1]), linked
+    assert linked.error[0].endswith("Step1XError") and (
+        "refresh the node list" in linked.error[1] or "one of the entries of its list" in linked.error[1]
+    ), linked

@@ -26,15 +26,21 @@ def parametrize_by(kind):
 NO_MODEL = "Expected a Step1X-Edit model, but found .* Connect the model from 'Load Step1X-Edit Model'"
 NO_ENCODER = "This text encoder formats prompts for another model. Use the one from 'Load Step1X-Edit MLLM'"
 NO_VAE = "(Expected a VAE, but found|Input 'vae' is) .*Connect the stock 'Load VAE' with"
-REFUSALS = {"MODEL": NO_MODEL, "CLIP": NO_ENCODER, "VAE": NO_VAE, "IMAGE": "expected a floating-point image tensor .* Connect an output of the type IMAGE",
-            "MASK": "expected a mask tensor .* Connect an output of the type MASK", "LATENT": "Expected a latent, but found .* Connect an output of the type LATENT",
-            "CONDITIONING": "is not a conditioning, or is empty. Connect a conditioning from 'Step1X-Edit Encode'",
-            "STEP1X_STITCH": "Input 'stitch' is a value of type .* Connect the output 'stitch' of 'Step1X-Edit Crop to Mask'",
-            "STEP1X_EDIT_DATASET": "Input 'dataset' is .* Connect the output of 'Step1X-Edit Dataset'",
-            "STEP1X_PAIRS": "Input 'pairs' is .* Connect the output of 'Step1X-Edit Compute Pairs' or 'Step1X-Edit Record Pairs'",
-            "STEP1X_PROPOSAL": "Input 'proposals' is .* Connect the output of 'Step1X-Edit Propose Edits'",
-            "STEP1X_BENCH": "Input 'bench' is .* Connect the output of 'Step1X-Edit GEdit-Bench Items'",
-            "STEP1X_BENCH_ITEM": "Input 'items' is .* Connect the output of 'Step1X-Edit GEdit-Bench Items'"}
+REFUSALS = {
+    "MODEL": NO_MODEL,
+    "CLIP": NO_ENCODER,
+    "VAE": NO_VAE,
+    "IMAGE": "expected a floating-point image tensor .* Connect an output of the type IMAGE",
+    "MASK": "expected a mask tensor .* Connect an output of the type MASK",
+    "LATENT": "Expected a latent, but found .* Connect an output of the type LATENT",
+    "CONDITIONING": "is not a conditioning, or is empty. Connect a conditioning from 'Step1X-Edit Encode'",
+    "STEP1X_STITCH": "Input 'stitch' is a value of type .* Connect the output 'stitch' of 'Step1X-Edit Crop to Mask'",
+    "STEP1X_EDIT_DATASET": "Input 'dataset' is .* Connect the output of 'Step1X-Edit Dataset'",
+    "STEP1X_PAIRS": "Input 'pairs' is .* Connect the output of 'Step1X-Edit Compute Pairs' or 'Step1X-Edit Record Pairs'",
+    "STEP1X_PROPOSAL": "Input 'proposals' is .* Connect the output of 'Step1X-Edit Propose Edits'",
+    "STEP1X_BENCH": "Input 'bench' is .* Connect the output of 'Step1X-Edit GEdit-Bench Items'",
+    "STEP1X_BENCH_ITEM": "Input 'items' is .* Connect the output of 'Step1X-Edit GEdit-Bench Items'",
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +70,25 @@ def test_outputs_of_another_type_are_refused_by_the_host(host, entry):
     host.refuses(host.call(entry.node, **{entry.name: Given(host.fitting(other), other)}), MISMATCH)
 
 
-@pytest.mark.parametrize("entry, wrong", [pytest.param(entry, wrong, id=f"{entry}-{wrong}") for entry in INPUTS for wrong in ("nothing", "other", "text")
-                                          if wrong != "nothing" or f"{entry.node}.{entry.name}" not in MAY_BE_NOTHING])
+@pytest.mark.parametrize(
+    "entry, wrong",
+    [
+        pytest.param(entry, wrong, id=f"{entry}-{wrong}")
+        for entry in INPUTS
+        for wrong in ("nothing", "other", "text")
+        if wrong != "nothing" or f"{entry.node}.{entry.name}" not in MAY_BE_NOTHING
+    ],
+)
 def test_what_comes_through_a_node_without_types(host, entry, wrong):
     """Switches and reroutes of other packs fit everywhere, and a checkpoint without a text encoder or VAE gives None."""
     value = {"nothing": None, "other": host.fitting("STEP1X_STITCH" if entry.kind != "STEP1X_STITCH" else "VAE"), "text": "x"}[wrong]
     if (entry.node, entry.name, wrong) == ("Step1XEditEncode", "model", "nothing"):
         return host.call(entry.node, **{entry.name: Given(value)}).made()  # as if it were not connected
     not_connected = (entry.node, entry.name, wrong) == ("Step1XEditContentGate", "clip", "nothing")
-    host.refuses(host.call(entry.node, **{entry.name: Given(value)}), "no text encoder is connected. Connect 'clip'" if not_connected else REFUSALS[entry.kind])
+    host.refuses(
+        host.call(entry.node, **{entry.name: Given(value)}),
+        "no text encoder is connected. Connect 'clip'" if not_connected else REFUSALS[entry.kind],
+    )
 
 
 @pytest.mark.parametrize("link, expected", [(["nowhere", 0], NO_SUCH_NODE), (["a"], BAD_LINK), (["a", 0, 0], BAD_LINK), ([], BAD_LINK)])
@@ -96,8 +112,17 @@ def v12(models, host):
 OTHER_LAYOUT = "The model was loaded as .*, but the prompt was encoded for .* Set the version of 'Load Step1X-Edit MLLM'"
 
 
-@pytest.mark.parametrize("of_model, of_positive, of_negative", [("v1.1", "v1.2", "v1.1"), ("v1.1", "v1.1", "v1.2"), ("v1.1", "v1.2", "v1.2"),
-                                                                ("v1.2", "v1.1", "v1.2"), ("v1.2", "v1.2", "v1.1"), ("v1.2", "v1.1", "v1.1")])
+@pytest.mark.parametrize(
+    "of_model, of_positive, of_negative",
+    [
+        ("v1.1", "v1.2", "v1.1"),
+        ("v1.1", "v1.1", "v1.2"),
+        ("v1.1", "v1.2", "v1.2"),
+        ("v1.2", "v1.1", "v1.2"),
+        ("v1.2", "v1.2", "v1.1"),
+        ("v1.2", "v1.1", "v1.1"),
+    ],
+)
 def test_versions_of_model_and_conditioning(host, v12, of_model, of_positive, of_negative):
     models, encoded = {"v1.1": host.model, "v1.2": v12[0]}, {"v1.1": host.encoded, "v1.2": v12[2]}
     outcome = host.sample(model=Given(models[of_model]), positive=Given(encoded[of_positive][0]), negative=Given(encoded[of_negative][1]))
@@ -110,7 +135,11 @@ def test_versions_inside_one_node(host, v12, node, kind):
     outcome = host.call(node, **{socket(node, kind): Given(v12[0] if kind == "MODEL" else v12[1], kind)})
     if node == "Step1XEditBatchImages":
         # It tells of each edit in a line of its own.
-        assert outcome.error[0].endswith("Step1XError") and "None of the edits could be made" in outcome.error[1] and "Set the version of" in outcome.error[1]
+        assert (
+            outcome.error[0].endswith("Step1XError")
+            and "None of the edits could be made" in outcome.error[1]
+            and "Set the version of" in outcome.error[1]
+        )
         host.still_edits()
     else:
         host.refuses(outcome, OTHER_LAYOUT)
@@ -131,13 +160,18 @@ def foreign_vaes():
 @pytest.mark.parametrize("kind", ["sd", "none"])
 @parametrize_by("VAE")
 def test_vaes_of_other_models(host, foreign_vaes, entry, kind):
-    host.refuses(host.call(entry.node, **{entry.name: Given(foreign_vaes[kind], "VAE")}), "This VAE's latents have 4 channels; Step1X-Edit needs 16. Load the FLUX VAE")
+    host.refuses(
+        host.call(entry.node, **{entry.name: Given(foreign_vaes[kind], "VAE")}),
+        "This VAE's latents have 4 channels; Step1X-Edit needs 16. Load the FLUX VAE",
+    )
 
 
 @pytest.fixture(scope="module")
 def foreign_model():
     """FLUX itself: our model without its connector."""
-    size = tiny_models.TransformerSize(hidden=128, head_dim=128, depth=1, depth_single=1, text=64, connector=128, connector_depth=1, vector=32)
+    size = tiny_models.TransformerSize(
+        hidden=128, head_dim=128, depth=1, depth_single=1, text=64, connector=128, connector_depth=1, vector=32
+    )
     shapes = {name: shape for name, shape in tiny_models.transformer_shapes("v1.1", size).items() if not name.startswith("connector.")}
     return comfy.sd.load_diffusion_model_state_dict(tiny_models.random_weights(shapes, 0))
 
@@ -171,11 +205,23 @@ CONDITIONINGS = {
     "empty": (lambda cond: [], NO_CONDITIONING),
     "without_text": (lambda cond: [[None, {}]], NO_CONDITIONING),
     "matrix": (lambda cond: [[torch.rand(77, 64), {}]], NO_CONDITIONING),
-    "joined": (lambda cond: [[torch.cat((cond[0][0], cond[0][0]), dim=1), cond[0][1]]], "cannot be concatenated. Write everything into one prompt"),
+    "joined": (
+        lambda cond: [[torch.cat((cond[0][0], cond[0][0]), dim=1), cond[0][1]]],
+        "cannot be concatenated. Write everything into one prompt",
+    ),
     "nan": (lambda cond: [[cond[0][0] * float("nan"), cond[0][1]]], "Sampling returned NaN or Inf values"),
-    "no_valid_text": (with_extra(attention_mask=torch.zeros(1, 640, dtype=torch.long)), "Sampling returned NaN or Inf values"),
-    "reference_of_sd": (with_extra(reference_latents=[LATENT[:, :4]]), "The reference latent has shape .* belongs to another model"),
-    "reference_of_wan": (with_extra(reference_latents=[LATENT[:, :, None]]), "The reference latent has shape .* belongs to another model"),
+    "no_valid_text": (
+        with_extra(attention_mask=torch.zeros(1, 640, dtype=torch.long)),
+        "Sampling returned NaN or Inf values",
+    ),
+    "reference_of_sd": (
+        with_extra(reference_latents=[LATENT[:, :4]]),
+        "The reference latent has shape .* belongs to another model",
+    ),
+    "reference_of_wan": (
+        with_extra(reference_latents=[LATENT[:, :, None]]),
+        "The reference latent has shape .* belongs to another model",
+    ),
     "reference_nan": (with_extra(reference_latents=[LATENT * float("nan")]), "Sampling returned NaN or Inf values"),
     "kontext_method": (with_extra(reference_latents_method="index"), "Remove that node"),
 }
@@ -187,9 +233,25 @@ def test_conditionings_of_other_models(host, change, expected, side):
     host.refuses(host.sample(**{side: Given(change(host.encoded[side == "negative"]))}), expected)
 
 
-@pytest.mark.parametrize("change", [with_extra(reference_latents=None), with_extra(reference_latents=[LATENT] * 3), with_extra(reference_latents=[LATENT.repeat(2, 1, 1, 1)]),
-                                    with_extra(reference_latents=[LATENT[..., :3, :5]]), lambda cond: [[cond[0][0], {}]], lambda cond: cond + cond],
-                         ids=["no_reference", "three_references", "two_in_a_reference", "small_reference", "text_alone", "two_conditionings"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_extra(reference_latents=None),
+        with_extra(reference_latents=[LATENT] * 3),
+        with_extra(reference_latents=[LATENT.repeat(2, 1, 1, 1)]),
+        with_extra(reference_latents=[LATENT[..., :3, :5]]),
+        lambda cond: [[cond[0][0], {}]],
+        lambda cond: cond + cond,
+    ],
+    ids=[
+        "no_reference",
+        "three_references",
+        "two_in_a_reference",
+        "small_reference",
+        "text_alone",
+        "two_conditionings",
+    ],
+)
 def test_conditionings_that_are_unusual_but_fine(host, change):
     positive, negative = (Given(change(cond)) for cond in host.encoded[:2])
     assert torch.isfinite(host.sample(positive=positive, negative=negative).made()[0]["samples"]).all()

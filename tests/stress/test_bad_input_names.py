@@ -9,8 +9,23 @@ from node_inputs import entries
 # Nodes and their checks are the same in every host. A sample of the cases shows what a further host makes of them.
 pytestmark = pytest.mark.sampled(11)
 
-NAMES = {"parent": "..", "parents": "../../../x", "through_a_folder": "a/../../../x", "absolute": "/etc", "drive": "C:\\x", "backslashes": "..\\..\\x", "nothing": "", "dot": ".",
-         "spaces": "  ", "nul": "a\0b", "line_break": "a\nb", "lone_surrogate": "\ud800", "300_letters": "a" * 300, "5000_letters": "a" * 5000, "5000_folders": "a/" * 5000}
+NAMES = {
+    "parent": "..",
+    "parents": "../../../x",
+    "through_a_folder": "a/../../../x",
+    "absolute": "/etc",
+    "drive": "C:\\x",
+    "backslashes": "..\\..\\x",
+    "nothing": "",
+    "dot": ".",
+    "spaces": "  ",
+    "nul": "a\0b",
+    "line_break": "a\nb",
+    "lone_surrogate": "\ud800",
+    "300_letters": "a" * 300,
+    "5000_letters": "a" * 5000,
+    "5000_folders": "a/" * 5000,
+}
 NO_NAME = "cannot be (the|a) name of"
 NO_DATASET = "There is no dataset '.*' in |names no dataset|is not in ComfyUI's input folder|There is no GEdit-Bench in .* Put the dataset|holds no pairs"
 # Every text that names a folder, by the input's name, with what is said to one that cannot.
@@ -35,7 +50,15 @@ def is_fine(entry, name: str) -> bool:
     return name in FINE.get(f"{entry.node}.{entry.name}", ())
 
 
-@pytest.mark.parametrize("entry, name", [pytest.param(entry, name, id=f"{entry}-{label}") for entry in TEXTS for label, name in NAMES.items() if not is_fine(entry, name)])
+@pytest.mark.parametrize(
+    "entry, name",
+    [
+        pytest.param(entry, name, id=f"{entry}-{label}")
+        for entry in TEXTS
+        for label, name in NAMES.items()
+        if not is_fine(entry, name)
+    ],
+)
 def test_names_that_lead_elsewhere_or_are_none(host, entry, name):
     for value in (name, Given(name, "STRING")):
         host.refuses(host.call(entry.node, **{entry.name: value}), SENTENCES[entry.name])

@@ -37,8 +37,15 @@ def sentence(entry) -> str:
 def beyond(entry) -> list[tuple]:
     """Values outside an input's range, with the host's word for them where they are typed in; None where only we look."""
     step = 1 if whole(entry) else 0.01
-    return [(entry.input.min - step, TOO_SMALL), (entry.input.max + step, TOO_LARGE), (NAN, NOT_CONVERTED if whole(entry) else None), (10**30, TOO_LARGE),
-            (-INF, NOT_CONVERTED if whole(entry) else TOO_SMALL), ("abc", NOT_CONVERTED), (None, NOT_CONVERTED)]
+    return [
+        (entry.input.min - step, TOO_SMALL),
+        (entry.input.max + step, TOO_LARGE),
+        (NAN, NOT_CONVERTED if whole(entry) else None),
+        (10**30, TOO_LARGE),
+        (-INF, NOT_CONVERTED if whole(entry) else TOO_SMALL),
+        ("abc", NOT_CONVERTED),
+        (None, NOT_CONVERTED),
+    ]
 
 
 @pytest.mark.parametrize("entry", NUMBERS, ids=str)
@@ -132,20 +139,50 @@ def test_choices_that_there_are_not(host, entry, value):
     chosen = dict(entry.opened)
     if not isinstance(value, list):
         assert host.call(entry.node, **chosen, **{entry.name: value}).refused.startswith(NOT_IN_LIST)
-    host.refuses(host.call(entry.node, **chosen, **{entry.name: Given(value)}), OUT_OF_RANGE.format(entry.name, "one of the entries of its list"))
+    host.refuses(
+        host.call(entry.node, **chosen, **{entry.name: Given(value)}),
+        OUT_OF_RANGE.format(entry.name, "one of the entries of its list"),
+    )
 
 
-@pytest.mark.parametrize("value, expected", [(Many([1, 2, 3]), "There are 3 seeds for 1 edits. Connect one seed"), (Many([1, -1]), OUT_OF_RANGE.format("seed", "a whole number")),
-                                             (Many([]), "There are 0 seeds for 1 edits. Connect one seed")], ids=["three", "one_of_two", "none"])
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        (Many([1, 2, 3]), "There are 3 seeds for 1 edits. Connect one seed"),
+        (Many([1, -1]), OUT_OF_RANGE.format("seed", "a whole number")),
+        (Many([]), "There are 0 seeds for 1 edits. Connect one seed"),
+    ],
+    ids=["three", "one_of_two", "none"],
+)
 def test_lists_of_seeds(host, value, expected):
     host.refuses(host.call("Step1XEditBatchImages", seed=Given(value, "INT")), expected)
 
 
-WRITING = {"do_sample": True, "max_length": 2, "temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.0, "repetition_penalty": 1.05, "seed": 1}
+WRITING = {
+    "do_sample": True,
+    "max_length": 2,
+    "temperature": 0.7,
+    "top_k": 50,
+    "top_p": 0.9,
+    "min_p": 0.0,
+    "repetition_penalty": 1.05,
+    "seed": 1,
+}
 
 
-@pytest.mark.parametrize("name, value", [("repetition_penalty", 0.0), ("repetition_penalty", NAN), ("temperature", NAN), ("temperature", -1.0), ("top_p", NAN), ("top_p", 2.0),
-                                         ("min_p", -1.0), ("seed", 2**64)])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", NAN),
+        ("temperature", NAN),
+        ("temperature", -1.0),
+        ("top_p", NAN),
+        ("top_p", 2.0),
+        ("min_p", -1.0),
+        ("seed", 2**64),
+    ],
+)
 def test_settings_of_written_text_beyond_their_range(host, name, value):
     """Of the stock 'Generate Text', which hands on what is connected to it."""
     tokens = host.clip.tokenizer.tokenize_chat(["hello"], [])
@@ -154,8 +191,23 @@ def test_settings_of_written_text_beyond_their_range(host, name, value):
     host.still_edits()
 
 
-@pytest.mark.parametrize("name, value", [("max_length", 0), ("max_length", -3), ("top_k", 0), ("top_k", 10**9), ("top_p", 0.0), ("top_p", 1.0), ("min_p", 1.0),
-                                         ("temperature", 0.0), ("seed", 0), ("seed", 2**64 - 1), ("do_sample", False), ("repetition_penalty", 1000.0)])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("max_length", 0),
+        ("max_length", -3),
+        ("top_k", 0),
+        ("top_k", 10**9),
+        ("top_p", 0.0),
+        ("top_p", 1.0),
+        ("min_p", 1.0),
+        ("temperature", 0.0),
+        ("seed", 0),
+        ("seed", 2**64 - 1),
+        ("do_sample", False),
+        ("repetition_penalty", 1000.0),
+    ],
+)
 def test_settings_of_written_text_at_their_limits(host, name, value):
     settings = WRITING | {name: value}
     reply = host.clip.generate(host.clip.tokenizer.tokenize_chat(["hello"], []), **settings)

@@ -142,7 +142,10 @@ def test_every_node_with_a_picture_refuses(host, entry, name):
 
 
 def test_two_pictures_to_think_about(host):
-    host.refuses(host.call("Step1XEditThinkPrompt", image=Given(PICTURE.repeat(2, 1, 1, 1))), "has 2 images; .* Choose one with 'ImageFromBatch'")
+    host.refuses(
+        host.call("Step1XEditThinkPrompt", image=Given(PICTURE.repeat(2, 1, 1, 1))),
+        "has 2 images; .* Choose one with 'ImageFromBatch'",
+    )
 
 
 NO_MASK = "Input 'mask' is .*; expected a mask tensor .* Connect an output of the type MASK"
@@ -170,8 +173,15 @@ def test_crop_refuses_masks(host, mask, expected):
     host.refuses(host.call("Step1XEditCropToMask", image=Given(PICTURE), mask=Given(mask)), expected)
 
 
-FINE_MASKS = {"without_batch_axis": MASK[0], "with_channel_axis": MASK[:, None], "bool": MASK > 0, "integers": MASK.long(), "float16": MASK.half(), "above_one": MASK * 255,
-              "infinite": torch.where(MASK > 0, INF, 0)}
+FINE_MASKS = {
+    "without_batch_axis": MASK[0],
+    "with_channel_axis": MASK[:, None],
+    "bool": MASK > 0,
+    "integers": MASK.long(),
+    "float16": MASK.half(),
+    "above_one": MASK * 255,
+    "infinite": torch.where(MASK > 0, INF, 0),
+}
 
 
 @pytest.mark.parametrize("mask", FINE_MASKS.values(), ids=FINE_MASKS)
@@ -180,8 +190,11 @@ def test_crop_takes_every_kind_of_mask(host, mask):
     assert torch.equal(crops[0][0], crops[1][0]) and torch.equal(crops[0][1], crops[1][1])
 
 
-@pytest.mark.parametrize("result", [PICTURE[:, :1, :1], PICTURE[..., :1], PICTURE * NAN, torch.rand(1, 1, 20000, 3), PICTURE.repeat(5, 1, 1, 1)],
-                         ids=["one_pixel", "grey", "nan", "20000_wide", "five"])
+@pytest.mark.parametrize(
+    "result",
+    [PICTURE[:, :1, :1], PICTURE[..., :1], PICTURE * NAN, torch.rand(1, 1, 20000, 3), PICTURE.repeat(5, 1, 1, 1)],
+    ids=["one_pixel", "grey", "nan", "20000_wide", "five"],
+)
 def test_stitch_keeps_the_rest_whatever_comes_back(host, result):
     stitch = host.call("Step1XEditCropToMask", image=Given(PICTURE), mask=Given(MASK)).made()[2]
     (whole,) = host.call("Step1XEditStitchCrop", image=Given(result), stitch=Given(stitch)).made()
@@ -232,8 +245,12 @@ def test_scheduler_refuses_latents(host, name):
     host.refuses(host.call("Step1XEditScheduler", **{socket("Step1XEditScheduler", "LATENT"): Given(latent)}), expected)
 
 
-BEFORE = {"sd": ({"samples": torch.rand(1, 4, 8, 8)}, "The latent has shape"), "two": ({"samples": LATENT.repeat(2, 1, 1, 1)}, "The latent has shape"),
-          "nan": ({"samples": LATENT * NAN}, NO_NUMBERS), "no_samples": ({}, NO_LATENT)}
+BEFORE = {
+    "sd": ({"samples": torch.rand(1, 4, 8, 8)}, "The latent has shape"),
+    "two": ({"samples": LATENT.repeat(2, 1, 1, 1)}, "The latent has shape"),
+    "nan": ({"samples": LATENT * NAN}, NO_NUMBERS),
+    "no_samples": ({}, NO_LATENT),
+}
 
 
 @pytest.mark.parametrize("latent, expected", BEFORE.values(), ids=BEFORE)
@@ -241,8 +258,16 @@ def test_encode_refuses_latents_of_the_turn_before(host, latent, expected):
     host.refuses(host.encode(**{socket("Step1XEditEncode", "LATENT"): Given(latent)}), expected, from_the_start=True)
 
 
-FINE_LATENTS = {"empty_sd": torch.zeros(1, 4, 8, 8), "empty_flux2": torch.zeros(1, 128, 8, 8), "one_cell": LATENT[..., :1, :1], "odd_sides": LATENT[..., :5, :7],
-                "three": LATENT.repeat(3, 1, 1, 1), "float16": LATENT.half(), "float64": LATENT.double(), "very_large": LATENT * 1e30}
+FINE_LATENTS = {
+    "empty_sd": torch.zeros(1, 4, 8, 8),
+    "empty_flux2": torch.zeros(1, 128, 8, 8),
+    "one_cell": LATENT[..., :1, :1],
+    "odd_sides": LATENT[..., :5, :7],
+    "three": LATENT.repeat(3, 1, 1, 1),
+    "float16": LATENT.half(),
+    "float64": LATENT.double(),
+    "very_large": LATENT * 1e30,
+}
 
 
 @pytest.mark.parametrize("samples", FINE_LATENTS.values(), ids=FINE_LATENTS)
@@ -251,6 +276,13 @@ def test_sampler_takes_every_latent_of_the_model_and_empty_ones(host, samples):
     assert out["samples"].shape == (samples.shape[0], 16, *samples.shape[2:]) and torch.isfinite(out["samples"]).all()
 
 
-@pytest.mark.parametrize("mask", [torch.full((1, 1, 8, 8), NAN), torch.zeros(0, 1, 8, 8), torch.full((1, 1, 8, 8), INF)], ids=["nan", "empty", "infinite"])
+@pytest.mark.parametrize(
+    "mask",
+    [torch.full((1, 1, 8, 8), NAN), torch.zeros(0, 1, 8, 8), torch.full((1, 1, 8, 8), INF)],
+    ids=["nan", "empty", "infinite"],
+)
 def test_noise_masks_are_refused(host, mask):
-    host.refuses(host.sample(latent=Given({**host.encoded[2], "noise_mask": mask})), "The noise mask of the latent, .* Check the mask of 'Set Latent Noise Mask'")
+    host.refuses(
+        host.sample(latent=Given({**host.encoded[2], "noise_mask": mask})),
+        "The noise mask of the latent, .* Check the mask of 'Set Latent Noise Mask'",
+    )

@@ -63,7 +63,11 @@ def test_every_text_is_encoded(host, clip_v12, prompt, layout):
     positive, negative, _ = host.encode(prompt=prompt, negative_prompt=prompt[:100], **clip).made()
     for (cond, extra), in (positive, negative):
         assert cond.shape[1] <= (640 if layout == "v1.1" else 2048) and torch.isfinite(cond).all()
-        assert all(tensor.shape[1] == cond.shape[1] for name, tensor in extra.items() if name in ("attention_mask", "text_ids", "text_mask", "text_embeds"))
+        assert all(
+            tensor.shape[1] == cond.shape[1]
+            for name, tensor in extra.items()
+            if name in ("attention_mask", "text_ids", "text_mask", "text_embeds")
+        )
 
 
 def test_the_good_edit_is_made_as_ever_after_all_of_them(host):
@@ -74,8 +78,13 @@ def test_the_good_edit_is_made_as_ever_after_all_of_them(host):
 def test_what_is_cut_off_a_long_instruction_makes_no_difference(host, clip_v12, limit):
     """The language model looks back only, so the positions that are kept do not depend on those behind them."""
     clip = {"clip": Given(clip_v12)} if limit == "v1.2" else {}
-    whole, other = (host.encode(prompt=WORDS[:12 * 800] + end, **clip).made()[0][0] for end in ("make it red " * 20, "something else entirely " * 3000))
-    assert torch.equal(whole[0], other[0]) and all(torch.equal(value, other[1][name]) for name, value in whole[1].items() if torch.is_tensor(value))
+    whole, other = (
+        host.encode(prompt=WORDS[: 12 * 800] + end, **clip).made()[0][0]
+        for end in ("make it red " * 20, "something else entirely " * 3000)
+    )
+    assert torch.equal(whole[0], other[0]) and all(
+        torch.equal(value, other[1][name]) for name, value in whole[1].items() if torch.is_tensor(value)
+    )
 
 
 def test_a_long_instruction_is_read_as_far_as_it_was_before_it_was_cut(clip_v12, clip, photo):
@@ -102,26 +111,45 @@ def test_what_is_no_text_is_refused(host, value, entry):
     host.refuses(host.call(entry.node, **{entry.name: Given(value, "STRING")}), NO_TEXT)
 
 
-@pytest.mark.parametrize("value, expected", [(["a", 0], NO_SUCH_NODE), (["a"], BAD_LINK), (["a", 0, 1], BAD_LINK)], ids=["no_such_node", "one", "three"])
+@pytest.mark.parametrize(
+    "value, expected",
+    [(["a", 0], NO_SUCH_NODE), (["a"], BAD_LINK), (["a", 0, 1], BAD_LINK)],
+    ids=["no_such_node", "one", "three"],
+)
 def test_prompts_that_are_no_links_either(host, value, expected):
     host.refuses(host.encode(prompt=value), expected)
 
 
-@pytest.mark.parametrize("value, text", [(5, "5"), (None, "None"), (True, "True"), ({"__value__": "x"}, "x")], ids=["integer", "null", "bool", "wrapped"])
+@pytest.mark.parametrize(
+    "value, text",
+    [(5, "5"), (None, "None"), (True, "True"), ({"__value__": "x"}, "x")],
+    ids=["integer", "null", "bool", "wrapped"],
+)
 def test_the_host_makes_text_of_what_is_typed_in(host, value, text):
     found, expected = host.encode(prompt=value).made()[0], host.encode(prompt=text).made()[0]
     assert torch.equal(found[0][0], expected[0][0])
 
 
-@pytest.mark.parametrize("node, changes", [("Step1XEditThinkPrompt", {}), ("Step1XEditReflectOnEdit", {}), ("Step1XEditReflectionLoop", {"think": True}),
-                                           ("Step1XEditReflectionLoop", {"reflect": True})])
+@pytest.mark.parametrize(
+    "node, changes",
+    [
+        ("Step1XEditThinkPrompt", {}),
+        ("Step1XEditReflectOnEdit", {}),
+        ("Step1XEditReflectionLoop", {"think": True}),
+        ("Step1XEditReflectionLoop", {"reflect": True}),
+    ],
+)
 @pytest.mark.parametrize("prompt", ["a" * 8001, WORDS[:100_000], "红" * 33_333], ids=["8001", "100_kilobytes", "chinese"])
 def test_instructions_too_long_to_think_about(host, node, changes, prompt):
     host.refuses(host.call(node, prompt=prompt, **changes), "Input 'prompt' has .* characters; .* Shorten the prompt")
 
 
 @pytest.mark.parametrize("node, entry", [("Step1XEditBatchImages", "prompts"), ("Step1XEditReflectionLoop", "prompt")])
-@pytest.mark.parametrize("prompt", ["\ud800 red", "<|im_end|><|image_pad|>", "\0\x07", WORDS[:100_000]], ids=["surrogate", "special_tokens", "control", "100_kilobytes"])
+@pytest.mark.parametrize(
+    "prompt",
+    ["\ud800 red", "<|im_end|><|image_pad|>", "\0\x07", WORDS[:100_000]],
+    ids=["surrogate", "special_tokens", "control", "100_kilobytes"],
+)
 def test_texts_come_out_as_the_server_can_send_them(host, node, entry, prompt):
     outcome = host.call(node, **{entry: prompt})
     assert torch.isfinite(outcome.made()[0]).all()
@@ -129,7 +157,11 @@ def test_texts_come_out_as_the_server_can_send_them(host, node, entry, prompt):
 
 
 @pytest.mark.parametrize("entry", ["english", "maker"])
-@pytest.mark.parametrize("prompt", [prompt for prompt in FINE.values() if prompt.strip()], ids=[name for name, prompt in FINE.items() if prompt.strip()])
+@pytest.mark.parametrize(
+    "prompt",
+    [prompt for prompt in FINE.values() if prompt.strip()],
+    ids=[name for name, prompt in FINE.items() if prompt.strip()],
+)
 def test_texts_of_pairs_are_stored_and_drawn(host, tmp_path, monkeypatch, entry, prompt):
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     pairs, _ = host.call("Step1XEditPairRecord", **{entry: prompt}).made()
@@ -140,11 +172,21 @@ def test_texts_of_pairs_are_stored_and_drawn(host, tmp_path, monkeypatch, entry,
 @pytest.mark.parametrize("entry", [entry for entry in TEXTS if entry.name in ("kinds", "task_types")], ids=str)
 @pytest.mark.parametrize("prompt", [prompt for prompt in FINE.values() if prompt.strip()], ids=[name for name, prompt in FINE.items() if prompt.strip()])
 def test_texts_that_are_no_entries_of_a_list(host, entry, prompt):
-    host.refuses(host.call(entry.node, **{entry.name: prompt}), "is not a kind that can be made here; .* Correct the input|has no task type .* Correct the input")
+    host.refuses(
+        host.call(entry.node, **{entry.name: prompt}),
+        "is not a kind that can be made here; .* Correct the input|has no task type .* Correct the input",
+    )
 
 
-@pytest.mark.parametrize("prompts, expected", [("", "There is no instruction. Write one"), (" \n\t\n ", "There is no instruction. Write one"),
-                                               (Given(Many(["red", None]), "STRING"), NO_TEXT), (Given(Many([]), "STRING"), "There is no instruction. Write one")],
-                         ids=["nothing", "white_space", "nothing_in_a_list", "empty_list"])
+@pytest.mark.parametrize(
+    "prompts, expected",
+    [
+        ("", "There is no instruction. Write one"),
+        (" \n\t\n ", "There is no instruction. Write one"),
+        (Given(Many(["red", None]), "STRING"), NO_TEXT),
+        (Given(Many([]), "STRING"), "There is no instruction. Write one"),
+    ],
+    ids=["nothing", "white_space", "nothing_in_a_list", "empty_list"],
+)
 def test_batches_without_instructions(host, prompts, expected):
     host.refuses(host.call("Step1XEditBatchImages", prompts=prompts), expected)

@@ -50,7 +50,11 @@ class Watch(TorchDispatchMode):
             self.strike()
         result = operation(*args, **(kwargs or {}))
         known = {storage(tensor) for tensor in tensors(args, kwargs)}
-        self.made += [(StorageWeakRef(tensor.untyped_storage()), operation.name()) for tensor in tensors(result) if storage(tensor) not in known]
+        self.made += [
+            (StorageWeakRef(tensor.untyped_storage()), operation.name())
+            for tensor in tensors(result)
+            if storage(tensor) not in known
+        ]
         return result
 
     def operations_after(self) -> int:
@@ -107,7 +111,9 @@ class Host:
 
         for name, node in {**classes, "TestThing": Thing, "TestResult": Result}.items():
             monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, node)
-        self.executor = execution.PromptExecutor(self, cache_type=execution.CacheType.CLASSIC, cache_args={"lru": 100, "ram": 0.1, "ram_inactive": 1024.0})
+        self.executor = execution.PromptExecutor(
+            self, cache_type=execution.CacheType.CLASSIC, cache_args={"lru": 100, "ram": 0.1, "ram_inactive": 1024.0}
+        )
 
     def send_sync(self, event, data, sid=None):
         if event == "executing":
@@ -119,7 +125,12 @@ class Host:
         self.messages.clear()
         self.results = {}
         # The host writes fingerprints into the prompt.
-        self.executor.execute(copy.deepcopy(prompt), "id", {"client_id": "test"}, [name for name, node in prompt.items() if node["class_type"] == "TestResult"])
+        self.executor.execute(
+            copy.deepcopy(prompt),
+            "id",
+            {"client_id": "test"},
+            [name for name, node in prompt.items() if node["class_type"] == "TestResult"],
+        )
         return self.results
 
     def event(self, name: str) -> dict:
@@ -176,13 +187,39 @@ def handed_out(**things: str) -> dict:
 
 def edit_prompt(name: str = "v1.1", /, **loaders) -> dict:
     """Encode, sample and decode, with models that are handed out, or with the loaders given in their place."""
-    return to_prompt(handed_out(model=f"model {name}", clip=f"clip {name.split()[0]}", vae="vae", image="image") | loaders | {
-        "encode": ("Step1XEditEncode", {"clip": ["clip", 0], "vae": ["vae", 0], "image": ["image", 0], "prompt": "make it red", "negative_prompt": "", "size_level": 64}),
-        "sampler": ("Step1XEditSampler", {"model": ["model", 0], "positive": ["encode", 0], "negative": ["encode", 1], "latent_image": ["encode", 2], "seed": 3, "steps": STEPS,
-                                      "cfg": 4.0, "sampler_name": "euler", "denoise": 1.0}),
-        "decode": ("Step1XEditDecode", {"samples": ["sampler", 0], "vae": ["vae", 0], "source": ["image", 0]}),
-        "result": ("TestResult", {"value": ["decode", 0]}),
-    })
+    return to_prompt(
+        handed_out(model=f"model {name}", clip=f"clip {name.split()[0]}", vae="vae", image="image")
+        | loaders
+        | {
+            "encode": (
+                "Step1XEditEncode",
+                {
+                    "clip": ["clip", 0],
+                    "vae": ["vae", 0],
+                    "image": ["image", 0],
+                    "prompt": "make it red",
+                    "negative_prompt": "",
+                    "size_level": 64,
+                },
+            ),
+            "sampler": (
+                "Step1XEditSampler",
+                {
+                    "model": ["model", 0],
+                    "positive": ["encode", 0],
+                    "negative": ["encode", 1],
+                    "latent_image": ["encode", 2],
+                    "seed": 3,
+                    "steps": STEPS,
+                    "cfg": 4.0,
+                    "sampler_name": "euler",
+                    "denoise": 1.0,
+                },
+            ),
+            "decode": ("Step1XEditDecode", {"samples": ["sampler", 0], "vae": ["vae", 0], "source": ["image", 0]}),
+            "result": ("TestResult", {"value": ["decode", 0]}),
+        }
+    )
 
 
 def think_prompt(layout: str) -> dict:
@@ -193,17 +230,41 @@ def think_prompt(layout: str) -> dict:
 
 
 def batch_prompt() -> dict:
-    return to_prompt(handed_out(model="model v1.1", clip="clip v1.1", vae="vae", image="image") | {
-        "batch": ("Step1XEditBatchImages", {"model": ["model", 0], "clip": ["clip", 0], "vae": ["vae", 0], "images": ["image", 0], "prompts": "red\ngreen", "combine": "all",
-                                  "negative_prompt": "", "size_level": 64, "seed": 1, "steps": STEPS, "cfg": 4.0, "sampler_name": "euler"}),
-        "result": ("TestResult", {"value": ["batch", 0]}),
-        "report": ("TestResult", {"value": ["batch", 1]}),
-    })
+    return to_prompt(
+        handed_out(model="model v1.1", clip="clip v1.1", vae="vae", image="image")
+        | {
+            "batch": (
+                "Step1XEditBatchImages",
+                {
+                    "model": ["model", 0],
+                    "clip": ["clip", 0],
+                    "vae": ["vae", 0],
+                    "images": ["image", 0],
+                    "prompts": "red\ngreen",
+                    "combine": "all",
+                    "negative_prompt": "",
+                    "size_level": 64,
+                    "seed": 1,
+                    "steps": STEPS,
+                    "cfg": 4.0,
+                    "sampler_name": "euler",
+                },
+            ),
+            "result": ("TestResult", {"value": ["batch", 0]}),
+            "report": ("TestResult", {"value": ["batch", 1]}),
+        }
+    )
 
 
-PROMPTS = {model: edit_prompt(model) for model in ("v1.1", "v1.2", "v1.1 teacache", "v1.1 lora")} | {"think": think_prompt("v1.1"), "batch": batch_prompt()}
+PROMPTS = {model: edit_prompt(model) for model in ("v1.1", "v1.2", "v1.1 teacache", "v1.1 lora")} | {
+    "think": think_prompt("v1.1"),
+    "batch": batch_prompt(),
+}
 # Prompts and the nodes of them that are struck.
-STAGES = [(model, node) for model in ("v1.1", "v1.2") for node in ("encode", "sampler", "decode")] + [("v1.1 teacache", "sampler"), ("think", "think")]
+STAGES = [(model, node) for model in ("v1.1", "v1.2") for node in ("encode", "sampler", "decode")] + [
+    ("v1.1 teacache", "sampler"),
+    ("think", "think"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +311,13 @@ def test_out_of_memory_frees_what_it_took(host, undisturbed, prompt, node, share
     operations, _, expected = undisturbed[prompt]
     comfy.model_management.unload_all_models()
     # 0.6 of an encoding lies in the VAE. After the first time the VAE tries again with tiles, and then our decode with smaller ones; how often differs between hosts.
-    with Watch(host, node, int(share * operations[node]), run_out_of_memory, *((10**6, "conv") if node == "decode" or (node, share) == ("encode", 0.6) else ())) as watch:
+    with Watch(
+        host,
+        node,
+        int(share * operations[node]),
+        run_out_of_memory,
+        *((10**6, "conv") if node == "decode" or (node, share) == ("encode", 0.6) else ()),
+    ) as watch:
         assert host.run(PROMPTS[prompt]) == {}
     error = host.event("execution_error")
     assert error["node_id"] == node and "out of memory" in error["exception_message"]
@@ -290,7 +357,11 @@ def test_decoding_out_of_memory_goes_on_in_tiles_that_can_be_cancelled(monkeypat
     with Watch(host, "decode", convolution, lambda: next(strikes)(), times=2) as watch:
         assert host.run(PROMPTS["v1.1"]) == {}
     # The host decodes three times, in tiles of three shapes.
-    assert host.event("execution_interrupted")["node_id"] == "decode" and watch.operations_after() < tiled.operations_after() / 3 and watch.left() == []
+    assert (
+        host.event("execution_interrupted")["node_id"] == "decode"
+        and watch.operations_after() < tiled.operations_after() / 3
+        and watch.left() == []
+    )
     assert same(host.run(PROMPTS["v1.1"]), undisturbed["v1.1"][2])
 
 
@@ -343,7 +414,11 @@ def test_faults_while_loading(monkeypatch, classes, things, folders, loader):
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_file_deleted_while_its_prompt_waits(host, folders, loader):
     prompt = loading_prompt(loader)
-    name = next(value for key, value in LOADERS[loader][1].items() if key in ("unet_name", "clip_name", "lora_name") and isinstance(value, str))
+    name = next(
+        value
+        for key, value in LOADERS[loader][1].items()
+        if key in ("unet_name", "clip_name", "lora_name") and isinstance(value, str)
+    )
     path = next(folders.glob(f"*/{name}"))
     valid, *_ = asyncio.run(execution.validate_prompt("id", prompt, None))
     assert valid

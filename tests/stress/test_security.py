@@ -21,9 +21,40 @@ pytestmark = pytest.mark.once
 NODE_PACK = ("__init__.py", "nodes", "step1x_core")
 SHIPPED = (*NODE_PACK, "install.py", "scripts", "miniature", "benchmarks")
 UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "pty"}
-NETWORK_MODULES = {"socket", "ssl", "http", "urllib", "urllib3", "requests", "httpx", "aiohttp", "ftplib", "smtplib", "xmlrpc", "webbrowser", "huggingface_hub", "modelscope"}
-UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "torch.jit.load", "torch.hub.load", "torch.package.PackageImporter",
-                "numpy.load", "np.load", "pandas.read_pickle", "yaml.load", "yaml.unsafe_load", "importlib.import_module"}
+NETWORK_MODULES = {
+    "socket",
+    "ssl",
+    "http",
+    "urllib",
+    "urllib3",
+    "requests",
+    "httpx",
+    "aiohttp",
+    "ftplib",
+    "smtplib",
+    "xmlrpc",
+    "webbrowser",
+    "huggingface_hub",
+    "modelscope",
+}
+UNSAFE_CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "torch.load",
+    "torch.jit.load",
+    "torch.hub.load",
+    "torch.package.PackageImporter",
+    "numpy.load",
+    "np.load",
+    "pandas.read_pickle",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "importlib.import_module",
+}
 UNSAFE_KEYWORDS = {"shell", "trust_remote_code", "allow_pickle"}
 
 
@@ -56,14 +87,31 @@ def sources(parts) -> dict[str, str]:
     return {path.relative_to(PACK).as_posix(): path.read_text(encoding="utf-8") for path in paths}
 
 
-@pytest.mark.parametrize("source", [
-    "import pickle", "from pickle import loads", "def f():\n    import dill.source", "eval('1')", "exec(text)", "__import__(name)", "torch.load(path, map_location='cpu')",
-    "os.system('ls')", "subprocess.run('ls', shell=True)", "AutoModel.from_pretrained(path, trust_remote_code=True)", "numpy.load(path)", "importlib.import_module(name)",
-    "from torch import load", "from os import path, system", "f(allow_pickle=flag)",
-])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "def f():\n    import dill.source",
+        "eval('1')",
+        "exec(text)",
+        "__import__(name)",
+        "torch.load(path, map_location='cpu')",
+        "os.system('ls')",
+        "subprocess.run('ls', shell=True)",
+        "AutoModel.from_pretrained(path, trust_remote_code=True)",
+        "numpy.load(path)",
+        "importlib.import_module(name)",
+        "from torch import load",
+        "from os import path, system",
+        "f(allow_pickle=flag)",
+    ],
+)
 def test_the_search_finds(source):
     assert unsafe(source)
-    assert not unsafe("model.eval()\nre.compile('x')\nimport json\nfrom .pickle import own\ntorch.compile(model)\nfrom os import path\nf(trust_remote_code=False)")
+    assert not unsafe(
+        "model.eval()\nre.compile('x')\nimport json\nfrom .pickle import own\ntorch.compile(model)\nfrom os import path\nf(trust_remote_code=False)"
+    )
 
 
 def test_nothing_shipped_runs_or_unpickles_what_it_reads():
@@ -137,8 +185,15 @@ def test_what_is_kept_lies_in_the_hosts_folders(run):
     written = seen["keeping"]["written"]
     kept = [path for path in written if path not in outside([path], base)]
     assert outside(kept, base / "input" / "pairs", base / "output", base / "temp") == [] and outside(written, tempfile.gettempdir()) == []
-    assert all(any(Path(path).is_relative_to(base / folder) for path in kept) for folder in ("input/pairs/.step1x_cache", "output/step1x_training/lora", "output/edit_pairs/pairs",
-                                                                                             "output/gedit_bench/x"))
+    assert all(
+        any(Path(path).is_relative_to(base / folder) for path in kept)
+        for folder in (
+            "input/pairs/.step1x_cache",
+            "output/step1x_training/lora",
+            "output/edit_pairs/pairs",
+            "output/gedit_bench/x",
+        )
+    )
 
 
 def test_a_run_reads_no_file_but_code_and_models(run):

@@ -42,15 +42,42 @@ def server(tmp_path_factory):
 def edit_prompt(version: str, picture: str, seed: int, size_level: int) -> dict:
     """An edit with one of the models. The loaders of all of them are in every prompt, so that the host keeps what they loaded."""
     layout = "v1.2" if version == "v1.2" else "v1.1"
-    nodes = {f"model {name}": ("Step1XEditLoader", {"unet_name": file, "version": name, "weight_dtype": "default"}) for name, file in MODELS.items()}
-    nodes |= {f"mllm {name}": ("Step1XEditMLLM", {"clip_name": tiny_models.MLLM_FILE, "device": "default", "version": name}) for name in ("v1.1", "v1.2")}
+    nodes = {
+        f"model {name}": ("Step1XEditLoader", {"unet_name": file, "version": name, "weight_dtype": "default"})
+        for name, file in MODELS.items()
+    }
+    nodes |= {
+        f"mllm {name}": ("Step1XEditMLLM", {"clip_name": tiny_models.MLLM_FILE, "device": "default", "version": name})
+        for name in ("v1.1", "v1.2")
+    }
     nodes |= {
         "vae": ("VAELoader", {"vae_name": tiny_models.VAE_FILE}),
         "image": ("LoadImage", {"image": picture}),
-        "encode": ("Step1XEditEncode", {"clip": [f"mllm {layout}", 0], "vae": ["vae", 0], "image": ["image", 0], "prompt": "make it red", "negative_prompt": "",
-                                        "size_level": size_level}),
-        "sampler": ("Step1XEditSampler", {"model": [f"model {version}", 0], "positive": ["encode", 0], "negative": ["encode", 1], "latent_image": ["encode", 2], "seed": seed,
-                                      "steps": 1, "cfg": 2.0, "sampler_name": "euler", "denoise": 1.0}),
+        "encode": (
+            "Step1XEditEncode",
+            {
+                "clip": [f"mllm {layout}", 0],
+                "vae": ["vae", 0],
+                "image": ["image", 0],
+                "prompt": "make it red",
+                "negative_prompt": "",
+                "size_level": size_level,
+            },
+        ),
+        "sampler": (
+            "Step1XEditSampler",
+            {
+                "model": [f"model {version}", 0],
+                "positive": ["encode", 0],
+                "negative": ["encode", 1],
+                "latent_image": ["encode", 2],
+                "seed": seed,
+                "steps": 1,
+                "cfg": 2.0,
+                "sampler_name": "euler",
+                "denoise": 1.0,
+            },
+        ),
         "decode": ("Step1XEditDecode", {"samples": ["sampler", 0], "vae": ["vae", 0], "source": ["image", 0]}),
         "save": ("PreviewImage", {"images": ["decode", 0]}),
     }

@@ -26,8 +26,18 @@ from step1x_core.training.cache import Cache, EditDataset
 
 STEP1X_ERROR = "step1x_core.errors.Step1XError"
 # What the host's own check of a prompt calls an input that it refuses, before anything runs.
-TOO_SMALL, TOO_LARGE, NOT_IN_LIST, NOT_CONVERTED = "value_smaller_than_min", "value_bigger_than_max", "value_not_in_list", "invalid_input_type"
-MISMATCH, BAD_LINK, MISSING, NO_SUCH_NODE = "return_type_mismatch", "bad_linked_input", "required_input_missing", "exception_during_inner_validation"
+TOO_SMALL, TOO_LARGE, NOT_IN_LIST, NOT_CONVERTED = (
+    "value_smaller_than_min",
+    "value_bigger_than_max",
+    "value_not_in_list",
+    "invalid_input_type",
+)
+MISMATCH, BAD_LINK, MISSING, NO_SUCH_NODE = (
+    "return_type_mismatch",
+    "bad_linked_input",
+    "required_input_missing",
+    "exception_during_inner_validation",
+)
 HOST_REFUSALS = (TOO_SMALL, TOO_LARGE, NOT_IN_LIST, NOT_CONVERTED, MISMATCH, BAD_LINK, MISSING, NO_SUCH_NODE)
 # After so many refusals the good edit is made again, and at the end of every file. 1 finds the one that spoils it.
 CHECK_EVERY = int(os.environ.get("STEP1X_CHECK_EVERY", 8))
@@ -118,19 +128,32 @@ class Host:
 
         for name, node in {**node_classes(load_pack()), "TestSink": Sink}.items():
             monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, node)
-        self.executor = execution.PromptExecutor(self, cache_type=execution.CacheType.CLASSIC, cache_args={"lru": 100, "ram": 0.1, "ram_inactive": 1024.0})
+        self.executor = execution.PromptExecutor(
+            self, cache_type=execution.CacheType.CLASSIC, cache_args={"lru": 100, "ram": 0.1, "ram_inactive": 1024.0}
+        )
         self.model, self.clip, self.vae = model, clip, vae
         self.picture = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
         self.encoded = self.encode().made()
         # The quick edit reads only the start of the instruction and draws only a corner of the picture.
-        self.quick = [[[cond[:, :64], {**extra, "attention_mask": extra["attention_mask"][:, :64]}] for cond, extra in c] for c in self.encoded[:2]]
+        self.quick = [
+            [[cond[:, :64], {**extra, "attention_mask": extra["attention_mask"][:, :64]}] for cond, extra in c]
+            for c in self.encoded[:2]
+        ]
         self.quick.append({"samples": self.encoded[2]["samples"][..., :4, :4]})
         self.expected, self.expected_quick = self.sampled_and_decoded(*self.encoded), self.sampled_and_decoded(*self.quick)
 
     def fitting(self, kind: str):
         """A fitting thing for a type of socket. What only a node of ours makes is made by that node."""
         if kind not in self.made_things:
-            simple = {"MODEL": self.model, "CLIP": self.clip, "VAE": self.vae, "IMAGE": self.picture, "MASK": MASK, "STEP1X_PAIRS": (), "STEP1X_PROPOSAL": None}
+            simple = {
+                "MODEL": self.model,
+                "CLIP": self.clip,
+                "VAE": self.vae,
+                "IMAGE": self.picture,
+                "MASK": MASK,
+                "STEP1X_PAIRS": (),
+                "STEP1X_PROPOSAL": None,
+            }
             if kind in ("CONDITIONING", "LATENT"):
                 self.made_things[kind] = self.encoded[0 if kind == "CONDITIONING" else 2]
             elif kind == "STEP1X_EDIT_DATASET":

@@ -23,8 +23,11 @@ STEPS = 6
 
 def load_demo() -> SimpleNamespace:
     folder = demo_model.FOLDER
-    return SimpleNamespace(model=load_model(folder / "diffusion_models" / demo_model.MODEL_FILE), clip=load_text_encoder(folder / "text_encoders" / demo_model.MLLM_FILE),
-                           vae=comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(folder / "vae" / demo_model.VAE_FILE))))
+    return SimpleNamespace(
+        model=load_model(folder / "diffusion_models" / demo_model.MODEL_FILE),
+        clip=load_text_encoder(folder / "text_encoders" / demo_model.MLLM_FILE),
+        vae=comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(folder / "vae" / demo_model.VAE_FILE))),
+    )
 
 
 def edit(demo, image, prompt, seed=42, latent=None, mask=None, denoise=1.0):
@@ -32,7 +35,16 @@ def edit(demo, image, prompt, seed=42, latent=None, mask=None, denoise=1.0):
     positive, negative, start = encode_edit(demo.clip, demo.vae, image, prompt, "", demo_model.SIZE_LEVEL, latent)
     if mask is not None:
         start["noise_mask"] = mask
-    out = sample(demo.model, positive, negative, start, flow_sigmas(STEPS, start["samples"], denoise), demo_model.CFG, seed, callback=lambda *args: None)
+    out = sample(
+        demo.model,
+        positive,
+        negative,
+        start,
+        flow_sigmas(STEPS, start["samples"], denoise),
+        demo_model.CFG,
+        seed,
+        callback=lambda *args: None,
+    )
     return decode_edit(demo.vae, out, image), out
 
 

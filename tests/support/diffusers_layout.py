@@ -10,13 +10,27 @@ from step1x_core.checkpoints.keys import swap_halves
 def to_diffusers(weights):
     """The inverse of the key conversion, written out for the test."""
     names = {
-        "img_in": "x_embedder", "txt_in": "context_embedder", "time_in": "time_embed", "vector_in": "vec_embed",
-        "img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear", "img_attn.proj": "attn.to_out.0", "txt_attn.proj": "attn.to_add_out",
-        "img_mlp.0": "ff.net.0.proj", "img_mlp.2": "ff.net.2", "txt_mlp.0": "ff_context.net.0.proj", "txt_mlp.2": "ff_context.net.2",
-        "img_attn.norm.query_norm.scale": "attn.norm_q.weight", "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
-        "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight", "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
-        "modulation.lin": "norm.linear", "linear2": "proj_out", "norm.query_norm.scale": "attn.norm_q.weight",
-        "norm.key_norm.scale": "attn.norm_k.weight", "final_layer.linear": "proj_out",
+        "img_in": "x_embedder",
+        "txt_in": "context_embedder",
+        "time_in": "time_embed",
+        "vector_in": "vec_embed",
+        "img_mod.lin": "norm1.linear",
+        "txt_mod.lin": "norm1_context.linear",
+        "img_attn.proj": "attn.to_out.0",
+        "txt_attn.proj": "attn.to_add_out",
+        "img_mlp.0": "ff.net.0.proj",
+        "img_mlp.2": "ff.net.2",
+        "txt_mlp.0": "ff_context.net.0.proj",
+        "txt_mlp.2": "ff_context.net.2",
+        "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
+        "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
+        "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
+        "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
+        "modulation.lin": "norm.linear",
+        "linear2": "proj_out",
+        "norm.query_norm.scale": "attn.norm_q.weight",
+        "norm.key_norm.scale": "attn.norm_k.weight",
+        "final_layer.linear": "proj_out",
     }
     out = {}
     for key, tensor in weights.items():

@@ -9,10 +9,31 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-NETWORK = ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "urllib.Request", "http.client.connect", "ftplib.connect",
-           "smtplib.connect", "webbrowser.open")
+NETWORK = (
+    "socket.connect",
+    "socket.bind",
+    "socket.getaddrinfo",
+    "socket.gethostbyname",
+    "socket.sendto",
+    "urllib.Request",
+    "http.client.connect",
+    "ftplib.connect",
+    "smtplib.connect",
+    "webbrowser.open",
+)
 PROCESSES = ("subprocess.Popen", "os.system", "os.exec", "os.spawn", "os.posix_spawn", "os.startfile", "pty.spawn")
-CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "shutil.rmtree", "shutil.move", "shutil.copyfile")
+CHANGES = (
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.mkdir",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+    "shutil.rmtree",
+    "shutil.move",
+    "shutil.copyfile",
+)
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 seen = {name: [] for name in ("network", "processes", "unpickled", "written", "read")}
@@ -41,7 +62,11 @@ def take() -> dict[str, list[str]]:
 
 
 def main(base: Path, report: Path) -> None:
-    sys.path[:0] = [str(Path(__file__).absolute().parent), str(Path(__file__).absolute().parents[1]), str(Path(__file__).absolute().parents[2] / "scripts" / "support")]
+    sys.path[:0] = [
+        str(Path(__file__).absolute().parent),
+        str(Path(__file__).absolute().parents[1]),
+        str(Path(__file__).absolute().parents[2] / "scripts" / "support"),
+    ]
     import environment
 
     environment.use_host_in_process()
@@ -67,14 +92,31 @@ def main(base: Path, report: Path) -> None:
     image = torch.rand(1, 72, 96, 3, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         vae = load_vae(base / "models" / "vae" / tiny_models.VAE_FILE)
-        for file, version, layout in ((tiny_models.V11_FILE, "auto", "v1.1"), ("shards-v1p1/", "auto", "v1.1"), (tiny_models.V12_FILE, "v1.2", "v1.2")):
+        for file, version, layout in (
+            (tiny_models.V11_FILE, "auto", "v1.1"),
+            ("shards-v1p1/", "auto", "v1.1"),
+            (tiny_models.V12_FILE, "v1.2", "v1.2"),
+        ):
             model, _ = run("Step1XEditLoader", unet_name=file, version=version, weight_dtype="default")
             if version == "auto":
                 model, = run("Step1XEditLoadLora", model=model, lora_name=tiny_models.LORA_FILE, strength=1.0)
             clip, = run("Step1XEditMLLM", clip_name=tiny_models.MLLM_FILE, device="default", version=layout)
             prompt, _ = run("Step1XEditThinkPrompt", clip=clip, image=image, prompt="make it red", seed=1, temperature=0.7)
-            positive, negative, latent = run("Step1XEditEncode", clip=clip, vae=vae, image=image, prompt=prompt, negative_prompt="", size_level=64)
-            latent, = run("Step1XEditSampler", model=model, positive=positive, negative=negative, latent_image=latent, seed=1, steps=1, cfg=4.0, sampler_name="euler", denoise=1.0)
+            positive, negative, latent = run(
+                "Step1XEditEncode", clip=clip, vae=vae, image=image, prompt=prompt, negative_prompt="", size_level=64
+            )
+            (latent,) = run(
+                "Step1XEditSampler",
+                model=model,
+                positive=positive,
+                negative=negative,
+                latent_image=latent,
+                seed=1,
+                steps=1,
+                cfg=4.0,
+                sampler_name="euler",
+                denoise=1.0,
+            )
             picture, = run("Step1XEditDecode", samples=latent, vae=vae, source=image)
             assert picture.shape == image.shape and picture.isfinite().all()
         # Of the nodes that only compute.
@@ -86,8 +128,20 @@ def main(base: Path, report: Path) -> None:
         patched, = run("Step1XEditSpeedPreset", model=model, mode=mode)
         crop, _, stitch = run("Step1XEditCropToMask", image=image, mask=(image[..., 0] > 0.5).float(), context=0.5, min_size=16)
         run("Step1XEditStitchCrop", image=crop, stitch=stitch, feather=2)
-        one = {"model": patched, "clip": clip, "vae": vae, "prompts": "red", "images": image, "combine": "pairs", "negative_prompt": "", "size_level": 64, "seed": 1, "steps": 1,
-               "cfg": 2.0, "sampler_name": "euler"}
+        one = {
+            "model": patched,
+            "clip": clip,
+            "vae": vae,
+            "prompts": "red",
+            "images": image,
+            "combine": "pairs",
+            "negative_prompt": "",
+            "size_level": 64,
+            "seed": 1,
+            "steps": 1,
+            "cfg": 2.0,
+            "sampler_name": "euler",
+        }
         run("Step1XEditBatchImages", **{name: [value] for name, value in one.items()})
         _, found, _ = gate(image, "block", "classifier", "LABEL_0, LABEL_1", 0.0, "", prompt="red", question="Is it bad?", clip=clip)
         assert found == 1
@@ -96,12 +150,49 @@ def main(base: Path, report: Path) -> None:
     # And of those that keep what they made.
     with torch.inference_mode():
         dataset, _ = run("Step1XEditTrainDataset", clip=clip, vae=vae, dataset="pairs", size_level=64, validation=0)
-        run("Step1XEditTrainLora", model=model, dataset=dataset, name="lora", steps=1, learning_rate=0.01, rank=2, alpha=1.0, batch_size=1, accumulation=1, seed=1, resume=True,
-            save_every=1, validate_every=0, schedule="constant", warmup=0, ema=0.0, gradient_checkpointing=True)
+        run(
+            "Step1XEditTrainLora",
+            model=model,
+            dataset=dataset,
+            name="lora",
+            steps=1,
+            learning_rate=0.01,
+            rank=2,
+            alpha=1.0,
+            batch_size=1,
+            accumulation=1,
+            seed=1,
+            resume=True,
+            save_every=1,
+            validate_every=0,
+            schedule="constant",
+            warmup=0,
+            ema=0.0,
+            gradient_checkpointing=True,
+        )
         pairs, _ = run("Step1XEditPairCompute", images=[image], kinds=[""], count=[4], seed=[1], max_side=[0])
-        pairs, _ = run("Step1XEditPairRecord", source=[image], target=[1 - image], kind=["color_alter"], english=["invert it"], chinese=[""], direction=["forward"], maker=["x"],
-                       pairs=[pairs])
-        run("Step1XEditPairJudge", clip=clip, pairs=pairs[:1], seed=1, min_semantics=0.0, min_quality=0.0, min_change=0.0, max_change=1.0, unjudged=True)
+        pairs, _ = run(
+            "Step1XEditPairRecord",
+            source=[image],
+            target=[1 - image],
+            kind=["color_alter"],
+            english=["invert it"],
+            chinese=[""],
+            direction=["forward"],
+            maker=["x"],
+            pairs=[pairs],
+        )
+        run(
+            "Step1XEditPairJudge",
+            clip=clip,
+            pairs=pairs[:1],
+            seed=1,
+            min_semantics=0.0,
+            min_quality=0.0,
+            min_change=0.0,
+            max_change=1.0,
+            unjudged=True,
+        )
         run("Step1XEditPairSave", pairs=pairs, name="pairs", limit=4)
         pictures, _, items, _, bench = run("Step1XEditGEditItems", dataset="", method="x", language="en", task_types="", limit=1, count=1)
         run("Step1XEditGEditSave", images=pictures, items=items)

@@ -29,7 +29,11 @@ class Hub:
     def huggingface(self, files: dict[str, bytes]) -> dict:
         siblings = []
         for path, content in files.items():
-            entry = {"rfilename": path, "size": self.sizes.get(path, len(content)), "blobId": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()}
+            entry = {
+                "rfilename": path,
+                "size": self.sizes.get(path, len(content)),
+                "blobId": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(),
+            }
             if path.endswith(".safetensors"):
                 entry["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": entry["size"], "pointerSize": 134}
             siblings.append(entry)

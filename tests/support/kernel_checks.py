@@ -21,7 +21,12 @@ BATCH, TOKENS, WIDTH, HEADS, HEAD = 2, 5, 96, 3, 32
 
 
 def close(got, expected, dtype):
-    torch.testing.assert_close(got.float(), expected, rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-5 if dtype == torch.float32 else 1e-3)
+    torch.testing.assert_close(
+        got.float(),
+        expected,
+        rtol=1e-5 if dtype == torch.float32 else 2**-7,
+        atol=1e-5 if dtype == torch.float32 else 1e-3,
+    )
 
 
 def check(dtype):
@@ -123,8 +128,22 @@ def check_blocks():
     pe = torch.randn(1, 1, 8, width // heads // 2, 2, 2)
     pe_whole = pe[:, :, [*whole, *range(3, 8)]]
     options = {blocks.REPEATED_TEXT: (3, repeats), "block_type": "single", "block_index": 0, "total_blocks": 1, "img_slice": [3, 8]}
-    for kind, fused, settings in ((DoubleStreamBlock, blocks.FusedDoubleStreamBlock, {"qkv_bias": True}), (SingleStreamBlock, blocks.FusedSingleStreamBlock, {})):
-        plain, ours = (block(width, heads, mlp_ratio=4, dtype=torch.float32, device="cpu", operations=blocks.disable_weight_init, **settings) for block in (kind, fused))
+    for kind, fused, settings in (
+        (DoubleStreamBlock, blocks.FusedDoubleStreamBlock, {"qkv_bias": True}),
+        (SingleStreamBlock, blocks.FusedSingleStreamBlock, {}),
+    ):
+        plain, ours = (
+            block(
+                width,
+                heads,
+                mlp_ratio=4,
+                dtype=torch.float32,
+                device="cpu",
+                operations=blocks.disable_weight_init,
+                **settings,
+            )
+            for block in (kind, fused)
+        )
         weights = {name: torch.randn(tensor.shape) / 8 for name, tensor in plain.state_dict().items()}
         plain.load_state_dict(weights)
         ours.load_state_dict(weights)
@@ -165,7 +184,10 @@ def check_fp8_layer():
         layer._full_precision_mm = False
         layer.bias.zero_()
         width = transformer.hidden_size
-        x, mlp = torch.randn(2, 20, width).to(torch.float8_e4m3fn)[:, 4:], torch.randint(0, 8, (2, 16, layer.in_features - width)).bfloat16()
+        x, mlp = (
+            torch.randn(2, 20, width).to(torch.float8_e4m3fn)[:, 4:],
+            torch.randint(0, 8, (2, 16, layer.in_features - width)).bfloat16(),
+        )
         parts = [blocks.Part(x, torch.tensor(scale))] + [blocks.Part(mlp)] * (layer.in_features > width)
         expected = torch.nn.functional.linear(torch.cat((x.float() * scale, mlp.float()), dim=-1), layer.weight.dequantize().float())
         got = blocks.projected(layer, parts, torch.bfloat16)

@@ -123,7 +123,9 @@ class InProcessHost:
 
         for name, node in {**classes, "TestSource": Source, "TestSink": Sink}.items():
             monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, node)
-        self.executor = execution.PromptExecutor(self, cache_type=execution.CacheType[cache], cache_args={"lru": 100, "ram": 0.1, "ram_inactive": 1024.0})
+        self.executor = execution.PromptExecutor(
+            self, cache_type=execution.CacheType[cache], cache_args={"lru": 100, "ram": 0.1, "ram_inactive": 1024.0}
+        )
 
     def send_sync(self, event, data, sid=None):
         self.messages.append((event, data))
@@ -136,9 +138,22 @@ class InProcessHost:
         self.messages.clear()
         self.values = None
         prompt = {name: {"class_type": "TestSource", "inputs": {"name": name}} for name in ("model", "clip", "vae", "image")}
-        loop = {"prompt": "red cup pls", "negative_prompt": "", "size_level": 64, "seed": 5, "steps": 1, "cfg": 2.0, "rounds": 3, "think": True, "reflect": True,
-                "sampler_name": "euler"}
+        loop = {
+            "prompt": "red cup pls",
+            "negative_prompt": "",
+            "size_level": 64,
+            "seed": 5,
+            "steps": 1,
+            "cfg": 2.0,
+            "rounds": 3,
+            "think": True,
+            "reflect": True,
+            "sampler_name": "euler",
+        }
         prompt["loop"] = {"class_type": "Step1XEditReflectionLoop", "inputs": {**{name: [name, 0] for name in prompt}, **loop, **changes}}
-        prompt["sink"] = {"class_type": "TestSink", "inputs": {name: ["loop", i] for i, name in enumerate(("image", "candidates", "report", "prompt"))}}
+        prompt["sink"] = {
+            "class_type": "TestSink",
+            "inputs": {name: ["loop", i] for i, name in enumerate(("image", "candidates", "report", "prompt"))},
+        }
         self.executor.execute(prompt, "id", {"client_id": "test"}, ["sink"])
         return Result(self.messages, self.values)

@@ -60,8 +60,12 @@ def loud_model(folder: Path, version: str, **options):
 
 
 def run(model, steps=STEPS, cfg=6.0, seed=7):
-    positive, negative, latent = tiny_models.made_up_edit(model.model.diffusion_model.version, 24, (300, 200), tiny_models.TINY_TRANSFORMER.text)
-    return sample(model, positive, negative, latent, flow_sigmas(steps, latent["samples"]), cfg, seed, callback=lambda *args: None)["samples"]
+    positive, negative, latent = tiny_models.made_up_edit(
+        model.model.diffusion_model.version, 24, (300, 200), tiny_models.TINY_TRANSFORMER.text
+    )
+    return sample(
+        model, positive, negative, latent, flow_sigmas(steps, latent["samples"]), cfg, seed, callback=lambda *args: None
+    )["samples"]
 
 
 def difference(a, b) -> float:

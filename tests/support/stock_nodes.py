@@ -28,11 +28,41 @@ SOURCE = PAIRS["recolour"].source
 SAME_WORDS = pair_at(3, 111, "heldout", kind="background", language="en")
 
 # In an order in which they import one another without a circle.
-MODULES = ("nodes", *(f"comfy_extras.nodes_{name}" for name in (
-    "post_processing", "apg", "cfg", "custom_sampler", "differential_diffusion", "easycache", "edit_model", "flux", "freelunch", "image_compare", "latent", "mask",
-    "model_advanced", "model_merging", "model_merging_model_specific", "multigpu", "nag", "perpneg", "qwen", "sag", "sd3", "slg", "tcfg", "tomesd", "torch_compile",
-    "train", "upscale_model",
-)))
+MODULES = (
+    "nodes",
+    *(
+        f"comfy_extras.nodes_{name}"
+        for name in (
+            "post_processing",
+            "apg",
+            "cfg",
+            "custom_sampler",
+            "differential_diffusion",
+            "easycache",
+            "edit_model",
+            "flux",
+            "freelunch",
+            "image_compare",
+            "latent",
+            "mask",
+            "model_advanced",
+            "model_merging",
+            "model_merging_model_specific",
+            "multigpu",
+            "nag",
+            "perpneg",
+            "qwen",
+            "sag",
+            "sd3",
+            "slg",
+            "tcfg",
+            "tomesd",
+            "torch_compile",
+            "train",
+            "upscale_model",
+        )
+    ),
+)
 # Modules that came after the oldest host.
 NEWER_MODULES = ("comfy_extras.nodes_multigpu",)
 
@@ -112,13 +142,33 @@ class Demo:
     def ksampler(self, model=None, positive=None, negative=None, latent=None, kind="recolour", **options) -> dict:
         """The latent that the stock KSampler makes of one of the edits, with anything replaced."""
         encoded = self.edit(kind)
-        options = {"seed": SEED, "steps": STEPS, "cfg": demo_model.CFG, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0} | options
-        return run("KSampler", model=self.shifted(model), positive=positive or encoded[0], negative=negative or encoded[1], latent_image=latent or encoded[2], **options)[0]
+        options = {
+            "seed": SEED,
+            "steps": STEPS,
+            "cfg": demo_model.CFG,
+            "sampler_name": "euler",
+            "scheduler": "simple",
+            "denoise": 1.0,
+        } | options
+        return run(
+            "KSampler",
+            model=self.shifted(model),
+            positive=positive or encoded[0],
+            negative=negative or encoded[1],
+            latent_image=latent or encoded[2],
+            **options,
+        )[0]
 
     def custom(self, guider, sigmas, latent=None, noise=None) -> tuple[dict, dict]:
         """Both outputs of SamplerCustomAdvanced, by default with the noise of `ksampler`."""
-        return run("SamplerCustomAdvanced", noise=noise or run("RandomNoise", noise_seed=SEED)[0], guider=guider, sampler=run("KSamplerSelect", sampler_name="euler")[0],
-                   sigmas=sigmas, latent_image=latent or self.edit()[2])
+        return run(
+            "SamplerCustomAdvanced",
+            noise=noise or run("RandomNoise", noise_seed=SEED)[0],
+            guider=guider,
+            sampler=run("KSamplerSelect", sampler_name="euler")[0],
+            sigmas=sigmas,
+            latent_image=latent or self.edit()[2],
+        )
 
     def sigmas(self, steps: int = STEPS):
         return run("BasicScheduler", model=self.shifted(), scheduler="simple", steps=steps)[0]

@@ -32,7 +32,18 @@ from step1x_core.host.sampling.sampler import flow_sigmas, sample
 # The largest relative error of an edit's latent against bf16, for random weights.
 FORMATS = {"fp8": 0.03, "int8": 0.04, "nvfp4": 0.1}
 LOADABLE = [form for form in FORMATS if conversion.FORMATS[form][0] in QUANT_ALGOS]
-LARGE = {"img_attn.qkv", "img_attn.proj", "txt_attn.qkv", "txt_attn.proj", "img_mlp.0", "img_mlp.2", "txt_mlp.0", "txt_mlp.2", "linear1", "linear2"}
+LARGE = {
+    "img_attn.qkv",
+    "img_attn.proj",
+    "txt_attn.qkv",
+    "txt_attn.proj",
+    "img_mlp.0",
+    "img_mlp.2",
+    "txt_mlp.0",
+    "txt_mlp.2",
+    "linear1",
+    "linear2",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +72,16 @@ def edit(model, steps=2):
     latent = torch.randn(1, 16, 8, 12, generator=generator)
     extra = {"reference_latents": [latent], "attention_mask": torch.ones(1, 640, dtype=torch.long)}
     positive, negative = ([[torch.randn(1, 640, 64, generator=generator), extra]] for _ in range(2))
-    return sample(model, positive, negative, {"samples": latent}, flow_sigmas(steps, latent), 6.0, seed=1, callback=lambda *args: None)["samples"]
+    return sample(
+        model,
+        positive,
+        negative,
+        {"samples": latent},
+        flow_sigmas(steps, latent),
+        6.0,
+        seed=1,
+        callback=lambda *args: None,
+    )["samples"]
 
 
 def edit_v12(model):
@@ -186,7 +206,11 @@ def test_layers_can_be_kept_and_modulation_added(source, files, tmp_path):
     command.convert(source, path, "nvfp4", keep=["double_blocks.0.*", "*.linear2"], modulation=True)
     found = markers(path)
     assert not any(name.startswith("double_blocks.0.") or name.endswith("linear2") for name in found)
-    assert found["single_blocks.0.modulation.lin"] == found["double_blocks.1.txt_mod.lin"] == {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
+    assert (
+        found["single_blocks.0.modulation.lin"]
+        == found["double_blocks.1.txt_mod.lin"]
+        == {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
+    )
     assert found["single_blocks.1.linear1"] == {"format": "nvfp4"} and len(found) == 8 + 2 + 2 + 2
     assert 0 < error(edit(load_model(path)), edit(load_model(files["bf16"]))) < FORMATS["nvfp4"]
 
@@ -218,7 +242,11 @@ def test_plain_fp8_files_keep_their_bits(source, tmp_path):
 def test_the_version_outlives_its_name(models, tmp_path):
     """Weights of a preview without mapping do not tell their version; the file carries it for both loaders."""
     register()
-    weights = {k: v for k, v in load_file(models / "diffusion_models" / tiny_models.V12_FILE).items() if not k.startswith("text_token_mapping")}
+    weights = {
+        k: v
+        for k, v in load_file(models / "diffusion_models" / tiny_models.V12_FILE).items()
+        if not k.startswith("text_token_mapping")
+    }
     folder = diffusers_repository(tmp_path / "anything", to_diffusers(weights), pipeline="Step1XEditPipelineV1P2")
     command.convert(folder, tmp_path / "x.safetensors", "fp8")
     command.convert(folder / "transformer", tmp_path / "y.safetensors", "bf16", version="v1.2-preview")
@@ -236,9 +264,16 @@ def test_the_version_outlives_its_name(models, tmp_path):
 def test_a_lora_changes_the_converted_model_as_it_does_the_original(files, form):
     generator = torch.Generator().manual_seed(0)
     lora = {}
-    for name, rows, columns in (("double_blocks_0_img_attn_qkv", 192, 64), ("single_blocks_1_linear2", 64, 320), ("single_blocks_0_modulation_lin", 192, 64)):
-        lora |= {f"lora_unet_{name}.lora_down.weight": torch.randn(4, columns, generator=generator) / columns**0.5,
-                 f"lora_unet_{name}.lora_up.weight": torch.randn(rows, 4, generator=generator), f"lora_unet_{name}.alpha": torch.tensor(4.0)}
+    for name, rows, columns in (
+        ("double_blocks_0_img_attn_qkv", 192, 64),
+        ("single_blocks_1_linear2", 64, 320),
+        ("single_blocks_0_modulation_lin", 192, 64),
+    ):
+        lora |= {
+            f"lora_unet_{name}.lora_down.weight": torch.randn(4, columns, generator=generator) / columns**0.5,
+            f"lora_unet_{name}.lora_up.weight": torch.randn(rows, 4, generator=generator),
+            f"lora_unet_{name}.alpha": torch.tensor(4.0),
+        }
     before, after = (edit(model) for model in (load_model(files[form]), apply_lora(load_model(files[form]), lora, 1.0)))
     expected = edit(apply_lora(load_model(files["bf16"]), lora, 1.0))
     assert error(after, expected) < 2 * FORMATS[form] and error(after, expected) < error(before, expected) / 2
@@ -280,10 +315,18 @@ def test_stock_clip_loader_reads_the_language_model(tmp_path, monkeypatch):
     sizes = {k: config[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")}
     full_config, full_vision = llama.Qwen25_7BVLI_Config, qwen_vl.Qwen2VLVisionTransformer
     monkeypatch.setattr(llama, "Qwen25_7BVLI_Config", lambda **options: full_config(**{**options, **sizes}))
-    monkeypatch.setattr(qwen_vl, "Qwen2VLVisionTransformer",
-                        lambda hidden_size, **options: full_vision(hidden_size=32, intermediate_size=48, num_heads=2, num_layers=2, **options))
+    monkeypatch.setattr(
+        qwen_vl,
+        "Qwen2VLVisionTransformer",
+        lambda hidden_size, **options: full_vision(
+            hidden_size=32, intermediate_size=48, num_heads=2, num_layers=2, **options
+        ),
+    )
     config["vision_config"] = {**config["vision_config"], "out_hidden_size": 512}
-    save_file(tiny_models.random_weights(tiny_models.mllm_shapes(config, lm_head=False), seed=2, dtype=torch.bfloat16), tmp_path / "bf16.safetensors")
+    save_file(
+        tiny_models.random_weights(tiny_models.mllm_shapes(config, lm_head=False), seed=2, dtype=torch.bfloat16),
+        tmp_path / "bf16.safetensors",
+    )
     command.convert(tmp_path / "bf16.safetensors", tmp_path / "fp8.safetensors", "fp8")
 
     def states(name):
@@ -311,12 +354,17 @@ def test_refusals_name_the_file_and_the_remedy(source, files, float_file, tmp_pa
                     {CONFIG_KEY: json.dumps(tiny_models.TINY_MLLM)})
     (tmp_path / "taken.safetensors").write_bytes(b"precious")
     cases = [
-        (flux, "out.safetensors", "neither a Step1X-Edit model"), (lacking, "out.safetensors", "lacks 1 of .* single_blocks.1.linear2.bias"),
+        (flux, "out.safetensors", "neither a Step1X-Edit model"),
+        (lacking, "out.safetensors", "lacks 1 of .* single_blocks.1.linear2.bias"),
         (blind, "out.safetensors", "lacks 1 of .* visual.merger.ln_q.weight"),
-        (damaged, "out.safetensors", f"{key} contains NaN or Inf values"), (whole, "out.safetensors", f"{key} has dtype I8"),
-        (files["nvfp4"], "out.safetensors", "is already quantised with scales"), (tmp_path / "gone.safetensors", "out.safetensors", "does not exist"),
-        (source, "out.gguf", "does not end with .safetensors"), (source, "nowhere/out.safetensors", "The output folder"),
-        (source, "taken.safetensors", "already exists"), (source, "", "does not end with .safetensors"),
+        (damaged, "out.safetensors", f"{key} contains NaN or Inf values"),
+        (whole, "out.safetensors", f"{key} has dtype I8"),
+        (files["nvfp4"], "out.safetensors", "is already quantised with scales"),
+        (tmp_path / "gone.safetensors", "out.safetensors", "does not exist"),
+        (source, "out.gguf", "does not end with .safetensors"),
+        (source, "nowhere/out.safetensors", "The output folder"),
+        (source, "taken.safetensors", "already exists"),
+        (source, "", "does not end with .safetensors"),
     ]
     before = set(tmp_path.iterdir())
     for path, out, message in cases:

@@ -106,7 +106,9 @@ def random_weights(version):
 
 def load_gguf(version, prefix=""):
     register()
-    return comfy.sd.load_diffusion_model_state_dict(as_gguf(random_weights(version), prefix), model_options={"custom_operations": GGUFOperations()})
+    return comfy.sd.load_diffusion_model_state_dict(
+        as_gguf(random_weights(version), prefix), model_options={"custom_operations": GGUFOperations()}
+    )
 
 
 def conditioning(version, seed):
@@ -116,8 +118,11 @@ def conditioning(version, seed):
     context = torch.randn(1, length, 64, generator=generator)
     extra = {"reference_latents": [latent]}
     if VERSIONS[version].layout.text_positions:
-        extra |= {"text_ids": torch.arange(length).float()[None, :, None].repeat(1, 1, 3), "text_embeds": torch.randn(1, length, 64, generator=generator),
-                  "text_mask": (torch.arange(length) > 15).long()[None]}
+        extra |= {
+            "text_ids": torch.arange(length).float()[None, :, None].repeat(1, 1, 3),
+            "text_embeds": torch.randn(1, length, 64, generator=generator),
+            "text_mask": (torch.arange(length) > 15).long()[None],
+        }
     else:
         extra["attention_mask"] = (torch.arange(length) < 20).long()[None]
     return [[context, extra]], {"samples": latent}
@@ -139,7 +144,9 @@ def test_a_gguf_state_dict_is_recognised_and_edits_like_its_unpacked_weights(ver
     network = model.model.diffusion_model
     assert isinstance(model.model, Step1XEditModel) and network.version == version
     assert network.connector.S.input_embedder.weight.dtype == torch.uint8
-    assert (network.text_token_mapping is not None) == (version == "v1.2") and (network.connector.scale_factor is not None) == (version == "v1.0")
+    assert (network.text_token_mapping is not None) == (version == "v1.2") and (
+        network.connector.scale_factor is not None
+    ) == (version == "v1.0")
     # The limiter comes with our loader, and with our sampler node.
     found = short_edit(with_norm_limiter(model), version)
     assert torch.allclose(found, expected, atol=1e-4 * expected.abs().max())
@@ -157,9 +164,14 @@ def test_the_version_that_a_saved_model_names_survives_the_conversion():
 def test_lora_patches_are_found_for_packed_weights():
     """A GGUF patcher keeps the patches and adds them to the unpacked weight; the names and shapes it is given decide."""
     model = load_gguf("v1.2")
-    lora = {"transformer.text_token_mapping.lora_A.weight": torch.randn(2, 64), "transformer.text_token_mapping.lora_B.weight": torch.randn(128, 2),
-            "lora_unet_connector_S_input_embedder.lora_down.weight": torch.randn(2, 64), "lora_unet_connector_S_input_embedder.lora_up.weight": torch.randn(128, 2),
-            "blocks.0.attn.a_to_qkv.lora_A.default.weight": torch.randn(2, 64), "blocks.0.attn.a_to_qkv.lora_B.default.weight": torch.randn(192, 2)}
+    lora = {
+        "transformer.text_token_mapping.lora_A.weight": torch.randn(2, 64),
+        "transformer.text_token_mapping.lora_B.weight": torch.randn(128, 2),
+        "lora_unet_connector_S_input_embedder.lora_down.weight": torch.randn(2, 64),
+        "lora_unet_connector_S_input_embedder.lora_up.weight": torch.randn(128, 2),
+        "blocks.0.attn.a_to_qkv.lora_A.default.weight": torch.randn(2, 64),
+        "blocks.0.attn.a_to_qkv.lora_B.default.weight": torch.randn(192, 2),
+    }
     patches = apply_lora(model, lora, 1.0).patches
     weights = random_weights("v1.2")
     for name in ("text_token_mapping.weight", "connector.S.input_embedder.weight", "double_blocks.0.img_attn.qkv.weight"):

@@ -54,7 +54,10 @@ def predict(model, seed=0):
         return network(x, torch.tensor([0.7, 0.7]), context, ref_latents=[ref], text_mask=mask).float()
 
 
-@pytest.mark.parametrize("version, tensors, digest", [("v1.0", 817, "d30fb9e02b1dbf4e509142f05cf7dd50"), ("v1.1", 816, "165ac33005344846889110500f31a959")])
+@pytest.mark.parametrize(
+    "version, tensors, digest",
+    [("v1.0", 817, "d30fb9e02b1dbf4e509142f05cf7dd50"), ("v1.1", 816, "165ac33005344846889110500f31a959")],
+)
 def test_full_size_key_list_is_that_of_the_published_file(version, tensors, digest):
     published = tiny_models.transformer_shapes(version, tiny_models.FULL_TRANSFORMER)
     assert len(published) == tensors and key_hash(published) == digest
@@ -103,7 +106,9 @@ def test_stock_loader_recognises_the_model(files):
 
 def test_stock_loader_still_takes_flux_for_flux(files, tmp_path):
     register()
-    size = tiny_models.TransformerSize(hidden=128, head_dim=128, depth=1, depth_single=1, text=64, connector=128, connector_depth=1, vector=32)
+    size = tiny_models.TransformerSize(
+        hidden=128, head_dim=128, depth=1, depth_single=1, text=64, connector=128, connector_depth=1, vector=32
+    )
     flux = tiny_models.transformer_shapes("v1.1", size)
     path = tmp_path / "flux.safetensors"
     save_file(tiny_models.random_weights({k: s for k, s in flux.items() if not k.startswith("connector.")}, seed=0), path)
@@ -128,9 +133,24 @@ def test_plain_fp8_file_and_fp8_weight_dtype_compute_the_same(files, tmp_path):
 def short_edit(model, steps=2):
     generator = torch.Generator().manual_seed(3)
     latent = torch.randn(1, 16, 8, 12, generator=generator)
-    cond = [[torch.randn(1, 640, 64, generator=generator), {"reference_latents": [latent], "attention_mask": torch.ones(1, 640, dtype=torch.long)}] for _ in range(2)]
+    cond = [
+        [
+            torch.randn(1, 640, 64, generator=generator),
+            {"reference_latents": [latent], "attention_mask": torch.ones(1, 640, dtype=torch.long)},
+        ]
+        for _ in range(2)
+    ]
     positive, negative = [cond[0]], [cond[1]]
-    return sample(model, positive, negative, {"samples": latent}, flow_sigmas(steps, latent), 6.0, seed=1, callback=lambda *args: None)["samples"]
+    return sample(
+        model,
+        positive,
+        negative,
+        {"samples": latent},
+        flow_sigmas(steps, latent),
+        6.0,
+        seed=1,
+        callback=lambda *args: None,
+    )["samples"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -189,7 +209,11 @@ def test_fp8_scaled_packs_the_large_matrices_while_loading(files, tmp_path, stor
         patcher = load_model(path, fp8=True)
         rebuilt = patcher.cached_patcher_init[0](*patcher.cached_patcher_init[1])
     for model in (patcher, rebuilt):
-        packed = {name for name, layer in model.model.diffusion_model.named_modules() if isinstance(getattr(layer, "weight", None), comfy.quant_ops.QuantizedTensor)}
+        packed = {
+            name
+            for name, layer in model.model.diffusion_model.named_modules()
+            if isinstance(getattr(layer, "weight", None), comfy.quant_ops.QuantizedTensor)
+        }
         assert packed == {key.removesuffix(".weight") for key in weights if MODEL_LAYERS.fullmatch(key)} and len(packed) == 2 * 8 + 2 * 2
     exact = predict(load_model(path))
     # What is e4m3 in the file keeps its bits; without fp8 tensor cores the inputs are not rounded either.
@@ -230,7 +254,10 @@ def test_foreign_diffusers_files_are_refused_before_they_are_converted(files, tm
 
 def test_folder_whose_class_and_weights_contradict_needs_a_version(files, tmp_path):
     folder = diffusers_repository(tmp_path / "mixed", to_diffusers(load_file(files["v1.0"])))
-    with pytest.raises(Step1XError, match="Step1XEditPipeline is not v1.0, but the weights contain connector.scale_factor, which only v1.0 has"):
+    with pytest.raises(
+        Step1XError,
+        match="Step1XEditPipeline is not v1.0, but the weights contain connector.scale_factor, which only v1.0 has",
+    ):
         load_model(folder)
     assert load_model(folder, "v1.0").model.diffusion_model.version == "v1.0"
 
@@ -240,7 +267,11 @@ def test_suffixes_are_compared_in_any_case(repository, files, tmp_path):
     folder.mkdir()
     for path in (repository / "transformer").iterdir():
         name = path.name.replace(".safetensors", ".SAFETENSORS")
-        (folder / name).write_bytes(path.read_bytes().replace(b".safetensors\"", b".SAFETENSORS\"") if path.suffix == ".json" else path.read_bytes())
+        (folder / name).write_bytes(
+            path.read_bytes().replace(b'.safetensors"', b'.SAFETENSORS"')
+            if path.suffix == ".json"
+            else path.read_bytes()
+        )
     assert is_model_folder(folder) and len(shard_files(folder)) == 3
     (folder / "diffusion_pytorch_model.SAFETENSORS.index.json").unlink()
     assert is_model_folder(folder) and len(shard_files(folder)) == 3
@@ -265,7 +296,13 @@ def test_choices_list_nested_folders_and_no_shards(repository, files, tmp_path, 
 def test_a_model_saved_by_the_host_loads_again(files, tmp_path):
     model = load_model(files["v1.0"])
     path = tmp_path / "saved.safetensors"
-    comfy.utils.save_torch_file({k: v.contiguous() for k, v in model.model.state_dict_for_saving(model.model.diffusion_model.state_dict()).items()}, str(path))
+    comfy.utils.save_torch_file(
+        {
+            k: v.contiguous()
+            for k, v in model.model.state_dict_for_saving(model.model.diffusion_model.state_dict()).items()
+        },
+        str(path),
+    )
     again, stock = load_model(path), comfy.sd.load_diffusion_model(str(path))
     assert again.model.diffusion_model.version == stock.model.diffusion_model.version == "v1.0"
     assert torch.equal(predict(again), predict(model)) and torch.equal(predict(stock), predict(model))
@@ -279,8 +316,14 @@ def test_all_in_one_checkpoint_of_the_host(files, models, tmp_path):
     model = load_file(files["v1.1"])
     vae = load_file(models / "vae" / tiny_models.VAE_FILE)
     path = tmp_path / "all_in_one.safetensors"
-    save_file({**{f"model.diffusion_model.{k}": v for k, v in model.items()}, **{f"text_encoders.qwen25_7b.transformer.{k}": v for k, v in text.items()},
-               **{f"vae.{k}": v for k, v in vae.items()}}, path)
+    save_file(
+        {
+            **{f"model.diffusion_model.{k}": v for k, v in model.items()},
+            **{f"text_encoders.qwen25_7b.transformer.{k}": v for k, v in text.items()},
+            **{f"vae.{k}": v for k, v in vae.items()},
+        },
+        path,
+    )
     register()
     loaded, clip, _, _ = comfy.sd.load_checkpoint_guess_config(str(path))
     assert isinstance(loaded.model, Step1XEditModel) and torch.equal(predict(loaded), predict(load_model(files["v1.1"])))

@@ -19,8 +19,11 @@ HIDDEN = tiny_models.TINY_TRANSFORMER.hidden
 
 def kohya(name, out, rank, inp, alpha):
     g = torch.Generator().manual_seed(0)
-    return {f"lora_unet_{name}.lora_down.weight": torch.randn(rank, inp, generator=g), f"lora_unet_{name}.lora_up.weight": torch.randn(out, rank, generator=g),
-            f"lora_unet_{name}.alpha": torch.tensor(float(alpha))}
+    return {
+        f"lora_unet_{name}.lora_down.weight": torch.randn(rank, inp, generator=g),
+        f"lora_unet_{name}.lora_up.weight": torch.randn(out, rank, generator=g),
+        f"lora_unet_{name}.alpha": torch.tensor(float(alpha)),
+    }
 
 
 def weight_after(model, key):
@@ -39,7 +42,10 @@ def test_kohya_lora_is_merged_and_taken_off_again(model):
     key = "double_blocks.0.img_attn.qkv.weight"
     before = dict(model.model.diffusion_model.named_parameters())[key].detach().clone()
     merged = weight_after(apply_lora(model, lora, 0.5), key)
-    up, down = lora["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"], lora["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"]
+    up, down = (
+        lora["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"],
+        lora["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"],
+    )
     assert torch.allclose(merged, before + 0.5 * (2 / 4) * up @ down, atol=1e-5)
     assert torch.equal(dict(model.model.diffusion_model.named_parameters())[key], before)
 
@@ -48,9 +54,16 @@ def test_peft_names_reach_the_fused_rows(model):
     g = torch.Generator().manual_seed(1)
     down, up = torch.randn(4, 64, generator=g), torch.randn(64, 4, generator=g)
     name = "transformer.transformer_blocks.1.attn.to_k"
-    merged = weight_after(apply_lora(model, {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, 1.0), "double_blocks.1.img_attn.qkv.weight")
+    merged = weight_after(
+        apply_lora(model, {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, 1.0),
+        "double_blocks.1.img_attn.qkv.weight",
+    )
     before = model.model.diffusion_model.double_blocks[1].img_attn.qkv.weight
-    assert torch.allclose(merged[64:128], before[64:128] + up @ down, atol=1e-5) and torch.equal(merged[:64], before[:64]) and torch.equal(merged[128:], before[128:])
+    assert (
+        torch.allclose(merged[64:128], before[64:128] + up @ down, atol=1e-5)
+        and torch.equal(merged[:64], before[:64])
+        and torch.equal(merged[128:], before[128:])
+    )
 
 
 def stock(model, lora, strength):
@@ -75,23 +88,49 @@ def mapped_model(models):
     return load_model(models / "diffusion_models" / tiny_models.V12_FILE, "v1.2")
 
 
-DIFFUSERS = [("x_embedder", "img_in"), ("context_embedder", "txt_in"), ("proj_out", "final_layer.linear"), ("transformer_blocks.1.norm1.linear", "double_blocks.1.img_mod.lin"),
-             ("transformer_blocks.0.norm1_context.linear", "double_blocks.0.txt_mod.lin"), ("transformer_blocks.1.attn.to_out.0", "double_blocks.1.img_attn.proj"),
-             ("transformer_blocks.0.attn.to_add_out", "double_blocks.0.txt_attn.proj"), ("transformer_blocks.0.ff.net.0.proj", "double_blocks.0.img_mlp.0"),
-             ("transformer_blocks.1.ff.net.2", "double_blocks.1.img_mlp.2"), ("transformer_blocks.1.ff_context.net.0.proj", "double_blocks.1.txt_mlp.0"),
-             ("transformer_blocks.0.ff_context.net.2", "double_blocks.0.txt_mlp.2"), ("single_transformer_blocks.1.norm.linear", "single_blocks.1.modulation.lin"),
-             ("single_transformer_blocks.0.proj_out", "single_blocks.0.linear2")]
+DIFFUSERS = [
+    ("x_embedder", "img_in"),
+    ("context_embedder", "txt_in"),
+    ("proj_out", "final_layer.linear"),
+    ("transformer_blocks.1.norm1.linear", "double_blocks.1.img_mod.lin"),
+    ("transformer_blocks.0.norm1_context.linear", "double_blocks.0.txt_mod.lin"),
+    ("transformer_blocks.1.attn.to_out.0", "double_blocks.1.img_attn.proj"),
+    ("transformer_blocks.0.attn.to_add_out", "double_blocks.0.txt_attn.proj"),
+    ("transformer_blocks.0.ff.net.0.proj", "double_blocks.0.img_mlp.0"),
+    ("transformer_blocks.1.ff.net.2", "double_blocks.1.img_mlp.2"),
+    ("transformer_blocks.1.ff_context.net.0.proj", "double_blocks.1.txt_mlp.0"),
+    ("transformer_blocks.0.ff_context.net.2", "double_blocks.0.txt_mlp.2"),
+    ("single_transformer_blocks.1.norm.linear", "single_blocks.1.modulation.lin"),
+    ("single_transformer_blocks.0.proj_out", "single_blocks.0.linear2"),
+]
 # Unlike FLUX: two names of diffusers, and layers that FLUX does not have.
-OWN = [("time_embed.in_layer", "time_in.in_layer"), ("time_embed.out_layer", "time_in.out_layer"), ("vec_embed.in_layer", "vector_in.in_layer"),
-       ("vec_embed.out_layer", "vector_in.out_layer"), ("connector.S.input_embedder", "connector.S.input_embedder"),
-       ("connector.S.individual_token_refiner.blocks.1.self_attn_qkv", "connector.S.individual_token_refiner.blocks.1.self_attn_qkv"),
-       ("text_token_mapping", "text_token_mapping")]
-DIFFSYNTH = [("blocks.0.attn.a_to_qkv", "double_blocks.0.img_attn.qkv"), ("blocks.1.attn.b_to_qkv", "double_blocks.1.txt_attn.qkv"),
-             ("blocks.1.attn.a_to_out", "double_blocks.1.img_attn.proj"), ("blocks.0.attn.b_to_out", "double_blocks.0.txt_attn.proj"),
-             ("blocks.0.ff_a.0", "double_blocks.0.img_mlp.0"), ("blocks.1.ff_a.2", "double_blocks.1.img_mlp.2"), ("blocks.1.ff_b.0", "double_blocks.1.txt_mlp.0"),
-             ("blocks.0.ff_b.2", "double_blocks.0.txt_mlp.2"), ("blocks.0.norm1_a.linear", "double_blocks.0.img_mod.lin"),
-             ("blocks.1.norm1_b.linear", "double_blocks.1.txt_mod.lin"), ("single_blocks.1.to_qkv_mlp", "single_blocks.1.linear1"),
-             ("single_blocks.0.proj_out", "single_blocks.0.linear2"), ("single_blocks.1.norm.linear", "single_blocks.1.modulation.lin")]
+OWN = [
+    ("time_embed.in_layer", "time_in.in_layer"),
+    ("time_embed.out_layer", "time_in.out_layer"),
+    ("vec_embed.in_layer", "vector_in.in_layer"),
+    ("vec_embed.out_layer", "vector_in.out_layer"),
+    ("connector.S.input_embedder", "connector.S.input_embedder"),
+    (
+        "connector.S.individual_token_refiner.blocks.1.self_attn_qkv",
+        "connector.S.individual_token_refiner.blocks.1.self_attn_qkv",
+    ),
+    ("text_token_mapping", "text_token_mapping"),
+]
+DIFFSYNTH = [
+    ("blocks.0.attn.a_to_qkv", "double_blocks.0.img_attn.qkv"),
+    ("blocks.1.attn.b_to_qkv", "double_blocks.1.txt_attn.qkv"),
+    ("blocks.1.attn.a_to_out", "double_blocks.1.img_attn.proj"),
+    ("blocks.0.attn.b_to_out", "double_blocks.0.txt_attn.proj"),
+    ("blocks.0.ff_a.0", "double_blocks.0.img_mlp.0"),
+    ("blocks.1.ff_a.2", "double_blocks.1.img_mlp.2"),
+    ("blocks.1.ff_b.0", "double_blocks.1.txt_mlp.0"),
+    ("blocks.0.ff_b.2", "double_blocks.0.txt_mlp.2"),
+    ("blocks.0.norm1_a.linear", "double_blocks.0.img_mod.lin"),
+    ("blocks.1.norm1_b.linear", "double_blocks.1.txt_mod.lin"),
+    ("single_blocks.1.to_qkv_mlp", "single_blocks.1.linear1"),
+    ("single_blocks.0.proj_out", "single_blocks.0.linear2"),
+    ("single_blocks.1.norm.linear", "single_blocks.1.modulation.lin"),
+]
 
 
 def check_layer(model, load, name, module, suffix=".weight"):
@@ -168,15 +207,27 @@ def test_stacked_kohya_file_is_scaled_by_the_rank_of_the_stack(model):
     g = torch.Generator().manual_seed(3)
     downs, ups = torch.randn(3, 2, HIDDEN, generator=g), torch.randn(3, HIDDEN, 2, generator=g)
     name = "lora_unet_double_blocks_0_img_attn_qkv"
-    lora = {f"{name}.lora_down.weight": downs.flatten(0, 1), f"{name}.lora_up.weight": torch.block_diag(*ups), f"{name}.alpha": torch.tensor(2.0)}
+    lora = {
+        f"{name}.lora_down.weight": downs.flatten(0, 1),
+        f"{name}.lora_up.weight": torch.block_diag(*ups),
+        f"{name}.alpha": torch.tensor(2.0),
+    }
     merged = weight_after(apply_lora(model, lora, 1.0), "double_blocks.0.img_attn.qkv.weight")
-    assert torch.allclose(merged, original(model, "double_blocks.0.img_attn.qkv") + (2 / 6) * torch.cat([up @ down for up, down in zip(ups, downs)]), atol=1e-4)
+    assert torch.allclose(
+        merged,
+        original(model, "double_blocks.0.img_attn.qkv")
+        + (2 / 6) * torch.cat([up @ down for up, down in zip(ups, downs)]),
+        atol=1e-4,
+    )
 
 
 def test_several_files_of_different_layouts_add_up_with_their_weights(model):
     module = "double_blocks.1.img_attn.qkv"
-    files = [kohya("double_blocks_1_img_attn_qkv", 3 * HIDDEN, 4, HIDDEN, alpha=4), peft("blocks.1.attn.a_to_qkv", 3 * HIDDEN, HIDDEN, seed=5)[0],
-             peft("transformer.transformer_blocks.1.attn.to_v", HIDDEN, HIDDEN, seed=6)[0]]
+    files = [
+        kohya("double_blocks_1_img_attn_qkv", 3 * HIDDEN, 4, HIDDEN, alpha=4),
+        peft("blocks.1.attn.a_to_qkv", 3 * HIDDEN, HIDDEN, seed=5)[0],
+        peft("transformer.transformer_blocks.1.attn.to_v", HIDDEN, HIDDEN, seed=6)[0],
+    ]
     strengths, expected, combined = (0.7, -0.4, 1.5), original(model, module), model
     for lora, strength in zip(files, strengths):
         alone = weight_after(apply_lora(model, lora, strength), f"{module}.weight")
@@ -194,7 +245,10 @@ def test_fp8_models_take_loras(models, tmp_path, kind, load):
     save_file({k: v.to(torch.float8_e4m3fn) for k, v in weights.items()} if kind == "plain" else tiny_models.scaled_fp8(weights), path)
     model = load_model(path, model_options={"dtype": torch.float8_e4m3fn} if kind == "plain" else {})
     lora = {}
-    for name, module in (("double_blocks_0_img_attn_qkv", "double_blocks.0.img_attn.qkv"), ("connector_S_input_embedder", "connector.S.input_embedder")):
+    for name, module in (
+        ("double_blocks_0_img_attn_qkv", "double_blocks.0.img_attn.qkv"),
+        ("connector_S_input_embedder", "connector.S.input_embedder"),
+    ):
         lora |= kohya(name, weights[f"{module}.weight"].shape[0], 4, weights[f"{module}.weight"].shape[1], alpha=4)
     for name, module in (("double_blocks_0_img_attn_qkv", "double_blocks.0.img_attn.qkv"), ("connector_S_input_embedder", "connector.S.input_embedder")):
         stored = model.model.diffusion_model.get_submodule(module).weight

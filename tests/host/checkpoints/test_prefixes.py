@@ -38,7 +38,11 @@ def read_as(tmp_path, weights, version="v1.1"):
 @pytest.mark.parametrize("prefix", [*(f"{name}." for name in TRANSFORMER_PREFIXES), "_orig_mod.", *STACKED])
 def test_a_transformer_under_a_known_prefix_is_the_plain_one(plain, tmp_path, prefix):
     # Without a prefix nothing tells what belongs to another model: the host leaves out what it does not know.
-    others = {} if prefix == "_orig_mod." else {"first_stage_model.decoder.conv_in.weight": torch.zeros(1), "other.connector.bias": torch.zeros(1)}
+    others = (
+        {}
+        if prefix == "_orig_mod."
+        else {"first_stage_model.decoder.conv_in.weight": torch.zeros(1), "other.connector.bias": torch.zeros(1)}
+    )
     same(read_as(tmp_path, {prefix + key: tensor for key, tensor in plain[0].items()} | others), plain[1])
 
 
@@ -76,9 +80,17 @@ LAYOUTS = {
     "hugging_face_new": ("model.language_model.", "model.visual.", "lm_head."),
     "bare": ("language_model.", "visual.", "lm_head."),
     "nested": ("language_model.model.", "visual.", "language_model.lm_head."),
-    "comfyui_checkpoint": ("text_encoders.qwen25_7b.transformer.model.", "text_encoders.qwen25_7b.transformer.visual.", "text_encoders.qwen25_7b.transformer.lm_head."),
+    "comfyui_checkpoint": (
+        "text_encoders.qwen25_7b.transformer.model.",
+        "text_encoders.qwen25_7b.transformer.visual.",
+        "text_encoders.qwen25_7b.transformer.lm_head.",
+    ),
     "peft": ("base_model.model.model.", "base_model.model.visual.", "base_model.model.lm_head."),
-    "peft_new": ("base_model.model.model.language_model.", "base_model.model.model.visual.", "base_model.model.lm_head."),
+    "peft_new": (
+        "base_model.model.model.language_model.",
+        "base_model.model.model.visual.",
+        "base_model.model.lm_head.",
+    ),
     "compiled": ("_orig_mod.model.", "_orig_mod.visual.", "_orig_mod.lm_head."),
     "pipeline_folder": ("text_encoder.model.", "text_encoder.visual.", "text_encoder.lm_head."),
     "ddp": ("module.model.", "module.visual.", "module.lm_head."),
@@ -116,7 +128,10 @@ def test_of_a_whole_checkpoint_only_the_language_model_is_taken(language):
 
 def test_a_missing_head_is_said_where_text_is_asked_for(language, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny_models.TINY_MLLM | {"tie_word_embeddings": False}), encoding="utf-8")
-    save_file(in_layout({key: tensor for key, tensor in language.items() if not key.startswith("lm_head.")}, "nested"), tmp_path / "a.safetensors")
+    save_file(
+        in_layout({key: tensor for key, tensor in language.items() if not key.startswith("lm_head.")}, "nested"),
+        tmp_path / "a.safetensors",
+    )
     clip = load_text_encoder(tmp_path)
     with pytest.raises(Step1XError, match="has no language-model head"):
         clip.cond_stage_model.qwen25_7b.check_can_generate()
@@ -130,11 +145,18 @@ def test_an_error_in_our_own_code_is_not_put_down_to_the_file(models, monkeypatc
     monkeypatch.setattr(loading.comfy.sd, "load_diffusion_model_state_dict", changed)
     with pytest.raises(Step1XError, match="could not be loaded .TypeError: .*unexpected keyword") as told:
         load_model(models / "diffusion_models" / tiny_models.V11_FILE)
-    assert isinstance(told.value.__cause__, TypeError) and "download it again" not in str(told.value) and "is damaged" not in str(told.value)
+    assert (
+        isinstance(told.value.__cause__, TypeError)
+        and "download it again" not in str(told.value)
+        and "is damaged" not in str(told.value)
+    )
     monkeypatch.undo()
 
     monkeypatch.setattr(loading, "check_weights", lambda *args: None.nothing)
-    for load, file in ((load_model, ("diffusion_models", tiny_models.V11_FILE)), (load_text_encoder, ("text_encoders", tiny_models.MLLM_FILE))):
+    for load, file in (
+        (load_model, ("diffusion_models", tiny_models.V11_FILE)),
+        (load_text_encoder, ("text_encoders", tiny_models.MLLM_FILE)),
+    ):
         with pytest.raises(AttributeError):
             load(models.joinpath(*file))
 

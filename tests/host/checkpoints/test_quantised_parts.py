@@ -59,7 +59,11 @@ def test_a_quantised_lora_is_refused(tmp_path, dtype, scale):
 
 
 def test_a_plain_fp8_lora_with_dora_is_none(tmp_path):
-    lora = {LAYER + "lora_A.weight": torch.ones(4, 64).to(FP8), LAYER + "lora_B.weight": torch.ones(192, 4), LAYER + "dora_scale": torch.ones(192, 1)}
+    lora = {
+        LAYER + "lora_A.weight": torch.ones(4, 64).to(FP8),
+        LAYER + "lora_B.weight": torch.ones(192, 4),
+        LAYER + "dora_scale": torch.ones(192, 1),
+    }
     save_file(lora, tmp_path / "lora.safetensors")
     assert set(load_lora_file(tmp_path / "lora.safetensors")) == set(lora)
 

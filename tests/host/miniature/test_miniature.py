@@ -130,21 +130,42 @@ def test_workers_deliver_the_same_pairs_as_the_main_process(tokenizer):
 
 
 def test_pool_drops_the_oldest_pairs(tokenizer):
-    stream, pool = PairStream(5, 96, tokenizer), Pool(2 * BLOCK, 96, torch.device("cpu"), lambda pictures: torch.zeros(len(pictures), 16, 12, 12))
+    stream, pool = (
+        PairStream(5, 96, tokenizer),
+        Pool(2 * BLOCK, 96, torch.device("cpu"), lambda pictures: torch.zeros(len(pictures), 16, 12, 12)),
+    )
     blocks = [stream.get() for _ in range(3)]
     for block in blocks:
         pool.add(block)
     assert len(pool) == 2 * BLOCK
     assert np.array_equal(pool.tensors["ids"].numpy(), np.concatenate((blocks[2]["ids"], blocks[1]["ids"])))
     batch = pool.sample(8, torch.Generator().manual_seed(0), ("source", "target_latent", "length"))
-    assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == {"source": (8, 96, 96, 3), "target_latent": (8, 16, 12, 12), "length": (8,)}
+    assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == {
+        "source": (8, 96, 96, 3),
+        "target_latent": (8, 16, 12, 12),
+        "length": (8,),
+    }
 
 
 def trainer_for(folder, stream, resume=False):
     torch.manual_seed(0)
-    networks = nn.ModuleDict({"mllm": nn.ModuleDict({"model": nn.ModuleDict({"embed_tokens": nn.Embedding(9, 4)})}), "vae": nn.Linear(4, 4)})
-    return Trainer("edit", folder, networks, {"mllm": 0.01, "vae": 0.01}, minutes=1, steps=40, seed=0, device=torch.device("cpu"), metadata={}, stream=stream,
-                   warm_up=2, resume=resume)
+    networks = nn.ModuleDict(
+        {"mllm": nn.ModuleDict({"model": nn.ModuleDict({"embed_tokens": nn.Embedding(9, 4)})}), "vae": nn.Linear(4, 4)}
+    )
+    return Trainer(
+        "edit",
+        folder,
+        networks,
+        {"mllm": 0.01, "vae": 0.01},
+        minutes=1,
+        steps=40,
+        seed=0,
+        device=torch.device("cpu"),
+        metadata={},
+        stream=stream,
+        warm_up=2,
+        resume=resume,
+    )
 
 
 def test_resumed_training_goes_on_where_it_stopped(tmp_path, tokenizer):

@@ -22,8 +22,14 @@ WIDTH, HEADS, TEXT, IMAGE = 64, 2, 3, 6
 
 def pair(kind, fused, **options):
     """The host's block and ours with the same random weights."""
-    plain, ours = (block(WIDTH, HEADS, mlp_ratio=4, dtype=torch.float32, device="cpu", operations=disable_weight_init, **options) for block in (kind, fused))
-    weights = {name: torch.randn(tensor.shape, generator=torch.Generator().manual_seed(i)) / 8 for i, (name, tensor) in enumerate(plain.state_dict().items())}
+    plain, ours = (
+        block(WIDTH, HEADS, mlp_ratio=4, dtype=torch.float32, device="cpu", operations=disable_weight_init, **options)
+        for block in (kind, fused)
+    )
+    weights = {
+        name: torch.randn(tensor.shape, generator=torch.Generator().manual_seed(i)) / 8
+        for i, (name, tensor) in enumerate(plain.state_dict().items())
+    }
     plain.load_state_dict(weights)
     ours.load_state_dict(weights)
     return plain, ours
@@ -38,7 +44,13 @@ def positions(tokens):
 
 
 def run_double(block, **options):
-    return block(img=stream(2, IMAGE, WIDTH, seed=1), txt=stream(2, TEXT, WIDTH, seed=2), vec=stream(2, WIDTH, seed=3), pe=positions(TEXT + IMAGE), **options)
+    return block(
+        img=stream(2, IMAGE, WIDTH, seed=1),
+        txt=stream(2, TEXT, WIDTH, seed=2),
+        vec=stream(2, WIDTH, seed=3),
+        pe=positions(TEXT + IMAGE),
+        **options,
+    )
 
 
 def run_single(block, **options):
@@ -76,7 +88,9 @@ def test_what_the_host_would_change_is_not_ready():
     with torch.no_grad():
         layer.weight.fill_(1.0)
     layer.weight_function = [lambda weight: weight + 1]  # how the host applies a LoRA to weights that are not on the card
-    assert not blocks.is_ready(layer, x.device, x.dtype) and blocks.ready_weight_and_bias(layer, x.device, x.dtype)[0].unique().tolist() == [2.0]
+    assert not blocks.is_ready(layer, x.device, x.dtype) and blocks.ready_weight_and_bias(layer, x.device, x.dtype)[
+        0
+    ].unique().tolist() == [2.0]
     layer.weight_function, layer.bias_function = [], [lambda bias: bias]
     assert not blocks.is_ready(layer, x.device, x.dtype)
 
@@ -126,7 +140,13 @@ def test_compiling_breaks_no_graph_and_only_new_shapes_compile_again(double, sin
     from torch._dynamo.testing import CompileCounter
 
     # A GPU has torch's attention; the one that the host takes on a CPU asks for the free memory.
-    options = {"transformer_options": {"optimized_attention_override": lambda attention, *args, **kwargs: attention_pytorch.__wrapped__(*args, **kwargs)}}
+    options = {
+        "transformer_options": {
+            "optimized_attention_override": lambda attention, *args, **kwargs: attention_pytorch.__wrapped__(
+                *args, **kwargs
+            )
+        }
+    }
     counter = CompileCounter()
     compiled = torch.compile(single[1], backend=counter, fullgraph=True, dynamic=False)
     with torch.inference_mode():
@@ -142,6 +162,11 @@ def test_compiling_breaks_no_graph_and_only_new_shapes_compile_again(double, sin
 def test_triton_kernels_agree_with_torch():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     pytest.importorskip("triton", reason="Triton, which is published for Linux only, is not installed")
-    done = subprocess.run([sys.executable, PACK / "tests" / "support" / "kernel_checks.py"], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, PACK / "tests" / "support" / "kernel_checks.py"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "kernels agree" in done.stdout

@@ -82,7 +82,10 @@ def test_v12_text_embeds_are_those_of_transformers_whatever_the_blocks_write(cli
     sequence = [token for token, _ in tokens[TEXT_ENCODER_NAME][0]]
     at = next(i for i, token in enumerate(sequence) if isinstance(token, dict))
     _, extra = clip_v12.encode_from_tokens_scheduled(tokens)[0]
-    before, after = (transformers_model.language_model.embed_tokens(torch.tensor(ids)).bfloat16().float() for ids in (sequence[90:at], sequence[at + 1:]))
+    before, after = (
+        transformers_model.language_model.embed_tokens(torch.tensor(ids)).bfloat16().float()
+        for ids in (sequence[90:at], sequence[at + 1 :])
+    )
     assert IMAGE_PAD_ID not in sequence and len(before) > 1 and len(after) > 1
     assert torch.equal(extra["text_embeds"][0, :len(before)], before) and torch.equal(extra["text_embeds"][0, -len(after):], after)
 
@@ -117,13 +120,19 @@ def test_transformer_and_sampler(model, edit, monkeypatch):
     mask[..., :10] = 0
     latent = {**edit[2], "noise_mask": mask}
     settings = RegionSettings(similarity=1.0, reuse=0.0)
-    expected = [run(patched, edit, steps=6, latent=latent) for patched in (model, set_guidance_interval(model, 0.5, 1.0), apply_region(model, settings))]
+    expected = [
+        run(patched, edit, steps=6, latent=latent)
+        for patched in (model, set_guidance_interval(model, 0.5, 1.0), apply_region(model, settings))
+    ]
     held = [*tensors([edit[0], edit[1], edit[2]]), mask]
     before = copied(held)
 
     flux = comfy.ldm.flux.model.Flux
-    spoilt = [spoils(monkeypatch, flux, "forward_orig", "transformer_options"), spoils(monkeypatch, flux, "process_img", "transformer_options"),
-              spoils(monkeypatch, comfy.sample, "sample_custom")]
+    spoilt = [
+        spoils(monkeypatch, flux, "forward_orig", "transformer_options"),
+        spoils(monkeypatch, flux, "process_img", "transformer_options"),
+        spoils(monkeypatch, comfy.sample, "sample_custom"),
+    ]
 
     def cfg_in_place(cfg_function):
         def function(model, cond_pred, uncond_pred, *args, **kwargs):
@@ -133,7 +142,10 @@ def test_transformer_and_sampler(model, edit, monkeypatch):
         return function
 
     monkeypatch.setattr(comfy.samplers, "cfg_function", cfg_in_place(comfy.samplers.cfg_function))
-    found = [run(patched, edit, steps=6, latent=latent) for patched in (model, set_guidance_interval(model, 0.5, 1.0), apply_region(model, settings))]
+    found = [
+        run(patched, edit, steps=6, latent=latent)
+        for patched in (model, set_guidance_interval(model, 0.5, 1.0), apply_region(model, settings))
+    ]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(held, before, strict=True)) and reference.abs().max() < 77
     assert all(calls and min(calls) > 0 for calls in spoilt)

@@ -48,7 +48,11 @@ def first_blocks():
         calls = [[] for _ in models]
         for part, seen in zip(models, calls):
             block = part.model.diffusion_model.double_blocks[0]
-            hooks.append(block.register_forward_hook(lambda block, args, out, seen=seen: seen.append((out[0].shape[0], threading.get_ident()))))
+            hooks.append(
+                block.register_forward_hook(
+                    lambda block, args, out, seen=seen: seen.append((out[0].shape[0], threading.get_ident()))
+                )
+            )
         return calls
 
     yield watch

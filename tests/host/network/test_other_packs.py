@@ -172,7 +172,11 @@ def test_a_prompt_without_the_reference_of_the_other_is_refused(model, edit, lac
     """Impact Pack's wildcard puts a prompt of its own in place of the instruction."""
     positive, negative, latent = edit
     bare = without_reference(positive)
-    prompts = {"positive": (bare, negative), "negative": (positive, without_reference(negative)), "one of two": (positive + bare, negative)}[lacking]
+    prompts = {
+        "positive": (bare, negative),
+        "negative": (positive, without_reference(negative)),
+        "one of two": (positive + bare, negative),
+    }[lacking]
     name = "negative" if lacking == "negative" else "positive"
     with pytest.raises(Step1XError, match=f"Input '{name}' has no reference image"):
         run(model, (*prompts, latent))

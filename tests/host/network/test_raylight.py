@@ -56,9 +56,35 @@ def single_forward(self, x, vec, pe, attn_mask=None, transformer_options={}, **k
     return SingleStreamBlock.forward(self, x, vec, pe, attn_mask, transformer_options=transformer_options)
 
 
-def parallel_forward(self, img, img_ids, txt, txt_ids, timesteps, y, guidance=None, control=None, timestep_zero_index=None, transformer_options={}, attn_mask=None,
-                     *args, **kwargs):
-    return Flux.forward_orig(self, img, img_ids, txt, txt_ids, timesteps, y, guidance, control, transformer_options=transformer_options, attn_mask=attn_mask)
+def parallel_forward(
+    self,
+    img,
+    img_ids,
+    txt,
+    txt_ids,
+    timesteps,
+    y,
+    guidance=None,
+    control=None,
+    timestep_zero_index=None,
+    transformer_options={},
+    attn_mask=None,
+    *args,
+    **kwargs,
+):
+    return Flux.forward_orig(
+        self,
+        img,
+        img_ids,
+        txt,
+        txt_ids,
+        timesteps,
+        y,
+        guidance,
+        control,
+        transformer_options=transformer_options,
+        attn_mask=attn_mask,
+    )
 
 
 @pytest.fixture

@@ -133,6 +133,8 @@ def test_nothing_compares_attention_functions():
     """A host may wrap or replace them: `attention is attention_pytorch` says nothing."""
     for path in (PACK / "step1x_core").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Compare) and any(isinstance(op, (ast.Is, ast.IsNot, ast.Eq, ast.NotEq, ast.In, ast.NotIn)) for op in node.ops):
+            if isinstance(node, ast.Compare) and any(
+                isinstance(op, (ast.Is, ast.IsNot, ast.Eq, ast.NotEq, ast.In, ast.NotIn)) for op in node.ops
+            ):
                 names = {part.id for part in (node.left, *node.comparators) if isinstance(part, ast.Name)}
                 assert not any(name.startswith(("attention_", "optimized_attention")) for name in names), f"{path.name}:{node.lineno}"

@@ -50,7 +50,11 @@ def test_padding_is_computed_once_and_the_last_block_only_where_it_is_read(model
     hooks = [transformer.single_blocks[0].register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1])),
              transformer.single_blocks[-1].linear2.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[-2]))]
     got = run(model, edit)
-    monkeypatch.setattr(Step1XEditModel, "extra_conds", lambda self, **kwargs: {k: v for k, v in extra_conds(self, **kwargs).items() if k != "text_tokens"})
+    monkeypatch.setattr(
+        Step1XEditModel,
+        "extra_conds",
+        lambda self, **kwargs: {k: v for k, v in extra_conds(self, **kwargs).items() if k != "text_tokens"},
+    )
     whole = model.clone()
     whole.model_options["transformer_options"][TOKENS_READ] = None
     expected = run(whole, edit)
@@ -102,7 +106,10 @@ def test_a_patch_that_adds_text_tokens_sees_all_of_them_and_teacache_does_not_ma
         """What the stock USOStyleReference does."""
         seen.append(args["txt"].shape[1])
         added = torch.ones(args["txt"].shape[0], 5, args["txt"].shape[2])
-        return args | {"txt": torch.cat((added, args["txt"]), dim=1), "txt_ids": torch.cat((torch.zeros(len(added), 5, 3), args["txt_ids"]), dim=1)}
+        return args | {
+            "txt": torch.cat((added, args["txt"]), dim=1),
+            "txt_ids": torch.cat((torch.zeros(len(added), 5, 3), args["txt_ids"]), dim=1),
+        }
 
     patched = model.clone()
     patched.set_model_post_input_patch(add_tokens)
@@ -110,7 +117,9 @@ def test_a_patch_that_adds_text_tokens_sees_all_of_them_and_teacache_does_not_ma
     assert set(seen) == {640}
 
     rows = []
-    hook = model.model.diffusion_model.double_blocks[0].register_forward_pre_hook(lambda module, args, kwargs: rows.append(kwargs["txt"].shape[1]), with_kwargs=True)
+    hook = model.model.diffusion_model.double_blocks[0].register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(kwargs["txt"].shape[1]), with_kwargs=True
+    )
     run(apply_teacache(model, 0.0), edit)
     hook.remove()
     assert max(rows) < 640

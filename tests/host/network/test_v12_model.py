@@ -50,7 +50,9 @@ def edit(v12_clip, vae, photo):
 
 def run(model, edit, steps=2, cfg=6.0, seed=7):
     positive, negative, latent = edit
-    return sample(model, positive, negative, latent, flow_sigmas(steps, latent["samples"]), cfg, seed, callback=lambda *args: None)["samples"]
+    return sample(
+        model, positive, negative, latent, flow_sigmas(steps, latent["samples"]), cfg, seed, callback=lambda *args: None
+    )["samples"]
 
 
 def without_mapping(path, target):
@@ -66,21 +68,37 @@ def test_version_comes_from_the_tensors_then_the_class_then_the_name(v12_file, t
     assert version_of(v12_file) == "v1.2"
     weights = load_file(v12_file)
     plain = {name: tensor for name, tensor in weights.items() if not name.startswith("text_token_mapping")}
-    cases = [(weights, "Step1XEditPipelineV1P2", "Step1X-Edit-v1p2", "v1.2"), (weights, "Step1XEditPipelineV1P2", "Step1X-Edit-v1p2-preview", "v1.2-preview"),
-             (plain, "Step1XEditPipelineV1P2", "anything", "v1.2-preview"), (plain, "Step1XEditPipeline", "other", "v1.1")]
+    cases = [
+        (weights, "Step1XEditPipelineV1P2", "Step1X-Edit-v1p2", "v1.2"),
+        (weights, "Step1XEditPipelineV1P2", "Step1X-Edit-v1p2-preview", "v1.2-preview"),
+        (plain, "Step1XEditPipelineV1P2", "anything", "v1.2-preview"),
+        (plain, "Step1XEditPipeline", "other", "v1.1"),
+    ]
     for tensors, pipeline, name, version in cases:
         assert version_of(diffusers_repository(tmp_path / name, to_diffusers(tensors), pipeline=pipeline)) == version
-    for name, version in (("step1x-edit-v1p2-preview-fp8", "v1.2-preview"), ("Step1X_Edit_v1.2", "v1.2-preview"), ("step1x-edit-v1p1-official", "v1.1"), ("v1_1", "v1.1")):
+    for name, version in (
+        ("step1x-edit-v1p2-preview-fp8", "v1.2-preview"),
+        ("Step1X_Edit_v1.2", "v1.2-preview"),
+        ("step1x-edit-v1p1-official", "v1.1"),
+        ("v1_1", "v1.1"),
+    ):
         assert version_of(without_mapping(v12_file, tmp_path / f"{name}.safetensors")) == version
     # The file's own name outweighs its folder's.
-    for folder, name, version in (("ReasonEdit", "step1x-edit-v1p1", "v1.1"), ("v1.1", "converted-v1p2", "v1.2-preview"), ("Step1X-v1p1", "model", "v1.1")):
+    for folder, name, version in (
+        ("ReasonEdit", "step1x-edit-v1p1", "v1.1"),
+        ("v1.1", "converted-v1p2", "v1.2-preview"),
+        ("Step1X-v1p1", "model", "v1.1"),
+    ):
         (tmp_path / folder).mkdir()
         assert version_of(without_mapping(v12_file, tmp_path / folder / f"{name}.safetensors")) == version
 
 
 def test_alike_weights_without_a_mark_ask_for_the_version(v12_file, tmp_path):
     path = without_mapping(v12_file, tmp_path / "converted.safetensors")
-    with pytest.raises(Step1XError, match="converted.safetensors is Step1X-Edit v1.1 or v1.2-preview.*Choose the version in 'Load Step1X-Edit Model'"):
+    with pytest.raises(
+        Step1XError,
+        match="converted.safetensors is Step1X-Edit v1.1 or v1.2-preview.*Choose the version in 'Load Step1X-Edit Model'",
+    ):
         load_model(path)
     assert [version_of(path, version) for version in ("v1.1", "v1.2-preview", "v1.2")] == ["v1.1", "v1.2-preview", "v1.2"]
     save_file(load_file(path), path, metadata={CONFIG_KEY: json.dumps({"version": "v1.2-preview"})})
@@ -93,7 +111,10 @@ def test_a_version_that_the_tensors_contradict_is_refused(v12_file, models, tmp_
     with pytest.raises(Step1XError, match="set to v1.2, but the weights contain connector.scale_factor, which only v1.0 has"):
         load_model(models / "diffusion_models" / tiny_models.V10_FILE, "v1.2")
     mixed = diffusers_repository(tmp_path / "mixed", to_diffusers(load_file(v12_file)))
-    with pytest.raises(Step1XError, match="Step1XEditPipeline is v1.1, but the weights contain text_token_mapping.weight, which only v1.2 has"):
+    with pytest.raises(
+        Step1XError,
+        match="Step1XEditPipeline is v1.1, but the weights contain text_token_mapping.weight, which only v1.2 has",
+    ):
         load_model(mixed)
     assert version_of(mixed, "v1.2") == "v1.2"
     foreign = diffusers_repository(tmp_path / "foreign", to_diffusers(load_file(v12_file)), pipeline="FluxPipeline")
@@ -102,7 +123,13 @@ def test_a_version_that_the_tensors_contradict_is_refused(v12_file, models, tmp_
 
 
 def save_as_the_host_does(patcher, path):
-    save_file({name: tensor.contiguous() for name, tensor in patcher.model.state_dict_for_saving(patcher.model.diffusion_model.state_dict()).items()}, path)
+    save_file(
+        {
+            name: tensor.contiguous()
+            for name, tensor in patcher.model.state_dict_for_saving(patcher.model.diffusion_model.state_dict()).items()
+        },
+        path,
+    )
     return path
 
 
@@ -256,9 +283,15 @@ def test_every_picture_of_a_batch_is_edited_as_alone(v12, v12_clip, vae, photo):
 
 
 def test_conditioning_of_the_other_layout_is_refused_in_both_directions(v12, model, clip, vae, photo, edit):
-    with pytest.raises(Step1XError, match="loaded as v1.1, but the prompt was encoded for v1.2. Set the version of 'Load Step1X-Edit MLLM' to v1.1"):
+    with pytest.raises(
+        Step1XError,
+        match="loaded as v1.1, but the prompt was encoded for v1.2. Set the version of 'Load Step1X-Edit MLLM' to v1.1",
+    ):
         run(model, edit, steps=1)
-    with pytest.raises(Step1XError, match="loaded as v1.2, but the prompt was encoded for v1.0 or v1.1. Set the version of 'Load Step1X-Edit MLLM' to v1.2"):
+    with pytest.raises(
+        Step1XError,
+        match="loaded as v1.2, but the prompt was encoded for v1.0 or v1.1. Set the version of 'Load Step1X-Edit MLLM' to v1.2",
+    ):
         run(v12, encode_edit(clip, vae, photo, "x", "", SIZE_LEVEL), steps=1)
 
 

@@ -52,7 +52,12 @@ def test_the_category_has_a_name(language):
 
 def test_examples_in_prompts_are_in_both_languages():
     """The editor has no translations of placeholders."""
-    examples = [entry.placeholder for schema in locales.node_schemas() for entry in schema.inputs if getattr(entry, "multiline", False) and entry.placeholder]
+    examples = [
+        entry.placeholder
+        for schema in locales.node_schemas()
+        for entry in schema.inputs
+        if getattr(entry, "multiline", False) and entry.placeholder
+    ]
     assert len(examples) == 4
     assert [text for text in examples if not re.search(r"[a-z]", text) or not re.search(r"[\u4e00-\u9fff]", text)] == []
 
@@ -60,8 +65,15 @@ def test_examples_in_prompts_are_in_both_languages():
 def test_what_is_missing_and_what_is_stale_is_told():
     expected = {"Node": {"display_name": "A node", "inputs": {"a": {"tooltip": "Text."}}, "outputs": {"0": {"tooltip": None}}}}
     found = {"Node": {"display_name": "", "inputs": {"b": {"tooltip": "Old."}}, "outputs": {"0": {"tooltip": "Kept."}}}}
-    assert locales.problems(expected, found) == ["missing: Node.display_name", "missing: Node.inputs.a.tooltip", "stale: Node.inputs.b.tooltip"]
-    assert locales.fill(expected, found)["Node"]["outputs"] == {"0": {"tooltip": "Kept."}} and locales.fill(expected, found)["Node"]["display_name"] == "A node"
+    assert locales.problems(expected, found) == [
+        "missing: Node.display_name",
+        "missing: Node.inputs.a.tooltip",
+        "stale: Node.inputs.b.tooltip",
+    ]
+    assert (
+        locales.fill(expected, found)["Node"]["outputs"] == {"0": {"tooltip": "Kept."}}
+        and locales.fill(expected, found)["Node"]["display_name"] == "A node"
+    )
     assert locales.prune(expected, found) == {"Node": {"display_name": "", "inputs": {}, "outputs": {"0": {"tooltip": "Kept."}}}}
 
 
@@ -73,8 +85,12 @@ def page(node, language):
 def shape(text) -> dict:
     """What a translation has in common with its original."""
     lines = text.splitlines()
-    return {"sections": sum(line.startswith("## ") for line in lines), "rows": sum(line.startswith("|") for line in lines), "points": sum(line.startswith("- ") for line in lines),
-            "errors quoted": re.findall(r'"(?:[A-Z]|\.\.\. )[^"]*\.\.\.[^"]*"', text)}
+    return {
+        "sections": sum(line.startswith("## ") for line in lines),
+        "rows": sum(line.startswith("|") for line in lines),
+        "points": sum(line.startswith("- ") for line in lines),
+        "errors quoted": re.findall(r'"(?:[A-Z]|\.\.\. )[^"]*\.\.\.[^"]*"', text),
+    }
 
 
 def input_table(text) -> list[str]:
@@ -99,4 +115,6 @@ def test_translated_pages_say_as_much_as_the_original(expected, language):
 
 def test_there_is_no_page_without_its_node(expected):
     assert {path.stem for path in PAGES.glob("*.md")} == set(expected)
-    assert {path.relative_to(PAGES).as_posix() for path in PAGES.glob("*/*")} == {f"{node}/{language}.md" for node in expected for language in locales.TRANSLATIONS}
+    assert {path.relative_to(PAGES).as_posix() for path in PAGES.glob("*/*")} == {
+        f"{node}/{language}.md" for node in expected for language in locales.TRANSLATIONS
+    }

@@ -13,8 +13,21 @@ from conftest import PACK
 from loop_host import NAME, load_pack, node_classes
 
 EARLIER_PACKS = {
-    "Step-1XEditNode", "Step1XEditModelLoader", "Step1XEditGenerate", "Step1XEditTeaCacheModelLoader", "Step1XEditTeaCacheGenerate", "REDStep1XEditModelLoader",
-    "REDStep1XEditGenerate", "LoadImagePath", "LoadAEModel", "LoadDITModel", "LoadQwenVLModel", "Prompt", "GenerateEditedImage", "SaveEditedImage", "RunningHub_Step1XEdit",
+    "Step-1XEditNode",
+    "Step1XEditModelLoader",
+    "Step1XEditGenerate",
+    "Step1XEditTeaCacheModelLoader",
+    "Step1XEditTeaCacheGenerate",
+    "REDStep1XEditModelLoader",
+    "REDStep1XEditGenerate",
+    "LoadImagePath",
+    "LoadAEModel",
+    "LoadDITModel",
+    "LoadQwenVLModel",
+    "Prompt",
+    "GenerateEditedImage",
+    "SaveEditedImage",
+    "RunningHub_Step1XEdit",
 }
 
 
@@ -37,7 +50,9 @@ def test_loading_the_pack_as_the_host_does_leaves_one_family(schemas, model):
 
     from step1x_core.host.network.model import Step1XEdit
 
-    assert [family for family in families if family.__name__ == Step1XEdit.__name__] == [Step1XEdit] and type(model.model.model_config) is Step1XEdit
+    assert [family for family in families if family.__name__ == Step1XEdit.__name__] == [Step1XEdit] and type(
+        model.model.model_config
+    ) is Step1XEdit
 
 
 def test_node_ids_are_ours_alone(schemas):
@@ -54,7 +69,10 @@ def test_every_node_explains_itself(schemas):
 def test_defaults_are_the_official_ones(schemas):
     inputs = {f"{name}.{entry.id}": entry for name, schema in schemas.items() for entry in schema.inputs}
     # 0 stands for the version's own.
-    assert all(inputs[f"{name}.steps"].default == inputs[f"{name}.cfg"].default == 0 for name in ("Step1XEditSampler", "Step1XEditReflectionLoop"))
+    assert all(
+        inputs[f"{name}.steps"].default == inputs[f"{name}.cfg"].default == 0
+        for name in ("Step1XEditSampler", "Step1XEditReflectionLoop")
+    )
     assert inputs["Step1XEditReflectionLoop.rounds"].default == 3 and inputs["Step1XEditThinkPrompt.temperature"].default == 0.7
     assert inputs["Step1XEditEncode.size_level"].default == 1024 and inputs["Step1XEditGuidance.truncate"].default == -1
 
@@ -114,8 +132,21 @@ def test_workflows_only_use_known_nodes_and_connect_them(schemas):
     for path in workflows:
         workflow = json.loads(path.read_text(encoding="utf-8"))
         nodes = {node["id"]: node for node in workflow["nodes"]}
-        extras = {"CFGGuider", "RandomNoise", "KSamplerSelect", "SamplerCustomAdvanced", "EmptySD3LatentImage", "MarkdownNote", "PreviewAny", "CreateList",
-                  "GetImageSize", "UpscaleModelLoader", "ImageUpscaleWithModel", "SaveLoRA", "PrimitiveStringMultiline"}
+        extras = {
+            "CFGGuider",
+            "RandomNoise",
+            "KSamplerSelect",
+            "SamplerCustomAdvanced",
+            "EmptySD3LatentImage",
+            "MarkdownNote",
+            "PreviewAny",
+            "CreateList",
+            "GetImageSize",
+            "UpscaleModelLoader",
+            "ImageUpscaleWithModel",
+            "SaveLoRA",
+            "PrimitiveStringMultiline",
+        }
         for node in nodes.values():
             assert node["type"] in schemas or node["type"] in NODE_CLASS_MAPPINGS or node["type"] in extras, f"{path.name}: {node['type']}"
         for link, source, output, target, slot, kind in workflow["links"]:
@@ -135,7 +166,11 @@ sys.meta_path.insert(0, Hidden())
 
 
 def core_modules() -> list[str]:
-    return [".".join(p.relative_to(PACK).with_suffix("").parts) for p in sorted((PACK / "step1x_core").rglob("*.py")) if p.stem not in ("__init__", NEEDS_TRITON)]
+    return [
+        ".".join(p.relative_to(PACK).with_suffix("").parts)
+        for p in sorted((PACK / "step1x_core").rglob("*.py"))
+        if p.stem not in ("__init__", NEEDS_TRITON)
+    ]
 
 
 def python_without_host(code: str) -> subprocess.CompletedProcess:
@@ -149,8 +184,10 @@ def test_core_and_pack_import_without_comfyui_and_triton():
     imports = "; ".join(f"import {name}" for name in modules)
     result = python_without_host(f"{HIDDEN_TRITON}{imports}; assert not {{'comfy', 'triton'}} & {{m.split('.')[0] for m in sys.modules}}")
     assert result.returncode == 0, result.stderr
-    code = ("import importlib.util as u, sys; s = u.spec_from_file_location('pack', '__init__.py', submodule_search_locations=['.']); "
-            "m = u.module_from_spec(s); sys.modules['pack'] = m; s.loader.exec_module(m); assert not hasattr(m, 'comfy_entrypoint'); assert m.WEB_DIRECTORY")
+    code = (
+        "import importlib.util as u, sys; s = u.spec_from_file_location('pack', '__init__.py', submodule_search_locations=['.']); "
+        "m = u.module_from_spec(s); sys.modules['pack'] = m; s.loader.exec_module(m); assert not hasattr(m, 'comfy_entrypoint'); assert m.WEB_DIRECTORY"
+    )
     result = python_without_host(code)
     assert result.returncode == 0, result.stderr
 
@@ -160,7 +197,13 @@ def test_only_the_host_package_touches_comfyui():
         if path.is_relative_to(PACK / "step1x_core" / "host"):
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             assert not any(name.split(".")[0] in ("comfy", "comfy_api", "folder_paths", "nodes", "host") for name in names), path.name
 
 
@@ -172,7 +215,22 @@ def test_requirements_bring_nothing_beyond_the_host():
 @pytest.mark.once
 def test_the_blocks_run_where_triton_is_not_installed():
     """As on Windows and macOS. tests/pure never has it."""
-    arguments = ["--rootdir", "tests", "-c", "tests/pytest.ini", "-p", "no:cacheprovider", "-k", "not triton", "tests/host/network/test_blocks.py"]
-    result = subprocess.run([sys.executable, "-c", f"{HIDDEN_TRITON}import pytest; sys.exit(pytest.main({arguments!r}))"], capture_output=True, text=True, cwd=PACK)
+    arguments = [
+        "--rootdir",
+        "tests",
+        "-c",
+        "tests/pytest.ini",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "not triton",
+        "tests/host/network/test_blocks.py",
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", f"{HIDDEN_TRITON}import pytest; sys.exit(pytest.main({arguments!r}))"],
+        capture_output=True,
+        text=True,
+        cwd=PACK,
+    )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert " passed" in result.stdout

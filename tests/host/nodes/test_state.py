@@ -49,7 +49,14 @@ def fingerprinted(classes) -> list[str]:
 
 def test_connected_inputs_do_not_make_a_node_run_every_time(classes, fingerprint):
     names = fingerprinted(classes)
-    assert {"Step1XEditBatchImages", "Step1XEditGEditItems", "Step1XEditPairSave", "Step1XEditTrainDataset", "Step1XEditThinkPrompt", "Step1XEditReflectionLoop"} <= set(names)
+    assert {
+        "Step1XEditBatchImages",
+        "Step1XEditGEditItems",
+        "Step1XEditPairSave",
+        "Step1XEditTrainDataset",
+        "Step1XEditThinkPrompt",
+        "Step1XEditReflectionLoop",
+    } <= set(names)
     for name in names:
         first = fingerprint(name)
         # NaN, which the host takes where a fingerprint fails, equals nothing.
@@ -62,8 +69,11 @@ def test_connected_inputs_do_not_make_a_node_run_every_time(classes, fingerprint
 
 def test_files_of_a_connected_name_are_still_watched(fingerprint, tmp_path):
     output = tmp_path / "output"
-    for node, path in (("Step1XEditPairSave", output / DATASETS / "mine" / JOURNAL), ("Step1XEditGEditItems", output / RESULTS / "m" / "scores" / "j" / "en.jsonl"),
-                       ("Step1XEditGEditItems", output / RESULTS / "m" / "fullset" / "a" / "en" / "1.png")):
+    for node, path in (
+        ("Step1XEditPairSave", output / DATASETS / "mine" / JOURNAL),
+        ("Step1XEditGEditItems", output / RESULTS / "m" / "scores" / "j" / "en.jsonl"),
+        ("Step1XEditGEditItems", output / RESULTS / "m" / "fullset" / "a" / "en" / "1.png"),
+    ):
         before = fingerprint(node)
         path.parent.mkdir(parents=True)
         path.write_text("{}")
@@ -122,6 +132,8 @@ def test_switches_are_checked_like_every_widget(classes):
                 with pytest.raises(ValueError, match=f"'{entry.id}' is .* but it takes true or false"):
                     check(node, **{entry.id: value})
             # It is among those that the node hands over, too.
-            assert f"{entry.id}={entry.id}" in inspect.getsource(node.execute) or f'"{entry.id}"' in inspect.getsource(node.execute), f"{name}.{entry.id}"
+            assert f"{entry.id}={entry.id}" in inspect.getsource(node.execute) or f'"{entry.id}"' in inspect.getsource(
+                node.execute
+            ), f"{name}.{entry.id}"
     with pytest.raises(ValueError, match="'seed' is 'True'"):
         check(classes["Step1XEditSampler"], seed=True)

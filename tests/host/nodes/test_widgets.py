@@ -17,8 +17,18 @@ INT, FLOAT = io.Int.Input("x", min=-2, max=2**64 - 1), io.Float.Input("x", min=0
 CHOICE, SWITCH, TEXT = io.Combo.Input("x", options=["a", "b"]), io.Boolean.Input("x"), io.String.Input("x")
 # What is refused, and the words of the sentence that name what is taken.
 TAKEN = {
-    "int": (INT, [-2, 0, 2**64 - 1, np.int64(5)], [-3, 2**64, 1.0, 1.5, NAN, INF, None, "1", True, False, [1], np.float64(1)], f"a whole number from -2 to {2**64 - 1}"),
-    "float": (FLOAT, [0.5, 1, 2.0, np.float32(0.75), Fraction(3, 2)], [0.49, 2.01, -INF, INF, NAN, 10**30, None, "1", True, [1.0], 1j], r"a number from 0\.5 to 2\.0"),
+    "int": (
+        INT,
+        [-2, 0, 2**64 - 1, np.int64(5)],
+        [-3, 2**64, 1.0, 1.5, NAN, INF, None, "1", True, False, [1], np.float64(1)],
+        f"a whole number from -2 to {2**64 - 1}",
+    ),
+    "float": (
+        FLOAT,
+        [0.5, 1, 2.0, np.float32(0.75), Fraction(3, 2)],
+        [0.49, 2.01, -INF, INF, NAN, 10**30, None, "1", True, [1.0], 1j],
+        r"a number from 0\.5 to 2\.0",
+    ),
     "choice": (CHOICE, ["a", "b"], ["", "c", "A", None, 0, True, ["a"], {"a": 1}], "one of the entries of its list"),
     "switch": (SWITCH, [True, False, 0, 1, np.int64(1)], [2, -1, 0.0, 1.0, "true", "", None, [True]], "true or false"),
     "text": (TEXT, ["", "x", "\ud800"], [None, 1, 1.5, True, b"x", ["x"]], "text"),

@@ -28,9 +28,23 @@ def picture() -> np.ndarray:
     return photograph()
 
 
-@pytest.mark.parametrize("reply", ["", "no JSON", "{}", "[]", '{"objects": 5}', '{"objects": [5, {"en": "a sofa"}]}', "{" * 100000, '{"objects": [' + "[" * 50000,
-                                   json.dumps({"objects": [{"en": "红色沙发", "zh": "a red sofa"}]}), json.dumps({"objects": [{"en": "x" * 500, "zh": "沙发"}]}),
-                                   json.dumps({"texts": [{"old": "A", "new": "A"}, {"old": "a\nb", "new": "c"}, {"old": 1, "new": 2}]}), '{"a": \ud800}'])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        "no JSON",
+        "{}",
+        "[]",
+        '{"objects": 5}',
+        '{"objects": [5, {"en": "a sofa"}]}',
+        "{" * 100000,
+        '{"objects": [' + "[" * 50000,
+        json.dumps({"objects": [{"en": "红色沙发", "zh": "a red sofa"}]}),
+        json.dumps({"objects": [{"en": "x" * 500, "zh": "沙发"}]}),
+        json.dumps({"texts": [{"old": "A", "new": "A"}, {"old": "a\nb", "new": "c"}, {"old": 1, "new": 2}]}),
+        '{"a": \ud800}',
+    ],
+)
 def test_rubbish_is_asked_for_anew_a_few_times_and_then_a_table_serves(reply):
     with pytest.raises(BadReply):
         read_ideas(reply)
@@ -86,15 +100,23 @@ def test_the_judge_keeps_scores_and_asks_for_the_rest(picture, monkeypatch):
         assert max_tokens == 768
         asked.append(questions)
         # The target tells the pairs apart in both questions; the questions of both pairs are asked at a time.
-        return ['{"score": [8, 9], "reasoning": ""}' if any(torch.equal(part, known) for part in question.content if torch.is_tensor(part)) else "mumble"
-                for question in questions]
+        return [
+            '{"score": [8, 9], "reasoning": ""}'
+            if any(torch.equal(part, known) for part in question.content if torch.is_tensor(part))
+            else "mumble"
+            for question in questions
+        ]
 
     known = from_uint8(to_judge_size(Image.fromarray(first.target)))
     monkeypatch.setattr(judging, "generate_texts", replies)
     monkeypatch.setattr(judging, "tasks_at_a_time", lambda clip: 8)
     judged, report = pair_review.judge_pairs(None, (scored(first, semantics=(1.0, 2.0)), first, second), 5)
     assert judged[0].verdict.semantics == (1.0, 2.0) and judged[1].verdict.semantics == judged[1].verdict.quality == (8.0, 9.0)
-    assert judged[2].verdict.problem and [len(questions) for questions in asked] == [2] * 2 + [1] * 8 and report.startswith("2 of 3 pairs judged.")
+    assert (
+        judged[2].verdict.problem
+        and [len(questions) for questions in asked] == [2] * 2 + [1] * 8
+        and report.startswith("2 of 3 pairs judged.")
+    )
     assert asked[0][0].seed != asked[0][1].seed and any(first.english in part for part in asked[0][0].content if isinstance(part, str))
 
 
@@ -112,12 +134,23 @@ def test_pairs_at_a_time_get_the_verdicts_they_get_alone(picture, clip, monkeypa
     for pair in pairs:
         ask = judging.LocalJudge(clip, f"pair {digest(pair.source.tobytes(), pair.target.tobytes())}", 5)
         # Fewer tokens than a judge may need: these answers have no end.
-        alone.append(judge.judge_edit(lambda system, content, _, ask=ask: ask(system, content, 4), Image.fromarray(pair.source), Image.fromarray(pair.target), pair.instruction))
+        alone.append(
+            judge.judge_edit(
+                lambda system, content, _, ask=ask: ask(system, content, 4),
+                Image.fromarray(pair.source),
+                Image.fromarray(pair.target),
+                pair.instruction,
+            )
+        )
         tries.append(len(ask.exchanges))
     assert len(set(tries)) > 1 and len({verdict.replies for verdict in alone}) == len(pairs)
 
     rounds, ask_all = [], judging.generate_texts
-    monkeypatch.setattr(judging, "generate_texts", lambda clip, questions, tokens: rounds.append(len(questions)) or ask_all(clip, questions, 4))
+    monkeypatch.setattr(
+        judging,
+        "generate_texts",
+        lambda clip, questions, tokens: rounds.append(len(questions)) or ask_all(clip, questions, 4),
+    )
     monkeypatch.setattr(judging, "tasks_at_a_time", lambda clip: 2)
     judged, _ = pair_review.judge_pairs(clip, pairs, 5)
     assert [pair.verdict for pair in judged] == alone and [pair.english for pair in judged] == [pair.english for pair in pairs]
@@ -136,9 +169,15 @@ def test_pairs_of_other_nodes_read_forward_and_backward(picture):
     assert len(pairs) == 3 and "1 edits have no instruction for the way back" in report
     back, = (pair for pair in pairs if pair.kind == "subject-add")
     there, = (pair for pair in pairs if pair.kind == "subject-remove")
-    assert np.array_equal(back.target, picture) and np.array_equal(back.source, there.target) and back.details == {"object": "a red sofa", "content": "", "direction": "backward"}
+    assert (
+        np.array_equal(back.target, picture)
+        and np.array_equal(back.source, there.target)
+        and back.details == {"object": "a red sofa", "content": "", "direction": "backward"}
+    )
     assert all(pair.maker == "inpainting" and pair.chinese for pair in pairs)
-    by_hand, _ = pair_making.record_pairs([image(picture)], [torch.cat(targets)], [], ["ps_human"], ["smile", "frown"], [""], [""], "forward")
+    by_hand, _ = pair_making.record_pairs(
+        [image(picture)], [torch.cat(targets)], [], ["ps_human"], ["smile", "frown"], [""], [""], "forward"
+    )
     assert [(pair.kind, pair.english) for pair in by_hand] == [("ps_human", "smile"), ("ps_human", "frown")]
 
 

@@ -65,11 +65,15 @@ def test_states_and_embeddings_equal_transformers(clip_v12, transformers_model, 
     patches, grid = process_qwen2vl_images(entry["data"][None].float() / 255)
     ids = torch.tensor([ids])
     hidden = attention_mask(ids)
-    positions = transformers_model.get_rope_index(ids, mm_token_type_ids=(ids == IMAGE_PAD_ID).int(), image_grid_thw=grid.reshape(1, 3), attention_mask=hidden)[0]
+    positions = transformers_model.get_rope_index(
+        ids, mm_token_type_ids=(ids == IMAGE_PAD_ID).int(), image_grid_thw=grid.reshape(1, 3), attention_mask=hidden
+    )[0]
     # Newer transformers put masked tokens at 0; the release the model was trained with puts them at 1.
     positions = torch.where(hidden.bool()[None], positions, 1)
     seen = []
-    hook = transformers_model.language_model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True)
+    hook = transformers_model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
     expected = transformers_model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, pixel_values=patches,
                                   image_grid_thw=grid.reshape(1, 3)).last_hidden_state
     hook.remove()
@@ -96,9 +100,17 @@ def test_exclamation_mark_takes_part_but_stands_far_back(clip_v12):
     time, rows, columns = extra["text_ids"][0].T
     assert ids[90:94] == [25, 21927, 0, 24669] and time[:5].tolist() == [-37, -36, -126, -35, -34]
     image = slice(start - 90, start - 90 + 17 * 23)
-    assert time[image].unique().tolist() == [-29] and time[image.start - 1] == -30 and time[image.stop:].tolist() == [-6, -5, -4, -3, -2, -1]
-    assert rows[image.start].item() == pytest.approx(0.873882, abs=1e-5) and columns[image.start].item() == pytest.approx(0.843847, abs=1e-5)
-    assert rows[image.stop - 1].item() == pytest.approx(52.688618, abs=1e-5) and columns[image.stop - 1].item() == pytest.approx(70.718651, abs=1e-5)
+    assert (
+        time[image].unique().tolist() == [-29]
+        and time[image.start - 1] == -30
+        and time[image.stop :].tolist() == [-6, -5, -4, -3, -2, -1]
+    )
+    assert rows[image.start].item() == pytest.approx(0.873882, abs=1e-5) and columns[
+        image.start
+    ].item() == pytest.approx(0.843847, abs=1e-5)
+    assert rows[image.stop - 1].item() == pytest.approx(52.688618, abs=1e-5) and columns[
+        image.stop - 1
+    ].item() == pytest.approx(70.718651, abs=1e-5)
     text = [*range(image.start), *range(image.stop, len(time))]
     assert not rows[text].any() and not columns[text].any()
     # It is no padding in the forward pass: other tokens see it.
@@ -126,8 +138,20 @@ def test_worked_token_ids(clip_v12, prompt, ids, mask):
     assert found[start + found.count(IMAGE_PAD_ID):] == [151653, 151645, 198, 151644, 77091, 198]
 
 
-@pytest.mark.parametrize("prompt", ["two pads <|image_pad|> here", '"<|image_pad|>"', "lone \ud800 surrogate", "\x00\x07 control", "<|endoftext|>",
-                                    "".join(SPECIAL_TOKENS), "<|vision_start|><|video_pad|>", "{prefix} {} {instruction}", "“" * 50 + '"' * 51])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "two pads <|image_pad|> here",
+        '"<|image_pad|>"',
+        "lone \ud800 surrogate",
+        "\x00\x07 control",
+        "<|endoftext|>",
+        "".join(SPECIAL_TOKENS),
+        "<|vision_start|><|video_pad|>",
+        "{prefix} {} {instruction}",
+        "“" * 50 + '"' * 51,
+    ],
+)
 def test_awkward_prompts_are_encoded(clip_v12, photo, prompt):
     ids, mask, start, _ = structure(clip_v12, prompt, [photo])
     rows, columns = picture_grid(to_vision_size_v12(photo[0], 1024)[0])
@@ -150,7 +174,10 @@ def test_long_prompts_are_cut_in_or_before_the_picture(clip_v12, words, inside):
     whole = encode(clip_v12, "", images)[1]["text_ids"][0, 7:, 1:]  # ":" and 6 tokens, then the picture
     assert torch.equal(extra["text_ids"][0, before:, 1:], whole[:inside]) and not extra["text_ids"][0, :before, 1:].any()
     last = -1 if inside == 0 else -2
-    assert extra["text_ids"][0, :before, 0].tolist() == list(range(last + 1 - before, last + 1)) and (extra["text_ids"][0, before:, 0] == -1).all()
+    assert (
+        extra["text_ids"][0, :before, 0].tolist() == list(range(last + 1 - before, last + 1))
+        and (extra["text_ids"][0, before:, 0] == -1).all()
+    )
 
 
 def test_without_a_picture_a_black_one_is_shown(clip_v12):
@@ -183,7 +210,11 @@ def test_encode_edit_gives_each_side_its_own_resize(clip_v12, vae, photo):
         assert extra["reference_latents"][0] is latent["samples"]
         direct = encode(clip_v12, prompt, [photo], size_level=256)
         assert torch.equal(cond, direct[0]) and all(torch.equal(extra[name], direct[1][name]) for name in EXTRAS)
-    assert positive[0][0].shape[1] == negative[0][0].shape[1] + 9 and positive[0][1]["text_mask"].sum() == 3 and negative[0][1]["text_mask"].sum() == 0
+    assert (
+        positive[0][0].shape[1] == negative[0][0].shape[1] + 9
+        and positive[0][1]["text_mask"].sum() == 3
+        and negative[0][1]["text_mask"].sum() == 0
+    )
 
 
 def test_further_references_are_resized_by_the_rule_of_their_version(clip, clip_v12, vae, photo):
@@ -206,7 +237,14 @@ def test_batches_are_merged_picture_by_picture(clip_v12, vae, photo):
             assert all(found[0][1][name].shape[0] == 2 and torch.equal(found[0][1][name][row], expected[0][1][name][0]) for name in EXTRAS)
 
 
-@pytest.mark.parametrize("size, message", [((3000, 1), "too elongated for the language model"), ((1, 3000), "too elongated for the language model"), ((60000, 1), "too narrow")])
+@pytest.mark.parametrize(
+    "size, message",
+    [
+        ((3000, 1), "too elongated for the language model"),
+        ((1, 3000), "too elongated for the language model"),
+        ((60000, 1), "too narrow"),
+    ],
+)
 def test_extreme_pictures_are_refused_in_words(clip_v12, vae, size, message):
     level = 1024 if size[0] < 60000 else 64
     with pytest.raises(Step1XError, match=message):

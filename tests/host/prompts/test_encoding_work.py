@@ -108,7 +108,9 @@ def test_scaled_fp8_weights_are_multiplied_in_bfloat16(tmp_path, bfloat16_card):
 
 
 @pytest.mark.parametrize("hide_zeros", [True, False])
-def test_bfloat16_is_as_close_to_float32_as_that_of_transformers(tmp_path, float_file, float_clip, transformers_model, bfloat16_card, hide_zeros):
+def test_bfloat16_is_as_close_to_float32_as_that_of_transformers(
+    tmp_path, float_file, float_clip, transformers_model, bfloat16_card, hide_zeros
+):
     """Both run on weights rounded to bfloat16; the exact states are those of transformers in float32 on the rounded weights."""
     path = tmp_path / "rounded.safetensors"
     rounded = {key: weight.bfloat16() for key, weight in load_file(float_file).items()}
@@ -125,9 +127,16 @@ def test_bfloat16_is_as_close_to_float32_as_that_of_transformers(tmp_path, float
         states, _, positions = inner(clip).encode(sequence, "cpu", hide_zeros)
         patches, grid = qwen_vl.process_qwen2vl_images(sequence[at]["data"][None].float() / 255)
         ids = torch.tensor([[*sequence[:at], *[151655] * (len(patches) // 4), *sequence[at + 1:]]])
-        exact, rough = (model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions[:, None],
-                              pixel_values=patches.to(next(model.parameters()).dtype), image_grid_thw=grid.reshape(1, 3)).last_hidden_state.float()
-                        for model in (exact_model, rough_model))
+        exact, rough = (
+            model(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                position_ids=positions[:, None],
+                pixel_values=patches.to(next(model.parameters()).dtype),
+                image_grid_thw=grid.reshape(1, 3),
+            ).last_hidden_state.float()
+            for model in (exact_model, rough_model)
+        )
         ours += ((states - exact).norm() / exact.norm()).item()
         theirs += ((rough - exact).norm() / exact.norm()).item()
     assert 0 < ours <= theirs < 0.1, (ours, theirs)
@@ -200,7 +209,11 @@ def test_a_judgement_encodes_each_image_once(clip, vision, monkeypatch):
     rules = RULES["v1.2"]
     short = type(rules)(dict.fromkeys(rules.budgets, 2), scored=True, tries=3)
     rounds, ask = [], thinking.generate_texts
-    monkeypatch.setattr(thinking, "generate_texts", lambda clip, questions, tokens: rounds.append(len(questions)) or ask(clip, questions, tokens))
+    monkeypatch.setattr(
+        thinking,
+        "generate_texts",
+        lambda clip, questions, tokens: rounds.append(len(questions)) or ask(clip, questions, tokens),
+    )
     reflection = thinking.judge(clip, picture(60, 40), picture(60, 40, 1), "make it red", 3, short)
     assert vision.count == 2 and rounds[0] == 3 and len(rounds) <= 6
     assert [call.name for call in reflection.calls][-2:] == ["edit_score", "quality_score"] and reflection.calls[-1].tries == 3

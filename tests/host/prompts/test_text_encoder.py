@@ -59,7 +59,9 @@ def test_hidden_states_equal_transformers(float_clip, transformers_model, prompt
         positions = transformers_model.get_rope_index(ids, mm_token_type_ids=types, image_grid_thw=grid, attention_mask=mask)[0]
         # Newer transformers put masked tokens at 0; the release the model was trained with puts them at 1.
         positions = torch.where(mask.bool()[None], positions, 1)
-        expected = transformers_model(input_ids=ids, attention_mask=mask, position_ids=positions, pixel_values=patches, image_grid_thw=grid).last_hidden_state
+        expected = transformers_model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, pixel_values=patches, image_grid_thw=grid
+        ).last_hidden_state
         found = float_clip.cond_stage_model.qwen25_7b([sequence])[0]
     assert found.shape == expected.shape
     assert (found - expected).abs().max() <= 1e-4
@@ -88,13 +90,59 @@ def test_head_is_the_published_text():
     assert hashlib.sha256(prefix.encode()).hexdigest() == "40882ddca94ca6971c8d5713d42464afa31dad09236dfacafe3ee26b4b44aa82"
 
 
-@pytest.mark.parametrize("prompt, after", [
-    ("make it red", [6927, 432, 2518, 151645, 198, 151644, 77091, 198]),
-    ("Replace 'A b' with \"C!\"", [23107, 330, 47249, 854, 2073, 18987, 65, 1, 448, 330, 34, 2073, 17839, 1, 151645, 198, 151644, 77091, 198]),
-    ("把“咖啡”改成“茶”", [99360, 1, 101342, 102312, 1, 116893, 1, 100019, 1, 151645, 198, 151644, 77091, 198]),
-    ("it's", [275, 1, 82, 27, 91, 72, 76, 62, 68, 77, 67, 91, 29, 198, 27, 91, 72, 76, 62, 82, 83, 64, 81, 83, 91, 29, 64, 82, 82, 72, 82, 83, 64, 77, 83, 198]),
-    ("", [151645, 198, 151644, 77091, 198]),
-])
+@pytest.mark.parametrize(
+    "prompt, after",
+    [
+        ("make it red", [6927, 432, 2518, 151645, 198, 151644, 77091, 198]),
+        (
+            "Replace 'A b' with \"C!\"",
+            [23107, 330, 47249, 854, 2073, 18987, 65, 1, 448, 330, 34, 2073, 17839, 1, 151645, 198, 151644, 77091, 198],
+        ),
+        ("把“咖啡”改成“茶”", [99360, 1, 101342, 102312, 1, 116893, 1, 100019, 1, 151645, 198, 151644, 77091, 198]),
+        (
+            "it's",
+            [
+                275,
+                1,
+                82,
+                27,
+                91,
+                72,
+                76,
+                62,
+                68,
+                77,
+                67,
+                91,
+                29,
+                198,
+                27,
+                91,
+                72,
+                76,
+                62,
+                82,
+                83,
+                64,
+                81,
+                83,
+                91,
+                29,
+                64,
+                82,
+                82,
+                72,
+                82,
+                83,
+                64,
+                77,
+                83,
+                198,
+            ],
+        ),
+        ("", [151645, 198, 151644, 77091, 198]),
+    ],
+)
 def test_worked_examples_of_the_model_page(clip, prompt, after):
     sequence = sequence_of(clip, prompt, [picture(512, 512)])
     at = next(i for i, token in enumerate(sequence) if isinstance(token, dict))
@@ -108,7 +156,18 @@ def test_quotations_split_into_characters():
     assert split_quotations("‘single’ 「corner」") == ["‘single’ 「corner」"]
 
 
-@pytest.mark.parametrize("prompt", ["two pads <|image_pad|> here", '"<|image_pad|>"', "lone \ud800 surrogate", "\x00\x07 control", "<|endoftext|>", "<|im_end|>" * 3, "x " * 5000])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "two pads <|image_pad|> here",
+        '"<|image_pad|>"',
+        "lone \ud800 surrogate",
+        "\x00\x07 control",
+        "<|endoftext|>",
+        "<|im_end|>" * 3,
+        "x " * 5000,
+    ],
+)
 def test_awkward_prompts_are_encoded(clip, photo, prompt):
     cond, extra = clip.encode_from_tokens_scheduled(clip.tokenize(prompt, images=[photo]))[0]
     assert cond.shape == (1, 640, 64) and torch.isfinite(cond).all()
@@ -141,7 +200,10 @@ def hugging_face_folder(path, source, shards=2, language_model_prefix=False):
     """The weights as a Hugging Face folder: config.json, index and shards, in the old or the new key names."""
     weights = load_file(source)
     if language_model_prefix:
-        weights = {("model." + k if k.startswith("visual.") else k.replace("model.", "model.language_model.", 1)): v for k, v in weights.items()}
+        weights = {
+            ("model." + k if k.startswith("visual.") else k.replace("model.", "model.language_model.", 1)): v
+            for k, v in weights.items()
+        }
     path.mkdir(parents=True)
     names = sorted(weights)
     index = {}
@@ -184,9 +246,25 @@ def test_scaled_fp8_file_is_close_to_the_original(tmp_path, float_file, float_cl
 
 def test_full_size_key_list_is_that_of_the_7b_model(monkeypatch):
     """Qwen2.5-VL-7B-Instruct: 729 tensors, 8.29 billion parameters, the head included."""
-    vision = {"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}
-    published = tiny_models.mllm_shapes({"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-                                         "vocab_size": 152064, "vision_config": vision})
+    vision = {
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "depth": 32,
+        "num_heads": 16,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    }
+    published = tiny_models.mllm_shapes(
+        {
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152064,
+            "vision_config": vision,
+        }
+    )
     assert len(published) == 729 and sum(torch.Size(s).numel() for s in published.values()) == 8_292_166_656
     weights = normalize_keys({key: torch.empty(shape, device="meta") for key, shape in published.items()})
     config = detect_mllm_config(weights, {})
@@ -205,10 +283,21 @@ def test_patcher_can_be_rebuilt_from_its_file(float_clip):
     assert torch.equal(again.model.state_dict()[name], float_clip.patcher.model.state_dict()[name])
 
 
-@pytest.mark.parametrize("drop, message", [("visual.", "no vision tower"), ("model.layers.0.self_attn.q_proj.weight", "not a Qwen2.5-VL model"),
-                                           ("model.layers.1.mlp.up_proj.weight", "lacks 1 of"), ("model.norm.weight", "lacks the tensor model.norm.weight")])
+@pytest.mark.parametrize(
+    "drop, message",
+    [
+        ("visual.", "no vision tower"),
+        ("model.layers.0.self_attn.q_proj.weight", "not a Qwen2.5-VL model"),
+        ("model.layers.1.mlp.up_proj.weight", "lacks 1 of"),
+        ("model.norm.weight", "lacks the tensor model.norm.weight"),
+    ],
+)
 def test_missing_tensors_are_named(tmp_path, float_file, drop, message):
     path = tmp_path / "broken.safetensors"
-    save_file({k: v for k, v in load_file(float_file).items() if not k.startswith(drop)}, path, metadata={"step1x_edit_config": json.dumps(tiny_models.TINY_MLLM)})
+    save_file(
+        {k: v for k, v in load_file(float_file).items() if not k.startswith(drop)},
+        path,
+        metadata={"step1x_edit_config": json.dumps(tiny_models.TINY_MLLM)},
+    )
     with pytest.raises(Step1XError, match=message):
         load_text_encoder(path)

@@ -71,7 +71,10 @@ def test_short_memory_by_the_hosts_estimate(vae, decoded, monkeypatch, caplog, t
     assert ("decodes in tiles" in caplog.text) == (tiling == AUTO)
 
 
-@pytest.mark.parametrize("tiling, limit, largest", [(AUTO, 64 * 64, 64 * 64), (AUTO, 32 * 32, 32 * 32), (ON, 32 * 32, 32 * 32), (OFF, 64 * 64, 64 * 64)])
+@pytest.mark.parametrize(
+    "tiling, limit, largest",
+    [(AUTO, 64 * 64, 64 * 64), (AUTO, 32 * 32, 32 * 32), (ON, 32 * 32, 32 * 32), (OFF, 64 * 64, 64 * 64)],
+)
 def test_out_of_memory_falls_back_to_smaller_and_smaller_tiles(vae, decoded, whole, tiling, limit, largest):
     sizes, most = decoded
     most[0] = limit

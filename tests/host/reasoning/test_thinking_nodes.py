@@ -82,10 +82,16 @@ def edit(classes, things, image, prompt, seed):
 def test_a_success_ends_the_loop_and_only_its_nodes_run(host, script):
     model = script()
     result = host.run()
-    assert result.executed[-1] == "sink" and set(result.executed) - {f"loop.0.0.{node}" for node in result.rounds()} == {"model", "clip", "vae", "image", "loop", "sink"}
+    assert result.executed[-1] == "sink" and set(result.executed) - {
+        f"loop.0.0.{node}" for node in result.rounds()
+    } == {"model", "clip", "vae", "image", "loop", "sink"}
     assert sorted(result.rounds()) == sorted(["think", *edits(1), "start", "round_1_judge", "result"])
     assert result.image.shape == (1, 48, 64, 3) and torch.equal(result.image, result.candidates)
-    assert result.prompt == "Make the cup red." and "Instruction: red cup pls\nRewritten: Make the cup red." in result.report and "Best: round 1" in result.report
+    assert (
+        result.prompt == "Make the cup red."
+        and "Instruction: red cup pls\nRewritten: Make the cup red." in result.report
+        and "Best: round 1" in result.report
+    )
     assert [name for name, *_ in model.asked] == ["rewrite", "description", "edit_score", "quality_score", "consistency", "reflection"]
 
 
@@ -106,7 +112,9 @@ def test_refine_and_failed_edit_what_they_should_with_the_next_seed(host, script
 def test_the_first_round_is_the_plain_edit(host, script, classes, things):
     model = script()
     result = host.run(think=False, reflect=False)
-    assert torch.equal(result.image, edit(classes, things, things["image"], "red cup pls", 5)) and torch.equal(result.image, result.candidates)
+    assert torch.equal(result.image, edit(classes, things, things["image"], "red cup pls", 5)) and torch.equal(
+        result.image, result.candidates
+    )
     assert result.rounds() == edits(1) and not model.asked
     assert result.report == "Instruction: red cup pls" and result.prompt == "red cup pls"
 
@@ -130,7 +138,11 @@ def test_a_few_step_model_has_only_instructions_encoded(monkeypatch, classes, th
 def test_thinking_without_reflection_and_reflection_without_thinking(host, script):
     model = script(reflection=REFINE)
     result = host.run(reflect=False)
-    assert result.rounds() == ["think", *edits(1)] and [name for name, *_ in model.asked] == ["rewrite"] and result.prompt == "Make the cup red."
+    assert (
+        result.rounds() == ["think", *edits(1)]
+        and [name for name, *_ in model.asked] == ["rewrite"]
+        and result.prompt == "Make the cup red."
+    )
     assert "Asked, system:" in result.report and "Rewritten: Make the cup red." in result.report
     result = host.run(think=False, rounds=2)
     assert "think" not in result.rounds() and result.prompt == "red cup pls" and len(result.candidates) == 2
@@ -145,7 +157,11 @@ def test_the_best_picture_follows_the_rules_of_the_version(classes, script, thin
     else:
         things = {**things, "model": load_model(models / "diffusion_models" / tiny_models.V12_FILE, version)}
     result = InProcessHost(monkeypatch, classes, things).run(think=False)
-    assert len(result.candidates) == 3 and torch.equal(result.image[0], result.candidates[best]) and f"Best: round {best + 1}" in result.report
+    assert (
+        len(result.candidates) == 3
+        and torch.equal(result.image[0], result.candidates[best])
+        and f"Best: round {best + 1}" in result.report
+    )
     assert len(asked.contents("quality_score")) == (0 if version == "v1.2-preview" else 3)
 
 
@@ -219,7 +235,12 @@ class Broken:
         return self.function(*args, **kwargs)
 
 
-PLACES = {"encode": ("edit", "encode_edit"), "sampler": ("sampling", "sample"), "decode": ("edit", "decode_edit"), "judge": ("loop", "judge")}
+PLACES = {
+    "encode": ("edit", "encode_edit"),
+    "sampler": ("sampling", "sample"),
+    "decode": ("edit", "decode_edit"),
+    "judge": ("loop", "judge"),
+}
 
 
 @pytest.mark.sampled(3)
@@ -235,7 +256,10 @@ def test_an_error_in_a_later_round_keeps_the_pictures_and_is_tried_again(host, s
     result = host.run()
     assert not result.error and len(result.candidates) == (2 if node == "judge" else 1)
     # The error is in the report, and round 1 with its scores is the best.
-    assert f"Ended early: Round 2 could not be {'judged' if node == 'judge' else 'edited'}." in result.report and str(problem) in result.report
+    assert (
+        f"Ended early: Round 2 could not be {'judged' if node == 'judge' else 'edited'}." in result.report
+        and str(problem) in result.report
+    )
     assert torch.equal(result.image[0], result.candidates[0]) and "Best: round 1" in result.report
     assert len(unloaded) == isinstance(problem, comfy.model_management.OOM_EXCEPTION)
     again = host.run()
@@ -298,15 +322,29 @@ def test_think_node(script, classes, things):
     model = script(rewrite="  Change the crust to black.\n")
     prompt, report = classes["Step1XEditThinkPrompt"].execute(things["clip"], things["image"], "bread too long", 7, 0.3).result
     (name, content, tokens, _, temperature), = model.asked
-    assert (name, tokens, temperature) == ("rewrite", 512, 0.3) and torch.equal(content[0], things["image"][0]) and "bread too long" in content[1]
+    assert (
+        (name, tokens, temperature) == ("rewrite", 512, 0.3)
+        and torch.equal(content[0], things["image"][0])
+        and "bread too long" in content[1]
+    )
     assert prompt == "Change the crust to black."
-    assert report.startswith("Instruction: bread too long\nRewritten: Change the crust to black.\n") and content[1].splitlines()[0] in report
+    assert (
+        report.startswith("Instruction: bread too long\nRewritten: Change the crust to black.\n")
+        and content[1].splitlines()[0] in report
+    )
     with pytest.raises(Step1XError, match="Input 'image' has 2 images"):
         classes["Step1XEditThinkPrompt"].execute(things["clip"], things["image"].repeat(2, 1, 1, 1), "bread", 7, 0.7)
 
 
-@pytest.mark.parametrize("reply, verdict, refined", [(GOOD["reflection"], "success", ""), (REFINE, "refine", "Make it darker."), (FAILED, "failed", ""),
-                                                     ("<#Think>", "failed", "")])
+@pytest.mark.parametrize(
+    "reply, verdict, refined",
+    [
+        (GOOD["reflection"], "success", ""),
+        (REFINE, "refine", "Make it darker."),
+        (FAILED, "failed", ""),
+        ("<#Think>", "failed", ""),
+    ],
+)
 def test_reflect_node(script, classes, things, reply, verdict, refined):
     script(reflection=reply, edit_score=scores(4))
     other = torch.zeros(1, 30, 40, 3)
@@ -318,7 +356,11 @@ def test_reflect_node(script, classes, things, reply, verdict, refined):
 
 def test_reflect_node_without_scores(script, classes, things):
     model = script()
-    out = classes["Step1XEditReflectOnEdit"].execute(things["clip"], things["image"], things["image"], "make it red", 7, "v1.2-preview").result
+    out = (
+        classes["Step1XEditReflectOnEdit"]
+        .execute(things["clip"], things["image"], things["image"], "make it red", 7, "v1.2-preview")
+        .result
+    )
     assert out[:3] == ("success", "", 0.0) and [name for name, *_ in model.asked] == ["description", "consistency", "reflection"]
 
 

@@ -34,7 +34,14 @@ def clip(tmp_path_factory):
 
 def write(clip, texts, tokens=60, temperature=0.0, **settings):
     sequences = [clip.tokenizer.tokenize_chat(*chat(None, [text]))[NAME][0] for text in texts]
-    return clip.generate({NAME: sequences}, max_length=tokens, temperature=[temperature] * len(texts), seed=list(range(len(texts))), repetition_penalty=1.05, **settings)
+    return clip.generate(
+        {NAME: sequences},
+        max_length=tokens,
+        temperature=[temperature] * len(texts),
+        seed=list(range(len(texts))),
+        repetition_penalty=1.05,
+        **settings,
+    )
 
 
 class Replayed:
@@ -49,8 +56,17 @@ class Replayed:
 
     def addresses(self):
         writer = self.writer
-        static = [writer.tokens, writer.cache.lengths, writer.cache.positions, writer.sampler.count, writer.sampler.replies, writer.sampler.seen,
-                  writer.sampler.replied, writer.sampler.draws, *(part for layer in writer.cache.layers for part in layer)]
+        static = [
+            writer.tokens,
+            writer.cache.lengths,
+            writer.cache.positions,
+            writer.sampler.count,
+            writer.sampler.replies,
+            writer.sampler.seen,
+            writer.sampler.replied,
+            writer.sampler.draws,
+            *(part for layer in writer.cache.layers for part in layer),
+        ]
         return [tensor.data_ptr() for tensor in static]
 
     def replay(self):
@@ -133,7 +149,13 @@ def test_a_first_token_may_end_all_replies(clip, monkeypatch, graphs):
 
 
 def test_a_cancel_stops_within_a_token_and_drops_the_graph(clip, monkeypatch, graphs):
-    monkeypatch.setattr(comfy.utils.ProgressBar, "update", lambda self, value: comfy.model_management.interrupt_current_processing(bool(graphs and graphs[-1].replays == 5)))
+    monkeypatch.setattr(
+        comfy.utils.ProgressBar,
+        "update",
+        lambda self, value: comfy.model_management.interrupt_current_processing(
+            bool(graphs and graphs[-1].replays == 5)
+        ),
+    )
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         write(clip, TEXTS)
     assert graphs[0].replays == 5 and graphs[0].was_reset
@@ -274,5 +296,11 @@ print("fine")
 def test_a_step_on_kernels_is_the_step_through_modules():
     """In Triton's interpreter, in float16, because it multiplies no bf16."""
     pytest.importorskip("triton", reason="Triton, which is published for Linux only, is not installed")
-    run = subprocess.run([sys.executable, "-c", PROGRAM], cwd=PACK, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=PACK,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
     assert run.stdout.endswith("fine\n") and run.stdout.count("fits True") == 2, run.stdout + run.stderr[-3000:]

@@ -107,8 +107,18 @@ def test_zero_is_the_same_as_the_settings_by_hand_without_limiter_and_negative_p
     plain.model_options.pop("disable_cfg1_optimization", None)
     latent = edit[2]["samples"]
     noise = torch.randn(latent.shape, generator=torch.manual_seed(7))
-    expected = comfy.sample.sample_custom(plain, noise, 1.0, comfy.samplers.sampler_object("euler"), flow_sigmas(4, latent), edit[0], edit[1],
-                                          latent, disable_pbar=True, seed=7)
+    expected = comfy.sample.sample_custom(
+        plain,
+        noise,
+        1.0,
+        comfy.samplers.sampler_object("euler"),
+        flow_sigmas(4, latent),
+        edit[0],
+        edit[1],
+        latent,
+        disable_pbar=True,
+        seed=7,
+    )
     assert torch.equal(out, expected)
     assert not torch.allclose(out, run(model, edit, steps=4, cfg=1.0))
     # Without the LoRA's settings, v1.1 shapes its first steps with the negative prompt at CFG 1, too.
@@ -138,7 +148,10 @@ def test_its_own_schedule_is_followed_at_its_steps_only(model, edit, files):
 
 def test_two_of_them_with_other_settings_are_refused(model, files):
     fast = apply_lora_file(model, files["four"], 1.0)
-    with pytest.raises(Step1XError, match="distilled for 3 steps, CFG 1, its own schedule, but another one on the model for 4 steps, CFG 1 .*strength to 0"):
+    with pytest.raises(
+        Step1XError,
+        match="distilled for 3 steps, CFG 1, its own schedule, but another one on the model for 4 steps, CFG 1 .*strength to 0",
+    ):
         apply_lora_file(fast, files["own"], 0.5)
     assert few_steps(apply_lora_file(fast, files["four"], 0.5)) == FOUR
     assert few_steps(apply_lora_file(fast, files["own"], 0.0)) == FOUR
@@ -206,7 +219,17 @@ def test_fp8_weights_and_the_mark_of_fp8_attention(models, edit, files):
 def test_what_reads_the_negative_prompt(model, models, files):
     v12 = load_model(models / "diffusion_models" / tiny_models.V12_FILE, "v1.2")
     fast = apply_lora_file(model, files["four"], 1.0)
-    assert [reads_negative(m, cfg) for m in (model, fast, v12) for cfg in (0.0, 1.0, 2.0)] == [True, True, True, False, False, True, True, False, True]
+    assert [reads_negative(m, cfg) for m in (model, fast, v12) for cfg in (0.0, 1.0, 2.0)] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+        True,
+        True,
+        False,
+        True,
+    ]
     hooked = fast.clone()
     hooked.set_model_sampler_pre_cfg_function(lambda args: args["conds_out"], disable_cfg1_optimization=True)
     assert reads_negative(hooked, 0.0)

@@ -13,7 +13,16 @@ from step1x_core.host.checkpoints.loading import load_model
 from step1x_core.host.network import model as model_module
 from step1x_core.host.network.model import on_device
 from step1x_core.host.prompts.encoding import decode_edit, encode_edit
-from step1x_core.host.sampling.sampler import HOOKS, check_model, fit_latent, flow_sigmas, sample, set_guidance_interval, set_norm_limiter, with_norm_limiter
+from step1x_core.host.sampling.sampler import (
+    HOOKS,
+    check_model,
+    fit_latent,
+    flow_sigmas,
+    sample,
+    set_guidance_interval,
+    set_norm_limiter,
+    with_norm_limiter,
+)
 from step1x_core.host.speed.teacache import apply_teacache
 from step1x_core.sampling.guidance import NormLimiter, patch_norm
 from step1x_core.sampling.schedule import sigma_schedule
@@ -48,7 +57,17 @@ def edit(clip, vae, photo):
 def run(model, edit, steps=3, cfg=6.0, seed=7, denoise=1.0, latent=None, **kwargs):
     positive, negative, source = edit
     latent = latent or source
-    return sample(model, positive, negative, latent, flow_sigmas(steps, latent["samples"], denoise), cfg, seed, callback=quiet, **kwargs)["samples"]
+    return sample(
+        model,
+        positive,
+        negative,
+        latent,
+        flow_sigmas(steps, latent["samples"], denoise),
+        cfg,
+        seed,
+        callback=quiet,
+        **kwargs,
+    )["samples"]
 
 
 def test_encode_edit_gives_both_prompts_the_picture(edit, photo):
@@ -98,7 +117,9 @@ def test_guidance_interval_runs_the_unconditional_pass_inside_it_only(model, edi
     # Without guidance anywhere, the negative prompt and CFG are as good as not there.
     unguided = limited(0.0, 0.0)
     assert sum(rows) == 4 and torch.allclose(unguided, limited(0.0, 0.0, cfg=2.0), atol=1e-5)
-    torch.testing.assert_close(unguided, run(set_norm_limiter(model, NormLimiter(truncate=1.0)), edit, steps=4, cfg=1.0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        unguided, run(set_norm_limiter(model, NormLimiter(truncate=1.0)), edit, steps=4, cfg=1.0), rtol=1e-4, atol=1e-4
+    )
     # A second interval takes the first one's place, and another node's function stays in the chain.
     torch.testing.assert_close(run(set_guidance_interval(set_guidance_interval(model, 0, 0), 0, 1), edit, steps=4), official)
     chained = model.clone()
@@ -165,7 +186,9 @@ def test_cfg_one_leaves_the_unconditional_pass_out_where_the_limiter_does_nothin
     assert sum(counted(loud_model, cfg=1.5)[1]) == 16
     # Behind the limited steps: what the host does at CFG 1, to the bit.
     late, passes = counted(loud_model, cfg=1.0, denoise=0.5)
-    assert torch.equal(late, counted(set_norm_limiter(loud_model, NormLimiter(truncate=1.0)), cfg=1.0, denoise=0.5)[0]) and set(passes) == {1}
+    assert torch.equal(
+        late, counted(set_norm_limiter(loud_model, NormLimiter(truncate=1.0)), cfg=1.0, denoise=0.5)[0]
+    ) and set(passes) == {1}
     # In the limited steps: as before, up to the rounding of what is added and taken away again; a hook that may look at the other pass gets it.
     watched = loud_model.clone()
     watched.set_model_sampler_pre_cfg_function(lambda args: args["conds_out"])
@@ -253,8 +276,17 @@ def test_batch_of_pictures_equals_single_edits(model, clip, vae, photo):
     noise = comfy.sample.prepare_noise(latent["samples"], 7)
     for i in range(2):
         single = encode_edit(clip, vae, pair[i:i + 1], "make it red", "", 256)
-        alone = comfy.sample.sample_custom(model, noise[i:i + 1], 6.0, comfy.samplers.sampler_object("euler"), flow_sigmas(3, latent["samples"]), *single[:2],
-                                           single[2]["samples"], disable_pbar=True, seed=7)
+        alone = comfy.sample.sample_custom(
+            model,
+            noise[i : i + 1],
+            6.0,
+            comfy.samplers.sampler_object("euler"),
+            flow_sigmas(3, latent["samples"]),
+            *single[:2],
+            single[2]["samples"],
+            disable_pbar=True,
+            seed=7,
+        )
         assert torch.allclose(together[i:i + 1], alone, atol=1e-3)
 
 
@@ -315,7 +347,10 @@ def test_empty_latents_of_other_models_are_adapted(model, edit):
     fitted = fit_latent(model, other)
     assert fitted["samples"].shape == (1, 16, 26, 38) and "downscale_ratio_spacial" not in fitted and other["samples"].shape[1] == 128
     sigmas = flow_sigmas(1, fitted["samples"])
-    results = [sample(model, *edit[:2], latent, sigmas, 6.0, 7, callback=quiet)["samples"] for latent in (other, {"samples": torch.zeros(1, 16, 26, 38)})]
+    results = [
+        sample(model, *edit[:2], latent, sigmas, 6.0, 7, callback=quiet)["samples"]
+        for latent in (other, {"samples": torch.zeros(1, 16, 26, 38)})
+    ]
     assert torch.equal(*results)
 
 
@@ -324,7 +359,17 @@ def test_v10_without_a_picture_warns_once(models, edit, caplog):
     with caplog.at_level("WARNING"):
         run(model, edit, steps=1)
         assert "only edits images" not in caplog.text
-        run(model, (*[[[c, {k: v for k, v in e.items() if k != "reference_latents"}] for c, e in cond] for cond in edit[:2]], edit[2]), steps=2)
+        run(
+            model,
+            (
+                *[
+                    [[c, {k: v for k, v in e.items() if k != "reference_latents"}] for c, e in cond]
+                    for cond in edit[:2]
+                ],
+                edit[2],
+            ),
+            steps=2,
+        )
     assert caplog.text.count("only edits images") == 1
 
 

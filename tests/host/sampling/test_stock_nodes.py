@@ -62,7 +62,16 @@ def folders(tmp_path, monkeypatch):
 
 def test_ksampler_with_model_sampling_flux_is_our_sampler(demo):
     positive, negative, latent = demo.edit()
-    ours = sample(demo.model, positive, negative, latent, flow_sigmas(FEW, latent["samples"]), demo_model.CFG, SEED, callback=lambda *args: None)
+    ours = sample(
+        demo.model,
+        positive,
+        negative,
+        latent,
+        flow_sigmas(FEW, latent["samples"]),
+        demo_model.CFG,
+        SEED,
+        callback=lambda *args: None,
+    )
     assert difference(demo.plain(steps=FEW), ours) < SAME
     assert all(right(kind, demo.picture(demo.plain(kind, steps))) for kind, steps in (("recolour", STEPS), ("recolour", FEW), ("add", FEW)))
     unshifted = run("BasicScheduler", model=demo.model, scheduler="simple", steps=STEPS)[0]
@@ -70,21 +79,52 @@ def test_ksampler_with_model_sampling_flux_is_our_sampler(demo):
 
 
 @pytest.mark.sampled(2)
-@pytest.mark.parametrize("sampler, scheduler", [
-    ("heun", "beta"), ("dpmpp_2m", "sgm_uniform"), ("euler_ancestral", "normal"), ("uni_pc", "simple"), ("res_multistep", "kl_optimal"), ("lcm", "karras"),
-])
+@pytest.mark.parametrize(
+    "sampler, scheduler",
+    [
+        ("heun", "beta"),
+        ("dpmpp_2m", "sgm_uniform"),
+        ("euler_ancestral", "normal"),
+        ("uni_pc", "simple"),
+        ("res_multistep", "kl_optimal"),
+        ("lcm", "karras"),
+    ],
+)
 def test_samplers_and_schedulers(demo, sampler, scheduler):
     assert right("recolour", demo.picture(demo.ksampler(sampler_name=sampler, scheduler=scheduler)))
 
 
 def test_ksampler_advanced_in_two_halves(demo):
     positive, negative, latent = demo.edit()
-    shared = {"model": demo.shifted(), "noise_seed": SEED, "steps": FEW, "cfg": demo_model.CFG, "sampler_name": "euler", "scheduler": "simple",
-              "positive": positive, "negative": negative}
+    shared = {
+        "model": demo.shifted(),
+        "noise_seed": SEED,
+        "steps": FEW,
+        "cfg": demo_model.CFG,
+        "sampler_name": "euler",
+        "scheduler": "simple",
+        "positive": positive,
+        "negative": negative,
+    }
     half = FEW // 2
-    first = run("KSamplerAdvanced", **shared, add_noise="enable", latent_image=latent, start_at_step=0, end_at_step=half, return_with_leftover_noise="enable")[0]
+    first = run(
+        "KSamplerAdvanced",
+        **shared,
+        add_noise="enable",
+        latent_image=latent,
+        start_at_step=0,
+        end_at_step=half,
+        return_with_leftover_noise="enable",
+    )[0]
     assert not made("recolour", demo.picture(first))
-    whole = run("KSamplerAdvanced", **shared, add_noise="disable", latent_image=first, start_at_step=half, return_with_leftover_noise="disable")[0]
+    whole = run(
+        "KSamplerAdvanced",
+        **shared,
+        add_noise="disable",
+        latent_image=first,
+        start_at_step=half,
+        return_with_leftover_noise="disable",
+    )[0]
     assert difference(whole, demo.plain(steps=FEW)) < SAME
 
 
@@ -122,15 +162,31 @@ def test_dual_guider_weighs_two_instructions(demo):
 
 def test_perp_neg_with_the_negative_as_its_empty_prompt_is_plain_guidance(demo):
     positive, negative, _ = demo.edit()
-    guider = run("PerpNegGuider", model=demo.model, positive=positive, negative=negative, empty_conditioning=negative, cfg=demo_model.CFG, neg_scale=1.0)[0]
+    guider = run(
+        "PerpNegGuider",
+        model=demo.model,
+        positive=positive,
+        negative=negative,
+        empty_conditioning=negative,
+        cfg=demo_model.CFG,
+        neg_scale=1.0,
+    )[0]
     assert difference(demo.custom(guider, demo.sigmas(FEW))[0], demo.plain(steps=FEW)) < SAME
 
 
 @pytest.mark.parametrize("node", [name for name in ("DualCFGGuider", "DualModelGuider") if name in NODES])
 def test_guiders_that_mix_themselves_leave_out_the_limiter(demo, node):
     positive, negative, _ = demo.edit()
-    inputs = {"DualCFGGuider": {"cond1": positive, "cond2": negative, "cfg_conds": demo_model.CFG, "cfg_cond2_negative": 1.0, "style": "regular"},
-              "DualModelGuider": {"model_negative": demo.model, "positive": positive, "cfg": demo_model.CFG}}
+    inputs = {
+        "DualCFGGuider": {
+            "cond1": positive,
+            "cond2": negative,
+            "cfg_conds": demo_model.CFG,
+            "cfg_cond2_negative": 1.0,
+            "style": "regular",
+        },
+        "DualModelGuider": {"model_negative": demo.model, "positive": positive, "cfg": demo_model.CFG},
+    }
     out = demo.custom(run(node, model=demo.model, negative=negative, **inputs[node])[0], demo.sigmas(FEW))[0]
     unlimited = demo.ksampler(set_norm_limiter(demo.model, NormLimiter(truncate=1.0)), steps=FEW)
     assert difference(out, unlimited) < SAME < 0.01 < difference(out, demo.plain(steps=FEW)) and right("recolour", demo.picture(out))
@@ -158,8 +214,15 @@ def test_mask_painted_into_the_picture_limits_the_edit(demo, folders):
     assert torch.allclose(out["samples"][..., SIZE // 16:], demo.edit()[2]["samples"][..., SIZE // 16:], atol=1e-5)
     assert made("background", demo.picture(demo.plain("background", FEW))) and not made("background", pixels)
     # An inpainting model's extra channels are not read: the same picture.
-    positive, negative, latent = run("InpaintModelConditioning", positive=demo.edit("background")[0], negative=demo.edit("background")[1], vae=demo.vae, pixels=image,
-                                     mask=mask, noise_mask=True)
+    positive, negative, latent = run(
+        "InpaintModelConditioning",
+        positive=demo.edit("background")[0],
+        negative=demo.edit("background")[1],
+        vae=demo.vae,
+        pixels=image,
+        mask=mask,
+        noise_mask=True,
+    )
     assert difference(demo.ksampler(positive=positive, negative=negative, latent=latent), out) < SAME
 
 
@@ -225,13 +288,21 @@ def test_scaling_before_the_edit(demo):
     assert right("recolour", demo.picture(demo.ksampler(positive=positive, negative=negative, latent=latent)))
 
 
-@pytest.mark.parametrize("node, size", [("LatentUpscale", {"upscale_method": "bicubic", "width": 2 * SIZE, "height": 2 * SIZE, "crop": "disabled"}),
-                                        ("LatentUpscaleBy", {"upscale_method": "bislerp", "scale_by": 2.0})])
+@pytest.mark.parametrize(
+    "node, size",
+    [
+        ("LatentUpscale", {"upscale_method": "bicubic", "width": 2 * SIZE, "height": 2 * SIZE, "crop": "disabled"}),
+        ("LatentUpscaleBy", {"upscale_method": "bislerp", "scale_by": 2.0}),
+    ],
+)
 def test_latent_upscaling_after_the_edit(demo, node, size):
     image = run("VAEDecode", samples=run(node, samples=demo.plain(), **size)[0], vae=demo.vae)[0]
     assert image.shape == (1, 2 * SIZE, 2 * SIZE, 3)
     small = run("ImageScale", image=image, upscale_method="area", width=SIZE, height=SIZE, crop="disabled")[0]
-    assert made("recolour", truncate_uint8(small[0]).numpy()) and distance(truncate_uint8(small[0]).numpy(), PAIRS["recolour"].target) < 0.06
+    assert (
+        made("recolour", truncate_uint8(small[0]).numpy())
+        and distance(truncate_uint8(small[0]).numpy(), PAIRS["recolour"].target) < 0.06
+    )
 
 
 def test_upscale_model_after_the_edit(demo, folders):
@@ -286,7 +357,10 @@ def test_combined_instructions_each_under_its_mask(demo):
     twice = run("ConditioningCombine", conditioning_1=positive, conditioning_2=positive)[0]
     assert difference(demo.ksampler(positive=twice, steps=FEW), demo.plain(steps=FEW)) < SAME
     region = torch.from_numpy(PAIRS["add"].region)[None].float()
-    masked = [run("ConditioningSetMask", conditioning=c, mask=mask, strength=1.0, set_cond_area="default")[0] for c, mask in ((positive, 1 - region), (other, region))]
+    masked = [
+        run("ConditioningSetMask", conditioning=c, mask=mask, strength=1.0, set_cond_area="default")[0]
+        for c, mask in ((positive, 1 - region), (other, region))
+    ]
     pixels = demo.picture(demo.ksampler(positive=run("ConditioningCombine", conditioning_1=masked[0], conditioning_2=masked[1])[0]))
     assert made("recolour", pixels) and made("add", pixels)
 
@@ -301,8 +375,17 @@ def test_timestep_range_hands_over_to_another_instruction(demo, change, followed
 
 def test_average_takes_the_mask_of_the_first(demo):
     positive, other = demo.edit()[0], demo.edit("add")[0]
-    one, none = (run("ConditioningAverage", conditioning_to=positive, conditioning_from=other, conditioning_to_strength=strength)[0] for strength in (1.0, 0.0))
-    assert torch.equal(one[0][0], positive[0][0]) and torch.equal(none[0][0], other[0][0]) and torch.equal(none[0][1]["attention_mask"], positive[0][1]["attention_mask"])
+    one, none = (
+        run(
+            "ConditioningAverage", conditioning_to=positive, conditioning_from=other, conditioning_to_strength=strength
+        )[0]
+        for strength in (1.0, 0.0)
+    )
+    assert (
+        torch.equal(one[0][0], positive[0][0])
+        and torch.equal(none[0][0], other[0][0])
+        and torch.equal(none[0][1]["attention_mask"], positive[0][1]["attention_mask"])
+    )
     pixels = demo.picture(demo.ksampler(positive=none))
     assert made("add", pixels) and not made("recolour", pixels)
 
@@ -311,7 +394,13 @@ def test_stock_text_encoding(demo):
     image, instruction = from_uint8(SOURCE)[None], PAIRS["recolour"].instruction
     blind = run("CLIPTextEncode", clip=demo.clip, text=instruction)[0]
     seeing = run("TextEncodeQwenImageEdit", clip=demo.clip, prompt=instruction, image=image)[0]
-    results = [made("recolour", demo.picture(demo.ksampler(positive=run("ReferenceLatent", conditioning=c, latent=demo.edit()[2])[0]))) for c in (blind, seeing)]
+    results = [
+        made(
+            "recolour",
+            demo.picture(demo.ksampler(positive=run("ReferenceLatent", conditioning=c, latent=demo.edit()[2])[0])),
+        )
+        for c in (blind, seeing)
+    ]
     assert results == [False, True]
 
 
@@ -340,7 +429,9 @@ def test_compiled_model(demo):
     """With the backend that only traces: the default one gives the same after a minute of compiling. With torch's attention, as on a graphics card: the
     host's for a CPU asks for the free memory, which makes a graph of every block's halves."""
     model = demo.model.clone()
-    model.model_options["transformer_options"]["optimized_attention_override"] = lambda attention, *args, **kwargs: attention_pytorch.__wrapped__(*args, **kwargs)
+    model.model_options["transformer_options"]["optimized_attention_override"] = lambda attention, *args, **kwargs: (
+        attention_pytorch.__wrapped__(*args, **kwargs)
+    )
     assert difference(demo.ksampler(run("TorchCompileModel", model=model, backend="eager")[0], steps=FEW), demo.plain(steps=FEW)) < SAME
 
 
@@ -370,8 +461,14 @@ def test_stock_lora_loader(demo, folders):
     """A LoRA that takes the last layer's weights away."""
     up, values, down = torch.linalg.svd(demo.model.model.diffusion_model.final_layer.linear.weight.float(), full_matrices=False)
     name = "lora_unet_final_layer_linear"
-    save_file({f"{name}.lora_up.weight": (-up * values).contiguous(), f"{name}.lora_down.weight": down.contiguous(), f"{name}.alpha": torch.tensor(float(len(values)))},
-              folders / "off.safetensors")
+    save_file(
+        {
+            f"{name}.lora_up.weight": (-up * values).contiguous(),
+            f"{name}.lora_down.weight": down.contiguous(),
+            f"{name}.alpha": torch.tensor(float(len(values))),
+        },
+        folders / "off.safetensors",
+    )
     off = run("LoraLoaderModelOnly", model=demo.model, lora_name="off.safetensors", strength_model=1.0)[0]
     assert not made("recolour", demo.picture(demo.ksampler(off, steps=FEW)))
     on_again = run("LoraLoaderModelOnly", model=off, lora_name="off.safetensors", strength_model=-1.0)[0]
@@ -387,18 +484,50 @@ if "MultiGPU_WorkUnits" in NODES:
         clone.model.diffusion_model.double_blocks[0].register_forward_hook(lambda module, args, out: calls.append(out[0].shape[0]))
         assert difference(demo.ksampler(split, steps=FEW), demo.plain(steps=FEW)) < SAME
         assert block_calls == calls == [1] * FEW
-        assert difference(demo.ksampler(run("SelectModelDevice", model=demo.model, device="cpu")[0], steps=FEW), demo.plain(steps=FEW)) < SAME
+        assert (
+            difference(
+                demo.ksampler(run("SelectModelDevice", model=demo.model, device="cpu")[0], steps=FEW),
+                demo.plain(steps=FEW),
+            )
+            < SAME
+        )
 
     def test_cfg_override(demo):
-        assert difference(demo.ksampler(run("CFGOverride", model=demo.model, cfg=demo_model.CFG)[0], cfg=6.0, steps=FEW), demo.plain(steps=FEW)) < SAME
+        assert (
+            difference(
+                demo.ksampler(run("CFGOverride", model=demo.model, cfg=demo_model.CFG)[0], cfg=6.0, steps=FEW),
+                demo.plain(steps=FEW),
+            )
+            < SAME
+        )
 else:
-    print(f"ComfyUI {HOST_VERSION} has no MultiGPU_WorkUnits, SelectModelDevice, DualModelGuider and CFGOverride; they are tested in newer ones.")
+    print(
+        f"ComfyUI {HOST_VERSION} has no MultiGPU_WorkUnits, SelectModelDevice, DualModelGuider and CFGOverride; they are tested in newer ones."
+    )
 
 
 def train(demo, conditioning) -> tuple:
-    inputs = {"latents": demo.edit()[2], "positive": conditioning, "batch_size": 1, "grad_accumulation_steps": 1, "steps": 2, "learning_rate": 1e-3, "rank": 4,
-              "optimizer": "AdamW", "loss_function": "MSE", "seed": 0, "training_dtype": "fp32", "lora_dtype": "fp32", "algorithm": "LoRA",
-              "gradient_checkpointing": True, "checkpoint_depth": 1, "offloading": False, "existing_lora": "[None]", "bucket_mode": False, "bypass_mode": False}
+    inputs = {
+        "latents": demo.edit()[2],
+        "positive": conditioning,
+        "batch_size": 1,
+        "grad_accumulation_steps": 1,
+        "steps": 2,
+        "learning_rate": 1e-3,
+        "rank": 4,
+        "optimizer": "AdamW",
+        "loss_function": "MSE",
+        "seed": 0,
+        "training_dtype": "fp32",
+        "lora_dtype": "fp32",
+        "algorithm": "LoRA",
+        "gradient_checkpointing": True,
+        "checkpoint_depth": 1,
+        "offloading": False,
+        "existing_lora": "[None]",
+        "bucket_mode": False,
+        "bypass_mode": False,
+    }
     node = NODES["TrainLoraNode"]
     if "quantized_backward" in {entry.id for entry in node.define_schema().inputs}:
         inputs["quantized_backward"] = False

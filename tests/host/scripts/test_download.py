@@ -45,7 +45,11 @@ def repositories(models, tmp_path_factory):
     v11, vae = (models / "diffusion_models" / tiny_models.V11_FILE).read_bytes(), (models / "vae" / tiny_models.VAE_FILE).read_bytes()
     weights = to_diffusers(load_file(models / "diffusion_models" / tiny_models.V12_FILE))
     v12 = diffusers_repository(tmp_path_factory.mktemp("v12") / "repository", weights, "Step1XEditPipelineV1P2")
-    for folder, name, content in (("vae", "diffusion_pytorch_model.safetensors", vae), (".", "picture.png", b"PNG"), ("assets", "big.mp4", b"MP4")):
+    for folder, name, content in (
+        ("vae", "diffusion_pytorch_model.safetensors", vae),
+        (".", "picture.png", b"PNG"),
+        ("assets", "big.mp4", b"MP4"),
+    ):
         (v12 / folder).mkdir(exist_ok=True)
         (v12 / folder / name).write_bytes(content)
     (v12 / "vae" / "config.json").write_text("{}")
@@ -87,11 +91,18 @@ def install(*arguments, base, check=True):
 @pytest.mark.parametrize("source", hub.SOURCES)
 def test_one_command_brings_files_that_load(server, repositories, tmp_path, source):
     result = install("--download", "v1.1", "mllm", "vae", "vae", "lora", "--source", source, base=tmp_path)
-    assert f"Listing the files of {QWEN} on {source}" in result.stdout and "MB/s" in result.stdout and "All files are in place" in result.stdout
+    assert (
+        f"Listing the files of {QWEN} on {source}" in result.stdout
+        and "MB/s" in result.stdout
+        and "All files are in place" in result.stdout
+    )
     official, qwen = repositories[OFFICIAL], repositories[QWEN]
     assert files_of(tmp_path / "models") == {
-        f"diffusion_models/{tiny_models.V11_FILE}": official[tiny_models.V11_FILE], "vae/ae.safetensors": official["vae.safetensors"],
-        f"loras/{Path(LORA).name}": official[LORA], f"text_encoders/{tiny_models.MLLM_FILE}": qwen[f"split_files/text_encoders/{tiny_models.MLLM_FILE}"]}
+        f"diffusion_models/{tiny_models.V11_FILE}": official[tiny_models.V11_FILE],
+        "vae/ae.safetensors": official["vae.safetensors"],
+        f"loras/{Path(LORA).name}": official[LORA],
+        f"text_encoders/{tiny_models.MLLM_FILE}": qwen[f"split_files/text_encoders/{tiny_models.MLLM_FILE}"],
+    }
     assert load_model(tmp_path / "models" / "diffusion_models" / tiny_models.V11_FILE).model.diffusion_model.version == "v1.1"
     load_text_encoder(tmp_path / "models" / "text_encoders" / tiny_models.MLLM_FILE)
     assert comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(tmp_path / "models" / "vae" / "ae.safetensors"))).latent_channels == 16
@@ -198,8 +209,12 @@ def test_busy_servers_are_asked_again_after_the_time_they_name(server):
     [item] = items(Path("."), tiny_models.V11_FILE)
     date = email.utils.formatdate(time.time() + 3600, usegmt=True)
     waits = Waits()
-    server.faults[tiny_models.V11_FILE] = [hub_server.status(429, Retry_After="7"), hub_server.status(503), hub_server.status(429, Retry_After=date),
-                                           hub_server.status(500, Retry_After="soon")]
+    server.faults[tiny_models.V11_FILE] = [
+        hub_server.status(429, Retry_After="7"),
+        hub_server.status(503),
+        hub_server.status(429, Retry_After=date),
+        hub_server.status(500, Retry_After="soon"),
+    ]
     with hub.get(item.file.url, waits) as response:
         assert response.status_code == 200
     assert waits.seconds == [7.0, 2 * hub.FIRST_WAIT, hub.LONGEST_WAIT, 8 * hub.FIRST_WAIT]
@@ -253,7 +268,11 @@ def test_a_full_disk_is_noticed_before_anything_is_transferred(server, tmp_path)
 def test_a_folder_that_cannot_be_made_is_named(server, tmp_path):
     (tmp_path / "file").write_bytes(b"mine")
     result = install("--download", "vae", "--dir", str(tmp_path / "file" / "models"), base=tmp_path, check=False)
-    assert result.returncode == 1 and f"The folder {tmp_path / 'file' / 'models'} cannot be created" in result.stderr and "--dir" in result.stderr
+    assert (
+        result.returncode == 1
+        and f"The folder {tmp_path / 'file' / 'models'} cannot be created" in result.stderr
+        and "--dir" in result.stderr
+    )
     assert not server.requests and (tmp_path / "file").read_bytes() == b"mine"
 
 
@@ -265,7 +284,10 @@ def test_a_host_that_does_not_tell_its_folders_is_named(tmp_path):
     result = subprocess.run([sys.executable, str(PACK / "install.py"), "--download", "vae"], capture_output=True, text=True,
                             env={k: v for k, v in os.environ.items() if k != "COMFYUI_FOLDERS_BASE_PATH"} | {"STEP1X_COMFYUI": str(root)})
     assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr == "The models folders of ComfyUI cannot be read (no folders). Correct its extra_model_paths.yaml, or name a folder with --dir.\n"
+    assert (
+        result.stderr
+        == "The models folders of ComfyUI cannot be read (no folders). Correct its extra_model_paths.yaml, or name a folder with --dir.\n"
+    )
 
 
 def test_progress_tells_speed_and_time_left(monkeypatch):
@@ -318,7 +340,9 @@ def test_a_file_of_the_users_own_is_never_overwritten(server, repositories, tmp_
 
 def test_a_file_in_another_folder_of_the_host_is_not_downloaded_again(server, repositories, tmp_path):
     (tmp_path / "models" / "clip").mkdir(parents=True)
-    (tmp_path / "models" / "clip" / tiny_models.MLLM_FILE).write_bytes(repositories[QWEN][f"split_files/text_encoders/{tiny_models.MLLM_FILE}"])
+    (tmp_path / "models" / "clip" / tiny_models.MLLM_FILE).write_bytes(
+        repositories[QWEN][f"split_files/text_encoders/{tiny_models.MLLM_FILE}"]
+    )
     install("--download", "mllm", base=tmp_path)
     assert not server.requests and list(files_of(tmp_path)) == [f"models/clip/{tiny_models.MLLM_FILE}"]
 
@@ -331,7 +355,16 @@ def test_two_downloads_of_one_file_do_not_mix(server, repositories, tmp_path):
     assert download.download([found]) == [] and files_of(tmp_path) == {tiny_models.V11_FILE: repositories[OFFICIAL][tiny_models.V11_FILE]}
 
 
-@pytest.mark.parametrize("path", ["../evil.safetensors", "/etc/evil.safetensors", "a/../../evil.safetensors", "a\\..\\evil.safetensors", "C:evil.safetensors"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../evil.safetensors",
+        "/etc/evil.safetensors",
+        "a/../../evil.safetensors",
+        "a\\..\\evil.safetensors",
+        "C:evil.safetensors",
+    ],
+)
 def test_names_that_lead_outside_are_refused(server, monkeypatch, path):
     monkeypatch.setitem(server.repositories, "evil/names", {path: b"x"})
     for source in hub.SOURCES:
@@ -390,7 +423,10 @@ def test_no_loader_sees_a_folder_before_all_of_its_files_are_there(server, repos
     assert download.download([group]) == []
     assert server.requests == [(shard, 0)]
     # While the names are given nothing is offered that is not whole.
-    assert seen[0] == set() and all(not names or set(files_of(folder)) >= {path for path in paths if path.endswith(".safetensors")} for names in seen)
+    assert seen[0] == set() and all(
+        not names or set(files_of(folder)) >= {path for path in paths if path.endswith(".safetensors")}
+        for names in seen
+    )
     assert offered() == {"Step1X-Edit-v1p2/": str(folder)} and set(files_of(folder)) == set(paths)
 
 
@@ -404,7 +440,16 @@ def test_a_cancelled_command_can_be_resumed(server, repositories, tmp_path, numb
     server.faults[name] = [hub_server.pause(2_000_000, reached, go_on)]
     # Background jobs of a shell ignore SIGINT.
     code = "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", f"import sys; sys.argv = sys.argv[1:]; {code}", str(PACK / "install.py"), "--download", "v1.1", "--dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys; sys.argv = sys.argv[1:]; {code}",
+        str(PACK / "install.py"),
+        "--download",
+        "v1.1",
+        "--dir",
+        str(tmp_path),
+    ]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     [item] = items(tmp_path, name)
     try:

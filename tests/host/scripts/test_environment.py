@@ -44,8 +44,16 @@ def ours() -> dict[str, str]:
 def test_a_trees_pins_are_its_own_but_for_torch(tree):
     packages, templates = environment.tree_requirements(tree)
     assert templates == ["comfyui_workflow_templates==8.8.8"]
-    assert packages == [ours()["torch"], ours()["torchvision"], ours()["torchaudio"], "comfyui-frontend-package==9.9.9", "torchsde", "numpy>=1.25.0",
-                        "comfy-kitchen[cuda]==7.7.7", "kornia>=0.7.1"]
+    assert packages == [
+        ours()["torch"],
+        ours()["torchvision"],
+        ours()["torchaudio"],
+        "comfyui-frontend-package==9.9.9",
+        "torchsde",
+        "numpy>=1.25.0",
+        "comfy-kitchen[cuda]==7.7.7",
+        "kornia>=0.7.1",
+    ]
 
 
 def test_the_tree_of_this_run_can_be_read():
@@ -107,7 +115,13 @@ def test_without_a_name_there_is_no_tree(monkeypatch):
 @pytest.mark.parametrize("arguments, variable, name", [(["--comfyui", "nowhere"], None, "--comfyui"), ([], "nowhere", "STEP1X_COMFYUI")])
 def test_a_folder_without_a_comfyui_is_named(tmp_path, arguments, variable, name):
     variables = {k: v for k, v in os.environ.items() if k != "STEP1X_COMFYUI"} | ({"STEP1X_COMFYUI": variable} if variable else {})
-    done = subprocess.run([sys.executable, str(PACK / "scripts" / "test.py"), *arguments, "-q"], cwd=tmp_path, env=variables, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(PACK / "scripts" / "test.py"), *arguments, "-q"],
+        cwd=tmp_path,
+        env=variables,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode != 0 and f"{name} names {tmp_path / 'nowhere'}, but there is no ComfyUI" in done.stderr
 
 

@@ -51,7 +51,12 @@ def advice(root, *python, **variables) -> str:
     """Printed by the script when the Manager runs it, without the mark in front of each line."""
     environment = {k: v for k, v in os.environ.items() if k not in ("STEP1X_COMFYUI", "COMFYUI_FOLDERS_BASE_PATH")}
     command = [sys.executable, *python, "-c", OFFLINE, str(PACK / "install.py")]
-    result = subprocess.run(command, capture_output=True, encoding="utf-8", env={**environment, "COMFYUI_PATH": str(root), "PYTHONIOENCODING": "utf-8", **variables})
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        encoding="utf-8",
+        env={**environment, "COMFYUI_PATH": str(root), "PYTHONIOENCODING": "utf-8", **variables},
+    )
     assert result.returncode == 0 and result.stderr == "", result.stderr
     lines = result.stdout.splitlines()
     assert lines and all(line.startswith("[Step1X-Edit] ") for line in lines)
@@ -94,7 +99,10 @@ def test_found_files_are_named_with_their_folders(comfyui, models, tmp_path):
 def test_a_diffusers_repository_is_all_three(comfyui, models):
     folder = comfyui / "models" / "diffusers" / "Step1X-Edit-v1p2"
     diffusers_repository(folder, to_diffusers(load_file(models / "diffusion_models" / tiny_models.V12_FILE)), "Step1XEditPipelineV1P2")
-    for name, source in (("text_encoder", models / "text_encoders" / tiny_models.MLLM_FILE), ("vae", models / "vae" / tiny_models.VAE_FILE)):
+    for name, source in (
+        ("text_encoder", models / "text_encoders" / tiny_models.MLLM_FILE),
+        ("vae", models / "vae" / tiny_models.VAE_FILE),
+    ):
         (folder / name).mkdir()
         shutil.copy(source, folder / name / "model.safetensors")
         (folder / name / "config.json").write_text("{}")

@@ -21,7 +21,9 @@ def read(path) -> dict:
 def graphs() -> list[tuple[str, list[dict]]]:
     blueprints = sorted((PACK / "subgraphs").glob("*.json"))
     assert blueprints
-    return [(path.name, read(path)["nodes"]) for path in WORKFLOWS] + [(path.name, graph["nodes"]) for path in blueprints for graph in read(path)["definitions"]["subgraphs"]]
+    return [(path.name, read(path)["nodes"]) for path in WORKFLOWS] + [
+        (path.name, graph["nodes"]) for path in blueprints for graph in read(path)["definitions"]["subgraphs"]
+    ]
 
 
 def box(node) -> tuple[float, float, float, float]:
@@ -79,7 +81,10 @@ def test_graph_is_tidy_and_explains_itself(path):
             assert left >= right2 or left2 >= right or top >= bottom2 or top2 >= bottom
     for node in workflow["nodes"]:
         left, top, right, bottom = box(node)
-        inside = [x <= left and y <= top and right <= x + width and bottom <= y + height for x, y, width, height in (group["bounding"] for group in workflow["groups"])]
+        inside = [
+            x <= left and y <= top and right <= x + width and bottom <= y + height
+            for x, y, width, height in (group["bounding"] for group in workflow["groups"])
+        ]
         assert sum(inside) == (node is not note)
 
 
@@ -93,7 +98,11 @@ def test_every_workflow_has_a_thumbnail_that_can_be_made_again():
 
 def test_a_thumbnail_shows_all_its_pictures():
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
-    sheet = thumbnails.sheet([Image.new("RGB", size, colour) for size, colour in zip([(128, 128), (64, 128), (384, 128)], colours)], 3, "caption")
+    sheet = thumbnails.sheet(
+        [Image.new("RGB", size, colour) for size, colour in zip([(128, 128), (64, 128), (384, 128)], colours)],
+        3,
+        "caption",
+    )
     areas = [sum(pixel == colour for pixel in sheet.getdata()) for colour in colours]
     assert min(areas) > 3000 and abs(areas[0] - 2 * areas[1]) < areas[0] / 20 and abs(areas[0] - 3 * areas[2]) < areas[0] / 10
 

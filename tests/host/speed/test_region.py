@@ -111,7 +111,11 @@ def call(model, denoiser, mode, x, conds=(0, 1), plain=False):
         options["patches"] = {"attn1_patch": [lambda q, k, v, **kwargs: {}]}
     layout = {}
     if transformer.version == "v1.2":
-        layout = {"text_ids": stream(4, 5, 3, seed=4).view(torch.int32), "text_embeds": stream(4, 5, 3584, seed=5), "quoted_mask": torch.ones(4, 5)}
+        layout = {
+            "text_ids": stream(4, 5, 3, seed=4).view(torch.int32),
+            "text_embeds": stream(4, 5, 3584, seed=5),
+            "quoted_mask": torch.ones(4, 5),
+        }
     rows = [2 * cond + picture for cond in conds for picture in (0, 1)]
     context = stream(4, 5, transformer.connector.S.c_embedder.linear_1.in_features, seed=2)[rows]
     layout = {name: tensor[rows][..., :context.shape[-1]] for name, tensor in layout.items()}
@@ -144,10 +148,20 @@ def test_a_part_is_computed_as_in_the_whole(model, v12, version, plain):
     # The host may go over to one conditioning after the other in the middle of a run.
     for cond in (0, 1):
         own = slice(2 * cond, 2 * cond + 2)
-        torch.testing.assert_close(call(model, denoiser, "region", x, [cond], plain)[inside[own]], whole[own][inside[own]], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            call(model, denoiser, "region", x, [cond], plain)[inside[own]],
+            whole[own][inside[own]],
+            rtol=1e-4,
+            atol=1e-4,
+        )
     # A picture that is edited everywhere is exact beside one that is not.
     denoiser.run.edited[1] = True
-    torch.testing.assert_close(call(model, denoiser, "region", elsewhere, plain=plain)[1::2], call(model, denoiser, "full", elsewhere, plain=plain)[1::2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        call(model, denoiser, "region", elsewhere, plain=plain)[1::2],
+        call(model, denoiser, "full", elsewhere, plain=plain)[1::2],
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 def test_an_edit_everywhere_or_nowhere_is_exact(model, edit):
@@ -156,7 +170,10 @@ def test_an_edit_everywhere_or_nowhere_is_exact(model, edit):
         patched = apply_region(model, RegionSettings(similarity=similarity))
         assert torch.equal(run(patched, edit), exact) and shares(patched) == [1.0] * STEPS
     positive, negative, latent = edit
-    words = [[[tensor, {k: v for k, v in values.items() if k != "reference_latents"}] for tensor, values in cond] for cond in (positive, negative)]
+    words = [
+        [[tensor, {k: v for k, v in values.items() if k != "reference_latents"}] for tensor, values in cond]
+        for cond in (positive, negative)
+    ]
     patched = apply_region(model, PART)
     assert torch.equal(run(patched, (*words, latent)), run(model, (*words, latent))) and shares(patched) == [1.0] * STEPS
 
@@ -165,7 +182,9 @@ def test_an_edit_everywhere_or_nowhere_is_exact(model, edit):
 def test_only_the_region_is_computed_and_the_rest_is_kept(model, v12, edit, edit_v12, version):
     model, edit = (v12, edit_v12) if version == "v1.2" else (model, edit)
     seen = []
-    hook = model.model.diffusion_model.double_blocks[0].register_forward_hook(lambda block, args, kwargs, out: seen.append(out[0].shape[1]), with_kwargs=True)
+    hook = model.model.diffusion_model.double_blocks[0].register_forward_hook(
+        lambda block, args, kwargs, out: seen.append(out[0].shape[1]), with_kwargs=True
+    )
     patched = apply_region(model, PART)
     steps = []
     out = run(patched, edit, callback=lambda step, denoised, x, total: steps.append(denoised.clone()))
@@ -199,7 +218,11 @@ def test_steps_are_left_out_where_little_changes(model, edit):
     patched = apply_region(model, RegionSettings(similarity=-0.15, reuse=1.0))
     out = run(patched, edit)
     left_out = {i for i, share in enumerate(shares(patched)) if share == 0}
-    assert torch.isfinite(out).all() and len(left_out) >= 2 and left_out <= {i for i, full in enumerate(full_steps(STEPS, PART)) if not full}
+    assert (
+        torch.isfinite(out).all()
+        and len(left_out) >= 2
+        and left_out <= {i for i, full in enumerate(full_steps(STEPS, PART)) if not full}
+    )
 
 
 def with_mask(rows, columns):
@@ -240,7 +263,10 @@ def test_conditionings_together_or_apart(model, edit, monkeypatch):
     monkeypatch.setattr(model.model, "memory_required", lambda shape, cond_shapes={}: 1e15 if shape[0] > 1 else 1.0)
     rows = []
     patched = apply_region(model, PART)
-    patched.add_wrapper(WrappersMP.DIFFUSION_MODEL, lambda executor, x, *args, **kwargs: rows.append(len(x)) or executor(x, *args, **kwargs))
+    patched.add_wrapper(
+        WrappersMP.DIFFUSION_MODEL,
+        lambda executor, x, *args, **kwargs: rows.append(len(x)) or executor(x, *args, **kwargs),
+    )
     apart = run(patched, edit)
     assert rows == [1] * 2 * STEPS and min(shares(patched)) < 0.7
     torch.testing.assert_close(apart, together, rtol=1e-3, atol=1e-3)
@@ -250,7 +276,9 @@ def test_a_conditioning_that_begins_later_is_computed_in_full(model, edit):
     positive, negative, latent = edit
     late = [[positive[0][0], positive[0][1] | {"start_percent": 0.4}], [positive[0][0] * 0.5, positive[0][1] | {"end_percent": 0.4}]]
     patched = apply_region(model, RegionSettings(similarity=-0.15, reuse=0.0, refreshes=0))
-    assert torch.isfinite(run(patched, (late, negative, latent), steps=12)).all() and max(shares(patched)[3:-1]) > min(shares(patched)[3:-1])
+    assert torch.isfinite(run(patched, (late, negative, latent), steps=12)).all() and max(shares(patched)[3:-1]) > min(
+        shares(patched)[3:-1]
+    )
     guided_late = set_guidance_interval(patched, 0.4, 1.0)
     assert torch.isfinite(run(guided_late, edit, steps=12)).all() and max(shares(patched)[3:-1]) > min(shares(patched)[3:-1])
 
@@ -309,11 +337,18 @@ def test_the_host_makes_room_for_what_is_kept(model, edit, monkeypatch):
 
 def test_what_does_not_go_together_is_refused_in_either_order(model, edit):
     patched = apply_region(model, PART)
-    others = {"TeaCache": lambda m: apply_teacache(m, 0.2), "EasyCache": lambda m: EasyCacheNode.execute(m, 0.2, 0.15, 0.95, False)[0],
-              "LazyCache": lambda m: LazyCacheNode.execute(m, 0.2, 0.15, 0.95, False)[0], "TorchCompileModel": lambda m: TorchCompileModel.execute(m, "inductor")[0]}
+    others = {
+        "TeaCache": lambda m: apply_teacache(m, 0.2),
+        "EasyCache": lambda m: EasyCacheNode.execute(m, 0.2, 0.15, 0.95, False)[0],
+        "LazyCache": lambda m: LazyCacheNode.execute(m, 0.2, 0.15, 0.95, False)[0],
+        "TorchCompileModel": lambda m: TorchCompileModel.execute(m, "inductor")[0],
+    }
     for name, other in others.items():
         for both in (other(patched), apply_region(other(model), PART)):
-            with pytest.raises(Step1XError, match=f"'Step1X-Edit Speed \\(region\\)' cannot work together with .*{name}.*Remove one of the two"):
+            with pytest.raises(
+                Step1XError,
+                match=f"'Step1X-Edit Speed \\(region\\)' cannot work together with .*{name}.*Remove one of the two",
+            ):
                 run(both, edit)
     assert torch.isfinite(run(patched, edit)).all()
 
@@ -327,7 +362,9 @@ def test_a_second_node_takes_the_first_ones_place_and_the_input_stays_as_it_is(m
 def test_another_nodes_attention_and_patches_stay_in_use(model, edit):
     calls = []
     patched = apply_region(model, PART)
-    patched.model_options["transformer_options"]["optimized_attention_override"] = lambda attention, q, *args, **kwargs: calls.append(q.shape[2]) or attention(q, *args, **kwargs)
+    patched.model_options["transformer_options"]["optimized_attention_override"] = (
+        lambda attention, q, *args, **kwargs: calls.append(q.shape[2]) or attention(q, *args, **kwargs)
+    )
     patched.set_model_post_input_patch(lambda args: calls.append(args["img"].shape[1]) or args)
     torch.testing.assert_close(run(patched, edit), run(apply_region(model, PART), edit), rtol=1e-4, atol=1e-4)
     assert len(set(calls)) >= 3

@@ -36,8 +36,21 @@ def test_a_name_reaches_the_hosts_input_and_output_folders_only(tmp_path, monkey
         assert dataset_path(name) == (inside, roots["input"])
     for name in ("edit_pairs/pairs [output]", str(made), f"{made} [output]"):
         assert dataset_path(name) == (made, roots["output"])
-    for name in ("", " ", "[output]", " [output]", "..", "../output/edit_pairs/pairs", "../input/pairs [output]", "../../x [output]", "x [temp]", str(tmp_path),
-                 str(roots["temp"] / "x"), f"{inside}/../../temp", f"{tmp_path}/inputs/x"):
+    for name in (
+        "",
+        " ",
+        "[output]",
+        " [output]",
+        "..",
+        "../output/edit_pairs/pairs",
+        "../input/pairs [output]",
+        "../../x [output]",
+        "x [temp]",
+        str(tmp_path),
+        str(roots["temp"] / "x"),
+        f"{inside}/../../temp",
+        f"{tmp_path}/inputs/x",
+    ):
         with pytest.raises(Step1XError, match="names no dataset"):
             dataset_path(name)
 
@@ -78,7 +91,9 @@ def test_cached_tensors_are_those_of_an_edit(clip, vae, folder):
         assert torch.equal(cond, positive[0][0].bfloat16()) and torch.equal(extra["attention_mask"], positive[0][1]["attention_mask"].cpu())
         assert torch.equal(extra["reference_latents"][0], latent["samples"])
         target, source = dataset.latents(item)
-        assert torch.equal(source, latent["samples"]) and torch.equal(target, vae.encode(decode_picture(item.pair.target.read_bytes(), item.pair.target)[None]))
+        assert torch.equal(source, latent["samples"]) and torch.equal(
+            target, vae.encode(decode_picture(item.pair.target.read_bytes(), item.pair.target)[None])
+        )
         assert item.size == target.shape[-2:]
         if negative_prompt is not None:
             assert torch.equal(dataset.conditioning(item, negative=True)[0], negative[0][0].bfloat16())
@@ -87,7 +102,11 @@ def test_cached_tensors_are_those_of_an_edit(clip, vae, folder):
 def test_positions_of_v12_keep_their_precision(models, folder):
     clip = load_text_encoder(models / "text_encoders" / tiny_models.MLLM_FILE, "v1.2")
     pair = read_pairs(folder)[0]
-    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize('write "A"', images=[decode_picture(pair.source.read_bytes(), pair.source)[None]], size_level=LEVEL))
+    conditioning = clip.encode_from_tokens_scheduled(
+        clip.tokenize(
+            'write "A"', images=[decode_picture(pair.source.read_bytes(), pair.source)[None]], size_level=LEVEL
+        )
+    )
     packed = pack_conditioning(conditioning)
     assert torch.equal(packed["text_ids"], conditioning[0][1]["text_ids"].cpu()) and packed["cond"].dtype == torch.bfloat16
     assert {"text_embeds", "text_mask"} < set(packed)

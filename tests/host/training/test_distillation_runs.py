@@ -58,8 +58,16 @@ def test_the_teacher_edits_as_the_sampler_does(model, dataset, lesson):
     noise = lesson.noise(model, item, seed, 1)
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         patch.setattr("comfy.sample.prepare_noise", lambda *args: noise.clone())
-        result = sample(with_norm_limiter(model), positive, negative, {"samples": source}, teacher_sigmas(FEW, *item.size), FEW.teacher_cfg, 0,
-                        callback=lambda step, denoised, x, total: kept.append(x.clone()))["samples"]
+        result = sample(
+            with_norm_limiter(model),
+            positive,
+            negative,
+            {"samples": source},
+            teacher_sigmas(FEW, *item.size),
+            FEW.teacher_cfg,
+            0,
+            callback=lambda step, denoised, x, total: kept.append(x.clone()),
+        )["samples"]
     assert torch.allclose(points[-1:], model.model.process_latent_in(result), atol=0.02)
     # What the callback sees in a step is the latent before it.
     assert torch.allclose(points[1:2], kept[3].cpu(), atol=0.02) and not torch.allclose(points[1:2], points[-1:], atol=0.1)
@@ -131,7 +139,11 @@ def test_every_stage_has_gradients_for_the_lora(model, dataset, lesson, random_r
 def test_the_later_stage_begins_late(model, dataset, lesson, random_run, monkeypatch):
     model, run = random_run
     monkeypatch.setattr("step1x_core.host.training.distill.draw_segment", lambda *args: 1)
-    halves = [losses_of(model, Lesson(model, replace(FEW, later=stage)), dataset, run, step) for step in (0, 2) for stage in ("cached", "trajectory")]
+    halves = [
+        losses_of(model, Lesson(model, replace(FEW, later=stage)), dataset, run, step)
+        for step in (0, 2)
+        for stage in ("cached", "trajectory")
+    ]
     assert torch.equal(halves[0], halves[1]) and torch.equal(halves[0], halves[2]) and not torch.equal(halves[2], halves[3])
 
 

@@ -18,7 +18,10 @@ from step1x_core.sampling.few_steps import few_steps_of
 
 EDITS, LEAST_RIGHT = 8, 7
 MAX_BYTES = 2_000_000
-pytestmark = pytest.mark.skipif(not demo_model.FAST_FILE.is_file(), reason=f"the miniature's few-step LoRA {demo_model.FAST_FILE.name} is not in the checkout")
+pytestmark = pytest.mark.skipif(
+    not demo_model.FAST_FILE.is_file(),
+    reason=f"the miniature's few-step LoRA {demo_model.FAST_FILE.name} is not in the checkout",
+)
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,22 @@ from test_distillation_runs import write_sources
 from step1x_core.errors import Step1XError
 
 FEW = {"mode": "few steps", "few_steps": 2, "teacher_steps": 8, "teacher_cfg": 2.0, "noises": 1, "later": "trajectory", "share": 0.5}
-TRAINING = {"steps": 2, "learning_rate": 0.01, "rank": 2, "alpha": 1.0, "batch_size": 2, "accumulation": 1, "seed": 1, "resume": True, "save_every": 0,
-            "validate_every": 2, "schedule": "constant", "warmup": 0, "ema": 0.0, "gradient_checkpointing": True}
+TRAINING = {
+    "steps": 2,
+    "learning_rate": 0.01,
+    "rank": 2,
+    "alpha": 1.0,
+    "batch_size": 2,
+    "accumulation": 1,
+    "seed": 1,
+    "resume": True,
+    "save_every": 0,
+    "validate_every": 2,
+    "schedule": "constant",
+    "warmup": 0,
+    "ema": 0.0,
+    "gradient_checkpointing": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +63,11 @@ def test_sources_and_instructions_become_a_few_step_lora(run, clip, vae, model, 
     assert steps == 2 == len(loss["loss"]) and lora
     with safe_open(tmp_path / "output" / "step1x_training" / "fast" / "lora.safetensors", "pt") as file:
         metadata = file.metadata()
-    assert metadata["step1x_edit.steps"] == "2" and json.loads(metadata["step1x_edit.teacher"]) == {"version": "v1.1", "steps": 8, "cfg": 2.0}
+    assert metadata["step1x_edit.steps"] == "2" and json.loads(metadata["step1x_edit.teacher"]) == {
+        "version": "v1.1",
+        "steps": 8,
+        "cfg": 2.0,
+    }
     # Below the curve lie source, student and teacher of the held-out item.
     without, = run("Step1XEditTrainLora", model=model, dataset=dataset, name="other", vae=None, mode=FEW, **TRAINING)[3:]
     assert sheet.shape[1] > without.shape[1]
@@ -65,7 +83,14 @@ def test_pairs_are_trained_on_as_before_and_sources_are_not_taken_for_pairs(run,
         read(run, clip, vae)
 
 
-@pytest.mark.parametrize("changes, message", [({"few_steps": 9}, "mode.few_steps"), ({"teacher_steps": 3}, "Raise teacher_steps"), ({"later": "gan"}, "mode.later")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"few_steps": 9}, "mode.few_steps"),
+        ({"teacher_steps": 3}, "Raise teacher_steps"),
+        ({"later": "gan"}, "mode.later"),
+    ],
+)
 def test_bad_few_step_settings_are_one_sentence(run, clip, vae, model, tmp_path, changes, message):
     write_sources(tmp_path / "input" / "sources")
     dataset, _ = read(run, clip, vae, sources_only=True)

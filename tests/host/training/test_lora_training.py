@@ -31,7 +31,17 @@ from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
 from step1x_core.host.checkpoints.lora import apply_lora, load_lora_file
 from step1x_core.host.training.adapted import adapted, linear_shapes
 from step1x_core.host.training.cache import cache_pairs
-from step1x_core.host.training.train import LORA_FILE, STATE_FILE, Run, batch_losses, edit_held_out, predict, prepare_model, train, training_mode
+from step1x_core.host.training.train import (
+    LORA_FILE,
+    STATE_FILE,
+    Run,
+    batch_losses,
+    edit_held_out,
+    predict,
+    prepare_model,
+    train,
+    training_mode,
+)
 from step1x_core.training.dataset import read_pairs
 from step1x_core.training.objective import Settings, draw, to_kohya
 
@@ -350,7 +360,11 @@ def test_lora_file_is_in_the_official_layout(finished):
     lora = load_file(finished[1] / LORA_FILE)
     name = "lora_unet_double_blocks_0_img_attn_qkv"
     hidden = tiny_models.TINY_TRANSFORMER.hidden
-    assert lora[f"{name}.lora_down.weight"].shape == (4, hidden) and lora[f"{name}.lora_up.weight"].shape == (3 * hidden, 4) and lora[f"{name}{ALPHA_KEY}"] == 8
+    assert (
+        lora[f"{name}.lora_down.weight"].shape == (4, hidden)
+        and lora[f"{name}.lora_up.weight"].shape == (3 * hidden, 4)
+        and lora[f"{name}{ALPHA_KEY}"] == 8
+    )
     with safe_open(finished[1] / LORA_FILE, "pt") as file:
         metadata = file.metadata()
     assert metadata["ss_network_dim"] == "4" and metadata["ss_base_model_version"] == "step1x-edit-v1.1"
@@ -385,9 +399,16 @@ def test_validation_pairs_are_edited_with_the_lora_so_far(model, vae, dataset, t
     assert [step for step, _ in pictures] == [2, 3]
     (_, first), (_, second) = pictures
     assert first.shape == (64, 192, 3) and first.dtype == np.uint8
-    assert np.array_equal(first[:, :64], second[:, :64]) and np.array_equal(first[:, 128:], second[:, 128:]) and not np.array_equal(first[:, 64:128], second[:, 64:128])
+    assert (
+        np.array_equal(first[:, :64], second[:, :64])
+        and np.array_equal(first[:, 128:], second[:, 128:])
+        and not np.array_equal(first[:, 64:128], second[:, 64:128])
+    )
     # Looking changes nothing.
-    assert train(model, dataset, replace(SETTINGS, steps=3), tmp_path / "blind").losses == load_file(tmp_path / STATE_FILE)["losses"].tolist()
+    assert (
+        train(model, dataset, replace(SETTINGS, steps=3), tmp_path / "blind").losses
+        == load_file(tmp_path / STATE_FILE)["losses"].tolist()
+    )
 
 
 # Meaning. `benchmarks/lora_demo.py` is the same at length.

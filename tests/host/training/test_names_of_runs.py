@@ -9,8 +9,38 @@ from step1x_core.host.training.folders import run_folder
 from step1x_core.training.cache import write_tensors
 
 
-@pytest.mark.parametrize("name", ["CON", "nul", "nul.", "NUL.txt", "con.tar.gz", "Aux", "COM1", "lpt9.png", "COM¹", "CONIN$", "aux .x", "a.", "a ", " a", "", ".", "..",
-                                  "a/b", "a\\b", "a:b", "a\nb", "a\x7f", "图" * 150, "é" * 101, "\U0001f600" * 51, "\udcff", "x" * 201])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "CON",
+        "nul",
+        "nul.",
+        "NUL.txt",
+        "con.tar.gz",
+        "Aux",
+        "COM1",
+        "lpt9.png",
+        "COM¹",
+        "CONIN$",
+        "aux .x",
+        "a.",
+        "a ",
+        " a",
+        "",
+        ".",
+        "..",
+        "a/b",
+        "a\\b",
+        "a:b",
+        "a\nb",
+        "a\x7f",
+        "图" * 150,
+        "é" * 101,
+        "\U0001f600" * 51,
+        "\udcff",
+        "x" * 201,
+    ],
+)
 def test_names_that_some_system_cannot_store_are_refused(name):
     with pytest.raises(Step1XError, match="cannot be a name of a dataset"):
         check_name(name, "name of a dataset")

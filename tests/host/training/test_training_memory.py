@@ -65,7 +65,9 @@ def full_size():
     """The published transformer in fp8, with the layers of a LoRA of the default rank, on the meta device."""
     shapes = tiny_models.transformer_shapes("v1.1", tiny_models.FULL_TRANSFORMER)
     config = detect_config({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
-    transformer = Step1XTransformer(**config.transformer_params(), dtype=torch.float8_e4m3fn, device="meta", operations=comfy.ops.manual_cast).requires_grad_(False)
+    transformer = Step1XTransformer(
+        **config.transformer_params(), dtype=torch.float8_e4m3fn, device="meta", operations=comfy.ops.manual_cast
+    ).requires_grad_(False)
     layers = lora_layers(linear_shapes(transformer), Settings(steps=1, rank=1))
     for layer in layers.values():
         layer.down, layer.up = (torch.nn.Parameter(torch.empty(shape, device="meta"))
@@ -75,7 +77,10 @@ def full_size():
 
 def moved(*args, **kwargs):
     """Stands for `save_on_cpu`: what it packs leaves the device."""
-    return saved_tensors_hooks(lambda tensor: (tensor.shape, tensor.dtype), lambda packed: torch.empty(packed[0], dtype=packed[1], device="meta"))
+    return saved_tensors_hooks(
+        lambda tensor: (tensor.shape, tensor.dtype),
+        lambda packed: torch.empty(packed[0], dtype=packed[1], device="meta"),
+    )
 
 
 @pytest.mark.once

@@ -157,7 +157,11 @@ def test_a_state_of_an_earlier_release_goes_on_with_a_line_in_the_log(model, dat
     assert json.loads(metadata(folder / STATE_FILE)[RUN_KEY])["dataset"] == dataset.fingerprint()
     # Its LoRA has always named the version.
     restate(folder / STATE_FILE, old)
-    save_file(load_file(folder / LORA_FILE), folder / LORA_FILE, metadata(folder / LORA_FILE) | {"ss_base_model_version": "step1x-edit-v1.0"})
+    save_file(
+        load_file(folder / LORA_FILE),
+        folder / LORA_FILE,
+        metadata(folder / LORA_FILE) | {"ss_base_model_version": "step1x-edit-v1.0"},
+    )
     with pytest.raises(Step1XError, match="is for Step1X-Edit v1.0"):
         train(model, dataset, replace(SETTINGS, steps=4), folder)
 

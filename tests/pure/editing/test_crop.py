@@ -27,7 +27,11 @@ def test_masks_that_do_not_fit_are_refused():
         cut_out(image, torch.zeros(1, 64, 64), 0.5, 16)
     with pytest.raises(Step1XError, match="There are 2 masks for 3 pictures"):
         cut_out(image, torch.ones(2, 300, 400), 0.5, 16)
-    for mask in (torch.ones(300, 400), torch.ones(1, 1, 300, 400), torch.full((3, 300, 400), torch.nan).index_fill(0, torch.tensor(0), 5.0)):
+    for mask in (
+        torch.ones(300, 400),
+        torch.ones(1, 1, 300, 400),
+        torch.full((3, 300, 400), torch.nan).index_fill(0, torch.tensor(0), 5.0),
+    ):
         assert fit_mask(mask, image).unique().max() == 1
 
 

@@ -47,15 +47,28 @@ def write_parquet(path, items, as_dict=True, groups=4, **changes):
     import pyarrow
     import pyarrow.parquet
 
-    rows = [{"key": item.key, "task_type": item.task_type, "instruction": item.instruction, "instruction_language": item.language, "Intersection_exist": item.intersection,
-             "input_image_raw": {"bytes": png(item.load()), "path": None} if as_dict else png(item.load()), "prompt_version": 1, **changes} for item in items]
+    rows = [
+        {
+            "key": item.key,
+            "task_type": item.task_type,
+            "instruction": item.instruction,
+            "instruction_language": item.language,
+            "Intersection_exist": item.intersection,
+            "input_image_raw": {"bytes": png(item.load()), "path": None} if as_dict else png(item.load()),
+            "prompt_version": 1,
+            **changes,
+        }
+        for item in items
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=groups)
 
 
 def test_the_miniature_has_the_official_shape_and_survives_as_a_folder(tmp_path):
     items = miniature()
-    assert len(items) == 22 and {(item.task_type, item.language) for item in items} == {(name, language) for name in TASK_TYPES for language in LANGUAGES}
+    assert len(items) == 22 and {(item.task_type, item.language) for item in items} == {
+        (name, language) for name in TASK_TYPES for language in LANGUAGES
+    }
     assert {item.intersection for item in items} == {True, False} and len({pixels(item) for item in items}) == 11
     write_folder(items, tmp_path / "data")
     again = read_dataset(tmp_path / "data")
@@ -95,7 +108,14 @@ def test_parquet_without_pyarrow_and_other_parquet_files_are_explained(tmp_path,
         read_dataset(tmp_path / "a")
 
 
-GOOD_ROW = {"file_name": "a.png", "key": "a", "task_type": "text_change", "instruction": "x", "instruction_language": "en", "Intersection_exist": True}
+GOOD_ROW = {
+    "file_name": "a.png",
+    "key": "a",
+    "task_type": "text_change",
+    "instruction": "x",
+    "instruction_language": "en",
+    "Intersection_exist": True,
+}
 
 
 @pytest.mark.parametrize("rows, message", [
@@ -141,17 +161,42 @@ def test_selection_and_the_official_layout(tmp_path):
     assert unedited(items, tmp_path / "results", "my method") == items
 
 
-@pytest.mark.parametrize("size, expected", [((512, 512), (512, 512)), ((1024, 512), (724, 362)), ((300, 900), (295, 886)), ((1000, 1), (16190, 16))])
+@pytest.mark.parametrize(
+    "size, expected",
+    [((512, 512), (512, 512)), ((1024, 512), (724, 362)), ((300, 900), (295, 886)), ((1000, 1), (16190, 16))],
+)
 def test_judged_pictures_have_512_x_512_pixels_in_their_own_aspect(size, expected):
     assert judge_size(*size) == expected
 
 
-@pytest.mark.parametrize("reply, scores", [
-    (SCORES, (6, 9)), (f"```json\n{SCORES}\n```", (6, 9)), (f"Sure! {SCORES} I hope it helps.", (6, 9)), ('{"score": [0, 10.0]}', (0, 10)),
-    ('{"score": [7.5, 3]}', (7.5, 3)),
-    *((reply, None) for reply in ("", "7 out of 10", '{"score": 7}', '{"score": [7]}', '{"score": [7, 8, 9]}', '{"score": ["7", "8"]}', '{"score": [true, 8]}',
-                                  '{"score": [85, 90]}', '{"score": [-1, 5]}', '{"score": [NaN, 5]}', '{"score": [1e999, 5]}', '{"points": [7, 8]}', "{" * 5000 + "}" * 5000)),
-])
+@pytest.mark.parametrize(
+    "reply, scores",
+    [
+        (SCORES, (6, 9)),
+        (f"```json\n{SCORES}\n```", (6, 9)),
+        (f"Sure! {SCORES} I hope it helps.", (6, 9)),
+        ('{"score": [0, 10.0]}', (0, 10)),
+        ('{"score": [7.5, 3]}', (7.5, 3)),
+        *(
+            (reply, None)
+            for reply in (
+                "",
+                "7 out of 10",
+                '{"score": 7}',
+                '{"score": [7]}',
+                '{"score": [7, 8, 9]}',
+                '{"score": ["7", "8"]}',
+                '{"score": [true, 8]}',
+                '{"score": [85, 90]}',
+                '{"score": [-1, 5]}',
+                '{"score": [NaN, 5]}',
+                '{"score": [1e999, 5]}',
+                '{"points": [7, 8]}',
+                "{" * 5000 + "}" * 5000,
+            )
+        ),
+    ],
+)
 def test_only_two_scores_from_0_to_10_are_read(reply, scores):
     if scores is None:
         with pytest.raises(BadReply):
@@ -218,7 +263,12 @@ def known(tmp_path):
         if semantics == UNPARSABLE:
             append_record(records_path(tmp_path, "m", "j"), item, digest(item, path), Verdict(None, (5, 5), "no | answer", ("hm", "")))
         elif quality:
-            append_record(records_path(tmp_path, "m", "j"), item, digest(item, path), Verdict(tuple(map(float, semantics)), tuple(map(float, quality))))
+            append_record(
+                records_path(tmp_path, "m", "j"),
+                item,
+                digest(item, path),
+                Verdict(tuple(map(float, semantics)), tuple(map(float, quality))),
+            )
     return items
 
 
@@ -232,32 +282,77 @@ def test_the_arithmetic_with_known_answers(known, tmp_path):
     entries = find_entries(known, tmp_path, "m", "j")
     assert [entry.state for entry in entries] == [JUDGED, JUDGED, MISSING, UNPARSABLE, JUDGED, JUDGED, UNJUDGED]
     summaries = summarise(entries)
-    assert values(summaries, "en", FULL_SET, OFFICIAL) == {"text_change": (2, 2.5, 6.5, 4), "subject-add": (1, 9, 9, 9), "average": (3, 5.75, 7.75, 6.5)}
+    assert values(summaries, "en", FULL_SET, OFFICIAL) == {
+        "text_change": (2, 2.5, 6.5, 4),
+        "subject-add": (1, 9, 9, 9),
+        "average": (3, 5.75, 7.75, 6.5),
+    }
     # A mean over items would be (6 + 2 + 9) / 3.
-    assert values(summaries, "en", FULL_SET, STRICT) == {"text_change": (4, 1.25, 3.25, 2), "subject-add": (1, 9, 9, 9), "average": (5, 5.125, 6.125, 5.5)}
-    assert values(summaries, "en", INTERSECTION, OFFICIAL) == {"text_change": (1, 4, 9, 6), "subject-add": (1, 9, 9, 9), "average": (2, 6.5, 9, 7.5)}
-    assert values(summaries, "en", INTERSECTION, STRICT) == {"text_change": (2, 2, 4.5, 3), "subject-add": (1, 9, 9, 9), "average": (3, 5.5, 6.75, 6)}
+    assert values(summaries, "en", FULL_SET, STRICT) == {
+        "text_change": (4, 1.25, 3.25, 2),
+        "subject-add": (1, 9, 9, 9),
+        "average": (5, 5.125, 6.125, 5.5),
+    }
+    assert values(summaries, "en", INTERSECTION, OFFICIAL) == {
+        "text_change": (1, 4, 9, 6),
+        "subject-add": (1, 9, 9, 9),
+        "average": (2, 6.5, 9, 7.5),
+    }
+    assert values(summaries, "en", INTERSECTION, STRICT) == {
+        "text_change": (2, 2, 4.5, 3),
+        "subject-add": (1, 9, 9, 9),
+        "average": (3, 5.5, 6.75, 6),
+    }
     assert values(summaries, "cn", FULL_SET, OFFICIAL) == {"subject-add": (1, 0, 5, 0), "average": (1, 0, 5, 0)}
-    assert values(summaries, "cn", FULL_SET, STRICT) == {"subject-add": (1, 0, 5, 0), "color_alter": (1, 0, 0, 0), "average": (2, 0, 2.5, 0)}
-    assert values(summaries, ALL, FULL_SET, OFFICIAL) == {"text_change": (2, 2.5, 6.5, 4), "subject-add": (2, 4.5, 7, 4.5), "average": (4, 3.5, 6.75, 4.25)}
+    assert values(summaries, "cn", FULL_SET, STRICT) == {
+        "subject-add": (1, 0, 5, 0),
+        "color_alter": (1, 0, 0, 0),
+        "average": (2, 0, 2.5, 0),
+    }
+    assert values(summaries, ALL, FULL_SET, OFFICIAL) == {
+        "text_change": (2, 2.5, 6.5, 4),
+        "subject-add": (2, 4.5, 7, 4.5),
+        "average": (4, 3.5, 6.75, 4.25),
+    }
 
 
 def test_the_official_tables_and_the_report(known, tmp_path):
     report = write_report(known, tmp_path, "m", "j", shown=1)
     assert report.folder == tmp_path / "m" / "scores" / "j"
     tables = {path.name for path in report.folder.glob("*_vie_score.csv")}
-    assert tables == {f"m_{name}_vie_score.csv" for name in ("text_change_all", "text_change_en", "subject-add_all", "subject-add_en", "subject-add_cn",
-                                                              "color_alter_all", "color_alter_cn")}
+    assert tables == {
+        f"m_{name}_vie_score.csv"
+        for name in (
+            "text_change_all",
+            "text_change_en",
+            "subject-add_all",
+            "subject-add_en",
+            "subject-add_cn",
+            "color_alter_all",
+            "color_alter_cn",
+        )
+    }
     lines = (report.folder / "m_text_change_en_vie_score.csv").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "key,edited_image,instruction,sementics_score,quality_score,intersection_exist,instruction_language"
-    assert lines[1:] == ['a,m/fullset/text_change/en/a.png,"do a, 做",4.0,9.0,True,en', 'b,m/fullset/text_change/en/b.png,"do b, 做",1.0,4.0,False,en']
+    assert lines[1:] == [
+        'a,m/fullset/text_change/en/a.png,"do a, 做",4.0,9.0,True,en',
+        'b,m/fullset/text_change/en/b.png,"do b, 做",1.0,4.0,False,en',
+    ]
     rows = list(csv.DictReader((report.folder / "summary.csv").read_text(encoding="utf-8").splitlines()))
     average = {(row["language"], row["set"], row["counting"]): row["overall"] for row in rows if row["task_type"] == "average"}
-    assert (average["en", "full set", "official-style"], average["en", "full set", "strict"], average["cn", "intersection", "strict"]) == ("6.5", "5.5", "0.0")
+    assert (
+        average["en", "full set", "official-style"],
+        average["en", "full set", "strict"],
+        average["cn", "intersection", "strict"],
+    ) == ("6.5", "5.5", "0.0")
     text = (report.folder / "report.md").read_text(encoding="utf-8")
     assert text == report.text and "4 of 7 items judged; 1 missing, 1 unparsable, 1 not judged yet." in text
     assert "| **average** | 3 | 5.750 | 7.750 | 6.500 | 5 | 5.125 | 6.125 | 5.500 |" in text
-    assert "- text_change/en/c: missing" in text and "- text_change/en/d: unparsable (no \\| answer)" in text and "- color_alter/cn/g: unjudged" in text
+    assert (
+        "- text_change/en/c: missing" in text
+        and "- text_change/en/d: unparsable (no \\| answer)" in text
+        and "- color_alter/cn/g: unjudged" in text
+    )
     assert "1. subject-add/en/e: SC 9, PQ 9, O 9.00. do e, 做" in text and "2. subject-add/cn/f: SC 0" in text
     for name in ("bars", "radar", "contact_sheet"):
         assert Image.open(report.folder / f"{name}.png").size[0] > 400
@@ -306,5 +401,7 @@ def test_the_contact_sheet_shows_source_and_result_of_the_best_and_the_worst(kno
     assert [entry.item.key for entry in best_and_worst(entries, 9)[0] + best_and_worst(entries, 9)[1]] == ["e", "a", "f", "b"]
     sheet = np.asarray(gedit_plots.contact_sheet(best, worst))
     # Each picture of 40 x 30 fills 200 x 150 pixels of its thumbnail.
-    assert [int((sheet == colour).all(-1).sum()) for colour in ((0, 128, 0), *((ord(key), 0, 0) for key in "eafbd"))] == [4 * 30000, *[30000] * 4, 0]
+    assert [
+        int((sheet == colour).all(-1).sum()) for colour in ((0, 128, 0), *((ord(key), 0, 0) for key in "eafbd"))
+    ] == [4 * 30000, *[30000] * 4, 0]
     assert gedit_plots.contact_sheet([], []).size[0] > 400

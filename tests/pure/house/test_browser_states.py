@@ -39,11 +39,18 @@ def test_a_run_of_any_length_is_waited_for_while_it_tells_of_progress(sign):
     assert problems == [] and milliseconds > 1900
 
 
-@pytest.mark.parametrize("signs, end, problem", [
-    (3, None, "not finished, and no word of progress for 0.5 s"),
-    (3, ["execution_error", {"node_type": "Step1XEditSampler", "node_id": "7", "exception_message": "no"}], "Step1XEditSampler (node 7): no"),
-    (0, ["execution_interrupted", {}], "the run was interrupted"),
-])
+@pytest.mark.parametrize(
+    "signs, end, problem",
+    [
+        (3, None, "not finished, and no word of progress for 0.5 s"),
+        (
+            3,
+            ["execution_error", {"node_type": "Step1XEditSampler", "node_id": "7", "exception_message": "no"}],
+            "Step1XEditSampler (node 7): no",
+        ),
+        (0, ["execution_interrupted", {}], "the run was interrupted"),
+    ],
+)
 def test_a_run_that_hangs_or_fails_is_a_problem(signs, end, problem):
     code = f"""globalThis.app = {{ api, queuePrompt: async () => (run({signs}, {json.dumps(end)}), true) }};
                console.log(JSON.stringify(await queueOpenGraph(0.5)));"""

@@ -17,7 +17,10 @@ LEFT_OPEN = re.compile(r"\.\.\.|'[^']*'|\d+|\w+_\w+")
 def sentences() -> list[str]:
     """All texts of the source, with a NUL in place of what is filled in."""
     found = []
-    for path in [PACK / "install.py", *(path for part in ("nodes", "step1x_core", "scripts") for path in sorted((PACK / part).rglob("*.py")))]:
+    for path in [
+        PACK / "install.py",
+        *(path for part in ("nodes", "step1x_core", "scripts") for path in sorted((PACK / part).rglob("*.py"))),
+    ]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 found.append("".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values))
@@ -57,7 +60,10 @@ def test_links_to_a_heading_find_it(page):
     wrong = []
     for target, anchor in re.findall(r"\]\(([^)\s#:]*\.md)?#([^)\s]+)\)", page.read_text(encoding="utf-8")):
         text = ((page.parent / target) if target else page).read_text(encoding="utf-8")
-        if anchor not in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}:
+        if anchor not in {
+            re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+            for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        }:
             wrong.append(f"{target}#{anchor}")
     assert wrong == []
 
@@ -91,7 +97,9 @@ def test_the_search_finds_tables():
 
 BOOK = [PACK / "README.md", *sorted(PACK.glob("docs/*.md"))]
 # A path from the pack's folder on, and a command with its options, up to the end of its code span or line.
-PATHS = re.compile(r"(?<![\w/.-])(?:tests|scripts|benchmarks|step1x_core|nodes|miniature|workers|docs|web|assets)/[\w./-]*\w\.(?:py|md|json|txt|ini|jpg|png)\b")
+PATHS = re.compile(
+    r"(?<![\w/.-])(?:tests|scripts|benchmarks|step1x_core|nodes|miniature|workers|docs|web|assets)/[\w./-]*\w\.(?:py|md|json|txt|ini|jpg|png)\b"
+)
 COMMANDS = re.compile(r"python (\w[\w/]*\.py)([^`#\n]*(?:\n[^`#\n]+)*?)(?=[`#]|\n\n|\npython|\n```)")
 
 
@@ -110,7 +118,10 @@ def test_paths_and_options_of_commands_are_there(page):
 
 def test_the_search_finds_paths_and_commands():
     assert PATHS.findall("`tests/a.py`, (docs/b.md) and other/tests/c.py") == ["tests/a.py", "docs/b.md"]
-    assert COMMANDS.findall("`python scripts/a.py IN\n--x 1` and\n```\npython b.py --y   # z\n```") == [("scripts/a.py", " IN\n--x 1"), ("b.py", " --y   ")]
+    assert COMMANDS.findall("`python scripts/a.py IN\n--x 1` and\n```\npython b.py --y   # z\n```") == [
+        ("scripts/a.py", " IN\n--x 1"),
+        ("b.py", " --y   "),
+    ]
     assert sum(len(COMMANDS.findall(page.read_text(encoding="utf-8"))) for page in BOOK) > 40
 
 
@@ -120,8 +131,13 @@ def test_files_that_the_architecture_page_names_are_there():
     names = {name for name in re.findall(r"`([\w./]+)`", page) if name.endswith((".py", ".json", "/")) and "ROOM" not in name}
     assert len(names) > 60
     assert [name for name in sorted(names) if not any((root / name).exists() for root in (PACK, PACK / "step1x_core"))] == []
-    for name, file in [*re.findall(r"`(\w+)` in `([\w./]+\.py)`", page), *((name, file) for file, name in re.findall(r"`([\w./]+\.py)` \(`(\w+)`\)", page))]:
-        assert re.search(rf"^\s*(def |class )?{name}\b", (PACK / "step1x_core" / file).read_text(encoding="utf-8"), re.MULTILINE), f"{file} has no {name}"
+    for name, file in [
+        *re.findall(r"`(\w+)` in `([\w./]+\.py)`", page),
+        *((name, file) for file, name in re.findall(r"`([\w./]+\.py)` \(`(\w+)`\)", page)),
+    ]:
+        assert re.search(
+            rf"^\s*(def |class )?{name}\b", (PACK / "step1x_core" / file).read_text(encoding="utf-8"), re.MULTILINE
+        ), f"{file} has no {name}"
 
 
 def offers() -> dict[str, str]:
@@ -145,7 +161,11 @@ def test_the_table_of_earlier_ids_is_that_of_the_code():
 def test_the_install_page_names_everything_that_install_downloads():
     page = (PACK / "docs" / "install.md").read_text(encoding="utf-8")
     for name, model in install.MODELS.items():
-        assert f"`{name}`" in page and f"`{model.folder}`" in page and (model.repository in page or f"`-{name.split('-')[-1]}`" in page), name
+        assert (
+            f"`{name}`" in page
+            and f"`{model.folder}`" in page
+            and (model.repository in page or f"`-{name.split('-')[-1]}`" in page)
+        ), name
 
 
 def test_readme_is_short_and_leads_to_every_page():
@@ -158,6 +178,9 @@ def test_readme_begins_with_the_two_commands_and_three_steps():
     """What it is, an image, the two commands and the first edit come before everything else."""
     first = (PACK / "README.md").read_text(encoding="utf-8").split("\n## ")[:2]
     assert all(command in first[0] for command in ("python scripts/demo.py", "python scripts/test.py", "![source](assets/scene.png)"))
-    assert re.findall(r"^\d(?=\. \*\*)", first[1], re.MULTILINE) == ["1", "2", "3"] and len(first[0].splitlines()) + len(first[1].splitlines()) < 40
+    assert (
+        re.findall(r"^\d(?=\. \*\*)", first[1], re.MULTILINE) == ["1", "2", "3"]
+        and len(first[0].splitlines()) + len(first[1].splitlines()) < 40
+    )
     download = re.search(r"install\.py --download ([\w. ]+)`", first[1])[1].split()
     assert {*download} <= {*install.MODELS}

@@ -109,7 +109,10 @@ def test_only_host_touches_comfyui_and_host_names_its_rooms_as_the_core_does():
 
 
 def test_triton_is_needed_by_two_files_and_the_network_by_none():
-    assert [module for module, tree in TREES.items() if "triton" in packages(tree)] == ["network.triton_kernels", "reasoning.triton_kernels"]
+    assert [module for module, tree in TREES.items() if "triton" in packages(tree)] == [
+        "network.triton_kernels",
+        "reasoning.triton_kernels",
+    ]
     for module, tree in TREES.items():
         assert not packages(tree) & {"requests", "huggingface_hub", "socket", "http", "aiohttp"}, module
 
@@ -128,7 +131,11 @@ def test_every_package_says_what_it_is_for():
 def test_faces_and_commands_do_not_reach_past_their_room():
     """nodes/ is schemas and wiring: no torch maths of its own modules' making, no import of the other way round."""
     for path in (PACK / "step1x_core").rglob("*.py"):
-        names = {node.module or "" for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom) and not node.level}
+        names = {
+            node.module or ""
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.ImportFrom) and not node.level
+        }
         assert not any(Path(name.replace(".", "/")).parts[:1] in (("nodes",), ("scripts",), ("miniature",)) for name in names), path.name
 
 
@@ -139,6 +146,10 @@ def test_the_table_of_rooms_in_the_architecture_page_is_this_one():
     # host/relied_on.py is the only file of host/ that is in no room.
     names = {room: [{HOST if name.endswith(".py") else name.replace("/", ".") for name in re.findall(r"`([^`]+)`", cell)} for cell in row]
              for room, row in cells.items()}
-    assert names == {room: [{*PLAIN[room]}, {*IN_HOST[f"host.{room}"]} if f"host.{room}" in IN_HOST else set()] for room in PLAIN if room != GROUND}
+    assert names == {
+        room: [{*PLAIN[room]}, {*IN_HOST[f"host.{room}"]} if f"host.{room}" in IN_HOST else set()]
+        for room in PLAIN
+        if room != GROUND
+    }
     ground = re.search(r"The ground floor is (.*?)\. ", page, re.DOTALL)[1]
     assert {*re.findall(r"`(\w+)\.py`", ground)} == {module for module in MODULES if room(module) == GROUND}

@@ -102,5 +102,12 @@ def test_the_searches_find_what_is_wrong():
     assert cited(f"# Wrapped\n    # over two lines ({CITED}, Connector;\n    # No such section)") == ["Connector", "No such section"]
     assert headings("# Title\n## One\n```\n## not one\n```\n### Two") == ["One", "Two"]
     assert anchor("v1.2 prompt") == "v12-prompt" and anchor("The 217 rule") == "the-217-rule"
-    assert PRIVATE.search("see " + "spec v1" + ".md a.2") and PRIVATE.search("v12" + ".md e") and not PRIVATE.search("spec_from_file_location")
-    assert PATH.findall("`step1x_core/images.py` and `step1x_core/data/templates/`, not `results/{method}`") == ["step1x_core/images.py", "step1x_core/data/templates/"]
+    assert (
+        PRIVATE.search("see " + "spec v1" + ".md a.2")
+        and PRIVATE.search("v12" + ".md e")
+        and not PRIVATE.search("spec_from_file_location")
+    )
+    assert PATH.findall("`step1x_core/images.py` and `step1x_core/data/templates/`, not `results/{method}`") == [
+        "step1x_core/images.py",
+        "step1x_core/data/templates/",
+    ]

@@ -47,7 +47,13 @@ def texts() -> dict[str, str]:
 
 def test_named_paths_exist():
     ruff = PYPROJECT["tool"]["ruff"]
-    paths = [PROJECT["license"]["file"], PROJECT["readme"], *COMFY["includes"], *ruff["extend-exclude"], *ruff["lint"]["isort"]["known-first-party"]]
+    paths = [
+        PROJECT["license"]["file"],
+        PROJECT["readme"],
+        *COMFY["includes"],
+        *ruff["extend-exclude"],
+        *ruff["lint"]["isort"]["known-first-party"],
+    ]
     assert [path for path in paths if not (PACK / path).exists()] == []
 
 
@@ -77,13 +83,23 @@ def test_placeholders_are_named_in_one_comment():
     comment = (PACK / "pyproject.toml").read_text(encoding="utf-8").split("[project]")[0]
     left = {f'"{OWNER}/{NAME}"'} if OWNER == NAME else set()
     left |= {"PublisherId"} if COMFY["PublisherId"] == PROJECT["name"] else set()
-    left |= {name for path, text in texts().items() if path.endswith(".md") for name in re.findall(r"\b[A-Z]+(?:_[A-Z]+)*_REPOSITORY\b", text)}
+    left |= {
+        name
+        for path, text in texts().items()
+        if path.endswith(".md")
+        for name in re.findall(r"\b[A-Z]+(?:_[A-Z]+)*_REPOSITORY\b", text)
+    }
     assert [name for name in left if name not in comment] == []
     assert comment.startswith("# Placeholders") == bool(left)
 
 
 def test_every_address_of_this_repository_is_the_one_in_pyproject():
-    found = {(path, match[0]) for path, text in texts().items() for match in ADDRESS.finditer(text) if (match[1], match[2]) != (OWNER, NAME)}
+    found = {
+        (path, match[0])
+        for path, text in texts().items()
+        for match in ADDRESS.finditer(text)
+        if (match[1], match[2]) != (OWNER, NAME)
+    }
     assert found == set()
     assert all(address.startswith(REPOSITORY) for address in PROJECT["urls"].values())
     # The search sees pyproject.toml's own, so a wrong one elsewhere would be seen, too.

@@ -12,7 +12,17 @@ from PIL import Image, ImageFilter
 
 from miniature.drawing import BACKGROUNDS, COLOURS, SHAPES, WORDS, Background, Scene, Thing, colour_distance, render, things_area
 from miniature.edits import EDITS, plain_background, with_thing
-from miniature.instructions import CHINESE_COLOURS, CHINESE_PLACES, CHINESE_SHAPES, ENGLISH_PLACES, TEMPLATES, Reference, choose_reference, is_unique, matching
+from miniature.instructions import (
+    CHINESE_COLOURS,
+    CHINESE_PLACES,
+    CHINESE_SHAPES,
+    ENGLISH_PLACES,
+    TEMPLATES,
+    Reference,
+    choose_reference,
+    is_unique,
+    matching,
+)
 from miniature.layout import PLACES, in_place, sample_scene
 from miniature.scenes import KIND_SHARES, KINDS, LANGUAGES, SPLITS, judge, make_pair, pair_at, write_dataset
 
@@ -36,7 +46,13 @@ def spoil(picture, rng):
 
 def scene_of(*things, word=None):
     """Things given as (shape, colour, x, y) on a white picture of 128x128 pixels."""
-    return Scene(128, 128, plain_background("white"), tuple(Thing(shape, colour, COLOURS[colour], x, y, 16) for shape, colour, x, y in things), word)
+    return Scene(
+        128,
+        128,
+        plain_background("white"),
+        tuple(Thing(shape, colour, COLOURS[colour], x, y, 16) for shape, colour, x, y in things),
+        word,
+    )
 
 
 def look(pair):
@@ -182,7 +198,11 @@ def test_recolour_replace_and_remove_touch_the_object_meant(pairs):
             new = pair.edited.things[index]
             assert pair.edited.things[:index] + pair.edited.things[index + 1:] == others
             assert (new.x, new.y, new.radius) == (old.x, old.y, old.radius)
-            assert (new.shape, new.colour) == (details.get("shape", old.shape), details.get("colour", old.colour)) != (old.shape, old.colour)
+            assert (
+                (new.shape, new.colour)
+                == (details.get("shape", old.shape), details.get("colour", old.colour))
+                != (old.shape, old.colour)
+            )
 
 
 def test_added_objects_are_where_they_were_asked_for(pairs):
@@ -258,7 +278,11 @@ def test_the_wrong_colour_shape_or_word_fails(pairs):
                 wrong += [replace(thing, shape=shape) for shape in SHAPES if shape != thing.shape]
             wrong = [with_thing(pair.edited, pair.details["thing"], other) for other in wrong]
         if pair.kind == "text":
-            wrong = [replace(pair.edited, word=word and replace(pair.edited.word, text=word)) for word in (None, *WORDS) if word != pair.edited.word.text]
+            wrong = [
+                replace(pair.edited, word=word and replace(pair.edited.word, text=word))
+                for word in (None, *WORDS)
+                if word != pair.edited.word.text
+            ]
         if pair.kind == "background":
             wrong = [replace(pair.edited, background=plain_background(name)) for name in BACKGROUNDS if name != pair.details["background"]]
         assert not any(judge(pair, spoil(render(scene), rng)).success for scene in wrong)

@@ -59,9 +59,13 @@ def test_the_training_reads_what_is_stored(picture, tmp_path):
         for path, pixels in ((entry.source, pair.source), (entry.target, pair.target)):
             assert np.array_equal(to_uint8(decode_picture(path.read_bytes(), path)), pixels)
     provenance = [entry["provenance"] for entry in json.loads((tmp_path / "set" / "en-00000.json").read_text(encoding="utf-8")).values()]
-    assert [(row["kind"], row["maker"], row["details"]) for row in provenance[:-1]] == [(pair.kind, pair.maker, pair.details) for pair in pairs]
+    assert [(row["kind"], row["maker"], row["details"]) for row in provenance[:-1]] == [
+        (pair.kind, pair.maker, pair.details) for pair in pairs
+    ]
     unedited = {pair.source.tobytes() for pair in pairs if np.array_equal(pair.source, picture)}
-    assert len(unedited) == 1 and len(list((tmp_path / "set" / "sources").rglob("*.png"))) == len({pair.source.tobytes() for pair in [*pairs, one_language]})
+    assert len(unedited) == 1 and len(list((tmp_path / "set" / "sources").rglob("*.png"))) == len(
+        {pair.source.tobytes() for pair in [*pairs, one_language]}
+    )
 
 
 def test_a_pair_is_stored_once_and_a_dataset_grows(picture, tmp_path):
@@ -71,7 +75,9 @@ def test_a_pair_is_stored_once_and_a_dataset_grows(picture, tmp_path):
     assert all(known[:4]) and known[4:] == [None] * (len(pairs) - 4)
     first = sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*.png"))
     assert all(store_pairs(tmp_path, [replace(pair, english="other words") for pair in pairs]))
-    assert sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")) == first and len(read_pairs(tmp_path / "en-00000.json")) == len(pairs)
+    assert sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")) == first and len(
+        read_pairs(tmp_path / "en-00000.json")
+    ) == len(pairs)
 
 
 def test_shards(picture, tmp_path, monkeypatch):
@@ -139,7 +145,12 @@ def fill(folder, pictures, workers, count=16, **changes):
 def test_a_dataset_does_not_depend_on_the_number_of_processes(pictures, tmp_path):
     tallies = [fill(tmp_path / str(workers), pictures, workers) for workers in (1, 2)]
     assert (tmp_path / "1" / JOURNAL).read_bytes() == (tmp_path / "2" / JOURNAL).read_bytes()
-    assert tallies[0] == tallies[1] and tallies[0].added == 16 and len(tallies[0].unreadable) == 1 and "broken.png cannot be read" in tallies[0].unreadable[0]
+    assert (
+        tallies[0] == tallies[1]
+        and tallies[0].added == 16
+        and len(tallies[0].unreadable) == 1
+        and "broken.png cannot be read" in tallies[0].unreadable[0]
+    )
     assert len(read_pairs(tmp_path / "1" / "en-00000.json")) == 16
     # More of them come behind those that are there; nothing is made twice.
     before = (tmp_path / "1" / JOURNAL).read_bytes()
@@ -157,7 +168,12 @@ def test_pictures_that_give_no_more_end_the_run(tmp_path, picture):
 
 
 def command(*arguments) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, str(PACK / "scripts" / "make_pairs.py"), *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, str(PACK / "scripts" / "make_pairs.py"), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_the_command_goes_on_after_a_kill(pictures, tmp_path):
@@ -187,7 +203,13 @@ def test_the_command_goes_on_after_a_kill(pictures, tmp_path):
         assert sheet.width > 1000 and "| all | 40 |" in (tmp_path / "set" / "report.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("arguments, message", [(["--kinds", "painting"], "'painting' is not a kind that can be made here"), (["--count", "0"], "must be at least 1")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--kinds", "painting"], "'painting' is not a kind that can be made here"),
+        (["--count", "0"], "must be at least 1"),
+    ],
+)
 def test_the_command_says_what_is_wrong(pictures, tmp_path, capsys, arguments, message):
     spec = importlib.util.spec_from_file_location("make_pairs_command", PACK / "scripts" / "make_pairs.py")
     script = importlib.util.module_from_spec(spec)

@@ -47,7 +47,9 @@ def test_every_maker_makes_a_pair_with_instructions_and_makes_it_again(picture, 
 
 
 def test_every_maker_has_wordings_in_both_languages_with_the_same_fields():
-    assert set(words()["makers"]) == {maker for makers in MAKERS.values() for maker in makers} and set(words()["proposals"]) == set(PROPOSED)
+    assert set(words()["makers"]) == {maker for makers in MAKERS.values() for maker in makers} and set(
+        words()["proposals"]
+    ) == set(PROPOSED)
     for wordings in (*words()["makers"].values(), *words()["proposals"].values()):
         assert len(set(wordings["en"])) > 1 and len(set(wordings["zh"])) > 1
         assert all(not han(text) for text in wordings["en"]) and all(han(text) for text in wordings["zh"])
@@ -166,8 +168,18 @@ def test_an_index_grows(picture):
 
 # proposals
 
-SOFA = {"en": "a red sofa", "zh": "红色沙发", "place": "on the left", "place_zh": "左边", "replacement": "a wooden bench", "replacement_zh": "木制长椅",
-        "colour": "dark green", "colour_zh": "深绿色", "material": "leather", "material_zh": "皮革"}
+SOFA = {
+    "en": "a red sofa",
+    "zh": "红色沙发",
+    "place": "on the left",
+    "place_zh": "左边",
+    "replacement": "a wooden bench",
+    "replacement_zh": "木制长椅",
+    "colour": "dark green",
+    "colour_zh": "深绿色",
+    "material": "leather",
+    "material_zh": "皮革",
+}
 REPLY = json.dumps({"objects": [SOFA], "additions": [{"en": "a cat", "zh": "猫", "place": "on the carpet", "place_zh": "地毯上"}],
                     "backgrounds": [{"en": "a beach", "zh": "沙滩"}], "texts": [{"old": "OPEN", "new": "SHUT"}]})
 
@@ -192,8 +204,14 @@ def test_proposals_of_a_good_reply_in_both_languages_and_both_directions():
     assert remove.back_kind == "subject-add" and "a red sofa on the left" in remove.back_english and "左边" in remove.back_chinese
     assert replace_.content == "a wooden bench" and "the wooden bench" in replace_.back_english and "a red sofa" in replace_.back_english
     assert add.back_kind == "subject-remove" and "the cat" in add.back_english and add.content == "a cat" and add.thing == ""
-    assert '"OPEN"' in found["text_change"].english and found["text_change"].back_english.index("SHUT") < found["text_change"].back_english.index("OPEN")
-    assert "a beach" in found["background_change"].english and not found["color_alter"].back_kind and "dark green" in found["color_alter"].english
+    assert '"OPEN"' in found["text_change"].english and found["text_change"].back_english.index("SHUT") < found[
+        "text_change"
+    ].back_english.index("OPEN")
+    assert (
+        "a beach" in found["background_change"].english
+        and not found["color_alter"].back_kind
+        and "dark green" in found["color_alter"].english
+    )
     assert all(proposal.english in report and proposal.chinese in report for proposal in proposals)
 
 
@@ -201,7 +219,11 @@ def test_the_same_seed_gives_the_same_proposals_and_kinds_take_turns():
     def chosen(seed, count=5):
         return propose(Script(REPLY), None, list(PROPOSED), count, seed)[0]
 
-    assert chosen(3) == chosen(3) and len({proposal.kind for proposal in chosen(3)}) == 5 and len({tuple(chosen(seed)) for seed in range(6)}) > 1
+    assert (
+        chosen(3) == chosen(3)
+        and len({proposal.kind for proposal in chosen(3)}) == 5
+        and len({tuple(chosen(seed)) for seed in range(6)}) > 1
+    )
 
 
 # judging, filtering, looking
@@ -213,10 +235,21 @@ def scored(pair, semantics=(9.0, 8.0), quality=(7.0, 9.0), problem=""):
 def test_thresholds(picture):
     pair = make_pair(picture, 255 - picture, "tone_transfer", "invert", "", "x")
     same = make_pair(picture, picture, "tone_transfer", "nothing", "", "x")
-    cases = {"kept": scored(pair), "semantics 6 is below 7": scored(pair, semantics=(6, 10)), "quality 5 is below 6": scored(pair, quality=(10, 5)),
-             "not judged": pair, "no usable judgement: mumbling": scored(pair, quality=None, problem="mumbling"), "0.00% of the pixels changed": scored(same)}
+    cases = {
+        "kept": scored(pair),
+        "semantics 6 is below 7": scored(pair, semantics=(6, 10)),
+        "quality 5 is below 6": scored(pair, quality=(10, 5)),
+        "not judged": pair,
+        "no usable judgement: mumbling": scored(pair, quality=None, problem="mumbling"),
+        "0.00% of the pixels changed": scored(same),
+    }
     kept, dropped, report = sift(tuple(cases.values()), Thresholds())
-    assert kept == (cases["kept"],) and len(dropped) == 5 and report.startswith("1 of 6 pairs kept.") and all(reason in report for reason in list(cases)[1:])
+    assert (
+        kept == (cases["kept"],)
+        and len(dropped) == 5
+        and report.startswith("1 of 6 pairs kept.")
+        and all(reason in report for reason in list(cases)[1:])
+    )
     assert len(sift(tuple(cases.values()), Thresholds(unjudged=True))[0]) == 3
     assert len(sift((scored(pair),), Thresholds(max_change=0.5))[1]) == 1
 
@@ -226,7 +259,9 @@ def test_statistics_and_a_contact_sheet_that_misses_no_kind(picture, tmp_path):
     pairs[0] = scored(pairs[0])
     cards = [card(pair) for pair in pairs]
     table = statistics(cards)
-    assert f"| all | {len(pairs)} | {len(pairs)} | {len(pairs)} | 1 | 8.00 | 7.00 |" in table and all(f"| {kind} |" in table for kind in MAKERS)
+    assert f"| all | {len(pairs)} | {len(pairs)} | {len(pairs)} | 1 | 8.00 | 7.00 |" in table and all(
+        f"| {kind} |" in table for kind in MAKERS
+    )
     assert [entry.task_type for entry in spread(cards, 4)] == sorted(MAKERS, key=KINDS.index) and len(spread(cards, 100)) == len(cards)
     sheet = np.asarray(contact_sheet(cards, 4))
     # The first pair of the sheet is where it should be: its mean colours are those of the source and of the target.

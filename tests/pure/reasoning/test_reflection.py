@@ -67,10 +67,16 @@ def test_official_rounds(name):
     assert errors.max == 0
 
 
-@pytest.mark.parametrize("case, path, value", [
-    (1, ("rounds", 1, "base_image"), "source"), (1, ("rounds", 1, "encoded_prompts", 0), "make cup green"), (2, ("result", "final_images"), ["output_2"]),
-    (9, ("rounds", 0, "reflect", "instruction"), "rewritten"), (10, ("think_called_with", 1), "rewritten"),
-])
+@pytest.mark.parametrize(
+    "case, path, value",
+    [
+        (1, ("rounds", 1, "base_image"), "source"),
+        (1, ("rounds", 1, "encoded_prompts", 0), "make cup green"),
+        (2, ("result", "final_images"), ["output_2"]),
+        (9, ("rounds", 0, "reflect", "instruction"), "rewritten"),
+        (10, ("think_called_with", 1), "rewritten"),
+    ],
+)
 def test_the_check_of_the_rounds_finds_a_wrong_entry(case, path, value):
     table = json.loads((GOLDENS / "loop_control_final.json").read_text(encoding="utf-8"))
     place = table["cases"][case]
@@ -263,9 +269,21 @@ def test_the_report_tells_all_rounds():
     while loop.next_step():
         loop = loop.after(judged(model, prompt=loop.prompt))
     text = report(loop, thought)
-    for line in ("Instruction: red cup pls", "Rewritten: Make the cup red.", "Round 1 edits the source: Make the cup red.", "  Verdict: refine",
-                 "  Explanation: too pale", "  Next instruction: Make it darker.", "  Consistency: 7 of 10", "  description (2 tries)", "  reflection (1 try)",
-                 "Round 2 edits round 1: Make it darker.", "  Verdict: success", "Best: round 2", '    {"score": [2, 8], "reasoning": "pale"}'):
+    for line in (
+        "Instruction: red cup pls",
+        "Rewritten: Make the cup red.",
+        "Round 1 edits the source: Make the cup red.",
+        "  Verdict: refine",
+        "  Explanation: too pale",
+        "  Next instruction: Make it darker.",
+        "  Consistency: 7 of 10",
+        "  description (2 tries)",
+        "  reflection (1 try)",
+        "Round 2 edits round 1: Make it darker.",
+        "  Verdict: success",
+        "Best: round 2",
+        '    {"score": [2, 8], "reasoning": "pale"}',
+    ):
         assert line in text.splitlines()
     assert "success 2, restraint 8, naturalness 6, freedom from artifacts 9; value 12 of 100" in text
 

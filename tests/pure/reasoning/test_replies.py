@@ -39,11 +39,19 @@ def test_official_tables(name):
     assert errors.max == 0
 
 
-@pytest.mark.parametrize("path, value", [
-    (("reflection_reply", 15, "refine_prompt"), "make sky blue"), (("score_caps", 3, "result", "n_cap_trace"), 1), (("json_block", 2, "result"), {"b": 2}),
-    (("best_score_reply", 3, "valid"), True), (("language_rule", 2, "result"), "chinese"), (("retries", 2, "n_calls"), 5),
-    (("best_retries", 1, "n_calls"), 39), (("call_layout", "consistency", "max_tokens"), 512),
-])
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        (("reflection_reply", 15, "refine_prompt"), "make sky blue"),
+        (("score_caps", 3, "result", "n_cap_trace"), 1),
+        (("json_block", 2, "result"), {"b": 2}),
+        (("best_score_reply", 3, "valid"), True),
+        (("language_rule", 2, "result"), "chinese"),
+        (("retries", 2, "n_calls"), 5),
+        (("best_retries", 1, "n_calls"), 39),
+        (("call_layout", "consistency", "max_tokens"), 512),
+    ],
+)
 def test_the_check_of_the_tables_finds_a_wrong_entry(path, value):
     table = json.loads((GOLDENS / "reflection_final.json").read_text(encoding="utf-8"))
     place = table
@@ -61,7 +69,10 @@ def test_a_raw_score_of_exactly_one_counts_as_the_best():
     assert scores == [9.9, 10.0, 1.01, 2.0]
 
 
-@pytest.mark.parametrize("scores", [[], [7], [7, 8, 9], ["7", "8"], [7, None], [True, False], [7, math.nan], [math.inf, 7], [[7], 8], [{}, 7]])
+@pytest.mark.parametrize(
+    "scores",
+    [[], [7], [7, 8, 9], ["7", "8"], [7, None], [True, False], [7, math.nan], [math.inf, 7], [[7], 8], [{}, 7]],
+)
 def test_score_lists_other_than_two_finite_numbers_are_bad(scores):
     with pytest.raises(BadReply, match="two finite numbers"):
         replies.score_pair({"score": scores, "reasoning": ""})
@@ -72,8 +83,17 @@ def test_scores_are_clamped():
     assert replies.score_pair({"score": [7.5, 10], "reasoning": ""}) == (7.5, 10.0)
 
 
-@pytest.mark.parametrize("table", [{"raw_score": 10**400}, {"raw_score": [7]}, {"omissions": math.nan}, {"omissions": math.inf}, {"major_conflicts": [1]},
-                                   {"minor_conflicts": "9" * 5000}])
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"raw_score": 10**400},
+        {"raw_score": [7]},
+        {"omissions": math.nan},
+        {"omissions": math.inf},
+        {"major_conflicts": [1]},
+        {"minor_conflicts": "9" * 5000},
+    ],
+)
 def test_values_that_are_no_numbers_make_a_bad_reply(table):
     with pytest.raises(BadReply) as caught:
         replies.read_consistency({"meets_instruction": "yes", "raw_score": 7, **table})
@@ -101,22 +121,126 @@ def adversarial() -> list[str]:
     long += [unit * (megabyte // len(unit)) for unit in UNITS]
     long += ["<#Think>" + "x " * (megabyte // 2) + tag + "y " * (megabyte // 2) for tag in replies.OUTCOMES]
     long += ['{"score":[8,9],"reasoning":"' + unit * (megabyte // len(unit)) + '"}' for unit in ("a", "\\ud800", "\\\\", "\\n", "漢")]
-    long += ['{"meets_instruction":"yes","raw_score":9,"reason":"' + "\\ud800" * 100_000 + '"}', "{" + " " * megabyte + "}", " " * megabyte + "{}",
-             '{"score":[' + "1," * (megabyte // 2) + '1],"reasoning":""}', "{" + ",".join(f'"k{i}":{i}' for i in range(60_000)) + "}"]
+    long += [
+        '{"meets_instruction":"yes","raw_score":9,"reason":"' + "\\ud800" * 100_000 + '"}',
+        "{" + " " * megabyte + "}",
+        " " * megabyte + "{}",
+        '{"score":[' + "1," * (megabyte // 2) + '1],"reasoning":""}',
+        "{" + ",".join(f'"k{i}":{i}' for i in range(60_000)) + "}",
+    ]
     return deep + long
 
 
-UNITS = ["a", " ", "\n", "{", "}", "{}", "```json", "```", '"', "\\", "<#Think>", "<#Success>", "<#Think", "<#Think> <#Reflection>", "\ud800", "\u0000",
-         "漢", '{"score":[1,2],"reasoning":""}', "错误:", "\u202e"]
+UNITS = [
+    "a",
+    " ",
+    "\n",
+    "{",
+    "}",
+    "{}",
+    "```json",
+    "```",
+    '"',
+    "\\",
+    "<#Think>",
+    "<#Success>",
+    "<#Think",
+    "<#Think> <#Reflection>",
+    "\ud800",
+    "\u0000",
+    "漢",
+    '{"score":[1,2],"reasoning":""}',
+    "错误:",
+    "\u202e",
+]
 
-PIECES = ["<#Think>", "<#Reflection>", "<#Failed>", "<#Success>", "<#Others>", "<#think>", "<#Think", "#>", "错误:", "错误：", "```json", "```", "\n", " ",
-          "{", "}", "[", "]", ":", ",", '"', "'", "\\", '"score"', '"reasoning"', '"meets_instruction"', '"raw_score"', '"major_conflicts"',
-          '"hallucinations"', '"omissions"', '"reason"', "NaN", "Infinity", "-Infinity", "null", "true", "false", "1e400", "-0.0", "1.0000001", "0.5",
-          "8", "10", "9" * 400, "yes", "no", "partial", "make it red", "把天空变红", "иди", "どうぞ", "😀", "\ud83d", "\udc00", "\x00", "\ufeff", "\u2028",
-          "{instruction}", "%s", "<|image_pad|>", "<|im_end|>", "ß"]
+PIECES = [
+    "<#Think>",
+    "<#Reflection>",
+    "<#Failed>",
+    "<#Success>",
+    "<#Others>",
+    "<#think>",
+    "<#Think",
+    "#>",
+    "错误:",
+    "错误：",
+    "```json",
+    "```",
+    "\n",
+    " ",
+    "{",
+    "}",
+    "[",
+    "]",
+    ":",
+    ",",
+    '"',
+    "'",
+    "\\",
+    '"score"',
+    '"reasoning"',
+    '"meets_instruction"',
+    '"raw_score"',
+    '"major_conflicts"',
+    '"hallucinations"',
+    '"omissions"',
+    '"reason"',
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "null",
+    "true",
+    "false",
+    "1e400",
+    "-0.0",
+    "1.0000001",
+    "0.5",
+    "8",
+    "10",
+    "9" * 400,
+    "yes",
+    "no",
+    "partial",
+    "make it red",
+    "把天空变红",
+    "иди",
+    "どうぞ",
+    "😀",
+    "\ud83d",
+    "\udc00",
+    "\x00",
+    "\ufeff",
+    "\u2028",
+    "{instruction}",
+    "%s",
+    "<|image_pad|>",
+    "<|im_end|>",
+    "ß",
+]
 
-VALUES = ["NaN", "Infinity", "-Infinity", "null", "true", "{}", "[]", '""', '"x"', '"8.5"', '" 2 "', "1", "-1", "0", "1.9", "1e999", "9" * 5000,
-          "[[[[]]]]", '"\\ud800"', "{"]
+VALUES = [
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "null",
+    "true",
+    "{}",
+    "[]",
+    '""',
+    '"x"',
+    '"8.5"',
+    '" 2 "',
+    "1",
+    "-1",
+    "0",
+    "1.9",
+    "1e999",
+    "9" * 5000,
+    "[[[[]]]]",
+    '"\\ud800"',
+    "{",
+]
 
 
 def random_reply(rng: random.Random) -> str:
@@ -137,8 +261,19 @@ def random_reply(rng: random.Random) -> str:
         scores = ",".join(rng.choice(VALUES) for _ in range(rng.randrange(4)))
         reply = f'{{"score":[{scores}],"reasoning":{rng.choice(VALUES)}}}'
         return rng.choice([reply, f"```json\n{reply}\n```", f"```\n{reply}", f"```json{reply}```", f"{reply}```"])
-    return "".join(chr(rng.choice([rng.randrange(128), rng.randrange(0x3000, 0xA000), rng.randrange(0xD7F0, 0xE010), rng.randrange(0x10000, 0x11000)]))
-                   for _ in range(rng.randrange(60)))
+    return "".join(
+        chr(
+            rng.choice(
+                [
+                    rng.randrange(128),
+                    rng.randrange(0x3000, 0xA000),
+                    rng.randrange(0xD7F0, 0xE010),
+                    rng.randrange(0x10000, 0x11000),
+                ]
+            )
+        )
+        for _ in range(rng.randrange(60))
+    )
 
 
 # `STEP1X_REPLIES=20000 python scripts/test.py -k replies` draws more of them.
@@ -178,7 +313,12 @@ def test_thousands_of_replies_all_end_in_a_verdict():
             assert result.consistency is None or 0 <= result.consistency.score <= 10
             assert loop.best() == 0 and 0 <= result.value <= 100
             text.encode("utf-8")
-            (result.refined + result.explanation + result.description + (result.consistency.reason if result.consistency else "")).encode("utf-8")
+            (
+                result.refined
+                + result.explanation
+                + result.description
+                + (result.consistency.reason if result.consistency else "")
+            ).encode("utf-8")
     assert verdicts == {"success", "refine", "failed"}
     assert slowest < 5
 

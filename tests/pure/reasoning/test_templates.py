@@ -26,7 +26,9 @@ def write(folder, name, data, language="english"):
 def test_every_call_has_both_texts_in_both_languages_and_there_are_no_others():
     names = {f"{call}.{role}" for call in LAYOUTS for role in ("system", "user")}
     assert set(FIELDS) == names
-    assert {path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.*")} == {f"{language}/{name}.txt" for language in LANGUAGES for name in names}
+    assert {path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.*")} == {
+        f"{language}/{name}.txt" for language in LANGUAGES for name in names
+    }
     for language in LANGUAGES:
         texts = load_templates(language)
         assert len(set(texts.values())) == len(names) and all(texts.values())
@@ -41,7 +43,12 @@ def test_the_replies_that_the_texts_show_are_good_replies(language):
     texts = load_templates(language)
     shown = texts["consistency.user"].splitlines()[-1]
     consistency = replies.read_consistency(replies.json_block(shown))
-    assert (consistency.meets_instruction, consistency.major_conflicts, consistency.omissions, consistency.raw_score) == ("partial", 1, 1, 4.5)
+    assert (
+        consistency.meets_instruction,
+        consistency.major_conflicts,
+        consistency.omissions,
+        consistency.raw_score,
+    ) == ("partial", 1, 1, 4.5)
     assert set(replies.json_block(shown)) == {"meets_instruction", "major_conflicts", "minor_conflicts", "omissions", "raw_score", "reason"}
     for name in ("edit_score", "quality_score"):
         assert replies.score_pair(replies.score_table(texts[f"{name}.user"].splitlines()[-1]))

@@ -90,4 +90,8 @@ def test_a_judgement_is_the_same_side_by_side_and_one_by_one(replies, version):
 def test_scores_are_asked_for_beside_the_description_and_again_beside_the_reflection():
     model = Model(True, edit_score=["hm", GOOD["edit_score"]])
     assert reflect(model, 1, 2, "make it red").value == 35
-    assert model.rounds == [[("description", 0), ("edit_score", 0), ("quality_score", 0)], [("consistency", 0)], [("reflection", 0), ("edit_score", 1)]]
+    assert model.rounds == [
+        [("description", 0), ("edit_score", 0), ("quality_score", 0)],
+        [("consistency", 0)],
+        [("reflection", 0), ("edit_score", 1)],
+    ]

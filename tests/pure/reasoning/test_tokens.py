@@ -23,9 +23,13 @@ def test_filtered_probabilities_equal_transformers(seed, temperature, top_k, top
     reply = torch.randint(400, (9,), generator=generator)
 
     expected, history = scores[None], torch.cat((prompt, reply))[None]
-    for used, warper, value in ((True, transformers.RepetitionPenaltyLogitsProcessor, 1.3), (True, transformers.TemperatureLogitsWarper, temperature),
-                                (top_k > 0, transformers.TopKLogitsWarper, top_k), (top_p < 1, transformers.TopPLogitsWarper, top_p),
-                                (min_p > 0, transformers.MinPLogitsWarper, min_p)):
+    for used, warper, value in (
+        (True, transformers.RepetitionPenaltyLogitsProcessor, 1.3),
+        (True, transformers.TemperatureLogitsWarper, temperature),
+        (top_k > 0, transformers.TopKLogitsWarper, top_k),
+        (top_p < 1, transformers.TopPLogitsWarper, top_p),
+        (min_p > 0, transformers.MinPLogitsWarper, min_p),
+    ):
         if used:
             expected = warper(value)(history, expected)
 

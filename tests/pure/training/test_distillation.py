@@ -92,7 +92,11 @@ def test_examples_are_the_same_on_every_call_and_cover_what_is_trained():
     assert 0.15 < len(inside) / 400 < 0.35 and all(0 < example.fraction < 1 for example in inside)
     assert [draw_example(SETTINGS, 6, position) for position in range(400)] != drawn
     late = replace(SETTINGS, first=2)
-    assert {draw_example(late, 5, position).segment for position in range(60)} == {2, 3} == {draw_segment(late, 5, step) for step in range(60)}
+    assert (
+        {draw_example(late, 5, position).segment for position in range(60)}
+        == {2, 3}
+        == {draw_segment(late, 5, step) for step in range(60)}
+    )
     assert {draw_segment(replace(SETTINGS, last=2), 5, step) for step in range(60)} == {0, 1}
 
 
@@ -129,8 +133,16 @@ def test_good_settings_pass(stage):
     Distillation(steps=8, teacher_steps=28, later=stage).check()
 
 
-@pytest.mark.parametrize("changes, message", [({"steps": 9}, "1 to 8 steps"), ({"steps": 0}, "1 to 8 steps"), ({"teacher_steps": 7}, "Raise teacher_steps"),
-                                              ({"grid": 6}, "multiple of few_steps"), ({"later": "gan"}, "no stage 'gan'")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"steps": 9}, "1 to 8 steps"),
+        ({"steps": 0}, "1 to 8 steps"),
+        ({"teacher_steps": 7}, "Raise teacher_steps"),
+        ({"grid": 6}, "multiple of few_steps"),
+        ({"later": "gan"}, "no stage 'gan'"),
+    ],
+)
 def test_bad_settings_are_one_sentence(changes, message):
     with pytest.raises(Step1XError, match=message):
         replace(SETTINGS, **changes).check()

@@ -42,7 +42,10 @@ def test_both_layouts_give_the_same_pairs(folder):
     from_folder = read_pairs(folder)
     assert [pair.instruction for pair in from_folder] == ["edit number 0", "edit number 1", "edit number 2"]
     relative = {f"target/{i}.png": {"ref_image_path": f"source/{i}.png", "caption": f"edit number {i}", "score": 9} for i in range(3)}
-    absolute = {str(folder / target): {**entry, "ref_image_path": str(folder / entry["ref_image_path"])} for target, entry in relative.items()}
+    absolute = {
+        str(folder / target): {**entry, "ref_image_path": str(folder / entry["ref_image_path"])}
+        for target, entry in relative.items()
+    }
     for entries in (relative, absolute):
         assert read_pairs(write_json(folder, entries)) == from_folder
 
@@ -135,7 +138,9 @@ def test_pairs_give_their_sources_without_reading_targets(folder, tmp_path):
     entries = {f"target/{i}.png": {"ref_image_path": f"source/{i}.png", "caption": f"edit number {i}"} for i in range(3)}
     (folder / "target" / "1.png").unlink()
     texts = read_sources(folder)
-    assert [pair.instruction for pair in texts] == ["edit number 0", "edit number 1", "edit number 2"] and texts[1].files == (folder / "source" / "1.png",)
+    assert [pair.instruction for pair in texts] == ["edit number 0", "edit number 1", "edit number 2"] and texts[
+        1
+    ].files == (folder / "source" / "1.png",)
     assert read_sources(write_json(folder, entries)) == texts
     (folder / "source" / "2.png").unlink()
     with pytest.raises(Step1XError, match="2.png.*does not exist"):

@@ -9,7 +9,18 @@ import torch
 
 from step1x_core.errors import Step1XError
 from step1x_core.training.loss_curve import draw_losses, draw_progress, smooth
-from step1x_core.training.objective import COSINE, TARGET, Settings, add_noise, check_resumed, draw, flow_loss, learning_rate, pair_at, shift_noise_level
+from step1x_core.training.objective import (
+    COSINE,
+    TARGET,
+    Settings,
+    add_noise,
+    check_resumed,
+    draw,
+    flow_loss,
+    learning_rate,
+    pair_at,
+    shift_noise_level,
+)
 
 
 def test_noise_levels_are_shifted_to_the_noisy_end():
