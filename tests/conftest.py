@@ -6,6 +6,7 @@ import signal
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -249,3 +250,12 @@ def tiny_server(tmp_path_factory):
     with ComfyServer(Path(os.environ["STEP1X_COMFYUI"]), base, arguments=("--cpu", "--preview-method", "latent2rgb")) as server:
         Client(server.url).upload_image(PACK / "assets" / "coffee.jpg", "coffee.jpg")
         yield server
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What the editor is sent, as (node, text)."""
+    texts = []
+    instance = SimpleNamespace(send_progress_text=lambda text, node_id: texts.append((node_id, text)))
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=instance)))
+    return texts

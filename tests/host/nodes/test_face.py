@@ -1,9 +1,7 @@
 """What the nodes show while they run, and how they are found."""
 
 import json
-import sys
 from functools import cache
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,15 +21,6 @@ def schemas() -> list:
 def host(model, clip, vae):
     with pytest.MonkeyPatch.context() as patch:
         yield Host(patch, model, clip, vae)
-
-
-@pytest.fixture
-def shown(monkeypatch):
-    """What the editor is sent, as (node, text)."""
-    texts = []
-    instance = SimpleNamespace(send_progress_text=lambda text, node_id: texts.append((node_id, text)))
-    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=instance)))
-    return texts
 
 
 def test_settings_are_described_with_their_origin():

@@ -1,7 +1,5 @@
 """Few-step LoRAs: what the defaults become, which passes run, and what the language model is spared."""
 
-import sys
-from types import SimpleNamespace
 
 import comfy.samplers
 import pytest
@@ -275,20 +273,11 @@ def host(model, clip, vae):
         yield Host(patch, model, clip, vae)
 
 
-@pytest.fixture
-def shown(monkeypatch):
-    """The texts that the editor is sent."""
-    texts = []
-    instance = SimpleNamespace(send_progress_text=lambda text, node_id: texts.append(text))
-    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=instance)))
-    return texts
-
-
 def test_encode_leaves_the_negative_out_for_a_connected_few_step_model(host, files, asked, shown):
     fast = apply_lora_file(host.model, files["four"], 1.0)
     _, negative, _ = host.encode(model=Given(fast)).made()
     assert len(asked) == 1 and negative[0][1][LEFT_OUT]
-    assert shown == ["negative prompt not encoded (the model's default is CFG 1)"]
+    assert [text for _, text in shown] == ["negative prompt not encoded (the model's default is CFG 1)"]
     asked.clear()
     _, negative, _ = host.encode(model=Given(host.model)).made()
     assert len(asked) == 2 and LEFT_OUT not in negative[0][1] and len(shown) == 1
@@ -302,5 +291,5 @@ def test_the_sampler_does_not_ask_for_a_negative_prompt_that_it_does_not_read(ho
         host.sample(model=Given(model), steps=steps, cfg=cfg).made()
         asked = [data["node"] for event, data in host.messages if event == "executing" and data["node"]]
         assert any(node.endswith(".negative") for node in asked) is expected and any(node.endswith(".positive") for node in asked)
-    assert shown[0] == "4 steps, CFG 1 (defaults of the few-step LoRA)"
+    assert shown[0][1] == "4 steps, CFG 1 (defaults of the few-step LoRA)"
     host.sample(model=Given(host.vae)).says("Expected a Step1X-Edit model")
