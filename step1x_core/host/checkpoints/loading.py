@@ -27,6 +27,7 @@ from ...checkpoints.detection import (
     stored_config,
 )
 from ...checkpoints.files import Checkpoint, check_file, check_tensors, check_types, find_checkpoint, is_model_folder
+from ...checkpoints.formats import is_packed
 from ...checkpoints.keys import diffusers_to_original, is_diffusers_layout
 from ...checkpoints.language_model import TEXT_KEY, VISION_KEY, MLLMConfig, detect_mllm_config, normalize_keys
 from ...checkpoints.markers import FILE_MARKER, lift_marker, marked_layers, merge_metadata, shorten_metadata
@@ -138,7 +139,7 @@ def shapes(state_dict) -> dict[str, tuple[int, ...]]:
     shape."""
     out = {}
     for key, tensor in state_dict.items():
-        packed = tensor.dtype == torch.uint8 and key.endswith(".weight")
+        packed = is_packed(key, tensor, state_dict)
         out[key.replace("_norm.scale", "_norm.weight")] = (
             (*tensor.shape[:-1], tensor.shape[-1] * 2) if packed else tuple(tensor.shape)
         )
