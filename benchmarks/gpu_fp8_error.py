@@ -219,13 +219,13 @@ def as_it_runs(weights: dict, points: list, exact, arguments: dict, options, dev
     import comfy.ops
     import torch
 
-    from step1x_core.host.checkpoints.loading import scaled_fp8
+    from step1x_core.host.checkpoints.quantising import quantised
     from step1x_core.host.network.attention import cudnn_is_fastest
     from step1x_core.host.network.blocks import FP8_ATTENTION
     from step1x_core.host.speed.fp8_attention import attend_fp8
 
     dtype = torch.bfloat16
-    model = built(scaled_fp8(weights), comfy.ops.mixed_precision_ops({}, dtype), device)
+    model = built(quantised(weights, "fp8"), comfy.ops.mixed_precision_ops({}, dtype), device)
     found = errors(model, points, dtype)
     final = distance(sampled(model, arguments, options.steps, dtype), exact)
     print(row("fp8, as it runs", found, final), flush=True)

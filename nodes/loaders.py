@@ -12,7 +12,9 @@ from .widgets import check_widgets
 
 WEIGHT_DTYPES = {
     "default": {},
-    "fp8_scaled": {"fp8": True},
+    "fp8_scaled": {"quantise": "fp8"},
+    "int8": {"quantise": "int8"},
+    "int4": {"quantise": "int4"},
     "fp8_e4m3fn": {"model_options": {"dtype": torch.float8_e4m3fn}},
     "fp8_e4m3fn_fast": {"model_options": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True}},
     "fp8_e5m2": {"model_options": {"dtype": torch.float8_e5m2}},
