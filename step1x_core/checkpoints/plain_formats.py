@@ -21,8 +21,8 @@ CHUNK = 2**20
 
 
 def chunks(weight: Tensor) -> Iterator[slice]:
-    """Yield slices of rows with about CHUNK elements each."""
-    rows = max(1, CHUNK // weight.shape[1])
+    """Yield slices of rows with about CHUNK elements each; all rows of a tensor on the meta device, which has none."""
+    rows = weight.shape[0] if weight.is_meta else max(1, CHUNK // weight.shape[1])
     return (slice(start, start + rows) for start in range(0, weight.shape[0], rows))
 
 
