@@ -6,6 +6,7 @@ from comfy.quant_ops import QUANT_ALGOS
 
 from ...checkpoints.conversion import INSTEAD, MODEL_LAYERS, MODULATION_LAYERS, SCALES, converted, fitting
 from ...checkpoints.formats import FORMATS, fits
+from ...checkpoints.markers import MARKER
 from ...errors import Step1XError
 
 # Maximum number of float32 copies of a matrix while it is converted.
@@ -48,7 +49,10 @@ def quantised(state_dict: dict[str, torch.Tensor], choice: str) -> dict[str, tor
         one, unpacked = format_of(name, tensor, form, MODULATION.get(choice))
         if one:
             parts = converted(name, tensor.to(device), one, unpacked)
-            out |= {key: value.to(tensor.device) for key, value in parts.items()}
+            # The host reads the marker as numpy, wherever the weights are.
+            out |= {
+                key: value if key.endswith(MARKER) else value.to(tensor.device) for key, value in parts.items()
+            }
         else:
             out[name] = (
                 tensor.to(torch.bfloat16) if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else tensor
