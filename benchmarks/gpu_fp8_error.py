@@ -192,7 +192,7 @@ def apply_variant(layers: dict, originals: dict, variant: Variant) -> float:
 
 def row(name: str, found: dict, final: float | None = None, weights: float = 0.0) -> str:
     cells = "".join(f"{x:11.2e}" for kind in ("velocity", "difference") for x in found[kind])
-    return f"{name:<28}{weights:9.1e}{cells}{'' if final is None else format(final, '11.2e')}"
+    return f"{name:<38}{weights:9.1e}{cells}{'' if final is None else format(final, '11.2e')}"
 
 
 def products(device, width: int, rows: int) -> None:
@@ -225,21 +225,27 @@ def as_it_runs(weights: dict, points: list, exact, arguments: dict, options, dev
 
     from step1x_core.host.checkpoints.quantising import quantised
     from step1x_core.host.network.attention import cudnn_is_fastest
-    from step1x_core.host.network.blocks import FP8_ATTENTION
+    from step1x_core.host.network.blocks import FP8_ATTENTION, PAIRED
     from step1x_core.host.speed.fp8_attention import attend_fp8
 
     dtype = torch.bfloat16
     model = built(quantised(weights, "fp8"), comfy.ops.mixed_precision_ops({}, dtype), device)
-    found = errors(model, points, dtype)
-    final = distance(sampled(model, arguments, options.steps, dtype), exact)
-    print(row("fp8, as it runs", found, final), flush=True)
-    arguments, x, t, _ = points[0]
-    times = {"fp8": median_time(lambda: velocities(model, arguments, x, t, dtype), options.repeats)}
+    ways = {"fp8": {}, "fp8 paired": {PAIRED: True}}
     if cudnn_is_fastest(device):
-        arguments = arguments | {"transformer_options": {FP8_ATTENTION: attend_fp8}}
-        found = errors(model, [(points[0][0] | arguments, *points[0][1:])], dtype)
-        print(row("fp8 with fp8 attention", found), flush=True)
-        times["fp8 attention"] = median_time(lambda: velocities(model, arguments, x, t, dtype), options.repeats)
+        ways |= {f"{name}, fp8 attention": {**way, FP8_ATTENTION: attend_fp8} for name, way in ways.items()}
+    times = {}
+
+    def measure(name: str, way: dict) -> None:
+        with_way = {"transformer_options": way}
+        found = errors(model, [(one | with_way, *rest) for one, *rest in points], dtype)
+        final = distance(sampled(model, arguments | with_way, options.steps, dtype), exact)
+        print(row(f"as it runs: {name}", found, final), flush=True)
+        one, x, t, _ = points[0]
+        times[name] = median_time(lambda: velocities(model, one | with_way, x, t, dtype), options.repeats)
+        print(f"   {times[name]:.1f} ms a call", flush=True)
+
+    for name, way in ways.items():
+        attempt(name, lambda: measure(name, way))
     return times
 
 
@@ -289,7 +295,7 @@ def main() -> int:
             torch.cuda.empty_cache()
         print(f"float32 done after {time.monotonic() - started:.0f} s", flush=True)
         heads = "".join(f"{kind:>11}" for kind in ("velocity", *("on the way",) * 2, "difference", *("on the way",) * 2, "final"))
-        print(f"{'':<28}{'weights':>9}{heads}", flush=True)
+        print(f"{'':<38}{'weights':>9}{heads}", flush=True)
         times = attempt("fp8, as it runs", lambda: as_it_runs(weights, points, exact, small, options, device)) or {}
         transformer = built({name: x.clone() for name, x in weights.items()}, comfy.ops.disable_weight_init, device)
         times["bf16"] = median_time(lambda: velocities(transformer, *points[0][:3], bf16), options.repeats)
