@@ -10,9 +10,8 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 PACK = Path(__file__).absolute().parent.parent
@@ -23,23 +22,37 @@ import environment
 RANK = 32
 # Points of a trajectory: those of students of 1, 2 and 4 steps.
 GRID = 4
-# LoRAs that `all` makes: a name, the student's steps, what the later part of the training does, first and last trained
-# step.
+WARM_UP = 30
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A LoRA that `all` makes. steps: of the student; later: what the later part of the training does, share: how much of it that is;
+    first, last: first and last trained step; rate: learning rate, in units of --rate."""
+
+    steps: int
+    later: str = "cached"
+    share: float = 0.5
+    first: int = 0
+    last: int = 0
+    rate: float = 1.0
+
+
 KINDS = {
-    "1": (1, "cached", 0, 0),
-    "2-trajectory": (2, "trajectory", 0, 0),
-    "4-trajectory": (4, "trajectory", 0, 0),
-    "2-cached": (2, "cached", 0, 0),
-    "4-cached": (4, "cached", 0, 0),
-    "2-teacher": (2, "teacher", 0, 0),
-    "4-teacher": (4, "teacher", 0, 0),
-    "2-final": (2, "final", 0, 0),
-    "2-early": (2, "cached", 0, 1),
-    "2-late": (2, "cached", 1, 2),
-    "1-final": (1, "final", 0, 0),
-    "4-final": (4, "final", 0, 0),
+    "1": Kind(1),
+    "1-final": Kind(1, "final"),
+    **{f"{steps}-{later}": Kind(steps, later) for later in ("trajectory", "cached", "teacher", "final") for steps in (2, 4)},
+    **{f"{steps}-early": Kind(steps, last=steps // 2) for steps in (2, 4)},
+    **{f"{steps}-late": Kind(steps, first=steps // 2, last=steps) for steps in (2, 4)},
+    "4-slow": Kind(4, rate=0.3),
+    "4-final-slow": Kind(4, "final", 0.6, rate=0.4),
 }
-TIMED = 6
+# Part of the time of `all` that is left for measuring, in seconds.
+MEASURING = 110
+
+
+class Enough(Exception):
+    """The time for a training is over."""
 
 
 def arguments() -> argparse.Namespace:
@@ -50,18 +63,21 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=2400, help="number of sources, each with one instruction")
     parser.add_argument("--noises", type=int, default=3, help="trajectories of each source")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS), help="LoRAs to make")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=2e-3, help="learning rate")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="learning rate")
     parser.add_argument("--steps", type=int, help="steps of the training (default: as many as --seconds allows)")
-    parser.add_argument("--seconds", type=float, default=200, help="time for training")
+    parser.add_argument("--seconds", type=float, default=400, help="time for all of it, or for `train`")
+    parser.add_argument("--ground", choices=("scenes", "photographs"), default="scenes", help="what is edited")
+    parser.add_argument("--pictures", type=Path, help="folder of the photographs (default: scikit-image's own)")
+    parser.add_argument("--models", type=Path, default=demo_model.FOLDER, help="folder of the miniature")
+    parser.add_argument("--prepared", action="store_true", help="`all`: what `prepare` made is complete")
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument(
         "--shard",
         type=int,
         nargs=2,
-        default=(0, 1),
         metavar=("NUMBER", "COUNT"),
-        help="the part of the sources that `prepare` does",
+        help="the part of the sources that `prepare` does (default: all, in --workers processes)",
     )
     parser.add_argument("--workers", type=int, default=8, help="processes that prepare and measure in `all`")
     parser.add_argument("--edits", type=int, default=200, help="held-out edits that `all` measures")
@@ -69,19 +85,20 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def write_sources(folder: Path, indices: range, seed: int) -> list:
-    """Drawn scenes with an instruction each -> EditPairs without targets."""
+def write_sources(options, indices: range) -> list:
+    """Pictures with an instruction each -> EditPairs without targets."""
     from PIL import Image
 
-    from miniature.scenes import pair_at
+    from miniature.grounds import ground
     from step1x_core.training.dataset import EditPair
 
+    folder, pair_at = options.folder, ground(options.ground, options.pictures).pair_at
     (folder / "source").mkdir(parents=True, exist_ok=True)
     pairs = []
     for index in indices:
         path, text = (folder / "source" / f"{index:06d}{suffix}" for suffix in (".png", ".txt"))
         if not text.is_file():
-            drawn = pair_at(seed, index)
+            drawn = pair_at(options.seed, index)
             Image.fromarray(drawn.source).save(path)
             text.write_text(drawn.instruction, encoding="utf-8")
         pairs.append(EditPair(path, None, text.read_text(encoding="utf-8")))
@@ -119,38 +136,43 @@ def load(options, indices: range):
     from step1x_core.host.training.cache import cache_pairs
 
     comfy.utils.set_progress_bar_enabled(False)
-    folder = demo_model.FOLDER
-    clip, vae = (
-        load_text_encoder(folder / "text_encoders" / demo_model.MLLM_FILE),
-        load_vae(folder / "vae" / demo_model.VAE_FILE),
-    )
-    dataset, made = cache_pairs(
-        clip, vae, write_sources(options.folder, indices, options.seed), options.folder, demo_model.SIZE_LEVEL
-    )
-    return load_model(folder / "diffusion_models" / demo_model.MODEL_FILE), dataset, made
+    from miniature.grounds import SIDES
+
+    clip = load_text_encoder(demo_model.find(options.models, demo_model.MLLM_FILE))
+    vae = load_vae(demo_model.find(options.models, demo_model.VAE_FILE))
+    dataset, made = cache_pairs(clip, vae, write_sources(options, indices), options.folder, SIDES[options.ground])
+    return load_model(demo_model.find(options.models, demo_model.MODEL_FILE)), dataset, made
 
 
 def distillation(options, kind: str):
     from step1x_core.training.distillation import Distillation
 
-    steps, later, first, last = KINDS[kind]
+    chosen = KINDS[kind]
     return Distillation(
-        steps, demo_model.STEPS, demo_model.CFG, grid=GRID, noises=options.noises, later=later, first=first, last=last
+        chosen.steps,
+        demo_model.STEPS,
+        demo_model.CFG,
+        grid=GRID,
+        noises=options.noises,
+        later=chosen.later,
+        share=chosen.share,
+        first=chosen.first,
+        last=chosen.last,
     )
 
 
-def settings_of(options, steps: int):
+def settings_of(options, steps: int, rate: float = 1.0):
     from step1x_core.training.objective import COSINE, Settings
 
     return Settings(
         steps,
-        options.rate,
+        options.rate * rate,
         RANK,
         float(RANK),
         options.batch,
         seed=options.seed,
         schedule=COSINE,
-        warmup=min(30, steps // 10),
+        warmup=min(WARM_UP, steps // 10),
     )
 
 
@@ -174,55 +196,48 @@ def prepare(options) -> None:
 
 
 def train_one(options) -> None:
+    """One LoRA, in --steps steps or for --seconds; learning rate and stages then follow the time that has passed."""
     import torch
 
     from step1x_core.host.training.distill import Lesson
     from step1x_core.host.training.train import STATE_FILE, train
 
     kind, = options.kinds
-    lesson_settings, began = distillation(options, kind), time.monotonic()
+    deadline = time.monotonic() + options.seconds
+    torch.set_float32_matmul_precision("high")
     with torch.inference_mode():
         model, dataset, _ = load(options, range(options.pairs))
         dataset = replace(dataset, cache=memory_cache(dataset.cache.folder, model.load_device))
         started = time.monotonic()
 
-        def run(folder, steps, lesson, report=None):
-            return train(
+        def report(run):
+            now = time.monotonic()
+            if options.steps is None:
+                passed = (now - started) / max(deadline - started, 1e-6)
+                run.settings = replace(run.settings, steps=max(run.step + 1, round(run.step / passed)))
+            if run.step % 100 == 0 or run.step == options.steps:
+                print(
+                    f"{kind}: step {run.step}, loss {statistics.mean(run.losses[-100:]):.4f}, {now - started:.0f} s",
+                    flush=True,
+                )
+            if options.steps is None and now > deadline:
+                raise Enough
+
+        settings = settings_of(options, options.steps or 1_000_000, KINDS[kind].rate)
+        lesson = Lesson(model, distillation(options, kind))
+        try:
+            train(
                 model,
                 dataset,
-                settings_of(options, steps),
-                folder,
+                settings,
+                options.out / kind,
                 resume=False,
                 checkpointing=False,
                 report=report,
-                lesson=Lesson(model, lesson),
+                lesson=lesson,
             )
-
-        def seconds_per_step(share: float) -> float:
-            times = []
-            with tempfile.TemporaryDirectory() as temporary:
-                run(
-                    Path(temporary),
-                    2 * TIMED,
-                    replace(lesson_settings, share=share),
-                    lambda run: times.append(time.monotonic()),
-                )
-            return statistics.mean(b - a for a, b in zip(times[TIMED - 1:], times[TIMED:]))
-
-        steps = options.steps
-        if steps is None:
-            pace = (seconds_per_step(0.0) + seconds_per_step(1.0)) / 2
-            steps = max(2, int((options.seconds - (time.monotonic() - started)) / pace))
-            print(f"{kind}: {pace:.3f} s a step, {steps} steps", flush=True)
-
-        def report(run):
-            if run.step % 100 == 0 or run.step == steps:
-                print(
-                    f"{kind}: step {run.step}/{steps}, loss {statistics.mean(run.losses[-100:]):.4f}, {time.monotonic() - began:.0f} s",
-                    flush=True,
-                )
-
-        run(options.out / kind, steps, lesson_settings, report)
+        except Enough:
+            print(f"{kind}: {time.monotonic() - started:.0f} s are over", flush=True)
         (options.out / kind / STATE_FILE).unlink()  # six times the size of the LoRA, and not resumed
 
 
@@ -251,50 +266,77 @@ def wait(processes: list[subprocess.Popen], what: str, started: float) -> None:
         print(f"FAILED: {' '.join(command[1:])}", flush=True)
 
 
-def all_kinds(options) -> None:
-    started, here = time.monotonic(), "miniature/few_steps.py"
-    common = [
+def common(options) -> list[str]:
+    """What all processes of one call are told."""
+    names = ("pairs", "noises", "batch", "rate", "seed", "ground", "models")
+    return [
         str(options.folder),
         "--out",
         str(options.out),
-        *(f"--{name}={getattr(options, name)}" for name in ("pairs", "noises", "batch", "rate", "seed", "seconds")),
+        *(f"--{name}={getattr(options, name)}" for name in names),
+        *([f"--pictures={options.pictures}"] if options.pictures else []),
         *([f"--steps={options.steps}"] if options.steps else []),
     ]
+
+
+HERE, BENCHMARK = "miniature/few_steps.py", "benchmarks/few_steps.py"
+
+
+def prepare_all(options, started: float) -> None:
+    shards = [("--shard", str(i), str(options.workers)) for i in range(options.workers)]
     wait(
-        [
-            spawn(options, here, i, "prepare", *common, "--shard", str(i), str(options.workers))
-            for i in range(options.workers)
-        ],
+        [spawn(options, HERE, i, "prepare", *common(options), *shard) for i, shard in enumerate(shards)],
         "preparing",
         started,
     )
+
+
+def all_kinds(options) -> None:
+    started = time.monotonic()
+    if not options.prepared:
+        prepare_all(options, started)
+    left = max(1, options.seconds - MEASURING - (time.monotonic() - started))
     wait(
-        [spawn(options, here, i, "train", *common, "--kinds", kind) for i, kind in enumerate(options.kinds)],
+        [
+            spawn(options, HERE, i, "train", *common(options), "--kinds", kind, f"--seconds={left}")
+            for i, kind in enumerate(options.kinds)
+        ],
         "training",
         started,
     )
-    files = {kind: options.out / kind / "lora.safetensors" for kind in options.kinds}
-    loras = [
-        f"{kind}={files[kind]}@{KINDS[kind][0]}"
-        for kind in options.kinds
-        if not KINDS[kind][3] and files[kind].is_file()
+    measure_all(options, started)
+
+
+def measure_all(options, started: float) -> None:
+    files = {kind: options.out / kind / "lora.safetensors" for kind in KINDS}
+    files = {kind: file for kind, file in files.items() if file.is_file()}
+    loras = [f"{kind}={file}@{KINDS[kind].steps}" for kind, file in files.items() if not KINDS[kind].last]
+    for steps in (2, 4):
+        halves = (f"{steps}-early", f"{steps}-late")
+        if all(kind in files for kind in halves):
+            loras.append(f"{steps}-split={'+'.join(str(files[kind]) for kind in halves)}@{steps}")
+    common = [
+        f"--edits={options.edits}",
+        f"--ground={options.ground}",
+        f"--models={options.models}",
+        f"--deadline={time.time() + options.seconds - (time.monotonic() - started) - 15}",
+        *([f"--pictures={options.pictures}"] if options.pictures else []),
     ]
-    if {"2-early", "2-late"} <= {kind for kind in options.kinds if files[kind].is_file()}:
-        loras.append(f"2-split={files['2-early']}+{files['2-late']}@2")
-    bench, rows = "benchmarks/few_steps.py", [options.out / f"rows-{i}.json" for i in range(options.workers)]
+    rows = [options.out / f"rows-{i}.json" for i in range(options.workers)]
+    sheet = ("--sheet", str(options.out / "sheet.jpg"))
     wait(
         [
             spawn(
                 options,
-                bench,
+                BENCHMARK,
                 i,
-                "--edits",
-                str(options.edits),
+                *common,
                 "--shard",
                 str(i),
                 str(options.workers),
                 "--rows",
                 str(path),
+                *(sheet if i == 0 else ()),
                 "--loras",
                 *loras,
             )
@@ -303,13 +345,17 @@ def all_kinds(options) -> None:
         "measuring",
         started,
     )
-    wait([spawn(options, bench, 0, "--merge", *(str(path) for path in rows if path.is_file()))], "table", started)
+    made = [str(path) for path in rows if path.is_file()]
+    wait([spawn(options, BENCHMARK, 0, "--merge", *made)], "table", started)
 
 
 def main() -> int:
     options = arguments()
     if options.task == "all":
         all_kinds(options)
+        return 0
+    if options.task == "prepare" and options.shard is None:
+        prepare_all(options, time.monotonic())
         return 0
     environment.use_host_in_process(options.cpu)
     {"prepare": prepare, "train": train_one}[options.task](options)
