@@ -204,7 +204,6 @@ def train_one(options) -> None:
 
     kind, = options.kinds
     deadline = time.monotonic() + options.seconds
-    torch.set_float32_matmul_precision("high")
     with torch.inference_mode():
         model, dataset, _ = load(options, range(options.pairs))
         dataset = replace(dataset, cache=memory_cache(dataset.cache.folder, model.load_device))
@@ -358,6 +357,12 @@ def main() -> int:
         prepare_all(options, time.monotonic())
         return 0
     environment.use_host_in_process(options.cpu)
+    import comfy.cli_args
+    import torch
+
+    # The host's estimate for a batch would have it stream the few weights from main memory.
+    comfy.cli_args.args.highvram = not options.cpu
+    torch.set_float32_matmul_precision("high")
     {"prepare": prepare, "train": train_one}[options.task](options)
     return 0
 
