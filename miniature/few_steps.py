@@ -48,7 +48,7 @@ KINDS = {
     "4-final-slow": Kind(4, "final", 0.6, rate=0.4),
 }
 # Part of the time of `all` that is left for measuring, in seconds.
-MEASURING = 110
+MEASURING = 95
 
 
 class Enough(Exception):
