@@ -5,6 +5,10 @@ Edits held-out scenes with the teacher (20 steps, CFG 1.5) and at CFG 1 in 1, 2 
 norm limiter still mixes the negative prompt's prediction into the first steps; "bare" is the model without a LoRA and without the limiter, as a LoRA is used.
 Prints how often the edit is right, the mean squared distance of the image (0..1) to the teacher's, its ratios to the distances without a LoRA at the same steps,
 the sharpness (the gradient energy inside the edited region, in percent of the teacher's), the median distance, and how many edits are nearer than the bare model's.
+
+With --ground photographs a second miniature edits photographs as the pair makers do, at 256 pixels. `pip install scikit-image` brings the photographs; it is not
+shipped, so make it first (`miniature/train.py --ground photographs --begin miniature/weights --out RUN`, then `miniature/train.py export --out RUN --to MODELS`) and name
+its folder with --models. The row "autoencoder" is the true target after a round trip: the most that a transformer can reach.
 """
 
 import argparse
