@@ -26,4 +26,4 @@ SAMPLE_PROMPT = "make the green triangle purple"
 
 # A LoRA that makes the same edits in FAST_STEPS steps at CFG 1 (miniature/few_steps.py).
 FAST_FILE = FOLDER / "loras" / "step1x-edit-demo-fast.safetensors"
-FAST_STEPS = 2
+FAST_STEPS = 4
