@@ -57,8 +57,8 @@ class Demo:
         from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
 
         self.model = load_model(model)
-        self.clip = load_text_encoder(models / "text_encoders" / demo_model.MLLM_FILE)
-        self.vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(models / "vae" / demo_model.VAE_FILE)))
+        self.clip = load_text_encoder(demo_model.find(models, demo_model.MLLM_FILE))
+        self.vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(demo_model.find(models, demo_model.VAE_FILE))))
         self.steps, self.cfg = steps, cfg
 
     def edit(self, pixels, instruction: str, seed: int):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import comfy.model_management
 import pytest
+import tiny_models
 import torch
 from safetensors import safe_open
 from test_cached_pairs import LEVEL
@@ -134,6 +135,22 @@ def test_every_stage_has_gradients_for_the_lora(model, dataset, lesson, random_r
     assert all(weight.grad is not None and torch.isfinite(weight.grad).all() for weight in run.weights.values())
     assert max(weight.grad.abs().max() for weight in run.weights.values()) > 0
     assert all(layer.enabled for layer in run.layers.values())
+
+
+@pytest.mark.once
+def test_the_direct_match_trains_on_weights_that_were_loaded_in_inference_mode(models, dataset, lesson):
+    """As the nodes load them: autograd cannot keep such weights, and the first layer gets a noisy latent with gradients."""
+    from test_lora_training import with_random_lora
+
+    from step1x_core.host.checkpoints.loading import load_model
+
+    with torch.inference_mode():
+        loaded = load_model(models / "diffusion_models" / tiny_models.V11_FILE)
+    model, run = with_random_lora(loaded)
+    final = Lesson(model, replace(FEW, later="final", share=1.0))
+    final.prepare(prepare_model(model), dataset, SETTINGS)
+    assert losses_of(model, final, dataset, run).min() > 0
+    assert max(weight.grad.abs().max() for weight in run.weights.values()) > 0
 
 
 def test_the_later_stage_begins_late(model, dataset, lesson, random_run, monkeypatch):
