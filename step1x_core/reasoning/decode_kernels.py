@@ -4,7 +4,8 @@ Tensors are bf16 and contiguous, x is [N, C]: one token of each of a few rows. E
 the number of rows. The caller makes the GPU of its tensors current.
 """
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,6 +62,22 @@ def inputs_of(tile: Tile, columns: int) -> int:
     return size
 
 
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that the tiles of one program may take on a device: 227 KiB on an H100, 99 on an RTX 40."""
+    if device.type != "cuda":  # Triton's interpreter
+        return 2**30
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024)
+
+
+def fitting(tile: Tile, weight: Tensor, weights: int = 1) -> Tile:
+    """Return the tile with as many stages as there is memory for; results do not depend on it. weights: number of them
+    that a program reads."""
+    stage = inputs_of(tile, weight.shape[1]) * (weights * tile.outputs * weight.element_size() + 2 * ROWS)
+    # Some is left for what else the compiler puts there.
+    return replace(tile, stages=max(1, min(tile.stages, (shared_memory(weight.device) - 2048) // stage)))
+
+
 def given(tensors: list[Tensor | None]) -> list[Tensor | int]:
     """Return the tensors, or zeros in their place, which a kernel does not read, where there are none."""
     return [0 if tensor is None else tensor for tensor in tensors]
@@ -95,7 +112,7 @@ def project(x: Tensor, parts: list[Projection], tile: Tile, dtype: torch.dtype =
     rows, columns = x.shape
     counts = [part.weight.shape[0] for part in parts] + [0] * (3 - len(parts))
     all_parts = [*parts, *[parts[0]] * (3 - len(parts))]
-    inputs = inputs_of(tile, columns)
+    tile, inputs = fitting(tile, parts[0].weight), inputs_of(tile, columns)
     # No part without inputs.
     splits = divided_up(columns // inputs, divided_up(columns // inputs, tile.splits))
     out = x.new_empty(splits, rows, sum(counts), dtype=dtype)
@@ -114,7 +131,7 @@ def gate(x: Tensor, gate: Projection, up: Projection, tile: Tile) -> Tensor:
     from .triton_kernels import gate_kernel
 
     rows, columns = x.shape
-    outputs = gate.weight.shape[0]
+    outputs, tile = gate.weight.shape[0], fitting(tile, gate.weight, 2)
     out = x.new_empty(rows, outputs)
     gate_kernel[(divided_up(outputs, tile.outputs), divided_up(rows, ROWS))](
         x, gate.weight, up.weight, gate.scale, up.scale, out, rows, outputs, COLUMNS=columns,
