@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """What a new seed and a new instruction cost in the real server: `python benchmarks/gpu_server.py`.
 
-Starts ComfyUI with random full-size weights, runs the shipped workflow of v1.1 and reads the times off the server's own
+Starts ComfyUI with random full-size weights, runs the graph of the first shipped workflow (v1.1) and reads the times off the server's own
 log. `--tiny` runs the same code with a miniature model on a CPU: it shows that the script works, not how fast anything is.
 """
 
 import argparse
-import json
 import re
+import shutil
 import statistics
 import sys
 import time
@@ -16,9 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "scripts" / "support"))
 import environment
 import gpu_edit
+import numpy as np
+from PIL import Image
 
-WORKFLOW = environment.PACK / "workflows" / "step1x_edit.json"
-SAMPLE = environment.PACK / "assets" / "coffee.jpg"
 FOLDERS = {"transformer": "diffusion_models", "mllm": "text_encoders", "vae": "vae"}
 INSTRUCTIONS = ("replace the cup with a glass of orange juice", "make the table blue", "add a cat beside the cup",
                 "turn the picture into a pencil drawing", "remove the spoon")
@@ -54,18 +54,41 @@ def write_checkpoints(folder: Path, tiny: bool) -> dict[str, str]:
     return {kind: path.name for kind, path in paths.items()}
 
 
+def graph(names: dict[str, str], options) -> dict:
+    """The workflow in API form."""
+    nodes = {
+        "model": ("Step1XEditLoader", {"unet_name": names["transformer"], "version": "auto", "weight_dtype": "default"}),
+        "clip": ("Step1XEditMLLM", {"clip_name": names["mllm"], "version": "v1.1"}),
+        "vae": ("VAELoader", {"vae_name": names["vae"]}),
+        "image": ("LoadImage", {"image": "source.png"}),
+        "encode": ("Step1XEditEncode", {"clip": ["clip", 0], "vae": ["vae", 0], "image": ["image", 0], "prompt": "",
+                                        "negative_prompt": "", "size_level": options.size}),
+        "sample": ("Step1XEditSampler", {"model": ["model", 0], "positive": ["encode", 0], "negative": ["encode", 1],
+                                         "latent_image": ["encode", 2], "seed": 0, "steps": options.steps, "cfg": 0.0,
+                                         "sampler_name": "euler", "denoise": 1.0}),
+        "decode": ("Step1XEditDecode", {"vae": ["vae", 0], "latent": ["sample", 0], "source": ["image", 0]}),
+        "show": ("PreviewImage", {"images": ["decode", 0]}),
+    }
+    return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
+
+
+def install_pack(base: Path) -> None:
+    """A copy of the pack's code in ComfyUI's folder of custom nodes."""
+    target = base / "custom_nodes" / "ComfyUI-Step1X-Edit"
+    for folder in ("nodes", "step1x_core"):
+        shutil.copytree(environment.PACK / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__"),
+                        dirs_exist_ok=True)
+    for file in ("__init__.py", "pyproject.toml"):
+        shutil.copy(environment.PACK / file, target / file)
+
+
 def executed(log: str) -> list[float]:
     """The seconds of each prompt, by the server's log."""
     return [float(found) for found in re.findall(r"Prompt executed in ([\d.]+) seconds", log)]
 
 
 def measure(options, server, client, prompt: dict, say) -> None:
-    from comfy_server import find_nodes
-
-    encode, sampler = (prompt[find_nodes(prompt, name)[0]]["inputs"] for name in ("Step1XEditEncode", "Step1XEditSampler"))
-    client.upload_image(SAMPLE, "source.jpg")
-    prompt[find_nodes(prompt, "LoadImage")[0]]["inputs"]["image"] = "source.jpg"
-    sampler["steps"], encode["size_level"] = options.steps, options.size
+    encode, sampler = prompt["encode"]["inputs"], prompt["sample"]["inputs"]
     times: dict[str, list[float]] = {}
 
     def run(kind: str) -> None:
@@ -100,7 +123,7 @@ def main() -> int:
     def say(text: str) -> None:
         print(f"{time.perf_counter() - options.begun:6.1f} {text}", flush=True)
 
-    from comfy_server import Client, ComfyServer, install_pack, to_api
+    from comfy_server import Client, ComfyServer
 
     shared = Path("/dev/shm")
     with gpu_edit.models_folder(options.models, shared if shared.is_dir() and not options.tiny else None) as folder:
@@ -109,16 +132,13 @@ def main() -> int:
         base = folder / "server"
         install_pack(base)
         flags = [f"--{argument}" for argument in options.arguments] + (["--cpu"] if options.tiny else [])
-        with ComfyServer(host.tree, base, folder / "comfyui", tuple(flags)) as server:
+        with ComfyServer(host.tree, base, folder / "comfyui", tuple(flags), keep_path=True) as server:
             say("the server answers")
             client = Client(server.url, server.log)
-            info = client.get("/object_info")
-            prompt = to_api(json.loads(WORKFLOW.read_text(encoding="utf-8")), info)
-            for kind, name, value in (("transformer", "Step1XEditLoader", "unet_name"), ("mllm", "Step1XEditMLLM", "clip_name"),
-                                      ("vae", "VAELoader", "vae_name")):
-                for node in prompt.values():
-                    if node["class_type"] == name:
-                        node["inputs"][value] = names[kind]
+            side = 64 if options.tiny else 1024
+            noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(base / "input" / "source.png")
+            prompt = graph(names, options)
             try:
                 measure(options, server, client, prompt, say)
             finally:
