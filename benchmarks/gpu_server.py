@@ -6,6 +6,7 @@ log. `--tiny` runs the same code with a miniature model on a CPU: it shows that 
 """
 
 import argparse
+import importlib.util
 import re
 import shutil
 import statistics
@@ -58,7 +59,7 @@ def graph(names: dict[str, str], options) -> dict:
     """The workflow in API form."""
     nodes = {
         "model": ("Step1XEditLoader", {"unet_name": names["transformer"], "version": "auto", "weight_dtype": "default"}),
-        "clip": ("Step1XEditMLLM", {"clip_name": names["mllm"], "version": "v1.1"}),
+        "clip": ("Step1XEditMLLM", {"clip_name": names["mllm"], "device": "default", "version": "v1.1"}),
         "vae": ("VAELoader", {"vae_name": names["vae"]}),
         "image": ("LoadImage", {"image": "source.png"}),
         "encode": ("Step1XEditEncode", {"clip": ["clip", 0], "vae": ["vae", 0], "image": ["image", 0], "prompt": "",
@@ -66,7 +67,7 @@ def graph(names: dict[str, str], options) -> dict:
         "sample": ("Step1XEditSampler", {"model": ["model", 0], "positive": ["encode", 0], "negative": ["encode", 1],
                                          "latent_image": ["encode", 2], "seed": 0, "steps": options.steps, "cfg": 0.0,
                                          "sampler_name": "euler", "denoise": 1.0}),
-        "decode": ("Step1XEditDecode", {"vae": ["vae", 0], "latent": ["sample", 0], "source": ["image", 0]}),
+        "decode": ("Step1XEditDecode", {"vae": ["vae", 0], "samples": ["sample", 0], "source": ["image", 0]}),
         "show": ("PreviewImage", {"images": ["decode", 0]}),
     }
     return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
@@ -132,6 +133,10 @@ def main() -> int:
         base = folder / "server"
         install_pack(base)
         flags = [f"--{argument}" for argument in options.arguments] + (["--cpu"] if options.tiny else [])
+        if importlib.util.find_spec("comfyui_frontend_package") is None:  # nobody looks
+            (base / "face").mkdir(exist_ok=True)
+            (base / "face" / "index.html").write_text("", encoding="utf-8")
+            flags += ["--front-end-root", str(base / "face")]
         with ComfyServer(host.tree, base, folder / "comfyui", tuple(flags), keep_path=True) as server:
             say("the server answers")
             client = Client(server.url, server.log)
