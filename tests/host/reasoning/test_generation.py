@@ -200,7 +200,7 @@ def prompt_length(clip, content):
 @pytest.fixture
 def passes(monkeypatch):
     """What each pass of the language model read: (rows, tokens of a row), padding included."""
-    seen, read, step = [], Writer.read_together, ModuleSteps.__call__
+    seen, read, step = [], Writer.padded, ModuleSteps.__call__
 
     def reading(self, start, end):
         seen.append((end - start, max(self.lengths[start:end])))
@@ -210,7 +210,7 @@ def passes(monkeypatch):
         seen.append((len(tokens), 1))
         return step(self, tokens, *rest)
 
-    monkeypatch.setattr(Writer, "read_together", reading)
+    monkeypatch.setattr(Writer, "padded", reading)
     monkeypatch.setattr(ModuleSteps, "__call__", stepping)
     return seen
 
