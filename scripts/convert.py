@@ -13,14 +13,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).absolute().parent / "support"))  # missing in an embedded Python
 import environment
 
-FORMATS = """formats:
-  fp8    8-bit floats with one scale per matrix. NVIDIA cards from the RTX 40 series on compute with them directly; others unpack them.
-  int8   8-bit integers with one scale per row, the weights nearer to bf16 than fp8's. Computed with directly from the RTX 20 series on.
-         ComfyUI 0.30.0 loads it, 0.18.2 does not.
-  nvfp4  4-bit floats with one scale per 16 values. Half the size of the 8-bit formats in these layers, and the largest error. Computed with directly
-         from the RTX 50 series on; others unpack them.
-  bf16   not quantised: for a single file of a diffusers folder, or to halve an fp32 file.
-docs/conversion.md tells more."""
+FORMATS = """formats (what computes with them directly; ComfyUI unpacks fp8, mxfp8 and nvfp4 elsewhere):
+  fp8           8-bit floats, one scale per matrix. NVIDIA GPUs from the RTX 40 series on.
+  mxfp8         8-bit floats, one scale per 32 values. RTX 50 series and data-centre Blackwell.
+  int8          8-bit integers, one scale per row; less error than fp8. From the RTX 20 series on. ComfyUI 0.30.0 or newer.
+  int8_convrot  int8 with rotated columns, which keeps outliers from costing precision. As int8.
+  w4a8          4-bit weights with one scale per 16 values, rotated; inputs in 8 bits. RTX 30 series and newer.
+                ComfyUI 0.33.0 or newer.
+  w4a4          4-bit weights and inputs, rotated: the smallest and the largest error. RTX 20 series and newer.
+                ComfyUI 0.30.0 or newer.
+  nvfp4         4-bit floats, one scale per 16 values. RTX 50 series and newer.
+  bf16          not quantised: for a single file of a diffusers folder, or to halve an fp32 file.
+See docs/conversion.md for sizes and errors."""
+CHOICES = ("fp8", "mxfp8", "int8", "int8_convrot", "w4a8", "w4a4", "nvfp4", "bf16")
 
 
 def arguments() -> argparse.Namespace:
@@ -35,12 +40,16 @@ def arguments() -> argparse.Namespace:
         "for the language model name the folder text_encoder in it",
     )
     parser.add_argument("output", type=Path, metavar="OUT", help="the safetensors file to write")
-    parser.add_argument("--format", choices=("fp8", "int8", "nvfp4", "bf16"), default="fp8",
+    parser.add_argument("--format", choices=CHOICES, default="fp8",
                         help="of the large layers (default: fp8); everything else becomes bf16")
     parser.add_argument("--keep", action="append", default=[], metavar="PATTERN",
                         help="layers to keep in bf16, such as 'double_blocks.0.*'; may be given again")
     parser.add_argument(
-        "--modulation", action="store_true", help="store the modulation layers in fp8, too: 3.2 GB less"
+        "--modulation",
+        nargs="?",
+        const="fp8",
+        choices=("fp8", "nvfp4"),
+        help="also store the modulation layers in fp8 (the default: 3.2 GB less) or nvfp4 (4.7 GB less)",
     )
     parser.add_argument(
         "--weights-only",
@@ -132,10 +141,10 @@ def main() -> int:
     environment.use_host_in_process()
     from comfy.quant_ops import QUANT_ALGOS
 
-    from step1x_core.checkpoints.conversion import FORMATS
+    from step1x_core.checkpoints.formats import FORMATS
     from step1x_core.errors import Step1XError
 
-    if FORMATS[options.format] and FORMATS[options.format][0] not in QUANT_ALGOS:
+    if FORMATS[options.format] and FORMATS[options.format].host not in QUANT_ALGOS:
         print(f"Note: this ComfyUI cannot load {options.format} files; a newer one can.", file=sys.stderr)
     try:
         digest = convert(

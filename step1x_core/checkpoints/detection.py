@@ -11,6 +11,7 @@ import torch
 from ..errors import Step1XError
 from ..versions import HEAD_DIM, LAYOUT_V11, LAYOUT_V12, VERSIONS, PromptLayout
 from .files import Checkpoint
+from .formats import is_packed
 
 # Name under which a configuration is stored: a safetensors metadata key in small checkpoints, and the uint8 JSON tensor
 # that carries it through the host's loader (like the host's `comfy_quant`).
@@ -147,9 +148,7 @@ def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
 
     def columns(key):
         weight = state_dict[prefix + key]
-        # 4-bit weights are stored two to a byte, as uint8. GGUF loaders also use uint8, but with a tensor class that
-        # reports the unpacked shape.
-        return weight.shape[1] * (2 if weight.dtype == torch.uint8 and type(weight) is torch.Tensor else 1)
+        return weight.shape[1] * (2 if is_packed(prefix + key, weight, state_dict) else 1)
 
     def count(block):
         return len({k[len(prefix) + len(block):].split(".")[0] for k in state_dict if k.startswith(prefix + block)})

@@ -14,7 +14,6 @@ import torch
 from comfy.supported_models_base import ClipTarget
 from comfy.text_encoders.hunyuan_video import llama_detect
 
-from ...checkpoints.conversion import MODEL_LAYERS, SCALES, converted
 from ...checkpoints.detection import (
     CONFIG_KEY,
     CONNECTOR_KEY,
@@ -27,6 +26,7 @@ from ...checkpoints.detection import (
     stored_config,
 )
 from ...checkpoints.files import Checkpoint, check_file, check_tensors, check_types, find_checkpoint, is_model_folder
+from ...checkpoints.formats import is_packed
 from ...checkpoints.keys import diffusers_to_original, is_diffusers_layout
 from ...checkpoints.language_model import TEXT_KEY, VISION_KEY, MLLMConfig, detect_mllm_config, normalize_keys
 from ...checkpoints.markers import FILE_MARKER, lift_marker, marked_layers, merge_metadata, shorten_metadata
@@ -39,6 +39,7 @@ from ..network.transformer import Step1XTransformer
 from ..prompts.qwen import Qwen25VL
 from ..prompts.text_encoder import Step1XTEModel, Step1XTokenizer
 from ..sampling.sampler import with_norm_limiter
+from .quantising import quantised
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +54,6 @@ FLUX_KEYS = (
     ("double_blocks.0.img_attn.qkv.weight",),
     ("x_embedder.weight", "single_transformer_blocks.0.proj_mlp.weight"),
 )
-
-
-# Maximum number of float32 copies of a matrix while it is converted to scaled fp8.
-FLOATS_AT_A_TIME = 4
 
 
 @contextmanager
@@ -138,7 +135,7 @@ def shapes(state_dict) -> dict[str, tuple[int, ...]]:
     shape."""
     out = {}
     for key, tensor in state_dict.items():
-        packed = tensor.dtype == torch.uint8 and key.endswith(".weight")
+        packed = is_packed(key, tensor, state_dict)
         out[key.replace("_norm.scale", "_norm.weight")] = (
             (*tensor.shape[:-1], tensor.shape[-1] * 2) if packed else tuple(tensor.shape)
         )
@@ -214,45 +211,32 @@ def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tupl
     return state_dict, metadata
 
 
-def scaled_fp8(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Convert the large matrices of a bf16 or plain fp8 transformer to e4m3 with scales, in the host's format. Weights
-    that already have scales are returned unchanged."""
-    if any(key.split(".")[-1] in SCALES for key in state_dict):
-        return state_dict
-    device = comfy.model_management.get_torch_device()
-    # Frees memory for the float32 copies of one matrix at a time, which the host does not track.
-    largest = max((tensor.numel() for name, tensor in state_dict.items() if MODEL_LAYERS.fullmatch(name)), default=0)
-    comfy.model_management.free_memory(largest * FLOATS_AT_A_TIME * 4, device)
-    out = {}
-    for name, tensor in state_dict.items():
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        if MODEL_LAYERS.fullmatch(name):
-            out |= {
-                key: value.to(tensor.device) for key, value in converted(name, tensor.to(device), "fp8", False).items()
-            }
-        else:
-            out[name] = (
-                tensor.to(torch.bfloat16) if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else tensor
-            )
-    return out
-
-
-def load_model(path, version: str | None = None, model_options={}, disable_dynamic=False, fp8: bool = False):
+def load_model(
+    path,
+    version: str | None = None,
+    model_options={},
+    disable_dynamic=False,
+    fp8: bool = False,
+    quantise: str | None = None,
+):
     """Load a Step1X-Edit transformer as a ModelPatcher with norm-limited guidance enabled.
 
     path: single file (original or diffusers layout, any dtype), model folder, or diffusers repository.
     version: a name in VERSIONS, or None to detect it.
     model_options, disable_dynamic: as for `comfy.sd.load_diffusion_model`.
-    fp8: whether to convert the large matrices to e4m3 with scales while loading, for fp8 tensor cores if the GPU has
-    them.
+    quantise: what to convert the large matrices to while loading, a name in quantising.CHOICES: "fp8" is e4m3 with
+    scales, for fp8 tensor cores if the GPU has them. None leaves them as they are.
+    fp8: the same as quantise="fp8".
 
-    Raises Step1XError as `model_state_dict` does, for an unknown version, and for weights that the host cannot load.
+    Raises Step1XError as `model_state_dict` and `quantised` do, for an unknown version, and for weights that the host
+    cannot load.
     """
     register()
     checkpoint = find_checkpoint(path, "transformer")
     state_dict, metadata = model_state_dict(checkpoint, version)
-    if fp8:
-        state_dict = scaled_fp8(state_dict)
+    quantise = quantise or ("fp8" if fp8 else None)
+    if quantise:
+        state_dict = quantised(state_dict, quantise)
     with naming(checkpoint.path.name):
         patcher = comfy.sd.load_diffusion_model_state_dict(
             state_dict, model_options=model_options, metadata=metadata, disable_dynamic=disable_dynamic
@@ -262,7 +246,7 @@ def load_model(path, version: str | None = None, model_options={}, disable_dynam
             f"ComfyUI does not recognise {checkpoint.path.name} as a Step1X-Edit model. Restart ComfyUI; if that does "
             "not help, report it with the version of ComfyUI and the name of the file."
         )
-    patcher.cached_patcher_init = (functools.partial(load_model, fp8=fp8), (path, version, model_options))
+    patcher.cached_patcher_init = (functools.partial(load_model, quantise=quantise), (path, version, model_options))
     return with_norm_limiter(patcher)
 
 
