@@ -44,7 +44,7 @@ class Step1XEditLoader(io.ComfyNode):
                     default="auto",
                     tooltip="auto reads the version off the tensors, the repository's class or the file's name. Choose "
                             "one for a renamed or converted file "
-                    "that tells none of it: v1.1 and v1.2-preview can be alike to the last tensor.",
+                    "that tells none of it: v1.1, v1.2-preview and RealRestorer can be alike to the last tensor.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",

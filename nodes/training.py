@@ -36,8 +36,8 @@ def few_steps() -> list[io.Input]:
         io.Int.Input("teacher_steps", default=0, min=0, max=200,
                      tooltip="Steps of the model that is imitated. 0 uses the version's default: 28, or 50 for v1.2."),
         io.Float.Input("teacher_cfg", default=0.0, min=0.0, max=100.0, step=0.1, round=0.01,
-                       tooltip="CFG of the model that is imitated. 0 uses the version's default: 6, or 4 for "
-                               "v1.2-preview."),
+                       tooltip="CFG of the model that is imitated. 0 uses the version's default: 6, 4 for "
+                               "v1.2-preview and 3 for RealRestorer."),
         io.Int.Input("noises", default=1, min=1, max=64,
                      tooltip="Trajectories sampled for each instruction, from different noise. Each takes as long as "
                              "an edit. Use more for a small dataset."),

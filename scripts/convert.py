@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
         help="have ComfyUI unpack the weights and compute in full precision: saves memory, but no time (fp8, nvfp4)",
     )
     parser.add_argument(
-        "--version", help="v1.0, v1.1, v1.2-preview or v1.2, where neither the tensors nor the names tell"
+        "--version", help="v1.0, v1.1, v1.2-preview, v1.2 or RealRestorer, where neither the tensors nor the names tell"
     )
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
     return parser.parse_args()
@@ -70,7 +70,7 @@ def model_config(checkpoint, weights, version: str | None) -> dict:
     values = stored_config(weights.stored) | parse_config(weights.metadata.get(CONFIG_KEY, "{}"))
     values |= {name: checkpoint.config[key] for key, name in CONFIG_NAMES.items() if key in checkpoint.config}
     if version is not None or "version" not in values:
-        values["version"] = version or choose_version(checkpoint, weights.shapes)
+        values["version"] = version or choose_version(checkpoint, weights.shapes, weights.prefix)
     config = detect_config(weights.shapes | {CONFIG_KEY: config_tensor(values)})
     check_tensors(checkpoint.path.name, model_shapes(config), shapes(weights.shapes))
     return values

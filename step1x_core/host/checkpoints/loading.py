@@ -30,7 +30,7 @@ from ...checkpoints.files import Checkpoint, check_file, check_tensors, check_ty
 from ...checkpoints.keys import diffusers_to_original, is_diffusers_layout
 from ...checkpoints.language_model import TEXT_KEY, VISION_KEY, MLLMConfig, detect_mllm_config, normalize_keys
 from ...checkpoints.markers import FILE_MARKER, lift_marker, marked_layers, merge_metadata, shorten_metadata
-from ...checkpoints.prefixes import COMPILED, transformer_names
+from ...checkpoints.prefixes import COMPILED, transformer_names, transformer_prefix
 from ...checkpoints.quantised import check_foreign, check_leftovers, multiply_out, unknown_tensors
 from ...errors import Step1XError
 from ...versions import LAYOUT_V11, LAYOUTS
@@ -168,6 +168,7 @@ def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tupl
     name = checkpoint.path.name
     check_foreign(name, state_dict, checkpoint.config)
     lift_marker(state_dict)
+    prefix = transformer_prefix(name, state_dict)
     state_dict = strip_prefix(name, state_dict)
     metadata = shorten_metadata(
         name, metadata, state_dict, lambda names: {key.replace(COMPILED, ""): value for key, value in names.items()}
@@ -192,7 +193,7 @@ def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tupl
     overrides = stored_config(state_dict) | parse_config(metadata.get(CONFIG_KEY, "{}"))
     overrides |= {name: checkpoint.config[key] for key, name in CONFIG_NAMES.items() if key in checkpoint.config}
     if version is not None or "version" not in overrides:
-        overrides["version"] = version or choose_version(checkpoint, state_dict)
+        overrides["version"] = version or choose_version(checkpoint, state_dict, prefix)
     state_dict[CONFIG_KEY] = config_tensor(overrides)
     with naming(name):
         try:
