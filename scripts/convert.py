@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """Make a smaller or faster copy of a Step1X-Edit model or of its language model: `python scripts/convert.py IN OUT --format fp8`.
+Write a LoRA under the names of other programs: `python scripts/convert.py LORA OUT --format diffusers`.
 
 IN is a single file, a folder of shards or a diffusers folder, in bf16, fp16, fp32 or plain fp8. OUT is one safetensors file in ComfyUI's own
 format, which the stock loaders read as well as this pack's. At no time is more than a few tensors in memory.
@@ -20,7 +21,14 @@ FORMATS = """formats:
   nvfp4  4-bit floats with one scale per 16 values. Half the size of the 8-bit formats in these layers, and the largest error. Computed with directly
          from the RTX 50 series on; others unpack them.
   bf16   not quantised: for a single file of a diffusers folder, or to halve an fp32 file.
+formats of LoRAs:
+  kohya      the names of the official training code, which ComfyUI reads.
+  diffusers  a file for diffusers' load_lora_weights and most other programs.
+  PEFT       a folder for peft, with adapter_config.json.
 docs/conversion.md tells more."""
+
+
+LORA_FORMATS = ("kohya", "diffusers", "PEFT")
 
 
 def arguments() -> argparse.Namespace:
@@ -35,8 +43,8 @@ def arguments() -> argparse.Namespace:
         "for the language model name the folder text_encoder in it",
     )
     parser.add_argument("output", type=Path, metavar="OUT", help="the safetensors file to write")
-    parser.add_argument("--format", choices=("fp8", "int8", "nvfp4", "bf16"), default="fp8",
-                        help="of the large layers (default: fp8); everything else becomes bf16")
+    parser.add_argument("--format", choices=("fp8", "int8", "nvfp4", "bf16", *LORA_FORMATS),
+                        default="fp8", help="of the large layers (default: fp8); everything else becomes bf16")
     parser.add_argument("--keep", action="append", default=[], metavar="PATTERN",
                         help="layers to keep in bf16, such as 'double_blocks.0.*'; may be given again")
     parser.add_argument(
@@ -117,6 +125,23 @@ def convert(source: Path, out: Path, form: str, version: str | None = None, **op
     return conversion.convert(weights, out, form, extra, metadata, **options)
 
 
+def convert_lora(source: Path, out: Path, form: str, force: bool = False) -> None:
+    """Write a LoRA file under the names of LORA_FORMATS. Raises Step1XError for what is not a plain LoRA of this model,
+    for an existing OUT without `force`, and for what cannot be read or written."""
+    from safetensors import safe_open
+
+    from step1x_core.checkpoints.files import check_file
+    from step1x_core.checkpoints.lora_export import export_lora
+    from step1x_core.errors import Step1XError
+
+    check_file(source)
+    if out.exists() and (out.samefile(source) or not force):
+        raise Step1XError(f"{out} exists. Choose another name, or overwrite it with --force.")
+    with safe_open(source, framework="pt") as file:
+        lora, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    export_lora(lora, out, form, metadata)
+
+
 def show(done: int, total: int) -> None:
     filled = 40 * done // total
     print(
@@ -135,6 +160,14 @@ def main() -> int:
     from step1x_core.checkpoints.conversion import FORMATS
     from step1x_core.errors import Step1XError
 
+    if options.format in LORA_FORMATS:
+        try:
+            convert_lora(options.input, options.output, options.format, options.force)
+        except (Step1XError, OSError) as error:
+            print(error, file=sys.stderr)
+            return 1
+        print(options.output)
+        return 0
     if FORMATS[options.format] and FORMATS[options.format][0] not in QUANT_ALGOS:
         print(f"Note: this ComfyUI cannot load {options.format} files; a newer one can.", file=sys.stderr)
     try:
