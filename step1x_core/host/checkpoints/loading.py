@@ -27,6 +27,7 @@ from ...checkpoints.detection import (
     stored_config,
 )
 from ...checkpoints.files import Checkpoint, check_file, check_tensors, check_types, find_checkpoint, is_model_folder
+from ...checkpoints.gguf_files import is_gguf, read_gguf, read_language_model
 from ...checkpoints.keys import diffusers_to_original, is_diffusers_layout
 from ...checkpoints.language_model import TEXT_KEY, VISION_KEY, MLLMConfig, detect_mllm_config, normalize_keys
 from ...checkpoints.markers import FILE_MARKER, lift_marker, marked_layers, merge_metadata, shorten_metadata
@@ -86,6 +87,9 @@ def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], di
     """
     state_dict, metadata = {}, {}
     for path in checkpoint.files:
+        if is_gguf(path):
+            state_dict.update(read_gguf(path, comfy.model_management.throw_exception_if_processing_interrupted)[0])
+            continue
         check_file(path)
         tensors, file_metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -241,7 +245,7 @@ def scaled_fp8(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def load_model(path, version: str | None = None, model_options={}, disable_dynamic=False, fp8: bool = False):
     """Load a Step1X-Edit transformer as a ModelPatcher with norm-limited guidance enabled.
 
-    path: single file (original or diffusers layout, any dtype), model folder, or diffusers repository.
+    path: single file (original or diffusers layout, any dtype, or GGUF), model folder, or diffusers repository.
     version: a name in VERSIONS, or None to detect it.
     model_options, disable_dynamic: as for `comfy.sd.load_diffusion_model`.
     fp8: whether to convert the large matrices to e4m3 with scales while loading, for fp8 tensor cores if the GPU has
@@ -272,8 +276,12 @@ def mllm_state_dict(checkpoint: Checkpoint) -> tuple[dict, MLLMConfig]:
 
     Raises Step1XError for files that are damaged, of another model, or incomplete.
     """
-    state_dict, metadata = read_checkpoint(checkpoint)
     name = checkpoint.path.name
+    if is_gguf(checkpoint.path):
+        check, metadata = comfy.model_management.throw_exception_if_processing_interrupted, {}
+        state_dict, checkpoint.config = read_language_model(checkpoint.path, check)
+    else:
+        state_dict, metadata = read_checkpoint(checkpoint)
     check_foreign(name, state_dict, checkpoint.config)
     state_dict = normalize_keys(state_dict)
     lift_marker(state_dict)
@@ -309,7 +317,8 @@ def mllm_state_dict(checkpoint: Checkpoint) -> tuple[dict, MLLMConfig]:
 def load_text_encoder(path, layout: str | None = None, model_options={}, disable_dynamic=False) -> comfy.sd.CLIP:
     """Load Qwen2.5-VL as a CLIP object that tokenises and lays out prompts as in Step1X-Edit's training.
 
-    path: the single file that Qwen-Image uses (bf16 or scaled fp8), a Hugging Face folder, or a diffusers repository.
+    path: the single file that Qwen-Image uses (bf16 or scaled fp8), a GGUF file with its mmproj file beside it, a
+    Hugging Face folder, or a diffusers repository.
     layout: "v1.1" (also for v1.0), "v1.2", or None for the layout of the repository's version, else v1.1. Repositories
     of other models contain the same Qwen2.5-VL.
 
