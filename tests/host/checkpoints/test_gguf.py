@@ -178,9 +178,3 @@ def test_lora_patches_are_found_for_packed_weights():
         unpacked = unpack(model.model.diffusion_model.get_parameter(name), torch.float32)
         merged = comfy.lora.calculate_weight(patches[f"diffusion_model.{name}"], unpacked.clone(), name)
         assert torch.allclose(unpacked, weights[name], atol=0.03) and not torch.allclose(merged, unpacked, atol=0.1)
-
-
-def test_our_own_loader_names_what_it_takes(tmp_path):
-    (tmp_path / "step1x-edit-Q8_0.gguf").write_bytes(b"GGUF")
-    with pytest.raises(Step1XError, match="is not a safetensors file"):
-        load_model(tmp_path / "step1x-edit-Q8_0.gguf")
