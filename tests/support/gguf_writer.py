@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+# Numbers of a matrix from which it takes too long to quantise here.
+WORDS = 1_000_000
 # What the converter of llama.cpp calls the vision tower's layers, with the number of the block in the name's middle.
 VISION = {
     "norm1": "ln1", "norm2": "ln2", "attn.proj": "attn_out", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
@@ -41,7 +43,7 @@ def vision_tensors(weights: dict) -> dict:
 
 
 def write(gguf, path, architecture: str, tensors: dict, kind: str, fields: dict) -> dict:
-    """Write a file; matrices whose rows fit get the type `kind`. Returns the values that the file stands for."""
+    """Write a file; matrices whose rows fit get the type `kind`, but for tables of words. Returns the values that the file stands for."""
     writer, stored = gguf.GGUFWriter(path, architecture), {}
     for name, value in fields.items():
         add = writer.add_array if isinstance(value, list) else writer.add_uint32 if isinstance(value, int) else writer.add_float32
@@ -49,7 +51,7 @@ def write(gguf, path, architecture: str, tensors: dict, kind: str, fields: dict)
     quantised = gguf.GGMLQuantizationType[kind]
     for name, tensor in tensors.items():
         data = tensor.float().contiguous().numpy()
-        if data.ndim > 1 and data.shape[-1] % 32 == 0:
+        if 1 < data.ndim and data.size < WORDS and data.shape[-1] % 32 == 0:
             packed = gguf.quants.quantize(data, quantised)
             writer.add_tensor(name, packed, raw_dtype=quantised)
             data = gguf.quants.dequantize(packed, quantised)

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 
 from step1x_core.checkpoints.detection import CONFIG_KEY, config_tensor
-from step1x_core.errors import Step1XError
 from step1x_core.host.checkpoints.loading import load_model
 from step1x_core.host.checkpoints.lora import apply_lora
 from step1x_core.host.network.model import Step1XEditModel, register
