@@ -124,6 +124,7 @@ SHIPPED = [
     ("step1x_fast.json", EDITED),
     ("step1x_region.json", EDITED),
     ("step1x_restore.json", EDITED),
+    ("step1x_compose.json", EDITED),
 ]
 # Sizes in the order of the Save Image nodes.
 SHIPPED_BATCHES = {

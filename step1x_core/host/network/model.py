@@ -96,6 +96,13 @@ class Step1XEditModel(comfy.model_base.Flux):
                     "use v1.1.",
                     self.diffusion_model.version,
                 )
+            version = self.diffusion_model.version
+            if len(kwargs.get("reference_latents") or []) > 1 and not VERSIONS[version].reference_offset[0]:
+                log.warning(
+                    "Step1X-Edit %s gives all reference images the same positions and cannot tell them apart. Use one "
+                    "image, or v1.1 or v1.2.",
+                    version,
+                )
             if kwargs.get("guidance") is not None:
                 log.warning(
                     "FluxGuidance has no effect on Step1X-Edit, which has no distilled guidance. Use the sampler's CFG "
