@@ -37,8 +37,8 @@ class Step1XEditLoader(io.ComfyNode):
                 io.Combo.Input(
                     "unet_name",
                     options=list(choices("diffusion_models", "transformer")),
-                    tooltip="A file in models/diffusion_models, or a diffusers folder there or in models/diffusers, up "
-                            "to three levels deep (shown with a slash).",
+                    tooltip="A safetensors or GGUF file in models/diffusion_models, or a diffusers folder there or in "
+                            "models/diffusers, up to three levels deep (shown with a slash).",
                 ),
                 io.Combo.Input(
                     "version",
@@ -46,7 +46,7 @@ class Step1XEditLoader(io.ComfyNode):
                     default="auto",
                     tooltip="auto reads the version off the tensors, the repository's class or the file's name. Choose "
                             "one for a renamed or converted file "
-                    "that tells none of it: v1.1 and v1.2-preview can be alike to the last tensor.",
+                    "that tells none of it: v1.1, v1.2-preview and RealRestorer can be alike to the last tensor.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
@@ -93,8 +93,8 @@ class Step1XEditMLLM(io.ComfyNode):
                 io.Combo.Input(
                     "clip_name",
                     options=list(choices("text_encoders", "text_encoder")),
-                    tooltip="A file in models/text_encoders such as qwen_2.5_vl_7b.safetensors, or a Hugging Face "
-                            "folder (shown with a slash).",
+                    tooltip="A file in models/text_encoders such as qwen_2.5_vl_7b.safetensors, a GGUF file with its "
+                            "mmproj file beside it, or a Hugging Face folder (shown with a slash).",
                 ),
                 io.Combo.Input(
                     "device",

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
+import comfy.lora
 import comfy.model_management
 import comfy.sd
 import convert
@@ -26,11 +27,13 @@ from test_gguf import load_gguf
 from torch.autograd.graph import saved_tensors_hooks
 
 from step1x_core.checkpoints.lora import ALPHA as ALPHA_KEY
+from step1x_core.checkpoints.lora_export import DIFFUSERS, PEFT
 from step1x_core.errors import Step1XError
 from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
 from step1x_core.host.checkpoints.lora import apply_lora, load_lora_file
 from step1x_core.host.training.adapted import adapted, linear_shapes
 from step1x_core.host.training.cache import cache_pairs
+from step1x_core.host.training.run import EXPORTS
 from step1x_core.host.training.train import (
     LORA_FILE,
     STATE_FILE,
@@ -355,6 +358,27 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_spoils_the_state(model,
 
 
 # The file.
+
+def test_other_names_are_saved_beside_it_and_read_as_the_same_change(model, dataset, tmp_path):
+    settings = Settings(steps=1, learning_rate=1e-2, rank=4, alpha=8.0, seed=7)
+    # What is missing of a finished run is added without a further step.
+    for also in ((), (DIFFUSERS, PEFT)):
+        assert train(model, dataset, settings, tmp_path, also=also).step == 1
+    names = [LORA_FILE, EXPORTS[DIFFUSERS], f"{EXPORTS[PEFT]}/adapter_model.safetensors"]
+    first, *others = ({**apply_lora(model, load_lora_file(tmp_path / name), 1.0).patches} for name in names)
+    key = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
+    weight = model.model.diffusion_model.double_blocks[0].img_attn.qkv.weight.detach().float()
+    expected, *found = (comfy.lora.calculate_weight(patches[key], weight.clone(), key) for patches in (first, *others))
+    assert not torch.equal(expected, weight)
+    assert all(torch.allclose(change, expected, atol=1e-3) and patches.keys() == first.keys() for change, patches in zip(found, others))
+    # A run that starts over moves all of them.
+    train(model, dataset, settings, tmp_path, resume=False)
+    assert {path.name for path in tmp_path.with_name(f"{tmp_path.name}.1").iterdir()} == {
+        LORA_FILE,
+        STATE_FILE,
+        *EXPORTS.values(),
+    }
+
 
 def test_lora_file_is_in_the_official_layout(finished):
     lora = load_file(finished[1] / LORA_FILE)
