@@ -11,7 +11,7 @@ from ...editing.unedited import MATCHED, keep_unedited
 from ...errors import Step1XError
 from ...images import to_size
 from ..prompts.encoding import at_source_size, check_vae, decode_at_working_size, encode_pictures, layout_of
-from ..prompts.tiling import AUTO, decode
+from ..prompts.tiling import decode
 from ..status import show_status
 
 log = logging.getLogger(__name__)
