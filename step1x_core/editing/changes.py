@@ -31,10 +31,14 @@ DRIFT, UNSEEN = 0.08, 0.004
 # of so many per side.
 WHOLE, BORDER, SPREAD, GRID = 0.6, 0.55, 0.6, 8
 # A style may change nothing but edges. It is told by the share of the squares with detail in which detail changed, if
-# the changes are spread over more than the second share of the image. In a square with detail, this share of the
-# pixels has a contrast of at least so much; it changed if this share of them did.
-EDGES, BOX = 0.7, 0.14
+# the changes are spread over more than the second share of the image and fill less than the third share of that: a
+# single object on a plain ground is filled. In a square with detail, this share of the pixels has a contrast of at
+# least so much; it changed if this share of them did.
+EDGES, BOX, FILLED = 0.7, 0.1, 0.5
 DETAILED, CONTRAST, TOUCHED = 0.05, 0.08, 0.15
+# Outside of the region, at most this share of the pixels differs by more than half the noise: more is a faint change
+# nearly everywhere, as a filter makes it.
+FAINT = 0.3
 # Where nothing is found: the fine detail of the whole image became this many times stronger or weaker.
 DETAIL = 1.35
 
@@ -99,15 +103,18 @@ def excess(source: Tensor, round_trip: Tensor, edited: Tensor) -> tuple[Tensor, 
     return torch.minimum(outside(*smooth), SHARP * sharp), noise_floor(*smooth[:2])
 
 
-def region_of(distance: Tensor, floor: Tensor) -> Tensor:
-    """Return what changed, bool [h, w]: specks go, gaps and holes close."""
+def changed_pixels(distance: Tensor, floor: Tensor) -> Tensor:
+    """Return what changed, bool [h, w], without specks."""
     size = tuple(distance.shape)
     certain = (distance > CERTAIN * floor) & (distance > floor + CERTAIN_BASE)
-    radius = length(size, CLOSING)
-    changed = distance > floor
-    changed = without_specks(changed, certain, length(size, SPECK) ** 2)
+    return without_specks(distance > floor, certain, length(size, SPECK) ** 2)
+
+
+def region_of(changed: Tensor) -> Tensor:
+    """Close gaps and holes of what changed [h, w]."""
     if not changed.any():
         return changed
+    radius = length(tuple(changed.shape), CLOSING)
     closed = shrunk(grown(changed, radius), radius) | changed
     return without_holes(closed, HOLE_SHARE * float(closed.sum()))
 
@@ -119,15 +126,24 @@ def spread(region: Tensor) -> tuple[float, float, float]:
     return tuple(float(part.float().mean()) for part in (region, border, squares))
 
 
-def edges_changed(region: Tensor, round_trip: Tensor) -> tuple[float, float]:
-    """Return the share of the squares with detail in which a region [h, w] takes some of it, and the share of the image
-    that a box around the region has."""
+def box_share(changed: Tensor) -> float:
+    """Return the share of the image that a box around what changed [h, w] has."""
+    if not changed.any():
+        return 0.0
+    rows, columns = (changed.any(axis).nonzero() for axis in (1, 0))
+    return int(rows[-1] - rows[0] + 1) * int(columns[-1] - columns[0] + 1) / changed.numel()
+
+
+def edges_changed(changed: Tensor, region: Tensor, round_trip: Tensor) -> float:
+    """Return the share of the squares with detail in which a region [h, w] takes some of it; 0 for a region that is in
+    one place or filled by what changed."""
+    box = box_share(changed)
+    if box < BOX or float(changed.float().mean()) > FILLED * box:
+        return 0.0
     detail = contrast(softened(round_trip)) > CONTRAST
     there, taken = (F.adaptive_avg_pool2d(part[None, None].float(), GRID).flatten() for part in (detail, detail & region))
     squares = there > DETAILED
-    rows, columns = (int((where := region.any(axis).nonzero())[-1] - where[0]) + 1 if region.any() else 0 for axis in (1, 0))
-    share = float((taken > TOUCHED * there)[squares].float().mean()) if squares.any() else 0.0
-    return share, rows * columns / region.numel()
+    return float((taken > TOUCHED * there)[squares].float().mean()) if squares.any() else 0.0
 
 
 def detail(image: Tensor) -> Tensor:
@@ -135,9 +151,15 @@ def detail(image: Tensor) -> Tensor:
     return (image[1:] - image[:-1]).abs().mean() + (image[:, 1:] - image[:, :-1]).abs().mean()
 
 
-def whole_reason(region: Tensor, shift: Shift, edges: tuple[float, float], sharper: float) -> str | None:
-    """Say why an edit is one of the whole image, if it is. edges: what `edges_changed` returned. sharper: the
-    factor of the image's fine detail."""
+def faint_share(region: Tensor, distance: Tensor, floor: Tensor) -> float:
+    """Return the share of the pixels outside of a region [h, w] that differ by more than half the noise."""
+    rest = ~grown(region, length(tuple(region.shape), 2 * GROWTH))
+    return float((distance > floor / 2)[rest].float().mean()) if rest.any() else 0.0
+
+
+def whole_reason(region: Tensor, shift: Shift, edges: float, faint: float, sharper: float) -> str | None:
+    """Say why an edit is one of the whole image, if it is. edges: what `edges_changed` returned. faint: what
+    `faint_share` returned. sharper: the factor of the image's fine detail."""
     area, border, squares = spread(region)
     if shift.size > DRIFT:
         return f"colours changed everywhere by up to {100 * shift.size:.0f} %"
@@ -147,8 +169,10 @@ def whole_reason(region: Tensor, shift: Shift, edges: tuple[float, float], sharp
         return f"{100 * border:.0f} % of the image's border changed"
     if squares > SPREAD:
         return f"changes lie in {100 * squares:.0f} % of the image"
-    if edges[0] > EDGES and edges[1] > BOX:
-        return f"edges changed in {100 * edges[0]:.0f} % of the image's detail"
+    if edges > EDGES:
+        return f"edges changed in {100 * edges:.0f} % of the image's detail"
+    if faint > FAINT:
+        return f"{100 * faint:.0f} % of the image changed faintly"
     if not area and shift.size > 3 * UNSEEN:
         return f"no local change, but colours changed everywhere by up to {100 * shift.size:.0f} %"
     if not area and not 1 / DETAIL < sharper < DETAIL:
@@ -163,9 +187,12 @@ def find_change(source: Tensor, round_trip: Tensor, edited: Tensor) -> Change:
     if shift.agree < 0.5 or shift.size < UNSEEN:
         shift = no_shift(edited.device)
     level = shift.undone(edited) if shift.size <= DRIFT else edited
-    region = region_of(*excess(source, round_trip, level))
+    distance, floor = excess(source, round_trip, level)
+    changed = changed_pixels(distance, floor)
+    region = region_of(changed)
     sharper = float(detail(level) / detail(round_trip).clamp(min=1e-6))
-    reason = whole_reason(region, shift, edges_changed(region, round_trip), sharper)
+    edges, faint = edges_changed(changed, region, round_trip), faint_share(region, distance, floor)
+    reason = whole_reason(region, shift, edges, faint, sharper)
     if reason:
         return Change(torch.ones_like(region, dtype=torch.float32), reason, shift)
     growth = length(tuple(region.shape), GROWTH)

@@ -18,6 +18,12 @@ from step1x_core.host.prompts.tiling import AUTO
 from step1x_core.images import to_uint8
 
 
+@pytest.fixture(autouse=True)
+def as_the_executor_runs_nodes():
+    with torch.inference_mode():
+        yield
+
+
 @pytest.fixture(scope="module")
 def small_vae():
     path = demo_model.FOLDER / "vae" / demo_model.VAE_FILE
@@ -28,7 +34,8 @@ def small_vae():
 def edit(small_vae):
     """A pair, and its target as the sampler would return it."""
     pair = pair_at(7, 4, "heldout", kind="recolour", language="en")
-    return pair, {"samples": small_vae.encode(to_image(pair.target))}
+    with torch.inference_mode():
+        return pair, {"samples": small_vae.encode(to_image(pair.target))}
 
 
 def test_a_local_edit(small_vae, edit):
@@ -56,6 +63,7 @@ def test_a_source_of_another_size_and_two_edits_of_it(small_vae, edit):
 
 @pytest.mark.once
 def test_without_a_source_nothing_is_kept_and_the_log_says_so(small_vae, edit, caplog):
+    caplog.set_level("WARNING")
     picture, mask, share = decode_kept(small_vae, edit[1], None, AUTO, ON)
     assert torch.equal(picture, decode_edit(small_vae, edit[1])) and (mask == 1).all() and share == 1
     assert "needs 'source'" in caplog.text
