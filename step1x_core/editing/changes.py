@@ -107,7 +107,7 @@ def changed_pixels(distance: Tensor, floor: Tensor) -> Tensor:
     """Return what changed, bool [h, w], without specks."""
     size = tuple(distance.shape)
     certain = (distance > CERTAIN * floor) & (distance > floor + CERTAIN_BASE)
-    return without_specks(distance > floor, certain, length(size, SPECK) ** 2)
+    return without_specks(distance > floor, certain, length(size, SPECK) ** 2, length(size, CLOSING))
 
 
 def region_of(changed: Tensor) -> Tensor:

@@ -56,9 +56,10 @@ def sums(labels: Tensor, count: int, values: Tensor) -> Tensor:
     return out.scatter_add_(0, labels.flatten(), values.flatten().float())
 
 
-def without_specks(mask: Tensor, certain: Tensor, least: float) -> Tensor:
-    """Keep the connected parts of a mask [h, w] that hold at least `least` pixels of `certain` [h, w]."""
-    labels, count = parts(mask)
+def without_specks(mask: Tensor, certain: Tensor, least: float, reach: int = 0) -> Tensor:
+    """Keep the connected parts of a mask [h, w] that hold at least `least` pixels of `certain` [h, w]. Parts that would
+    touch if each grew by `reach` pixels count together, as the letters of a word do."""
+    labels, count = parts(grown(mask, reach))
     return (sums(labels, count, certain) >= least)[labels] & mask
 
 

@@ -199,6 +199,9 @@ def test_holes_specks_and_edges():
     certain = torch.zeros(20, 20).bool()
     certain[4, 4:7] = True
     assert torch.equal(without_specks(ring, certain, 3), ring) and not without_specks(ring, certain, 4).any()
+    letters = torch.zeros(20, 20).bool()
+    letters[3:6, [2, 5, 8, 16]] = True
+    assert torch.equal(without_specks(letters, letters, 9, reach=1)[4], torch.arange(20).lt(10) & letters[4])
     assert torch.equal(shrunk(grown(ring, 2), 2)[4:12, 4:12], torch.ones(8, 8).bool())
     soft = ramp(grown(ring, 3), 3)
     assert (soft[ring] == 1).all() and soft[0, 8] == 0 and 0 < soft[1, 8] < soft[2, 8] < soft[3, 8] < 1
