@@ -20,25 +20,21 @@ GAINS = (0.5, 2.0)
 
 @dataclass(frozen=True)
 class Shift:
-    """`after = gain * before + offset` for each channel [3]. agree: share of the image that the shift explains."""
+    """`after = gain * before + offset` for each channel [3]. agree: share of the image that the shift explains. size: the
+    change (0..1) that hardly any part of the image exceeds, in the channel that changes most."""
 
     gain: Tensor
     offset: Tensor
     agree: float
+    size: float
 
     def undone(self, image: Tensor) -> Tensor:
         """Take the shift back from an image [..., 3]."""
         return (image - self.offset) / self.gain
 
-    @property
-    def size(self) -> float:
-        """The largest change that it makes to any channel of dark, middle and light grey."""
-        greys = torch.tensor([0.2, 0.5, 0.8], device=self.gain.device)[:, None]
-        return float((greys * self.gain + self.offset - greys).abs().max())
-
 
 def no_shift(device=None) -> Shift:
-    return Shift(torch.ones(3, device=device), torch.zeros(3, device=device), 0.0)
+    return Shift(torch.ones(3, device=device), torch.zeros(3, device=device), 0.0, 0.0)
 
 
 def cells(image: Tensor) -> Tensor:
@@ -71,4 +67,5 @@ def colour_shift(before: Tensor, after: Tensor) -> Shift:
         gain, offset = fitted(old[agrees], new[agrees])
     error = (gain * old + offset - new).abs().amax(1)
     agrees = error <= (DEVIATIONS * error.median()).clamp(SURELY, AT_MOST)
-    return Shift(gain, offset, float(agrees.float().mean()))
+    size = (gain * old + offset - old).abs().quantile(0.95, dim=0).max()
+    return Shift(gain, offset, float(agrees.float().mean()), float(size))
