@@ -15,6 +15,9 @@ SIDE = 256
 BASE, PER_ERROR, PER_CONTRAST = 0.022, 1.2, 0.12
 # Sharp images differ by noise, too: their difference, times this, bounds the one found in blurred images.
 SHARP = 1.5
+# The VAE lets a change bleed into its surroundings: within so many pixels of one, differences of this share of it count
+# as noise.
+BLED, REACH = 0.1, 4
 # A change is certain where it exceeds the noise by this factor, and so by this much.
 CERTAIN, CERTAIN_BASE = 2.0, 0.035
 # A change has at least this number of certain pixels, squared; below it is a speck.
@@ -107,7 +110,9 @@ def changed_pixels(distance: Tensor, floor: Tensor) -> Tensor:
     """Return what changed, bool [h, w], without specks."""
     size = tuple(distance.shape)
     certain = (distance > CERTAIN * floor) & (distance > floor + CERTAIN_BASE)
-    return without_specks(distance > floor, certain, length(size, SPECK) ** 2, length(size, CLOSING))
+    strongest = F.max_pool2d(distance[None], 2 * REACH + 1, 1, REACH)[0]
+    changed = distance > torch.maximum(floor, BLED * strongest)
+    return without_specks(changed, certain, length(size, SPECK) ** 2, length(size, CLOSING))
 
 
 def region_of(changed: Tensor) -> Tensor:
