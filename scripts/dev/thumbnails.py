@@ -166,6 +166,21 @@ def first_edit(studio):
     )
 
 
+def keep_unedited(studio):
+    """Before, after, the mask, and what the decoder alone changed outside of it, 16 times as strong."""
+    pair = scene("recolour", 1)
+    name = studio.upload(pair.source)
+    plain, = studio.run("step1x_edit", [name], [pair.instruction], Step1XEditDecode={"keep_unedited": "off"})
+    pictures = studio.run("step1x_keep_unedited", [name], [pair.instruction])
+    # In the order of their nodes' ends: the mask is the one without colours, the source is known.
+    mask = next(picture for picture in pictures if not np.ptp(np.asarray(picture), axis=-1).any())
+    source = Image.fromarray(pair.source)
+    after = next(p for p in pictures if p is not mask and np.asarray(p).tobytes() != pair.source.tobytes())
+    drift = np.abs(np.asarray(plain, np.int16) - pair.source) * 16 * (np.asarray(mask) == 0)
+    drift = Image.fromarray(drift.clip(0, 255).astype(np.uint8))
+    return sheet([source, after, mask, drift], 2, "before, after, mask,\nand what is no longer lost (x16)")
+
+
 def lora(studio):
     name = studio.upload(np.asarray(Image.open(demo_model.SAMPLE_IMAGE).convert("RGB")))
     without, = studio.run("step1x_edit", [name], [demo_model.SAMPLE_PROMPT])
@@ -408,6 +423,7 @@ MAKERS = {
     "step1x_edit_v12_thinking": lambda studio: plain(studio, "step1x_edit", "replace", 7, "v1.2: think, then edit"),
     "step1x_edit_v12_loop": loop,
     "step1x_text_to_image": text_to_image,
+    "step1x_keep_unedited": keep_unedited,
     "step1x_masked_edit": masked,
     "step1x_local_edit": crop_and_stitch,
     "step1x_local_edit_upscale": crop_stitch_upscale,

@@ -132,6 +132,7 @@ SHIPPED_BATCHES = {
     "step1x_social_media_set.json": [(1080, 1080)] * 3 + [(1080, 1350)] * 3 + [(1080, 1920)] * 3,
 }
 LOOP = "step1x_edit_v12_loop.json"
+KEEP = "step1x_keep_unedited.json"
 # Run in test_batch.py.
 BATCH = "step1x_edit_batch.json"
 
@@ -161,8 +162,21 @@ def test_shipped_batch_makes_its_pictures(client, prompt_of, name):
     assert text_of(run, prompt).startswith(f"{edits} of {edits} edits made.")
 
 
+@pytest.mark.once
+def test_keep_unedited_shows_before_after_and_mask(client, prompt_of):
+    """The tiny model's edit is noise all over: it is left whole, and the node says so."""
+    prompt = prompt_of(KEEP)
+    run = client.run(prompt)
+    shown = {node: data["output"] for kind, data in run.events if kind == "executed" for node in [data["node"]]}
+    images = [node for name in ("PreviewImage", "SaveImage", "MaskPreview") for node in find_nodes(prompt, name)]
+    assert len(run.images) == 3 and all(len(shown[node]["images"]) == 1 for node in images)
+    assert {Image.open(io.BytesIO(image)).size for image in run.images} == {EDITED}
+    share, = find_nodes(prompt, "PreviewAny")
+    assert shown[share]["text"] == ["1.0"]
+
+
 def test_every_shipped_workflow_is_tested():
-    here = {*(name for name, _ in SHIPPED), *SHIPPED_BATCHES, LOOP, BATCH}
+    here = {*(name for name, _ in SHIPPED), *SHIPPED_BATCHES, LOOP, KEEP, BATCH}
     others = [path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*_host.py")] + [
         Path(__file__).with_name("test_gate.py").read_text(encoding="utf-8")
     ]

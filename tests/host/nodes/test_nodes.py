@@ -140,6 +140,7 @@ def test_workflows_only_use_known_nodes_and_connect_them(schemas):
             "EmptySD3LatentImage",
             "MarkdownNote",
             "PreviewAny",
+            "MaskPreview",
             "CreateList",
             "GetImageSize",
             "UpscaleModelLoader",
