@@ -152,6 +152,7 @@ def test_another_packs_cache_alone_and_a_lasting_function_beside_the_interval_ar
         assert torch.allclose(run(OURS["Step1X-Edit Speed (guided part)"](model), edit), interval, atol=1e-4)
 
 
+@pytest.mark.once
 def test_ours_go_together_with_a_function_that_swaps_nothing(model, edit):
     def call(apply_model, params):
         return apply_model(params["input"], params["timestep"], **params["c"])

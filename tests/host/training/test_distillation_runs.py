@@ -74,6 +74,7 @@ def test_the_teacher_edits_as_the_sampler_does(model, dataset, lesson):
     assert torch.allclose(points[1:2], kept[3].cpu(), atol=0.02) and not torch.allclose(points[1:2], points[-1:], atol=0.1)
 
 
+@pytest.mark.once
 def test_trajectories_are_made_once_and_known_by_what_they_are_made_of(model, dataset, lesson):
     assert lesson.made in (0, 7)  # three items twice, one for validation
 
@@ -185,6 +186,7 @@ def finished(model, dataset, lesson, tmp_path_factory):
         return train(model, dataset, replace(SETTINGS, steps=30, learning_rate=3e-2), folder, lesson=Lesson(model, FEW)), folder
 
 
+@pytest.mark.once
 def test_a_run_brings_the_student_nearer_to_the_teacher(model, dataset, lesson, finished):
     run, folder = finished
     assert len(run.losses) == 30

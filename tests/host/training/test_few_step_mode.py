@@ -55,6 +55,7 @@ def read(run, clip, vae, **inputs):
     return run("Step1XEditTrainDataset", clip=clip, vae=vae, dataset="sources", size_level=64, validation=1, **inputs)
 
 
+@pytest.mark.once
 def test_sources_and_instructions_become_a_few_step_lora(run, clip, vae, model, tmp_path):
     write_sources(tmp_path / "input" / "sources")
     dataset, report = read(run, clip, vae, sources_only=True)

@@ -119,6 +119,7 @@ def loss_of(model, run, dataset, checkpointing=True):
     return loss.item()
 
 
+@pytest.mark.once
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ["bf16", "plain fp8", "scaled fp8"])
 def test_gradients_are_those_of_finite_differences(models, tmp_path, dataset, kind):
@@ -217,6 +218,7 @@ def test_models_and_data_of_inference_mode_are_trained_on(models, dataset, tmp_p
     assert run.weights["single_blocks.0.linear1.up"].abs().max() > 0
 
 
+@pytest.mark.once
 def test_same_seed_same_lora(model, dataset, finished, tmp_path):
     assert_same(train(model, dataset, SETTINGS, tmp_path), finished[0])
     other = train(model, dataset, replace(SETTINGS, seed=8), tmp_path / "other")
@@ -313,6 +315,7 @@ def test_a_killed_run_goes_on_from_what_was_saved(model, dataset, finished, tmp_
     assert_same(resumed, finished[0])
 
 
+@pytest.mark.once
 def test_a_running_mean_goes_on_as_well(model, dataset, tmp_path):
     settings = replace(SETTINGS, ema=0.5)
     whole = train(model, dataset, settings, tmp_path / "whole")
