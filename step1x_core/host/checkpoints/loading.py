@@ -35,6 +35,7 @@ from ...checkpoints.prefixes import COMPILED, transformer_names, transformer_pre
 from ...checkpoints.quantised import check_foreign, check_leftovers, multiply_out, unknown_tensors
 from ...errors import Step1XError
 from ...versions import LAYOUT_V11, LAYOUTS
+from ..network.blocks import PAIRED
 from ..network.model import register
 from ..network.transformer import Step1XTransformer
 from ..prompts.qwen import Qwen25VL
@@ -223,6 +224,7 @@ def load_model(
     disable_dynamic=False,
     fp8: bool = False,
     quantise: str | None = None,
+    paired: bool = False,
 ):
     """Load a Step1X-Edit transformer as a ModelPatcher with norm-limited guidance enabled.
 
@@ -232,6 +234,8 @@ def load_model(
     quantise: what to convert the large matrices to while loading, a name in quantising.CHOICES: "fp8" is e4m3 with
     scales, for fp8 tensor cores if the GPU has them. None leaves them as they are.
     fp8: the same as quantise="fp8".
+    paired: whether both prompts' inputs of fp8 layers are rounded as pairs (network/pair_kernels.py), where the GPU has
+    fp8 tensor cores and Triton.
 
     Raises Step1XError as `model_state_dict` and `quantised` do, for an unknown version, and for weights that the host
     cannot load.
@@ -251,7 +255,9 @@ def load_model(
             f"ComfyUI does not recognise {checkpoint.path.name} as a Step1X-Edit model. Restart ComfyUI; if that does "
             "not help, report it with the version of ComfyUI and the name of the file."
         )
-    patcher.cached_patcher_init = (functools.partial(load_model, quantise=quantise), (path, version, model_options))
+    patcher.cached_patcher_init = (functools.partial(load_model, quantise=quantise, paired=paired), (path, version, model_options))
+    if paired:
+        patcher.model_options.setdefault("transformer_options", {})[PAIRED] = True
     return with_norm_limiter(patcher)
 
 
