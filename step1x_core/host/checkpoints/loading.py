@@ -41,6 +41,7 @@ from ..network.transformer import Step1XTransformer
 from ..prompts.qwen import Qwen25VL
 from ..prompts.text_encoder import Step1XTEModel, Step1XTokenizer
 from ..sampling.sampler import with_norm_limiter
+from .folders import miniature_file
 from .quantising import quantised
 
 log = logging.getLogger(__name__)
@@ -369,9 +370,12 @@ def load_vae(path) -> comfy.sd.VAE:
 
 
 def load_own_vae(path) -> comfy.sd.VAE | None:
-    """The VAE in the vae folder of a diffusers repository. None for a single file and for a folder without one.
+    """The VAE in the vae folder of a diffusers repository, and that of the miniature. None for other single files and
+    for a folder without one.
 
     Raises Step1XError as `load_vae` does.
     """
+    if Path(path) == miniature_file("diffusion_models"):
+        return load_vae(miniature_file("vae"))
     folder = Path(path, "vae")
     return load_vae(folder) if folder.is_dir() and is_model_folder(folder) else None
