@@ -30,10 +30,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--models", type=Path, default=demo_model.FOLDER)
     parser.add_argument(
         "--format",
-        choices=("bf16", "fp8", "int8", "nvfp4"),
+        choices=convert.CHOICES,
         help="measure a copy that scripts/convert.py makes (default: the file as it is)",
     )
-    parser.add_argument("--modulation", action="store_true", help="as for scripts/convert.py")
+    parser.add_argument("--modulation", nargs="?", const="fp8", help="as for scripts/convert.py")
     parser.add_argument("--region", action="store_true", help="with region denoising at its defaults")
     parser.add_argument("--edits", type=int, default=500, help="number of held-out edits")
     parser.add_argument(
@@ -57,8 +57,8 @@ class Demo:
         from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
 
         self.model = load_model(model)
-        self.clip = load_text_encoder(models / "text_encoders" / demo_model.MLLM_FILE)
-        self.vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(models / "vae" / demo_model.VAE_FILE)))
+        self.clip = load_text_encoder(demo_model.find(models, demo_model.MLLM_FILE))
+        self.vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(demo_model.find(models, demo_model.VAE_FILE))))
         self.steps, self.cfg = steps, cfg
 
     def edit(self, pixels, instruction: str, seed: int):

@@ -62,9 +62,10 @@ class Step1XEditEncode(io.ComfyNode):
                     template=io.Autogrow.TemplatePrefix(
                         io.Image.Input("reference"), prefix="reference", min=0, max=MAX_REFERENCES
                     ),
-                    tooltip="Experimental: further images that the image model sees beside the edited one. It was "
-                            "trained with one image, "
-                    "so results vary. Each slows sampling down.",
+                    tooltip="Experimental: further images that only the image model sees, not the language model. No "
+                    "version was trained with more than one image, so they may be ignored or blended into the whole "
+                    "result. To put an object of one image into another, use the workflow step1x_compose. Each slows "
+                    "sampling down.",
                 ),
                 io.Int.Input(
                     "reference_size",

@@ -31,6 +31,7 @@ sys.path += [str(environment.PACK), str(environment.PACK / "benchmarks")]
 from lora_demo import line_pair, write_dataset
 
 from miniature.scenes import pair_at
+from step1x_core.pairs.makers import damage, weather
 
 WORKFLOWS = environment.PACK / "workflows"
 SIDE, MARGIN, CAPTION = 384, 8, 72
@@ -388,6 +389,30 @@ def propose_pairs(studio):
     )
 
 
+def compose(studio):
+    """An object cut out of one scene, pasted into another, and an edit of the two."""
+    first, second = scene("recolour", 0), scene("recolour", 4)
+    mask = (second.source != second.target).any(2)
+    names = [studio.upload(first.source), studio.upload(second.source, mask)]
+    made = studio.run(
+        "step1x_compose",
+        names,
+        ["make the background light green"],
+        ImageScale={"height": 36},
+        ImageCompositeMasked={"x": 10, "y": 10},
+    )
+    return sheet([Image.fromarray(first.source), marked(second.source, mask), *made], 2, "cut out, paste, edit")
+
+
+def restore(studio):
+    """Photographs to be restored. The miniature was not trained for it, so what comes out is not shown."""
+    rng, photo = np.random.default_rng(3), Image.open(environment.PACK / "assets" / "coffee.jpg").convert("RGB")
+    pixels = np.asarray(photo.resize((192, 128), Image.LANCZOS))
+    spoilt = (damage.blur, damage.add_noise, damage.darken, weather.fog, weather.rain, damage.compress)
+    tiles = [Image.fromarray(np.asarray(spoil(pixels, rng)[0], np.uint8)) for spoil in spoilt]
+    return sheet(tiles, 3, "RealRestorer: photographs\nto be restored")
+
+
 MAKERS = {
     "step1x_edit": first_edit,
     "step1x_edit_custom_sampler": lambda studio: plain(
@@ -421,6 +446,8 @@ MAKERS = {
     ),
     "step1x_gedit_edit": lambda studio: plain(studio, "step1x_edit", "replace", 2, "GEdit-Bench:\nedit its images"),
     "step1x_gedit_judge": lambda studio: plain(studio, "step1x_edit", "replace", 4, "GEdit-Bench:\njudge and report"),
+    "step1x_restore": restore,
+    "step1x_compose": compose,
     "step1x_region": lambda studio: plain(
         studio, "step1x_region", "recolour", 0, "only the edited region\nis computed"
     ),

@@ -9,6 +9,7 @@ from pathlib import Path
 import folder_paths
 
 from ...checkpoints.files import is_model_folder, is_safetensors
+from ...checkpoints.gguf_files import is_gguf, is_mmproj
 from ...errors import Step1XError
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
 # Scan results by folder and subfolder, with the timestamps of all folders that were read.
 _scans: dict[tuple[Path, str], tuple[dict[Path, int], list[Path]]] = {}
+_gguf_scans: dict[str, tuple[dict[str, int], list[tuple[str, str]]]] = {}
 
 
 def folder_time(path: Path) -> int:
@@ -79,7 +81,7 @@ def earlier_folders(folder_name: str) -> list[Path]:
 
 
 def choices(folder_name: str, subfolder: str) -> dict[str, str]:
-    """Return what a loader offers, name -> path: safetensors files in the host's model folders and earlier packs'
+    """Return what a loader offers, name -> path: safetensors and GGUF files in the host's model folders and earlier packs'
     folders, and Hugging Face folders.
 
     A folder is listed as `name/`; its shards are not listed. Diffusers repositories, whose model is in `subfolder`, are
@@ -103,15 +105,38 @@ def choices(folder_name: str, subfolder: str) -> dict[str, str]:
     for root in earlier:
         names, _ = folder_paths.recursive_search(str(root))
         files += [(os.path.join(EARLIER_FOLDERS[folder_name], name), str(root / name)) for name in sorted(names)]
+    for root in folder_paths.get_folder_paths(folder_name):
+        files += gguf_files(root)
     for name, path in files:
         if (
             path is not None
-            and is_safetensors(Path(name))
+            and (is_safetensors(Path(name)) or is_gguf(Path(name)))
+            and not is_mmproj(name)
             and not SHARD.search(name)
             and folders.isdisjoint(Path(path).parents)
         ):
             found.setdefault(name, path)
     return found
+
+
+def gguf_files(root: str) -> list[tuple[str, str]]:
+    """Return names and paths of the GGUF models below a folder; the host's own lists leave them out. mmproj files are
+    found beside their model and not listed.
+
+    Read again only after a change, as `model_folders`.
+    """
+    kept = _gguf_scans.get(root)
+    if kept is None or any(folder_time(Path(path)) != changed for path, changed in kept[0].items()):
+        started = time.time_ns()
+        names, folders = folder_paths.recursive_search(root)
+        times = {path: folder_time(Path(path)) for path in folders}
+        found = [(name, os.path.join(root, name)) for name in sorted(names) if is_gguf(Path(name))]
+        found = [(name, path) for name, path in found if not is_mmproj(name)]
+        _gguf_scans.pop(root, None)
+        if all(changed < started - SETTLED_NS for changed in times.values()):
+            _gguf_scans[root] = times, found
+        return found
+    return list(kept[1])
 
 
 def resolve(name: str, folder_name: str, subfolder: str) -> str:

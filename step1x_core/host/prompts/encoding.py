@@ -12,7 +12,7 @@ from ...images import to_output_size, to_working_size, to_working_size_v12
 from ...prompts.image_memory import ImageMemory
 from ...versions import LAYOUT_V11, LAYOUT_V12, LAYOUTS, PromptLayout
 from ..left_out import left_out
-from .text_encoder import Step1XTokenizer
+from .text_encoder import Step1XTokenizer, resizing_device
 from .tiling import AUTO, decode
 
 LATENT_CHANNELS = 16
@@ -78,9 +78,10 @@ def check_latent(samples: Tensor, pictures: Tensor) -> None:
 
 
 def at_working_size(images: Tensor, layout: PromptLayout, size_level: int) -> Tensor:
-    """Resize images [B, H, W, C] in 0..1 to their working size [B, h, w, 3], as the layout's version does."""
+    """Resize images [B, H, W, C] in 0..1 to their working size [B, h, w, 3] on the CPU, as the layout's version does."""
+    device = resizing_device()
     resize = to_working_size_v12 if layout.resizes_floats else to_working_size
-    return torch.stack([resize(image, size_level) for image in images])
+    return torch.stack([resize(image, size_level, device) for image in images])
 
 
 def encode_edit(

@@ -43,7 +43,7 @@ def test_files_that_a_graph_names_can_be_downloaded(name, nodes):
 
 
 # What --download gets for a list's entry that no link can bring: a repository's folder, and a LoRA, which everyone chooses for themselves.
-COMMANDS = {"Step1X-Edit-v1p2/": "v1.2", "none": "lora"}
+COMMANDS = {"Step1X-Edit-v1p2/": "v1.2", "RealRestorer/": "realrestorer", "none": "lora"}
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

@@ -36,7 +36,7 @@ IN_HOST = {
     "host.checkpoints": ("host.network", "host.prompts", "host.sampling"),
     "host.reasoning": ("host.checkpoints", "host.prompts", "prompts"),
     "host.editing": ("host", "host.prompts", "host.reasoning", "host.sampling"),
-    "host.training": ("host.network", "host.prompts", "host.sampling"),
+    "host.training": ("host.network", "host.prompts", "host.sampling", "checkpoints"),
     "host.gate": ("host.reasoning",),
     "host.gedit": ("host.reasoning", "reasoning"),
     "host.pairs": ("host.reasoning",),
