@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).absolute().parent.parent / "scripts" / "su
 import environment
 import gpu_edit
 
-PARTS = ("encode", "write", "check", "cancel", "profile", "transformers", "loop")
+PARTS = ("encode", "write", "rates", "check", "cancel", "profile", "transformers", "loop")
 # Tokens of the replies to the calls of the loop.
 SCRIPT = {
     "rewrite": 120,
@@ -166,13 +166,18 @@ def rates(bench: Bench, count: int, tokens: int, repeats: int) -> tuple[float, f
     return first, count * tokens / whole, count * (tokens - tokens // 4) / (whole - part)
 
 
-def write(bench: Bench, say) -> None:
+def speeds(bench: Bench, say) -> None:
+    """The limit, and one reply and eight of them as the pack writes them."""
     import torch
+
+    from step1x_core.host.prompts.decoding import hosts_attention_agrees
 
     limit = bandwidth() / weight_bytes(bench.clip)
     say(
         f"weights of a token {weight_bytes(bench.clip) / 1e9:.2f} GB, copy {bandwidth() / 1e12:.2f} TB/s: limit {limit:.0f} tokens/s"
     )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    say(f"the host has attention for one token: {hosts_attention_agrees(device, 28, 4, 128)}")
     started = time.perf_counter()
     bench.write(1, 40)
     say(f"first call of all, kernels compiled: {time.perf_counter() - started:.1f} s")
@@ -185,6 +190,13 @@ def write(bench: Bench, say) -> None:
         f"first token of a question with a picture: {seconds(lambda: bench.write(1, 1, content=[bench.picture, 'What?'])):.3f} s, "
         f"of 8: {seconds(lambda: bench.write(8, 1, content=[bench.picture, 'What?'])):.3f} s"
     )
+
+
+def write(bench: Bench, say) -> None:
+    """`speeds`, and the same without a graph and without the pack's kernels."""
+    import torch
+
+    speeds(bench, say)
     for name, way in (("uncaptured", uncaptured), ("through modules, captured", through_modules)):
         with way():
             for count in (1, 8):
@@ -376,6 +388,7 @@ def main() -> int:
     steps = {
         "encode": encode,
         "write": write,
+        "rates": speeds,
         "check": check,
         "cancel": cancel,
         "profile": profile,

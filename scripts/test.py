@@ -3,7 +3,7 @@
 
 Outside a ComfyUI installation the tests run in ComfyUI 0.30.0 and 0.18.2, inside one in that one. The parts of the suite (folders of tests/)
 run side by side, one for each core, the longest first. tests/pure, which needs no ComfyUI, and tests marked `once` run in the first ComfyUI only,
-tests marked `sampled(n)` with one of n cases in the others.
+in the others a test with many cases runs one of n: 4 in tests/host, or what a mark `sampled(n)` says.
 `--comfyui FOLDER` runs them in the ComfyUI of that folder instead, a checkout of a newer one for instance: with the packages that its
 requirements.txt pins, in an environment of its own, which is built once. So does STEP1X_COMFYUI where the Python that runs this has no torch.
 `--browser` also runs the workflows in Chromium (scripts/dev/browser_test.py --install). All output is in output/tests, too, in a file for each part.

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import Step1XError
+from .exact_resize import resize_exactly
 
 # Working sizes are multiples of 16 pixels: VAE factor 8 times patch size 2.
 SIZE_MULTIPLE = 16
@@ -26,6 +27,9 @@ PROCESSOR_LIMITS_V12 = (256 * VISION_CELL**2, 400 * VISION_CELL**2)
 THINKER_LIMITS = (512**2, 1024 * VISION_CELL**2)
 # Images to read and judge are first scaled down to at most this size on both sides.
 THINKER_SIDE = 1024
+
+# Pixels up to which an image is resized on a GPU, in 50 bytes of its memory for each.
+MAX_ON_GPU = 4_000_000
 
 # For text to image, the language model gets a black image of this size (docs/model.md, Image sizes).
 BLACK_PICTURE = 1024
@@ -131,45 +135,71 @@ def resize_tensor(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     return torch.nn.functional.interpolate(batch, size[::-1], mode=mode, antialias=True)[0].movedim(0, -1).contiguous()
 
 
-def to_size(image: Tensor, size: tuple[int, int], floats: bool) -> Tensor:
+def to_uint8_on(image: Tensor, device: torch.device) -> Tensor:
+    """`to_uint8` on a device."""
+    pixels = three_channels(image).detach().float().to(device).nan_to_num(0.0)
+    return pixels.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+
+
+def resized(image: Tensor, steps: list[tuple[tuple[int, int], str]], device: torch.device | None = None) -> np.ndarray:
+    """Resize an image [H, W, C] in 0..1, as 8-bit values, from size to size; returns uint8 [h, w, 3].
+
+    steps: sizes (width, height), each with "lanczos" or "bicubic" for Pillow's filters or "torch" for torch's bicubic.
+    device: where to compute the same; a GPU without room for it leaves it to the CPU.
+    """
+    if device is not None and image.shape[0] * image.shape[1] <= MAX_ON_GPU:
+        try:
+            pixels = to_uint8_on(image, device)
+            for size, kind in steps:
+                pixels = resize_exactly(pixels, size, "bicubic" if kind == "torch" else kind, pillow=kind != "torch")
+            return pixels.cpu().numpy()
+        except torch.cuda.OutOfMemoryError:
+            pass
+    pixels = to_uint8(image)
+    for size, kind in steps:
+        if kind == "torch":
+            pixels = resize_tensor(torch.from_numpy(np.array(pixels)), size, "bicubic").numpy()
+        else:
+            pixels = resize(pixels, size, Image.Resampling[kind.upper()])
+    return pixels
+
+
+def to_size(image: Tensor, size: tuple[int, int], floats: bool, device: torch.device | None = None) -> Tensor:
     """Resize an image [H, W, C] in 0..1 to size (width, height), [h, w, 3] in 0..1: bilinearly on floats, else with
-    Lanczos on 8-bit values."""
+    Lanczos on 8-bit values. device: for the latter, as for `resized`."""
     if floats:
         return resize_tensor(to_rgb(image), size, "bilinear")
-    return from_uint8(resize(to_uint8(image), size, Image.Resampling.LANCZOS))
+    return from_uint8(resized(image, [(size, "lanczos")], device))
 
 
-def to_working_size(image: Tensor, size_level: int) -> Tensor:
+def to_working_size(image: Tensor, size_level: int, device: torch.device | None = None) -> Tensor:
     """Resize an image [H, W, C] in 0..1 to its working size [h, w, 3] in 0..1, with Lanczos on 8-bit values."""
-    return to_size(image, working_size(image.shape[1], image.shape[0], size_level), floats=False)
+    return to_size(image, working_size(image.shape[1], image.shape[0], size_level), floats=False, device=device)
 
 
-def to_vision_size(image: Tensor) -> Tensor:
+def to_vision_size(image: Tensor, device: torch.device | None = None) -> Tensor:
     """Resize an image [H, W, C] in 0..1 to uint8 [h, w, 3] with sides in multiples of 28, with the two bicubic resizes
-    of the official code."""
-    pixels = to_uint8(image)
-    for size in vision_sizes(pixels.shape[1], pixels.shape[0]):
-        pixels = resize(pixels, size, Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(pixels))
+    of the official code. device: where to compute them (`resized`)."""
+    steps = [(size, "bicubic") for size in vision_sizes(image.shape[1], image.shape[0])]
+    return torch.from_numpy(np.array(resized(image, steps, device)))
 
 
-def to_working_size_v12(image: Tensor, size_level: int) -> Tensor:
+def to_working_size_v12(image: Tensor, size_level: int, device: torch.device | None = None) -> Tensor:
     """Resize an image [H, W, C] in 0..1 to its working size [h, w, 3] in 0..1 for the VAE of v1.2, bilinearly on
-    floats."""
+    floats, which is done on the CPU whatever the device."""
     return to_size(image, working_size(image.shape[1], image.shape[0], size_level), floats=True)
 
 
-def to_vision_size_v12(image: Tensor, size_level: int) -> tuple[Tensor, tuple[int, int]]:
-    """Resize an image [H, W, C] in 0..1 for the language model of v1.2.
+def to_vision_size_v12(image: Tensor, size_level: int, device: torch.device | None = None) \
+        -> tuple[Tensor, tuple[int, int]]:
+    """Resize an image [H, W, C] in 0..1 for the language model of v1.2. device: where to compute it (`resized`).
 
     Returns uint8 [h, w, 3] with sides in multiples of 28, and the working size (width, height) that it was resized to
     in between. Raises Step1XError for sizes that degenerate.
     """
-    pixels = to_uint8(image)
-    working = working_size(pixels.shape[1], pixels.shape[0], size_level)
+    working = working_size(image.shape[1], image.shape[0], size_level)
     (size,) = vision_sizes(*working, limits=[PROCESSOR_LIMITS_V12])
-    pixels = resize(pixels, working, Image.Resampling.LANCZOS)
-    return resize_tensor(torch.from_numpy(np.array(pixels)), size, "bicubic"), working
+    return torch.from_numpy(np.array(resized(image, [(working, "lanczos"), (size, "torch")], device))), working
 
 
 def thumbnail(pixels: np.ndarray) -> np.ndarray:
@@ -179,16 +209,26 @@ def thumbnail(pixels: np.ndarray) -> np.ndarray:
     return np.asarray(picture)
 
 
-def to_thinker_size(image: Tensor) -> Tensor:
+def thumbnail_size(width: int, height: int) -> tuple[int, int]:
+    """Return the size that `thumbnail` gives an image of this size, by Pillow's own rounding."""
+    picture = Image.new("1", (width, height))
+    picture.thumbnail((THINKER_SIDE, THINKER_SIDE))
+    return picture.size
+
+
+def to_thinker_size(image: Tensor, device: torch.device | None = None) -> Tensor:
     """Resize an image [H, W, C] in 0..1 to uint8 [h, w, 3] with sides in multiples of 28, for the language model to
-    read and judge (docs/model.md, Text generation).
+    read and judge (docs/model.md, Text generation). device: where to compute it (`resized`).
 
     Raises Step1XError for aspect ratios above 200.
     """
-    pixels = thumbnail(to_uint8(image))
-    loaded, size = vision_sizes(pixels.shape[1], pixels.shape[0], limits=[HELPER_LIMITS, THINKER_LIMITS])
-    pixels = resize(pixels, loaded, Image.Resampling.BICUBIC)
-    return resize_tensor(torch.from_numpy(np.array(pixels)), size, "bicubic")
+    small = thumbnail_size(image.shape[1], image.shape[0])
+    if any(before // (2 * after) > 1 for before, after in zip(image.shape[1::-1], small)):
+        # Pillow averages blocks of pixels first.
+        image = from_uint8(thumbnail(to_uint8(image)))
+    loaded, size = vision_sizes(*small, limits=[HELPER_LIMITS, THINKER_LIMITS])
+    steps = [(small, "bicubic"), (loaded, "bicubic"), (size, "torch")]
+    return torch.from_numpy(np.array(resized(image, steps, device)))
 
 
 def truncate_uint8(image: Tensor) -> Tensor:

@@ -63,12 +63,15 @@ def install_pack(base: Path) -> None:
 class ComfyServer:
     """Context manager: ComfyUI from `tree` with everything it writes below `base`; the log is `base`/server.log.
 
-    extra_models: a models folder whose contents are offered beside those in `base`.
+    extra_models: a models folder whose contents are offered beside those in `base`. keep_path: whether it gets this
+    process's PYTHONPATH, where that is how its packages are found.
     """
 
     def __init__(
-        self, tree: Path, base: Path, extra_models: Path | None = None, arguments: tuple[str, ...] = ("--cpu",)
+        self, tree: Path, base: Path, extra_models: Path | None = None, arguments: tuple[str, ...] = ("--cpu",),
+        keep_path: bool = False,
     ):
+        self.keep_path = keep_path
         self.tree = tree
         self.base = base
         self.arguments = [*arguments]
@@ -102,7 +105,7 @@ class ComfyServer:
             f"sqlite:///{(self.base / 'user' / 'comfyui.db').as_posix()}",
             *self.arguments,
         ]
-        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        env = {k: v for k, v in os.environ.items() if self.keep_path or k != "PYTHONPATH"}
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(command, cwd=self.tree, stdout=log, stderr=subprocess.STDOUT, env=env)
         try:

@@ -27,7 +27,7 @@ from .formats import FORMATS, FP8, fits, marker
 from .keys import diffusers_to_original, is_diffusers_layout
 from .language_model import HEAD_KEY, TEXT_KEY, normalize_keys
 from .plain_formats import chunks
-from .prefixes import transformer_names
+from .prefixes import transformer_names, transformer_prefix
 from .quantised import is_weight_scale
 
 READABLE = {
@@ -60,8 +60,8 @@ MLLM_LAYERS = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight
 class Weights:
     """The tensors of safetensors files under the host's names, read one at a time.
 
-    kind: "model" or "mllm". shapes: native names to empty tensors of that shape and dtype. metadata: of all files.
-    stored: the CONFIG_KEY tensor, if any.
+    kind: "model" or "mllm". prefix: what precedes a transformer's names in the file. shapes: native names to empty
+    tensors of that shape and dtype. metadata: of all files. stored: the CONFIG_KEY tensor, if any.
 
     Raises Step1XError for damaged files, other models and files that are quantised with scales.
     """
@@ -77,6 +77,7 @@ class Weights:
                     self.files[key] = path
                     empty[key] = (entry.get_dtype(), entry.get_shape())
         name = paths[0].name
+        self.prefix = transformer_prefix(name, empty)
         # This pack's tensor names to the names in the file.
         self.stored_names = {short: key for key, short in transformer_names(name, empty).items()} or {
             key: key for key in empty

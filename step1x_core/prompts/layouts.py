@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..images import picture_grid, to_vision_size, to_vision_size_v12
@@ -30,10 +31,13 @@ class Sequence:
 
 
 def sequence_v11(prompt: str, picture: Tensor, size_level: int, tokenize: Callable[[str], list[int]],
-                 memory: ImageMemory) -> Sequence:
-    """Build the sequence of v1.0 and v1.1: the fixed head, the image at its working size, then the prompt."""
+                 memory: ImageMemory, device: torch.device | None = None) -> Sequence:
+    """Build the sequence of v1.0 and v1.1: the fixed head, the image at its working size, then the prompt.
+
+    device: where the image is resized (`images.resized`).
+    """
     before, after = prompt_ids(prompt, tokenize)
-    pixels = memory.once(picture, to_vision_size, to_vision_size)
+    pixels = memory.once(picture, to_vision_size, lambda picture: to_vision_size(picture, device))
     room = PROMPT_DROP_TOKENS + PROMPT_MAX_TOKENS - len(before) - math.prod(picture_grid(pixels))
     # Further tokens do not reach the transformer, and the cost grows with the square of the length.
     tokens = [*before, {"type": "image", "data": pixels, "memory": memory}, *after[:PROMPT_MAX_TOKENS]]
@@ -41,12 +45,12 @@ def sequence_v11(prompt: str, picture: Tensor, size_level: int, tokenize: Callab
 
 
 def sequence_v12(prompt: str, picture: Tensor, size_level: int, tokenize: Callable[[str], list[int]],
-                 memory: ImageMemory) -> Sequence:
+                 memory: ImageMemory, device: torch.device | None = None) -> Sequence:
     """Build the sequence of v1.2: the prompt, then the original image. Its dict carries which tokens are quoted
-    characters."""
+    characters. device: where the image is resized (`images.resized`)."""
     tokens, mask = prompt_ids_v12(prompt, tokenize)
     pixels, working_size = memory.once(picture, (to_vision_size_v12, size_level),
-                                       lambda picture: to_vision_size_v12(picture, size_level))
+                                       lambda picture: to_vision_size_v12(picture, size_level, device))
     at = tokens.index(IMAGE_PAD_ID)
     cut, cut_picture = at - len(PICTURE_LABEL_IDS) - KEPT.stop, at + math.prod(picture_grid(pixels)) - KEPT.stop
     # Tokens from there on neither reach the transformer nor affect those before them.

@@ -1,5 +1,7 @@
 """Prompt layout of v1.0 and v1.1: template, quotation splitting, token ids (docs/model.md, Prompt; Quotes).
 
+Which of the states behind the ids are kept (the 217 rule, the 640 positions) is in cut.py.
+
 The tokenizer is passed in as a function `text -> list of ids` that recognises special tokens and adds none.
 """
 

@@ -4,7 +4,8 @@ Tensors are bf16 and contiguous, x is [N, C]: one token of each of a few rows. E
 the number of rows. The caller makes the GPU of its tensors current.
 """
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,17 +22,24 @@ CHUNK, JOINED = 64, 16
 
 @dataclass(frozen=True)
 class Tile:
-    """How a product is cut up: outputs and inputs of a tile, warps, and tiles on their way from memory."""
+    """How a product is cut up: outputs and inputs of a tile, warps, tiles on their way from memory, and parts of the
+    inputs, whose results are added up by whoever reads them."""
 
     outputs: int
     inputs: int
     warps: int
     stages: int
+    splits: int = 1
 
 
-# The tiles by bytes of a weight (docs/performance_notes.md).
-TILES = {2: Tile(16, 256, 4, 4), 1: Tile(32, 256, 4, 4)}
-GATE_TILES = {2: Tile(32, 256, 4, 4), 1: Tile(32, 256, 4, 4)}
+# The tiles of a product by bytes of a weight, the best of some 40 on an H100 (docs/performance_notes.md). Its 132
+# multiprocessors have room for some of these programs each, and a layer with 3584 outputs has 112 tiles of 32: only in
+# parts it keeps them all busy.
+QKV = {2: Tile(32, 128, 4, 4, 2), 1: Tile(32, 128, 4, 4, 4)}
+OUT = {2: Tile(32, 128, 4, 4, 3), 1: Tile(32, 128, 2, 5, 4)}
+DOWN = {2: Tile(32, 128, 4, 4, 3), 1: Tile(32, 128, 2, 5, 4)}
+HEAD = {2: Tile(16, 256, 4, 4), 1: Tile(32, 256, 4, 4)}
+GATE = {2: Tile(32, 128, 4, 4), 1: Tile(32, 256, 4, 4)}
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,22 @@ def inputs_of(tile: Tile, columns: int) -> int:
     return size
 
 
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that the tiles of one program may take on a device: 227 KiB on an H100, 99 on an RTX 40."""
+    if device.type != "cuda":  # Triton's interpreter
+        return 2**30
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024)
+
+
+def fitting(tile: Tile, weight: Tensor, weights: int = 1) -> Tile:
+    """Return the tile with as many stages as there is memory for; results do not depend on it. weights: number of them
+    that a program reads."""
+    stage = inputs_of(tile, weight.shape[1]) * (weights * tile.outputs * weight.element_size() + 2 * ROWS)
+    # Some is left for what else the compiler puts there.
+    return replace(tile, stages=max(1, min(tile.stages, (shared_memory(weight.device) - 2048) // stage)))
+
+
 def given(tensors: list[Tensor | None]) -> list[Tensor | int]:
     """Return the tensors, or zeros in their place, which a kernel does not read, where there are none."""
     return [0 if tensor is None else tensor for tensor in tensors]
@@ -70,34 +94,45 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def project(x: Tensor, parts: list[Projection], residual: Tensor | None = None, tile: Tile | None = None) -> Tensor:
-    """Multiply x by one to three weights of the same dtype; returns their results side by side [N, sum of outs], plus
-    the residual of that shape."""
+def add_norm(x: Tensor, parts: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Add the results of a product [splits, N, C] to x [N, C]; returns the sum and its RMS norm with weight [C]."""
+    from .triton_kernels import add_norm_kernel
+
+    out, normed = torch.empty_like(x), torch.empty_like(x)
+    rows, columns = x.shape
+    add_norm_kernel[(rows,)](x, parts, weight, out, normed, rows, columns, eps, SPLITS=len(parts),
+                             BLOCK=next_power_of_2(columns), num_warps=8)
+    return out, normed
+
+
+def project(x: Tensor, parts: list[Projection], tile: Tile, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Multiply x by one to three weights of the same dtype; returns their results side by side, [splits, N, sum of
+    outs], to be added up."""
     from .triton_kernels import project_kernel
 
     rows, columns = x.shape
     counts = [part.weight.shape[0] for part in parts] + [0] * (3 - len(parts))
     all_parts = [*parts, *[parts[0]] * (3 - len(parts))]
-    tile = tile or TILES[parts[0].weight.element_size()]
-    out = x.new_empty(rows, sum(counts))
-    grid = (sum(divided_up(count, tile.outputs) for count in counts), divided_up(rows, ROWS))
+    tile, inputs = fitting(tile, parts[0].weight), inputs_of(tile, columns)
+    # No part without inputs.
+    splits = divided_up(columns // inputs, divided_up(columns // inputs, tile.splits))
+    out = x.new_empty(splits, rows, sum(counts), dtype=dtype)
+    grid = (sum(divided_up(count, tile.outputs) for count in counts), divided_up(rows, ROWS), splits)
     project_kernel[grid](
         x, *(part.weight for part in all_parts), *given([part.scale for part in all_parts]),
-        *given([part.bias for part in all_parts]),
-        residual, out, rows, *counts, COLUMNS=columns, SCALED=parts[0].scale is not None,
-        BIASED=parts[0].bias is not None, ADDED=residual is not None, ROWS=ROWS, BLOCK_N=tile.outputs,
-        BLOCK_K=inputs_of(tile, columns), num_warps=tile.warps, num_stages=tile.stages,
+        *given([part.bias for part in all_parts]), out, rows, *counts, COLUMNS=columns,
+        SCALED=parts[0].scale is not None, BIASED=parts[0].bias is not None, SPLITS=splits, ROWS=ROWS,
+        BLOCK_N=tile.outputs, BLOCK_K=inputs, num_warps=tile.warps, num_stages=tile.stages,
     )
     return out
 
 
-def gate(x: Tensor, gate: Projection, up: Projection, tile: Tile | None = None) -> Tensor:
+def gate(x: Tensor, gate: Projection, up: Projection, tile: Tile) -> Tensor:
     """Return silu(x @ gate^T) * (x @ up^T), [N, out]."""
     from .triton_kernels import gate_kernel
 
     rows, columns = x.shape
-    outputs = gate.weight.shape[0]
-    tile = tile or GATE_TILES[gate.weight.element_size()]
+    outputs, tile = gate.weight.shape[0], fitting(tile, gate.weight, 2)
     out = x.new_empty(rows, outputs)
     gate_kernel[(divided_up(outputs, tile.outputs), divided_up(rows, ROWS))](
         x, gate.weight, up.weight, gate.scale, up.scale, out, rows, outputs, COLUMNS=columns,
@@ -108,7 +143,8 @@ def gate(x: Tensor, gate: Projection, up: Projection, tile: Tile | None = None) 
 
 
 def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, heads: int) -> Tensor:
-    """Rotate queries and keys of qkv [N, (heads + 2 * kv_heads) * D] by cos and sin, float32 [N, D / 2].
+    """Add up queries, keys and values [splits, N, (heads + 2 * kv_heads) * D] and rotate queries and keys by cos and
+    sin, float32 [N, D / 2].
 
     Writes keys and values to place lengths[row] of the cache [N, kv_heads, capacity, D]; returns queries
     [N, heads, D].
@@ -116,10 +152,10 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, 
     from .triton_kernels import rotate_kernel
 
     rows, kv_heads, _, width = keys.shape
-    q = qkv.new_empty(rows, heads, width)
+    q = keys.new_empty(rows, heads, width)
     rotate_kernel[(rows, heads + 2 * kv_heads)](
-        qkv, cos, sin, lengths, q, keys, values, keys.stride(0), keys.stride(2), keys.stride(1), HEADS=heads,
-        KV_HEADS=kv_heads, HALF=width // 2, num_warps=1,
+        qkv, cos, sin, lengths, q, keys, values, rows, keys.stride(0), keys.stride(2), keys.stride(1), SPLITS=len(qkv),
+        HEADS=heads, KV_HEADS=kv_heads, HALF=width // 2, num_warps=1,
     )
     return q
 

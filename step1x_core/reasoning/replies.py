@@ -7,6 +7,7 @@ else does.
 
 import json
 import math
+import re
 from dataclasses import dataclass
 
 from ..prompts.v11 import clean_prompt
@@ -17,6 +18,9 @@ OUTCOMES = (REFLECTION, FAILED, SUCCESS, OTHERS)
 
 # A reply with this start ("error:") is a failure of whatever produced it.
 ERROR_MARK = "错误:"
+
+# Han characters, U+4E00 to U+9FFF.
+_HAN = re.compile("[\u4e00-\u9fff]")
 
 MAX_SCORE = 10.0
 # Maximum scores of an image that does not meet its instruction, and of one with conflicts or omissions.
@@ -57,7 +61,7 @@ class Outcome:
 def language(text: str) -> str:
     """Return the language to answer in: "chinese" for at least two Han characters (U+4E00 to U+9FFF), else
     "english"."""
-    return "chinese" if sum("\u4e00" <= char <= "\u9fff" for char in text) > 1 else "english"
+    return "chinese" if len(_HAN.findall(text)) > 1 else "english"
 
 
 def read_json(text: str):

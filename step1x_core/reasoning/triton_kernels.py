@@ -18,14 +18,34 @@ def norm_kernel(x, weight, out, columns, eps, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def project_kernel(x, w0, w1, w2, s0, s1, s2, b0, b1, b2, residual, out, rows, n0, n1, n2,
-                   COLUMNS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr,
-                   ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """x [rows, COLUMNS] times up to three weights [n, COLUMNS], side by side in out [rows, n0 + n1 + n2].
+def add_norm_kernel(x, parts, weight, out, normed, rows, columns, eps, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Add the results of a product, float32 [SPLITS, rows, columns], to a row of x, and its RMS norm; a program is a
+    row."""
+    row = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    inside = at < columns
+    sums = tl.zeros((BLOCK,), dtype=tl.float32)
+    for split in tl.static_range(SPLITS):
+        sums += tl.load(parts + (split * rows + row) * columns + at, mask=inside, other=0.0)
+    # Rounded before and after, as by operations of their own.
+    values = sums.to(x.dtype.element_ty) + tl.load(x + row * columns + at, mask=inside, other=0.0)
+    tl.store(out + row * columns + at, values, mask=inside)
+    values = values.to(tl.float32)
+    scale = 1 / tl.sqrt(tl.sum(values * values) / columns + eps)
+    values *= scale * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed + row * columns + at, values.to(normed.dtype.element_ty), mask=inside)
 
-    A program is BLOCK_N outputs of ROWS rows. The sums do not depend on the number of rows.
+
+@triton.jit(do_not_specialize=["rows"])
+def project_kernel(x, w0, w1, w2, s0, s1, s2, b0, b1, b2, out, rows, n0, n1, n2, COLUMNS: tl.constexpr,
+                   SCALED: tl.constexpr, BIASED: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """x [rows, COLUMNS] times up to three weights [n, COLUMNS], side by side in out [SPLITS, rows, n0 + n1 + n2], to be
+    added up.
+
+    A program is BLOCK_N outputs of ROWS rows and a part of the inputs. The sums do not depend on the number of rows.
     """
-    block = tl.program_id(0)
+    block, split = tl.program_id(0), tl.program_id(2)
     blocks0, blocks1 = tl.cdiv(n0, BLOCK_N), tl.cdiv(n1, BLOCK_N)
     w, s, b, count, base, first = w0, s0, b0, n0, 0, block
     if block >= blocks0:
@@ -40,21 +60,19 @@ def project_kernel(x, w0, w1, w2, s0, s1, s2, b0, b1, b2, residual, out, rows, n
     x_at = x + m[:, None] * COLUMNS + k[None, :]
     w_at = w + n[None, :] * COLUMNS + k[:, None]
     sums = tl.zeros((ROWS, BLOCK_N), dtype=tl.float32)
-    for start in range(0, COLUMNS, BLOCK_K):
+    part: tl.constexpr = (COLUMNS // BLOCK_K + SPLITS - 1) // SPLITS * BLOCK_K
+    begin = split * part
+    for start in range(begin, tl.minimum(begin + part, COLUMNS), BLOCK_K):
         left = tl.load(x_at + start, mask=there[:, None], other=0.0)
         right = tl.load(w_at + start, mask=(n < count)[None, :], other=0.0)
         sums = tl.dot(left, right.to(left.dtype), sums)
     if SCALED:
         sums *= tl.load(s)
     if BIASED:
-        sums += tl.load(b + n, mask=n < count, other=0.0).to(tl.float32)[None, :]
-    at = m[:, None] * (n0 + n1 + n2) + base + n[None, :]
-    inside = there[:, None] & (n < count)[None, :]
-    # Rounded before the residual is added, as by a product of its own.
-    sums = sums.to(out.dtype.element_ty)
-    if ADDED:
-        sums += tl.load(residual + at, mask=inside, other=0.0)
-    tl.store(out + at, sums, mask=inside)
+        if split == 0:
+            sums += tl.load(b + n, mask=n < count, other=0.0).to(tl.float32)[None, :]
+    at = (split * rows + m[:, None]) * (n0 + n1 + n2) + base + n[None, :]
+    tl.store(out + at, sums.to(out.dtype.element_ty), mask=there[:, None] & (n < count)[None, :])
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -83,15 +101,20 @@ def gate_kernel(x, gate, up, gate_scale, up_scale, out, rows, outputs, COLUMNS: 
     tl.store(out + m[:, None] * outputs + n[None, :], gated * upper, mask=there[:, None] & wanted[None, :])
 
 
-@triton.jit
-def rotate_kernel(qkv, cos, sin, lengths, q, keys, values, row_stride, token_stride, head_stride,
-                  HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr):
-    """Rotate a head's query or key by its position; write the query to q [rows, HEADS, 2 * HALF], key and value to
-    place lengths[row] of the cache. A program is a head of a row."""
+@triton.jit(do_not_specialize=["rows"])
+def rotate_kernel(qkv, cos, sin, lengths, q, keys, values, rows, row_stride, token_stride, head_stride,
+                  SPLITS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr):
+    """Add up a head's query or key, float32 [SPLITS, rows, HEADS + 2 * KV_HEADS, 2 * HALF], and rotate it by its
+    position; write the query to q [rows, HEADS, 2 * HALF], key and value to place lengths[row] of the cache. A program
+    is a head of a row."""
     row, head = tl.program_id(0), tl.program_id(1)
     at = tl.arange(0, HALF)
-    source = qkv + (row * (HEADS + 2 * KV_HEADS) + head) * 2 * HALF
-    a, b = tl.load(source + at), tl.load(source + HALF + at)
+    x, y = tl.zeros((HALF,), dtype=tl.float32), tl.zeros((HALF,), dtype=tl.float32)
+    for split in tl.static_range(SPLITS):
+        source = qkv + ((split * rows + row) * (HEADS + 2 * KV_HEADS) + head) * 2 * HALF
+        x += tl.load(source + at)
+        y += tl.load(source + HALF + at)
+    a, b = x.to(q.dtype.element_ty), y.to(q.dtype.element_ty)
     if head < HEADS + KV_HEADS:
         c, s = tl.load(cos + row * HALF + at), tl.load(sin + row * HALF + at)
         x, y = a.to(tl.float32), b.to(tl.float32)

@@ -27,10 +27,11 @@ from ...checkpoints.detection import (
 )
 from ...checkpoints.files import Checkpoint, check_file, check_tensors, check_types, find_checkpoint, is_model_folder
 from ...checkpoints.formats import is_packed
+from ...checkpoints.gguf_files import is_gguf, read_gguf, read_language_model
 from ...checkpoints.keys import diffusers_to_original, is_diffusers_layout
 from ...checkpoints.language_model import TEXT_KEY, VISION_KEY, MLLMConfig, detect_mllm_config, normalize_keys
 from ...checkpoints.markers import FILE_MARKER, lift_marker, marked_layers, merge_metadata, shorten_metadata
-from ...checkpoints.prefixes import COMPILED, transformer_names
+from ...checkpoints.prefixes import COMPILED, transformer_names, transformer_prefix
 from ...checkpoints.quantised import check_foreign, check_leftovers, multiply_out, unknown_tensors
 from ...errors import Step1XError
 from ...versions import LAYOUT_V11, LAYOUTS
@@ -40,6 +41,7 @@ from ..network.transformer import Step1XTransformer
 from ..prompts.qwen import Qwen25VL
 from ..prompts.text_encoder import Step1XTEModel, Step1XTokenizer
 from ..sampling.sampler import with_norm_limiter
+from .folders import miniature_file
 from .quantising import quantised
 
 log = logging.getLogger(__name__)
@@ -84,6 +86,9 @@ def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], di
     """
     state_dict, metadata = {}, {}
     for path in checkpoint.files:
+        if is_gguf(path):
+            state_dict.update(read_gguf(path, comfy.model_management.throw_exception_if_processing_interrupted)[0])
+            continue
         check_file(path)
         tensors, file_metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -166,6 +171,7 @@ def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tupl
     name = checkpoint.path.name
     check_foreign(name, state_dict, checkpoint.config)
     lift_marker(state_dict)
+    prefix = transformer_prefix(name, state_dict)
     state_dict = strip_prefix(name, state_dict)
     metadata = shorten_metadata(
         name, metadata, state_dict, lambda names: {key.replace(COMPILED, ""): value for key, value in names.items()}
@@ -190,7 +196,7 @@ def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tupl
     overrides = stored_config(state_dict) | parse_config(metadata.get(CONFIG_KEY, "{}"))
     overrides |= {name: checkpoint.config[key] for key, name in CONFIG_NAMES.items() if key in checkpoint.config}
     if version is not None or "version" not in overrides:
-        overrides["version"] = version or choose_version(checkpoint, state_dict)
+        overrides["version"] = version or choose_version(checkpoint, state_dict, prefix)
     state_dict[CONFIG_KEY] = config_tensor(overrides)
     with naming(name):
         try:
@@ -223,7 +229,7 @@ def load_model(
 ):
     """Load a Step1X-Edit transformer as a ModelPatcher with norm-limited guidance enabled.
 
-    path: single file (original or diffusers layout, any dtype), model folder, or diffusers repository.
+    path: single file (original or diffusers layout, any dtype, or GGUF), model folder, or diffusers repository.
     version: a name in VERSIONS, or None to detect it.
     model_options, disable_dynamic: as for `comfy.sd.load_diffusion_model`.
     quantise: what to convert the large matrices to while loading, a name in quantising.CHOICES: "fp8" is e4m3 with
@@ -261,8 +267,12 @@ def mllm_state_dict(checkpoint: Checkpoint) -> tuple[dict, MLLMConfig]:
 
     Raises Step1XError for files that are damaged, of another model, or incomplete.
     """
-    state_dict, metadata = read_checkpoint(checkpoint)
     name = checkpoint.path.name
+    if is_gguf(checkpoint.path):
+        check, metadata = comfy.model_management.throw_exception_if_processing_interrupted, {}
+        state_dict, checkpoint.config = read_language_model(checkpoint.path, check)
+    else:
+        state_dict, metadata = read_checkpoint(checkpoint)
     check_foreign(name, state_dict, checkpoint.config)
     state_dict = normalize_keys(state_dict)
     lift_marker(state_dict)
@@ -298,7 +308,8 @@ def mllm_state_dict(checkpoint: Checkpoint) -> tuple[dict, MLLMConfig]:
 def load_text_encoder(path, layout: str | None = None, model_options={}, disable_dynamic=False) -> comfy.sd.CLIP:
     """Load Qwen2.5-VL as a CLIP object that tokenises and lays out prompts as in Step1X-Edit's training.
 
-    path: the single file that Qwen-Image uses (bf16 or scaled fp8), a Hugging Face folder, or a diffusers repository.
+    path: the single file that Qwen-Image uses (bf16 or scaled fp8), a GGUF file with its mmproj file beside it, a
+    Hugging Face folder, or a diffusers repository.
     layout: "v1.1" (also for v1.0), "v1.2", or None for the layout of the repository's version, else v1.1. Repositories
     of other models contain the same Qwen2.5-VL.
 
@@ -359,9 +370,12 @@ def load_vae(path) -> comfy.sd.VAE:
 
 
 def load_own_vae(path) -> comfy.sd.VAE | None:
-    """The VAE in the vae folder of a diffusers repository. None for a single file and for a folder without one.
+    """The VAE in the vae folder of a diffusers repository, and that of the miniature. None for other single files and
+    for a folder without one.
 
     Raises Step1XError as `load_vae` does.
     """
+    if Path(path) == miniature_file("diffusion_models"):
+        return load_vae(miniature_file("vae"))
     folder = Path(path, "vae")
     return load_vae(folder) if folder.is_dir() and is_model_folder(folder) else None

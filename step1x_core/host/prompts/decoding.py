@@ -156,16 +156,23 @@ class KernelSteps:
         return capability >= ((8, 9) if fp8 else (8, 0))
 
     def scores(self, states: Tensor) -> Tensor:
-        return kernels.project(states.contiguous(), [self.head])
+        return kernels.project(states.contiguous(), [self.head], kernels.HEAD[self.head.weight.element_size()], self.dtype)[0]
 
     def __call__(self, tokens: Tensor, cache: Cache, used: int | None = None) -> Tensor:
         """As `ModuleSteps`. Places that hold no token take no time."""
         x = self.table.index_select(0, tokens)
         angles = cache.positions[:, None].float() * self.inverse
         cos, sin = angles.cos(), angles.sin()
-        for (norm, qkv, out, mlp_norm, gates, down), (keys, values) in zip(self.layers, cache.layers):
-            joined = kernels.project(kernels.norm(x, norm, self.eps), qkv)
+        normed = kernels.norm(x, self.layers[0][0], self.eps)
+        # Each layer ends with the norm of the next one.
+        norms = [*(layer[0] for layer in self.layers[1:]), self.norm]
+        for (_, qkv, out, mlp_norm, gates, down), next_norm, (keys, values) in zip(self.layers, norms, cache.layers):
+            joined = kernels.project(normed, qkv, kernels.QKV[qkv[0].weight.element_size()])
             q = kernels.rotate(joined, cos, sin, keys, values, cache.lengths, self.heads)
-            x = kernels.project(kernels.attend(q, keys, values, cache.lengths), out, residual=x)
-            x = kernels.project(kernels.gate(kernels.norm(x, mlp_norm, self.eps), *gates), down, residual=x)
-        return kernels.norm(x, self.norm, self.eps)
+            heads = kernels.attend(q, keys, values, cache.lengths)
+            parts = kernels.project(heads, out, kernels.OUT[out[0].weight.element_size()])
+            x, normed = kernels.add_norm(x, parts, mlp_norm, self.eps)
+            inner = kernels.gate(normed, *gates, kernels.GATE[gates[0].weight.element_size()])
+            parts = kernels.project(inner, down, kernels.DOWN[down[0].weight.element_size()])
+            x, normed = kernels.add_norm(x, parts, next_norm, self.eps)
+        return normed

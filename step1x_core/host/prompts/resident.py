@@ -1,5 +1,7 @@
 """Holds the weights of the host's modules in place on the GPU while something reads them by address."""
 
+from contextlib import contextmanager
+
 import comfy.ops
 import torch
 from comfy.quant_ops import QuantizedTensor
@@ -75,3 +77,30 @@ def lend(modules: list[torch.nn.Module], device: torch.device) -> Loan | None:
         loan.give_back()
         return None
     return loan
+
+
+@contextmanager
+def converted(modules: list[torch.nn.Module], dtype: torch.dtype):
+    """Within this context, the fp8 weights of linear layers lie there in dtype, for several inputs that each layer would
+    convert them for. Nothing else changes: not the results, nor layers whose weights the host moves, patches in passing
+    or multiplies as they are.
+    """
+    kept = []
+    try:
+        for module in modules:
+            weight = module.weight
+            quantised = isinstance(weight, QuantizedTensor)
+            if (hasattr(module, "_v") or module.weight_function or not (quantised or weight.dtype == FP8)
+                    or quantised and not (getattr(module, "_full_precision_mm", False)
+                                          or getattr(module, "comfy_force_cast_weights", False))):
+                continue
+            # As the layer itself does for each input.
+            plain, bias, stream = comfy.ops.cast_bias_weight(module, dtype=dtype, device=weight.device, bias_dtype=dtype,
+                                                             offloadable=True, compute_dtype=dtype)
+            comfy.ops.uncast_bias_weight(module, plain, bias, stream)
+            kept.append((module, weight))
+            module.weight = torch.nn.Parameter(plain.detach(), requires_grad=False)
+        yield
+    finally:
+        for module, weight in kept:
+            module.weight = weight

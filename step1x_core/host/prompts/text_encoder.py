@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 
+import comfy.model_management
 import torch
 from comfy import sd1_clip
 from comfy.text_encoders.qwen_image import Qwen25_7BVLITokenizer
@@ -21,6 +22,12 @@ from .qwen import Qwen25VL
 from .writing import STOP_IDS
 
 TEXT_ENCODER_NAME = "qwen25_7b"
+
+
+def resizing_device() -> torch.device | None:
+    """Return the GPU that resizes images, the one on which the host runs text encoders, or None for the CPU."""
+    device = comfy.model_management.text_encoder_device()
+    return device if device.type == "cuda" else None
 
 
 class Step1XTextModel(sd1_clip.SDClipModel):
@@ -184,12 +191,10 @@ class Step1XTokenizer(sd1_clip.SD1Tokenizer):
         memory: keeps what is made of the images, for further questions about them.
         """
         memory = ImageMemory() if memory is None else memory
-        sequence = self.token_ids(texts[0])
+        sequence, device = self.token_ids(texts[0]), resizing_device()
         for picture, text in zip(pictures, texts[1:]):
-            sequence += [
-                {"type": "image", "data": memory.once(picture, to_thinker_size, to_thinker_size), "memory": memory},
-                *self.token_ids(text),
-            ]
+            pixels = memory.once(picture, to_thinker_size, lambda picture: to_thinker_size(picture, device))
+            sequence += [{"type": "image", "data": pixels, "memory": memory}, *self.token_ids(text)]
         return {TEXT_ENCODER_NAME: [[(token, 1.0) for token in sequence or [STOP_IDS[0]]]]}
 
     def tokenize_request(self, text, skip_template, image=None, video=None, audio=None) -> dict:
@@ -231,7 +236,7 @@ class Step1XTokenizer(sd1_clip.SD1Tokenizer):
             )
         picture = images[0][0] if len(images) > 0 else torch.zeros(BLACK_PICTURE, BLACK_PICTURE, 3)
         memory = ImageMemory() if memory is None else memory
-        sequence = SEQUENCES[self.layout](text, picture, size_level, self.token_ids, memory)
+        sequence = SEQUENCES[self.layout](text, picture, size_level, self.token_ids, memory, resizing_device())
         say_cut(text, sequence.cut, sequence.cut_picture)
         return {
             TEXT_ENCODER_NAME: [[(token, 1.0, 0) if return_word_ids else (token, 1.0) for token in sequence.tokens]]

@@ -7,13 +7,15 @@ import comfy.cli_args
 import comfy.model_management
 import comfy.utils
 import torch
+from comfy.quant_ops import QuantizedTensor
 from comfy.text_encoders import llama
 from torch import Tensor
 
+from ...reasoning.decode_kernels import FP8
 from ...reasoning.kv_cache import Cache
 from ...reasoning.token_sampling import Sampling, TokenSampler
 from .decoding import KernelSteps, ModuleSteps, causal_attention, kernels_run
-from .resident import Loan, lend
+from .resident import Loan, converted, lend
 
 log = logging.getLogger(__name__)
 
@@ -124,26 +126,44 @@ class Writer:
     def read_prompts(self) -> Tensor:
         """Fill the cache with the prompts; returns the states of their last tokens [N, C].
 
-        One by one, so that each gives the very states that it gives alone; together if the weights move for each use.
+        One by one, so that each gives the very states that it gives alone, and layer by layer if the layers convert
+        their weights; together if the weights move for each use.
         """
         loan = self.borrow()
         limit = PREFILL_TOKENS if loan is None else 0
+        converts = False
         if loan is not None:
+            converts = any(weight.dtype == FP8 or isinstance(weight, QuantizedTensor) for weight, _ in loan.weights.values())
             # The host's layers take the weights for themselves, and after each use they are the host's to move.
             loan.give_back()
-        states, start = [], 0
+        spans, start = [], 0
         while start < len(self.prompts):
-            comfy.model_management.throw_exception_if_processing_interrupted()
             end = start + 1
             while end < len(self.prompts) and (end + 1 - start) * max(self.lengths[start:end + 1]) <= limit:
                 end += 1
-            states.append(self.read_together(start, end))
+            spans.append((start, end))
             start = end
-        return torch.cat(states)
+        return self.read_spans(spans) if converts else torch.cat([self.read_spans([span]) for span in spans])
 
-    def read_together(self, start: int, end: int) -> Tensor:
-        """Fill the rows start..end of the cache; returns the states of the last tokens [end - start, C]. The padding
-        stands after a prompt, where no token of it looks and the reply will overwrite it."""
+    def read_spans(self, spans: list[tuple[int, int]]) -> Tensor:
+        """Fill rows of the cache, each span of them as one batch; returns the states of the last tokens [N, C]. The
+        padding stands after a prompt, where no token of it looks and the reply will overwrite it."""
+        xs, freqs = zip(*(self.padded(start, end) for start, end in spans))
+        xs = list(xs)
+        for layer, (keys, values) in zip(self.model.layers, self.cache.layers):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            linears = [part for part in layer.modules() if hasattr(part, "weight_function")] if len(spans) > 1 else []
+            with converted(linears, self.dtype):
+                for number, (start, end) in enumerate(spans):
+                    xs[number], _ = layer(x=xs[number], attention_mask=None, freqs_cis=freqs[number],
+                                          optimized_attention=causal_attention,
+                                          past_key_value=(keys[start:end], values[start:end], 0))
+        last = [x[torch.arange(end - start, device=self.device), self.cache.lengths[start:end] - 1]
+                for x, (start, end) in zip(xs, spans)]
+        return torch.cat([self.model.norm(states) for states in last])
+
+    def padded(self, start: int, end: int) -> tuple[Tensor, tuple]:
+        """The embeddings of the prompts start..end [end - start, L, C] and their rotation, for the host's layers."""
         config, longest = self.model.config, max(self.lengths[start:end])
         x = torch.zeros(end - start, longest, config.hidden_size, dtype=self.dtype, device=self.device)
         freqs = []
@@ -152,12 +172,7 @@ class Writer:
             positions = torch.nn.functional.pad(positions, (0, longest - len(ids)))
             freqs.append(llama.precompute_freqs_cis(config.head_dim, positions, config.rope_theta, config.rope_scale,
                                                     config.rope_dims, device=self.device))
-        freqs = tuple(torch.stack(parts) for parts in zip(*freqs))
-        for layer, (keys, values) in zip(self.model.layers, self.cache.layers):
-            x, _ = layer(x=x, attention_mask=None, freqs_cis=freqs, optimized_attention=causal_attention,
-                         past_key_value=(keys[start:end], values[start:end], 0))
-        last = self.cache.lengths[start:end] - 1
-        return self.model.norm(x[torch.arange(end - start, device=self.device), last])
+        return x, tuple(torch.stack(parts) for parts in zip(*freqs))
 
     def choose_steps(self) -> None:
         """Decide how the steps run: kernels where the weights lie on the GPU in a format that they take, else the

@@ -136,6 +136,7 @@ def test_gradients_go_through_the_hosts_forward(single, monkeypatch):
     assert gradients[0].abs().max() > 0
 
 
+@pytest.mark.once
 def test_compiling_breaks_no_graph_and_only_new_shapes_compile_again(double, single):
     from torch._dynamo.testing import CompileCounter
 

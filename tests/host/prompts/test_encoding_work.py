@@ -11,10 +11,12 @@ from comfy.text_encoders import qwen_vl
 from safetensors.torch import load_file, save_file
 
 from step1x_core.editing.batches import Item
+from step1x_core.exact_resize import resize_exactly
 from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
 from step1x_core.host.editing.batch import edit_batch
 from step1x_core.host.pairs import making
 from step1x_core.host.pairs.making import propose_edits
+from step1x_core.host.prompts import encoding, text_encoder
 from step1x_core.host.prompts.encoding import decode_edit, encode_edit
 from step1x_core.host.prompts.vision import image_features
 from step1x_core.host.reasoning import pool, thinking
@@ -235,6 +237,7 @@ def test_a_batch_encodes_the_negative_prompt_only_where_it_is_read(models, vae, 
         assert torch.equal(found, decode_edit(vae, out, image))
 
 
+@pytest.mark.once
 def test_images_of_a_list_get_the_proposals_that_they_get_one_by_one(clip, monkeypatch):
     """With a model of random weights, of whose replies a part is taken for readable: the images need different numbers of tries."""
     def read(reply):
@@ -251,3 +254,26 @@ def test_images_of_a_list_get_the_proposals_that_they_get_one_by_one(clip, monke
     monkeypatch.setattr(making, "tasks_at_a_time", lambda clip: 3)
     assert propose_edits(clip, rows) == alone
     assert rounds[0] == 3 and sum(rounds) == asked and len(rounds) < asked and asked > len(rows)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("version", ["v1.1", "v1.2"])
+def test_images_resized_as_on_a_gpu_give_the_same_tokens(float_file, version, monkeypatch):
+    """Where the host runs text encoders on a GPU, images are resized there; here the same code runs on the CPU."""
+    clip, image, used = load_text_encoder(float_file, version), picture(150, 100), []
+    layout = clip.tokenizer.layout
+
+    def images():
+        prompt = clip.tokenize("make it red", images=[image], size_level=96)
+        chat = clip.tokenizer.tokenize_chat(["", ""], [image[0]])
+        shown = [token for sequence in (prompt, chat) for token, *_ in sequence[NAME][0] if isinstance(token, dict)]
+        return [*(token["data"] for token in shown), encoding.at_working_size(image, layout, 96)]
+
+    expected = images()
+    monkeypatch.setattr(text_encoder, "resizing_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(encoding, "resizing_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("step1x_core.images.resize_exactly",
+                        lambda *args, **kwargs: used.append(args) or resize_exactly(*args, **kwargs))
+    found = images()
+    assert len(found) == 3 and all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert len(used) >= 5

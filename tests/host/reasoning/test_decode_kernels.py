@@ -39,31 +39,42 @@ def near(found, expected, what):
 
 
 for fp8 in (False, True):
-    for rows in (1, 3, 19):
+    for rows, splits in ((3, 2), (19, 1)):
+        tile = kernels.Tile(16, 64, 4, 2, splits)
         x = torch.randn(rows, 192).half()
         parts = [layer(count, 192, True, fp8) for count in (48, 16, 40)]
-        near(kernels.project(x, parts), torch.cat([product(x, part) for part in parts], 1), "qkv")
-        residual, part = torch.randn(rows, 48).half(), layer(48, 192, False, fp8)
-        near(kernels.project(x, [part], residual), product(x, part) + residual.float(), "residual")
+        # Three blocks of inputs in two parts are two and one.
+        found = kernels.project(x, parts, tile)
+        assert found.shape == (splits, rows, 104) and found.dtype == torch.float32
+        near(found.sum(0), torch.cat([product(x, part) for part in parts], 1), "qkv")
+        assert kernels.project(x, parts, tile, torch.float16).dtype == torch.float16
+        residual, part, weight = torch.randn(rows, 48).half(), layer(48, 192, False, fp8), torch.randn(48).half()
+        added, normed = kernels.add_norm(residual, kernels.project(x, [part], tile), weight, 1e-6)
+        near(added, product(x, part) + residual.float(), "residual")
+        near(normed, rms_norm(added.float(), (48,), weight.float(), 1e-6), "norm of the sum")
         gate, up = layer(48, 192, False, fp8), layer(48, 192, False, fp8)
-        near(kernels.gate(x, gate, up), silu(product(x, gate)) * product(x, up), "gate")
+        near(kernels.gate(x, gate, up, tile), silu(product(x, gate)) * product(x, up), "gate")
         near(kernels.norm(x, parts[0].bias[:1].expand(192).contiguous(), 1e-6),
              rms_norm(x.float(), (192,), parts[0].bias[:1].float().expand(192), 1e-6), "norm")
     # A row alone has the very result that it has among others.
-    assert torch.equal(kernels.project(x[2:3], parts), kernels.project(x, parts)[2:3])
+    tile = kernels.Tile(32, 64, 4, 2, 3)
+    assert torch.equal(kernels.project(x[2:3], parts, tile), kernels.project(x, parts, tile)[:, 2:3])
+    # Parts that would get no inputs are not computed.
+    assert len(kernels.project(x[:1], parts[1:2], kernels.Tile(16, 64, 4, 2, 4))) == 3
 
 heads, kv_heads, width = 14, 2, 32
 cache = Cache(1, kv_heads, width, torch.tensor([5, 64, 200]), torch.tensor([5, 64, 200]), 256, torch.float16)
 keys, values = cache.layers[0]
 keys.normal_()
 values.normal_()
-qkv = torch.randn(3, (heads + 2 * kv_heads) * width).half()
+splits = torch.randn(2, 3, (heads + 2 * kv_heads) * width)
+qkv = splits.sum(0).half()
 cos, sin = torch.randn(2, 3, width // 2).unbind(0)
 parts = qkv.float().view(3, -1, width)
 a, b, c, s = parts[..., :width // 2], parts[..., width // 2:], cos[:, None], sin[:, None]
 turned = torch.cat((a * c - b * s, b * c + a * s), -1)
 before = keys.clone()
-q = kernels.rotate(qkv, cos, sin, keys, values, cache.lengths, heads)
+q = kernels.rotate(splits, cos, sin, keys, values, cache.lengths, heads)
 near(q, turned[:, :heads], "q")
 out = kernels.attend(q, keys, values, cache.lengths)
 for row, length in enumerate(cache.lengths.tolist()):
@@ -77,6 +88,7 @@ print("fine")
 """
 
 
+@pytest.mark.once
 def test_kernels_agree_with_torch(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     run = subprocess.run([sys.executable, "-c", PROGRAM], cwd=PACK, capture_output=True, text=True)

@@ -4,6 +4,7 @@ read by address."""
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import comfy.model_management
 import comfy.ops
@@ -20,6 +21,7 @@ from step1x_core.host.prompts.decoding import causal_attention, masked_attention
 from step1x_core.host.prompts.resident import lend
 from step1x_core.host.prompts.writing import BLOCK, Writer
 from step1x_core.prompts.chat import chat
+from step1x_core.reasoning.token_sampling import Sampling
 
 NAME = "qwen25_7b"
 TEXTS = ["Hello! Rewrite: make it red", "A longer text, " * 30, "!", "What else?"]
@@ -93,6 +95,7 @@ def graphs(monkeypatch):
     return Replayed.made
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_replayed_steps_write_what_called_ones_do(clip, monkeypatch, graphs, temperature):
     found = write(clip, TEXTS, temperature=temperature)
@@ -225,6 +228,40 @@ def test_fp8_weights_are_lent_with_their_scale(layout):
     assert ((part.weight.float() * part.scale - exact).norm() / exact.norm()) < 0.04
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("layout", ["scaled", "plain"])
+def test_fp8_weights_are_converted_once_for_several_prompts_that_read_as_each_alone(tmp_path, monkeypatch, layout):
+    path = tmp_path / "mllm.safetensors"
+    tiny_models.write_mllm(path, tiny_models.TINY_MLLM, scaled=layout == "scaled")
+    clip = load_text_encoder(path)
+    language = clip.cond_stage_model.qwen25_7b.transformer
+    linears = [part for part in language.model.layers.modules() if hasattr(part, "weight_function")]
+    if layout == "plain":
+        for part in linears:
+            part.weight = torch.nn.Parameter(part.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    before = [part.weight for part in linears]
+    texts = ["one", "A longer prompt, " * 9, "three words here"]
+    sequences = [[token for token, _ in clip.tokenizer.tokenize_chat(*chat(None, [text]))[NAME][0]] for text in texts]
+    changed, convert = [], writing.converted
+
+    @contextmanager
+    def converting(modules, dtype):
+        with convert(modules, dtype):
+            changed.append(sum(part.weight.dtype == dtype and not isinstance(part.weight, QuantizedTensor) for part in modules))
+            yield
+
+    def read(some):
+        prompts = [language.embed(sequence, CPU, torch.float32) for sequence in some]
+        with writing.Writer(language, prompts, [Sampling()] * len(some), 4, torch.float32) as writer:
+            return writer.read_prompts(), [part[row] for layer in writer.cache.layers for part in layer for row in range(len(some))]
+
+    alone = torch.cat([read([sequence])[0] for sequence in sequences])
+    monkeypatch.setattr(writing, "converted", converting)
+    assert torch.equal(read(sequences)[0], alone)
+    assert changed == [7] * len(language.model.layers)
+    assert all(part.weight is weight for part, weight in zip(linears, before, strict=True))
+
+
 def test_what_the_host_pinned_is_given_back_once(monkeypatch):
     """With dynamic VRAM the host brings a weight in for each use; it names the device only where it keeps the memory."""
     layer, weight = linear(device="meta"), torch.ones(32, 64, dtype=torch.bfloat16)
@@ -293,6 +330,7 @@ print("fine")
 """
 
 
+@pytest.mark.once
 def test_a_step_on_kernels_is_the_step_through_modules():
     """In Triton's interpreter, in float16, because it multiplies no bf16."""
     pytest.importorskip("triton", reason="Triton, which is published for Linux only, is not installed")

@@ -46,24 +46,26 @@ def test_a_random_order_has_every_test_once_and_keeps_files_together():
         assert len([file for file, _ in groupby(order, key=lambda name: name[0])]) == 6
 
 
-def cases(name: str, count: int, **markers) -> list[SimpleNamespace]:
+def cases(name: str, count: int, part: str = "parity", **markers) -> list[SimpleNamespace]:
     """A test's cases as pytest collects them, with these markers and their arguments."""
     found = {marker: SimpleNamespace(args=args) for marker, args in markers.items()}
     return [
-        SimpleNamespace(path=Path("test_a.py"), originalname=name, number=number, get_closest_marker=found.get)
+        SimpleNamespace(path=TESTS / part / "test_a.py", originalname=name, number=number, get_closest_marker=found.get)
         for number in range(count)
     ]
 
 
 def test_the_further_hosts_run_one_of_every_n_cases_and_each_value_in_turn():
-    plain, once, sampled, other = (
+    plain, host, once, sampled, other = (
         cases("plain", 3),
+        cases("host", 9, part="host"),
         cases("once", 3, once=()),
         cases("sampled", 13, sampled=(3,)),
         cases("other", 2, sampled=(5,)),
     )
-    left_out = elsewhere([*plain, *once, *sampled, *other])
+    left_out = elsewhere([*plain, *host, *once, *sampled, *other])
     assert not [item for item in plain if item in left_out] and [item for item in once if item in left_out] == once
+    assert [item.number for item in host if item not in left_out] == [0, 7]
     # Of a product with three columns each row has one, and each column comes.
     assert [item.number for item in sampled if item not in left_out] == [0, 5, 7, 9]
     assert [item.number for item in other if item not in left_out] == [0]
