@@ -57,6 +57,12 @@ MODELS = {
         COMPONENTS,
         whole=True,
     ),
+    # A fine-tune of v1.1; its weights are for non-commercial academic research only.
+    # Text encoder and VAE are those of v1.1.
+    "realrestorer": Model(
+        "RealRestorer", "diffusers", "RealRestorer/RealRestorer",
+        ("model_index.json", "transformer/*.json", "transformer/*.safetensors"), whole=True,
+    ),
     # A community repository; there are others, hence --repo.
     "fp8": Model("Step1X-Edit in fp8", "diffusion_models", "meimeilook/Step1X-Edit-FP8", ("*fp8*.safetensors",)),
     "mllm": Model("Qwen2.5-VL-7B", "text_encoders", "Comfy-Org/Qwen-Image_ComfyUI", ("qwen_2.5_vl_7b.safetensors",)),

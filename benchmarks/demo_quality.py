@@ -30,10 +30,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--models", type=Path, default=demo_model.FOLDER)
     parser.add_argument(
         "--format",
-        choices=("bf16", "fp8", "int8", "nvfp4"),
+        choices=convert.CHOICES,
         help="measure a copy that scripts/convert.py makes (default: the file as it is)",
     )
-    parser.add_argument("--modulation", action="store_true", help="as for scripts/convert.py")
+    parser.add_argument("--modulation", nargs="?", const="fp8", help="as for scripts/convert.py")
     parser.add_argument("--region", action="store_true", help="with region denoising at its defaults")
     parser.add_argument("--edits", type=int, default=500, help="number of held-out edits")
     parser.add_argument(
@@ -57,20 +57,28 @@ class Demo:
         from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
 
         self.model = load_model(model)
-        self.clip = load_text_encoder(models / "text_encoders" / demo_model.MLLM_FILE)
-        self.vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(models / "vae" / demo_model.VAE_FILE)))
+        self.clip = load_text_encoder(demo_model.find(models, demo_model.MLLM_FILE))
+        self.vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(demo_model.find(models, demo_model.VAE_FILE))))
         self.steps, self.cfg = steps, cfg
 
     def edit(self, pixels, instruction: str, seed: int):
         """uint8 [H, W, 3] and an instruction -> uint8 [H, W, 3]."""
-        from step1x_core.host.prompts.encoding import decode_edit, encode_edit
-        from step1x_core.host.sampling.sampler import flow_sigmas, sample
+        from step1x_core.host.prompts.encoding import decode_edit
         from step1x_core.images import from_uint8, truncate_uint8
+
+        out = self.latent(pixels, instruction, seed)
+        return truncate_uint8(decode_edit(self.vae, out, from_uint8(pixels)[None])[0]).numpy()
+
+    def latent(self, pixels, instruction: str, seed: int) -> dict:
+        """uint8 [H, W, 3] and an instruction -> the sampled latent."""
+        from step1x_core.host.prompts.encoding import encode_edit
+        from step1x_core.host.sampling.sampler import flow_sigmas, sample
+        from step1x_core.images import from_uint8
 
         image = from_uint8(pixels)[None]
         level = round((pixels.shape[0] * pixels.shape[1]) ** 0.5)
         positive, negative, latent = encode_edit(self.clip, self.vae, image, instruction, "", level)
-        out = sample(
+        return sample(
             self.model,
             positive,
             negative,
@@ -80,7 +88,6 @@ class Demo:
             seed,
             callback=lambda *args: None,
         )
-        return truncate_uint8(decode_edit(self.vae, out, image)[0]).numpy()
 
     def round_trip(self, pixels):
         """uint8 [H, W, 3] through the VAE and back."""

@@ -5,11 +5,16 @@ Edits held-out scenes with the teacher (20 steps, CFG 1.5) and at CFG 1 in 1, 2 
 norm limiter still mixes the negative prompt's prediction into the first steps; "bare" is the model without a LoRA and without the limiter, as a LoRA is used.
 Prints how often the edit is right, the mean squared distance of the image (0..1) to the teacher's, its ratios to the distances without a LoRA at the same steps,
 the sharpness (the gradient energy inside the edited region, in percent of the teacher's), the median distance, and how many edits are nearer than the bare model's.
+
+With --ground photographs a second miniature edits photographs as the pair makers do, at 256 pixels. `pip install scikit-image` brings the photographs; it is not
+shipped, so make it first (`miniature/train.py --ground photographs --begin miniature/weights --out RUN`, then `miniature/train.py export --out RUN --to MODELS`) and name
+its folder with --models. The row "autoencoder" is the true target after a round trip: the most that a transformer can reach.
 """
 
 import argparse
 import itertools
 import json
+import math
 import platform
 import statistics
 import sys
@@ -23,7 +28,9 @@ import demo_model
 import environment
 
 PLAIN_STEPS = (1, 2, 4)
-TEACHER, WITHOUT, BARE = "teacher", "without", "bare"
+TEACHER, WITHOUT, BARE, CEILING = "teacher", "without", "bare", "autoencoder"
+# Edits of a contact sheet.
+SHOWN = 10
 
 
 def arguments() -> argparse.Namespace:
@@ -34,6 +41,11 @@ def arguments() -> argparse.Namespace:
         help="NAME=FILE@STEPS; FILE+FILE: the first for the first half of the steps (default: the shipped LoRA, if "
              "there is one)",
     )
+    parser.add_argument("--ground", choices=("scenes", "photographs"), default="scenes", help="what is edited")
+    parser.add_argument("--pictures", type=Path, help="folder of the photographs (default: scikit-image's own)")
+    parser.add_argument("--models", type=Path, default=demo_model.FOLDER, help="folder of the miniature (default: the shipped one)")
+    parser.add_argument("--deadline", type=float, help="time of day, in seconds, after which no further way is begun")
+    parser.add_argument("--sheet", type=Path, help="write source, target and every way of some edits to this image")
     parser.add_argument("--edits", type=int, default=200, help="number of held-out edits")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
@@ -61,19 +73,19 @@ def energy(picture, region) -> float:
 
 
 class Editor:
-    """The demo model and held-out edits, encoded once."""
+    """A miniature and held-out edits, encoded once. models: its folder."""
 
-    def __init__(self, edits: list):
+    def __init__(self, edits: list, models: Path = demo_model.FOLDER):
         import demo_quality
 
         from step1x_core.host.prompts.encoding import encode_edit
         from step1x_core.images import from_uint8
 
-        model = demo_model.FOLDER / "diffusion_models" / demo_model.MODEL_FILE
-        self.demo = demo_quality.Demo(demo_model.FOLDER, demo_model.STEPS, demo_model.CFG, model)
+        model = demo_model.find(models, demo_model.MODEL_FILE)
+        self.demo = demo_quality.Demo(models, demo_model.STEPS, demo_model.CFG, model)
         self.edits = [(index, pair, from_uint8(pair.source)[None]) for index, pair in edits]
         self.encoded = [
-            encode_edit(self.demo.clip, self.demo.vae, image, pair.instruction, "", demo_model.SIZE_LEVEL)
+            encode_edit(self.demo.clip, self.demo.vae, image, pair.instruction, "", pair.source.shape[0])
             for _, pair, image in self.edits
         ]
 
@@ -140,15 +152,17 @@ def measure(options) -> list[dict]:
     import numpy as np
     import torch
 
-    from miniature.scenes import judge, pair_at
+    from miniature.grounds import ground, judge
 
     comfy.utils.set_progress_bar_enabled(False)
+    pair_at = ground(options.ground, options.pictures).pair_at
     drawn = ((index, pair_at(options.seed, index, "heldout")) for index in itertools.count())
     number, count = options.shard
     edits = list(itertools.islice(((index, pair) for index, pair in drawn if pair.kind != "none"), options.edits))[
         number::count
     ]
-    loras = shipped() if options.loras is None else options.loras
+    own = options.models == demo_model.FOLDER
+    loras = (shipped() if own else []) if options.loras is None else options.loras
     ways = [
         (TEACHER, [], demo_model.STEPS, demo_model.CFG),
         *((f"{WITHOUT}, {steps}", [], steps, 1.0) for steps in PLAIN_STEPS),
@@ -160,11 +174,17 @@ def measure(options) -> list[dict]:
         ways.append((name, files.split("+"), int(steps), 1.0))
     rows = []
     with torch.inference_mode():
-        editor, teachers = Editor(edits), None
+        editor, teachers, columns = Editor(edits, options.models), None, []
+        if options.ground == "photographs":
+            rows += ceiling(editor)
         for name, files, steps, cfg in ways:
             started = time.monotonic()
+            if options.deadline is not None and time.time() > options.deadline:
+                print(f"{name}: no time left", file=sys.stderr, flush=True)
+                continue
             pictures = editor.pictures(files, steps, cfg)
             teachers = teachers or pictures
+            columns.append(pictures[:SHOWN])
             for (index, pair), picture, teacher in zip(edits, pictures, teachers):
                 distance = float(np.square((picture.astype(np.float64) - teacher) / 255).mean())
                 rows.append(
@@ -179,7 +199,33 @@ def measure(options) -> list[dict]:
                     }
                 )
             print(f"{name}: {len(edits)} edits in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    if options.sheet:
+        write_sheet(options.sheet, [pair for _, pair in edits[:SHOWN]], columns)
     return rows
+
+
+def ceiling(editor: Editor) -> list[dict]:
+    """Rows of the true targets after a round trip through the autoencoder: what a perfect model would reach."""
+    from miniature.grounds import judge
+
+    rows = []
+    for index, pair, _ in editor.edits:
+        picture = editor.demo.round_trip(pair.target)
+        entry = {"edit": index, "kind": pair.kind, "way": CEILING, "steps": 0, "right": judge(pair, picture).success}
+        rows.append(entry | {"distance": math.nan, "energy": energy(picture, pair.region)})
+    return rows
+
+
+def write_sheet(path: Path, pairs: list, columns: list) -> None:
+    """A row for each edit: source, target, and what every way made of it."""
+    import numpy as np
+    from PIL import Image
+
+    lines = [
+        np.concatenate([pair.source, pair.target, *(made[row] for made in columns)], axis=1)
+        for row, pair in enumerate(pairs)
+    ]
+    Image.fromarray(np.concatenate(lines)).save(path, quality=92)
 
 
 def shipped() -> list[str]:
@@ -200,7 +246,7 @@ def table(rows: list[dict]) -> None:
     def nearer(way: str, plain: str) -> float:
         """Percentage of the edits that are nearer to the teacher than those of another way."""
         other = {row["edit"]: row["distance"] for row in groups[plain]}
-        return 100 * sum(row["distance"] < other[row["edit"]] for row in groups[way]) / len(groups[way])
+        return 100 * sum(row["distance"] < other.get(row["edit"], 0) for row in groups[way]) / len(groups[way])
 
     print(
         f"{'':<16}{'steps':>6}{'edits':>7}{'right %':>9}{'distance':>11}{'/without':>10}{'/bare':>8}{'sharpness %':>13}{'median':>10}{'/bare':>8}{'nearer %':>10}"
@@ -238,7 +284,7 @@ def main() -> int:
         options.rows.write_text(json.dumps(rows), encoding="utf-8")
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     print(
-        f"{len(rows)} edits, 128x128, seed {options.seed}; torch {torch.__version__}, {where}, {time.monotonic() - started:.0f} s"
+        f"{options.ground}, {len(rows)} edits, seed {options.seed}; torch {torch.__version__}, {where}, {time.monotonic() - started:.0f} s"
     )
     table(rows)
     return 0

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from step1x_core.prompts.v11 import prompt_ids
 
+from . import photographs
 from .autoencoder import DOWNSCALE
-from .scenes import pair_at
+from .grounds import SCENES
 
 # Token ids after the picture are padded to this length; the longest instructions have about 30.
 AFTER_LENGTH = 40
@@ -26,7 +27,7 @@ TEXT_LENGTH = PICTURE.stop + AFTER_LENGTH + 1
 # Pairs that a worker hands over at a time.
 BLOCK = 64
 # Kinds of edits whose region is most of the picture: no part of it deserves more weight.
-GLOBAL_KINDS = ("background", "style", "none")
+GLOBAL_KINDS = ("background", "style", "none", *(kind for kind in photographs.KINDS if kind != "recolour"))
 
 
 class Tokenizer:
@@ -86,23 +87,33 @@ def pool_region(region: np.ndarray) -> np.ndarray:
     return region.reshape(height, DOWNSCALE, width, DOWNSCALE).any(axis=(1, 3)).astype(np.uint8)
 
 
-def fill(records: np.ndarray, seed: int, first: int, side: int, tokenizer: Tokenizer, kind: str | None = None) -> None:
-    """Writes the pairs `first`, `first` + 1, ... of the training sequence into the records."""
+def fill(
+    records: np.ndarray, seed: int, first: int, side: int, tokenizer: Tokenizer, kind: str | None = None, ground=SCENES
+) -> None:
+    """Writes the pairs `first`, `first` + 1, ... of the ground's training sequence into the records."""
     for i, record in enumerate(records):
-        pair = pair_at(seed, first + i, size=(side, side), kind=kind)
+        pair = ground.pair_at(seed, first + i, size=(side, side), kind=kind)
         record["source"], record["target"] = pair.source, pair.target
         record["region"] = 0 if pair.kind in GLOBAL_KINDS else pool_region(pair.region)
         record["ids"], record["length"] = tokenizer(pair.instruction)
 
 
 def _work(
-    memory: mmap.mmap, dtype: np.dtype, tasks, done, seed: int, side: int, tokenizer: Tokenizer, kind: str | None
+    memory: mmap.mmap,
+    dtype: np.dtype,
+    tasks,
+    done,
+    seed: int,
+    side: int,
+    tokenizer: Tokenizer,
+    kind: str | None,
+    ground,
 ) -> None:
     slots = np.frombuffer(memory, dtype).reshape(-1, BLOCK)
     try:
         while True:
             slot, first = tasks.get()
-            fill(slots[slot], seed, first, side, tokenizer, kind)
+            fill(slots[slot], seed, first, side, tokenizer, kind, ground)
             done.put(slot)
     except KeyboardInterrupt:
         pass
@@ -116,9 +127,16 @@ class PairStream:
     """
 
     def __init__(
-        self, seed: int, side: int, tokenizer: Tokenizer, workers: int = 0, position: int = 0, kind: str | None = None
+        self,
+        seed: int,
+        side: int,
+        tokenizer: Tokenizer,
+        workers: int = 0,
+        position: int = 0,
+        kind: str | None = None,
+        ground=SCENES,
     ):
-        self.seed, self.side, self.tokenizer, self.kind = seed, side, tokenizer, kind
+        self.seed, self.side, self.tokenizer, self.kind, self.ground = seed, side, tokenizer, kind, ground
         self.position = position
         self.dtype = record_type(side)
         self.workers = []
@@ -130,7 +148,7 @@ class PairStream:
         memory = mmap.mmap(-1, count * BLOCK * self.dtype.itemsize)
         self.slots = np.frombuffer(memory, self.dtype).reshape(count, BLOCK)
         self.tasks, self.done = context.Queue(), context.Queue()
-        arguments = (memory, self.dtype, self.tasks, self.done, seed, side, tokenizer, kind)
+        arguments = (memory, self.dtype, self.tasks, self.done, seed, side, tokenizer, kind, ground)
         self.workers = [context.Process(target=_work, args=arguments, daemon=True) for _ in range(workers)]
         for worker in self.workers:
             worker.start()
@@ -145,7 +163,7 @@ class PairStream:
         """The next block of records, [BLOCK]; None where there is none yet and `wait` is off. Raises RuntimeError when the workers have died."""
         if not self.workers:
             records = np.empty(BLOCK, self.dtype)
-            fill(records, self.seed, self.position, self.side, self.tokenizer, self.kind)
+            fill(records, self.seed, self.position, self.side, self.tokenizer, self.kind, self.ground)
             self.position += BLOCK
             return records
         while True:

@@ -35,14 +35,14 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if values.size else 0.0
 
 
-def _difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Absolute difference of two uint8 pictures, float32 of the same shape, 0..1."""
     return np.abs(a.astype(np.float32) - b.astype(np.float32)) / 255
 
 
 def changed_core(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Pixels that an edit clearly changes, bool [H, W]."""
-    return _difference(source, target).max(-1) > CORE_DIFFERENCE
+    return difference(source, target).max(-1) > CORE_DIFFERENCE
 
 
 def _other_words(scene: Scene) -> Iterator[np.ndarray]:
@@ -104,7 +104,7 @@ def _is_nearest(target: np.ndarray, result: np.ndarray, others: Iterator[np.ndar
 
 def _is_changed(pair: EditPair, result: np.ndarray, error: np.ndarray) -> bool:
     core = changed_core(pair.source, pair.target) & pair.region
-    limit = min(CORE_LIMIT, CORE_SHARE * _mean(_difference(pair.source, pair.target)[core]))
+    limit = min(CORE_LIMIT, CORE_SHARE * _mean(difference(pair.source, pair.target)[core]))
     # The surroundings may be nothing but thin outlines, so their error counts by their share of the region.
     surround_error = _mean(np.where(core[..., None], 0, error)[pair.region])
     return (
@@ -133,7 +133,7 @@ def judge(pair: EditPair, result: np.ndarray) -> Verdict:
     colour, shape, word, background or style would explain the result better. `untouched`: outside of the region the result is the
     source, each other object is still there, and so is a word that was not to be changed.
     """
-    error = _difference(result, pair.target)
+    error = difference(result, pair.target)
     changed = pair.kind == "none" or _is_changed(pair, result, error)
     untouched = _is_untouched(pair, result, error)
     return Verdict(

@@ -11,9 +11,10 @@ from step1x_core.versions import GUIDANCE_TRUNCATE
 
 from .autoencoder import Autoencoder, round_trip
 from .data import TEXT_LENGTH, Tokenizer
+from .edits import EditPair
+from .grounds import SCENES, judge
 from .mllm import DemoMLLM
 from .model import DemoTransformer
-from .scenes import KINDS, EditPair, judge, pair_at
 
 
 def guided_velocity(cond: Tensor, uncond: Tensor, t: float, cfg: float) -> Tensor:
@@ -61,11 +62,16 @@ def edit(
     return vae.decode_pictures(x)
 
 
-def heldout_pairs(count: int, side: int, seed: int = 0) -> list[EditPair]:
+def heldout_pairs(count: int, side: int, seed: int = 0, ground=SCENES) -> list[EditPair]:
     """Held-out pairs, all kinds and languages in turn."""
     return [
-        pair_at(
-            seed, i, "heldout", (side, side), kind=KINDS[i % len(KINDS)], language=("en", "zh")[i // len(KINDS) % 2]
+        ground.pair_at(
+            seed,
+            i,
+            "heldout",
+            (side, side),
+            kind=ground.kinds[i % len(ground.kinds)],
+            language=("en", "zh")[i // len(ground.kinds) % 2],
         )
         for i in range(count)
     ]

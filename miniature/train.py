@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from miniature import autoencoder, mllm, model, sampling
 from miniature.autoencoder import DOWNSCALE, Autoencoder
 from miniature.data import BLOCK, PICTURE, TEXT_LENGTH, PairStream, Pool, Tokenizer, find_tokenizer
+from miniature.grounds import NAMES, SIDES, ground
 from miniature.mllm import DemoMLLM
 from miniature.model import SMOKE_SIZE, DemoSize, DemoTransformer, GroundingHeads
-from miniature.scenes import KINDS
 from miniature.trainer import Trainer, averaged_weights, read_checkpoint
 from step1x_core.checkpoints.detection import CONFIG_KEY
 from step1x_core.sampling.schedule import latent_tokens, shift_mu
@@ -124,11 +124,19 @@ def common(args: argparse.Namespace, stream: PairStream, device: torch.device) -
     }
 
 
+def begin_with(folder: Path | None, name: str, network: nn.Module) -> None:
+    """The weights of an exported network in place of fresh ones. folder: where it lies, at any depth; None: do nothing."""
+    if folder is not None:
+        weights = load_file(next(folder.rglob(FILES[name])))
+        network.load_state_dict({key: tensor.float() for key, tensor in weights.items()})
+
+
 def train_autoencoder(args: argparse.Namespace, stream: PairStream, device: torch.device, deadline: float) -> bool:
     """Trains the autoencoder and writes it to the run's folder, also unfinished. Returns whether the budget is spent."""
     torch.manual_seed(args.seed)
     vae = Autoencoder()
     autoencoder.initialize(vae)
+    begin_with(args.begin, "vae", vae)
     networks = nn.ModuleDict({"vae": vae}).to(device, memory_format=torch.channels_last)
     trainer = Trainer(
         "vae",
@@ -142,7 +150,7 @@ def train_autoencoder(args: argparse.Namespace, stream: PairStream, device: torc
         return True
     pool = Pool(args.pool // 2, args.side, device)
     feed = Feed(stream, pool, args.reuse, args.least)
-    pairs = sampling.heldout_pairs(args.count, args.side)
+    pairs = sampling.heldout_pairs(args.count, args.side, ground=args.edits)
     batch = args.batch_vae
 
     def compute_loss(generator):
@@ -195,7 +203,10 @@ def train_edit(
 ) -> bool:
     """Trains transformer and language model on the autoencoder's latents. Returns whether the budget is spent."""
     torch.manual_seed(args.seed)
-    networks = build_networks(args.size).to(device)
+    networks = build_networks(args.size)
+    for name in ("transformer", "mllm"):
+        begin_with(args.begin, name, networks[name])
+    networks.to(device)
     rates = {name: args.rate * RATES[name] / RATES["transformer"] for name in networks}
     trainer = Trainer(
         "edit",
@@ -221,7 +232,7 @@ def train_edit(
 
     pool = Pool(args.pool, args.side, device, encode)
     feed = Feed(stream, pool, args.reuse, args.least)
-    pairs = sampling.heldout_pairs(args.count, args.side)
+    pairs = sampling.heldout_pairs(args.count, args.side, ground=args.edits)
     ids, length = tokenizer("")
     empty = (torch.from_numpy(ids).to(device), length)
     names = ("source", "source_latent", "target_latent", "region", "ids", "length")
@@ -293,7 +304,7 @@ def evaluate(args: argparse.Namespace) -> None:
     tokenizer = Tokenizer(find_tokenizer(args.tokenizer))
     networks, _ = load_networks(args.out, device)
     vae = load_autoencoder(args.out, device)
-    pairs = sampling.heldout_pairs(args.count, args.side, seed=1)
+    pairs = sampling.heldout_pairs(args.count, args.side, seed=1, ground=args.edits)
     with autocast(device):
         found, error = sampling.ceiling(vae, pairs, device)
     print(f"autoencoder alone: error {error:.4f}, success {sampling.format_success(found)}")
@@ -340,7 +351,7 @@ def train(args: argparse.Namespace) -> None:
     for stage in ("vae", "edit"):
         if args.resume and (args.out / f"{stage}.safetensors").exists():
             position = max(position, read_checkpoint(args.out / f"{stage}.safetensors")[1]["position"])
-    stream = PairStream(args.seed, args.side, tokenizer, args.workers, position, args.kind)
+    stream = PairStream(args.seed, args.side, tokenizer, args.workers, position, args.kind, args.edits)
     device = torch.device(args.device)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
@@ -427,8 +438,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pool", type=int, default=60_000, help="pairs kept on the device")
     parser.add_argument("--least", type=int, default=4096, help="pairs to wait for before the first step")
     parser.add_argument("--reuse", type=float, default=5, help="how often a pair is trained on, on average")
-    parser.add_argument("--side", type=int, default=128, help="size of the pictures in pixels")
-    parser.add_argument("--kind", choices=KINDS, help="train on one kind of edit only")
+    parser.add_argument("--ground", choices=NAMES, default="scenes", help="what is edited")
+    parser.add_argument("--pictures", type=Path, help="folder of the photographs (default: scikit-image's own)")
+    parser.add_argument("--begin", type=Path, metavar="FOLDER", help="start from exported networks instead of fresh ones")
+    parser.add_argument("--side", type=int, help="size of the pictures in pixels (default: the ground's)")
+    parser.add_argument("--kind", help="train on one kind of edit only")
     parser.add_argument("--crop", type=int, help="train the autoencoder on crops of this size")
     parser.add_argument("--count", type=int, default=128, help="held-out pairs to evaluate on")
     parser.add_argument("--sampling-steps", type=int, default=20)
@@ -440,6 +454,10 @@ def parse() -> argparse.Namespace:
     args.out = args.out or Path("run")
     args.stages = ("vae", "edit") if args.stage == "all" else (args.stage,)
     args.size = DemoSize()
+    args.side = args.side or SIDES[args.ground]
+    args.edits = ground(args.ground, args.pictures)
+    if args.kind not in (None, *args.edits.kinds):
+        parser.error(f"--kind must be one of {', '.join(args.edits.kinds)}")
     if args.side % (4 * DOWNSCALE):
         parser.error("--side must be a multiple of 32")
     return args

@@ -1,5 +1,7 @@
 from comfy_api.latest import io
 
+from ..step1x_core.editing.unedited import KEEP, OFF
+from ..step1x_core.host.editing.unedited import decode_kept
 from ..step1x_core.host.prompts.encoding import add_references, decode_edit, encode_edit
 from ..step1x_core.host.prompts.tiling import AUTO, TILING
 from ..step1x_core.host.sampling.few_steps import reads_negative
@@ -60,9 +62,10 @@ class Step1XEditEncode(io.ComfyNode):
                     template=io.Autogrow.TemplatePrefix(
                         io.Image.Input("reference"), prefix="reference", min=0, max=MAX_REFERENCES
                     ),
-                    tooltip="Experimental: further images that the image model sees beside the edited one. It was "
-                            "trained with one image, "
-                    "so results vary. Each slows sampling down.",
+                    tooltip="Experimental: further images that only the image model sees, not the language model. No "
+                    "version was trained with more than one image, so they may be ignored or blended into the whole "
+                    "result. To put an object of one image into another, use the workflow step1x_compose. Each slows "
+                    "sampling down.",
                 ),
                 io.Int.Input(
                     "reference_size",
@@ -117,7 +120,7 @@ class Step1XEditEncode(io.ComfyNode):
 
 class Step1XEditDecode(io.ComfyNode):
     """The stock 'VAE Decode', tiled when memory is short, followed by the official return to the source image's size.
-    """
+    No stock node finds out what an edit changed."""
 
     @classmethod
     def define_schema(cls):
@@ -125,16 +128,18 @@ class Step1XEditDecode(io.ComfyNode):
             node_id="Step1XEditDecode",
             display_name="Step1X-Edit Decode",
             category=MAIN,
-            description="Decodes the result and resizes it to the size of the source image.",
-            search_aliases=["step1x", *EDIT_ALIASES, "vae decode", "vae decode tiled", "restore size"],
+            description="Decodes the result and resizes it to the size of the source image. keep_unedited takes the "
+                        "source's own pixels wherever the edit changed nothing.",
+            search_aliases=["step1x", *EDIT_ALIASES, "vae decode", "vae decode tiled", "restore size", "keep unedited",
+                            "preserve background", "difference mask"],
             inputs=[
                 io.Latent.Input("samples", tooltip="The sampled latent."),
                 io.Vae.Input("vae", tooltip="The VAE that encoded the picture."),
                 io.Image.Input(
                     "source",
                     optional=True,
-                    tooltip="The picture you edited: the result gets exactly its size. Leave it unconnected to keep "
-                            "the working size.",
+                    tooltip="The picture you edited: the result gets exactly its size, and with keep_unedited its "
+                            "unedited area. Leave it unconnected to keep the working size.",
                 ),
                 io.Combo.Input(
                     "tiling",
@@ -146,11 +151,33 @@ class Step1XEditDecode(io.ComfyNode):
                             "unless ComfyUI runs out of memory. "
                     "Tiles need less VRAM but take longer.",
                 ),
+                io.Combo.Input(
+                    "keep_unedited",
+                    options=list(KEEP),
+                    default=OFF,
+                    optional=True,
+                    tooltip="on finds what the edit changed and takes the source's pixels everywhere else, unchanged. "
+                            "'colours matched' also removes a colour shift of the whole image from the edited area. "
+                            "Edits of the whole image are left as they are.",
+                ),
             ],
-            outputs=[io.Image.Output()],
+            outputs=[
+                io.Image.Output(),
+                io.Mask.Output(
+                    display_name="mask",
+                    tooltip="What keep_unedited took from the edit; black where the source was kept. All white when "
+                            "it is off or the whole image was edited.",
+                ),
+                io.Float.Output(
+                    display_name="share", tooltip="The share of the image that the mask covers, 0 to 1."
+                ),
+            ],
         )
 
     @classmethod
-    def execute(cls, samples, vae, source=None, tiling=AUTO) -> io.NodeOutput:
-        check_widgets(cls, tiling=tiling)
-        return io.NodeOutput(decode_edit(vae, samples, source, tiling))
+    def execute(cls, samples, vae, source=None, tiling=AUTO, keep_unedited=OFF) -> io.NodeOutput:
+        check_widgets(cls, tiling=tiling, keep_unedited=keep_unedited)
+        if keep_unedited == OFF:
+            picture = decode_edit(vae, samples, source, tiling)
+            return io.NodeOutput(picture, picture.new_ones(picture.shape[:3]), 1.0)
+        return io.NodeOutput(*decode_kept(vae, samples, source, tiling, keep_unedited))

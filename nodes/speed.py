@@ -21,9 +21,10 @@ def guided_part() -> list[io.Input]:
 
 
 def attention() -> list[io.Input]:
-    return [io.Combo.Input("attention", options=["exact", "fp8"], default="exact",
+    return [io.Combo.Input("attention", options=["exact", "fp8", "int8"], default="exact",
                            tooltip="fp8 is faster on an H100, H200, B200 or B300 with the package "
-                                   "nvidia-cudnn-frontend. Best with fp8_scaled weights.")]
+                                   "nvidia-cudnn-frontend. Best with fp8_scaled weights. int8 is ComfyUI's own (0.33.0 "
+                                   "or newer), for NVIDIA GPUs from the RTX 20 series on; not timed yet.")]
 
 
 def threshold() -> list[io.Input]:

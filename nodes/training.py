@@ -10,6 +10,7 @@ from ..step1x_core.host.sampling.sampler import check_model
 from ..step1x_core.host.training.cache import cache_pairs
 from ..step1x_core.host.training.distill import Lesson
 from ..step1x_core.host.training.folders import dataset_path, run_folder
+from ..step1x_core.host.training.run import EXPORTS
 from ..step1x_core.host.training.train import edit_held_out, train
 from ..step1x_core.images import from_uint8
 from ..step1x_core.training.cache import EditDataset
@@ -26,6 +27,7 @@ SHOW_EVERY = 5
 PREVIEW_FORMAT, PREVIEW_SIZE = "JPEG", 1024
 # What a training learns: targets of pairs, or the model's own edits in fewer steps.
 EDIT_PAIRS, FEW_STEPS = "edit pairs", "few steps"
+NOTHING = "none"
 
 
 def few_steps() -> list[io.Input]:
@@ -36,8 +38,8 @@ def few_steps() -> list[io.Input]:
         io.Int.Input("teacher_steps", default=0, min=0, max=200,
                      tooltip="Steps of the model that is imitated. 0 uses the version's default: 28, or 50 for v1.2."),
         io.Float.Input("teacher_cfg", default=0.0, min=0.0, max=100.0, step=0.1, round=0.01,
-                       tooltip="CFG of the model that is imitated. 0 uses the version's default: 6, or 4 for "
-                               "v1.2-preview."),
+                       tooltip="CFG of the model that is imitated. 0 uses the version's default: 6, 4 for "
+                               "v1.2-preview and 3 for RealRestorer."),
         io.Int.Input("noises", default=1, min=1, max=64,
                      tooltip="Trajectories sampled for each instruction, from different noise. Each takes as long as "
                              "an edit. Use more for a small dataset."),
@@ -263,6 +265,15 @@ class Step1XEditTrainLora(io.ComfyNode):
                     "learns to edit in few steps at CFG 1 as the model does with its own steps and CFG. It "
                     "needs a dataset with 'sources_only'.",
                 ),
+                io.Combo.Input(
+                    "also_save",
+                    options=[NOTHING, *EXPORTS],
+                    default=NOTHING,
+                    optional=True,
+                    tooltip="Save the LoRA under other layer names, too. lora.safetensors always has kohya's names. "
+                    "diffusers adds lora_diffusers.safetensors for diffusers and most other programs; PEFT adds the "
+                    "folder lora_peft.",
+                ),
             ],
             outputs=[
                 io.LoraModel.Output(
@@ -281,11 +292,11 @@ class Step1XEditTrainLora(io.ComfyNode):
     @classmethod
     def execute(cls, model, dataset, name, steps, learning_rate, rank, alpha, batch_size, accumulation, seed, resume,
                 save_every, validate_every, schedule, warmup, ema, gradient_checkpointing, vae=None,
-                mode=None) -> io.NodeOutput:
+                mode=None, also_save=NOTHING) -> io.NodeOutput:
         check_widgets(cls, name=name, steps=steps, learning_rate=learning_rate, rank=rank, alpha=alpha, seed=seed,
                       batch_size=batch_size, accumulation=accumulation, resume=resume, save_every=save_every,
                       validate_every=validate_every, schedule=schedule, warmup=warmup, ema=ema,
-                      gradient_checkpointing=gradient_checkpointing)
+                      gradient_checkpointing=gradient_checkpointing, also_save=also_save)
         if mode is not None:  # workflows of earlier releases have none
             check_widgets(cls, mode=mode)
         check_model(model)
@@ -308,7 +319,8 @@ class Step1XEditTrainLora(io.ComfyNode):
 
         looks = vae is not None and dataset.validation and validate_every
         run = train(model, dataset, settings, run_folder(name), resume, gradient_checkpointing, save_every,
-                    validate_every, validate if looks else None, show, lesson)
+                    validate_every, validate if looks else None, show, lesson,
+                    () if also_save == NOTHING else (also_save,))
         sheet = from_uint8(np.asarray(draw_progress(run.losses, rows)))[None]
         return io.NodeOutput(run.lora(), {"loss": run.losses}, run.step, sheet)
 

@@ -87,8 +87,8 @@ def cfg_input() -> io.Float.Input:
         max=100.0,
         step=0.1,
         round=0.01,
-        tooltip="0 uses the default: that of a few-step LoRA, else the version's, which is 6, or 4 for "
-        "v1.2-preview. Higher values follow the instruction more strictly; 1 disables guidance.",
+        tooltip="0 uses the default: that of a few-step LoRA, else the version's, which is 6, 4 for "
+        "v1.2-preview and 3 for RealRestorer. Higher values follow the instruction more strictly; 1 disables guidance.",
     )
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """Make a smaller or faster copy of a Step1X-Edit model or of its language model: `python scripts/convert.py IN OUT --format fp8`.
+Write a LoRA under the names of other programs: `python scripts/convert.py LORA OUT --format diffusers`.
 
 IN is a single file, a folder of shards or a diffusers folder, in bf16, fp16, fp32 or plain fp8. OUT is one safetensors file in ComfyUI's own
 format, which the stock loaders read as well as this pack's. At no time is more than a few tensors in memory.
@@ -13,14 +14,26 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).absolute().parent / "support"))  # missing in an embedded Python
 import environment
 
-FORMATS = """formats:
-  fp8    8-bit floats with one scale per matrix. NVIDIA cards from the RTX 40 series on compute with them directly; others unpack them.
-  int8   8-bit integers with one scale per row, the weights nearer to bf16 than fp8's. Computed with directly from the RTX 20 series on.
-         ComfyUI 0.30.0 loads it, 0.18.2 does not.
-  nvfp4  4-bit floats with one scale per 16 values. Half the size of the 8-bit formats in these layers, and the largest error. Computed with directly
-         from the RTX 50 series on; others unpack them.
-  bf16   not quantised: for a single file of a diffusers folder, or to halve an fp32 file.
-docs/conversion.md tells more."""
+FORMATS = """formats (what computes with them directly; ComfyUI unpacks fp8, mxfp8 and nvfp4 elsewhere):
+  fp8           8-bit floats, one scale per matrix. NVIDIA GPUs from the RTX 40 series on.
+  mxfp8         8-bit floats, one scale per 32 values. RTX 50 series and data-centre Blackwell.
+  int8          8-bit integers, one scale per row; less error than fp8. From the RTX 20 series on. ComfyUI 0.30.0 or newer.
+  int8_convrot  int8 with rotated columns, which keeps outliers from costing precision. As int8.
+  w4a8          4-bit weights with one scale per 16 values, rotated; inputs in 8 bits. RTX 30 series and newer.
+                ComfyUI 0.33.0 or newer.
+  w4a4          4-bit weights and inputs, rotated: the smallest and the largest error. RTX 20 series and newer.
+                ComfyUI 0.30.0 or newer.
+  nvfp4         4-bit floats, one scale per 16 values. RTX 50 series and newer.
+  bf16          not quantised: for a single file of a diffusers folder, or to halve an fp32 file.
+formats of LoRAs:
+  kohya      the names of the official training code, which ComfyUI reads.
+  diffusers  a file for diffusers' load_lora_weights and most other programs.
+  PEFT       a folder for peft, with adapter_config.json.
+See docs/conversion.md for sizes and errors."""
+CHOICES = ("fp8", "mxfp8", "int8", "int8_convrot", "w4a8", "w4a4", "nvfp4", "bf16")
+
+
+LORA_FORMATS = ("kohya", "diffusers", "PEFT")
 
 
 def arguments() -> argparse.Namespace:
@@ -35,12 +48,16 @@ def arguments() -> argparse.Namespace:
         "for the language model name the folder text_encoder in it",
     )
     parser.add_argument("output", type=Path, metavar="OUT", help="the safetensors file to write")
-    parser.add_argument("--format", choices=("fp8", "int8", "nvfp4", "bf16"), default="fp8",
+    parser.add_argument("--format", choices=(*CHOICES, *LORA_FORMATS), default="fp8",
                         help="of the large layers (default: fp8); everything else becomes bf16")
     parser.add_argument("--keep", action="append", default=[], metavar="PATTERN",
                         help="layers to keep in bf16, such as 'double_blocks.0.*'; may be given again")
     parser.add_argument(
-        "--modulation", action="store_true", help="store the modulation layers in fp8, too: 3.2 GB less"
+        "--modulation",
+        nargs="?",
+        const="fp8",
+        choices=("fp8", "nvfp4"),
+        help="also store the modulation layers in fp8 (the default: 3.2 GB less) or nvfp4 (4.7 GB less)",
     )
     parser.add_argument(
         "--weights-only",
@@ -48,7 +65,13 @@ def arguments() -> argparse.Namespace:
         help="have ComfyUI unpack the weights and compute in full precision: saves memory, but no time (fp8, nvfp4)",
     )
     parser.add_argument(
-        "--version", help="v1.0, v1.1, v1.2-preview or v1.2, where neither the tensors nor the names tell"
+        "--encoder-only",
+        action="store_true",
+        help="of a language model leave out the head, and store the vision tower in fp8: 1.3 GB less. It encodes "
+        "prompts, but cannot think, reflect or judge",
+    )
+    parser.add_argument(
+        "--version", help="v1.0, v1.1, v1.2-preview, v1.2 or RealRestorer, where neither the tensors nor the names tell"
     )
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
     return parser.parse_args()
@@ -70,7 +93,7 @@ def model_config(checkpoint, weights, version: str | None) -> dict:
     values = stored_config(weights.stored) | parse_config(weights.metadata.get(CONFIG_KEY, "{}"))
     values |= {name: checkpoint.config[key] for key, name in CONFIG_NAMES.items() if key in checkpoint.config}
     if version is not None or "version" not in values:
-        values["version"] = version or choose_version(checkpoint, weights.shapes)
+        values["version"] = version or choose_version(checkpoint, weights.shapes, weights.prefix)
     config = detect_config(weights.shapes | {CONFIG_KEY: config_tensor(values)})
     check_tensors(checkpoint.path.name, model_shapes(config), shapes(weights.shapes))
     return values
@@ -117,6 +140,23 @@ def convert(source: Path, out: Path, form: str, version: str | None = None, **op
     return conversion.convert(weights, out, form, extra, metadata, **options)
 
 
+def convert_lora(source: Path, out: Path, form: str, force: bool = False) -> None:
+    """Write a LoRA file under the names of LORA_FORMATS. Raises Step1XError for what is not a plain LoRA of this model,
+    for an existing OUT without `force`, and for what cannot be read or written."""
+    from safetensors import safe_open
+
+    from step1x_core.checkpoints.files import check_file
+    from step1x_core.checkpoints.lora_export import export_lora
+    from step1x_core.errors import Step1XError
+
+    check_file(source)
+    if out.exists() and (out.samefile(source) or not force):
+        raise Step1XError(f"{out} exists. Choose another name, or overwrite it with --force.")
+    with safe_open(source, framework="pt") as file:
+        lora, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    export_lora(lora, out, form, metadata)
+
+
 def show(done: int, total: int) -> None:
     filled = 40 * done // total
     print(
@@ -132,10 +172,18 @@ def main() -> int:
     environment.use_host_in_process()
     from comfy.quant_ops import QUANT_ALGOS
 
-    from step1x_core.checkpoints.conversion import FORMATS
+    from step1x_core.checkpoints.formats import FORMATS
     from step1x_core.errors import Step1XError
 
-    if FORMATS[options.format] and FORMATS[options.format][0] not in QUANT_ALGOS:
+    if options.format in LORA_FORMATS:
+        try:
+            convert_lora(options.input, options.output, options.format, options.force)
+        except (Step1XError, OSError) as error:
+            print(error, file=sys.stderr)
+            return 1
+        print(options.output)
+        return 0
+    if FORMATS[options.format] and FORMATS[options.format].host not in QUANT_ALGOS:
         print(f"Note: this ComfyUI cannot load {options.format} files; a newer one can.", file=sys.stderr)
     try:
         digest = convert(
@@ -146,6 +194,7 @@ def main() -> int:
             keep=options.keep,
             modulation=options.modulation,
             weights_only=options.weights_only,
+            encoder_only=options.encoder_only,
             force=options.force,
             progress=show,
         )

@@ -81,6 +81,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--restart", action="store_true", help="start over; the files of an earlier run are moved to OUT.1"
     )
+    parser.add_argument(
+        "--also-save",
+        choices=("diffusers", "PEFT"),
+        action="append",
+        default=[],
+        help="save the LoRA under these layer names, too; may be given twice",
+    )
     parser.add_argument("--cpu", action="store_true")
     return parser.parse_args()
 
@@ -176,6 +183,7 @@ def main() -> int:
                 validate,
                 tell,
                 lesson,
+                tuple(dict.fromkeys(options.also_save)),
             )
         except Step1XError as error:
             print(f"\n{error}", file=sys.stderr)

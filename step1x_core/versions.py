@@ -86,7 +86,11 @@ VERSIONS: dict[str, Version] = {
         (1, 0, 0), LAYOUT_V12, 28, 4.0, GUIDANCE_TRUNCATE_V12, uncond_at_cfg1=False, coarse_time=True
     ),
     "v1.2": Version((1, 0, 0), LAYOUT_V12, 50, 6.0, GUIDANCE_TRUNCATE_V12, uncond_at_cfg1=False, coarse_time=True),
+    # A fine-tune of v1.1 that restores photographs (docs/model.md, Versions): the same network, another CFG.
+    "RealRestorer": Version((1, 1, 1), cfg=3.0, draws=False),
 }
+# The version that a name identifies whatever else it contains: a fine-tune may also name the version it comes from.
+FINE_TUNES = {"realrestorer": "RealRestorer"}
 
 
 def describe_settings(version: str, steps: int, cfg: float | None = None, distilled=None) -> str:

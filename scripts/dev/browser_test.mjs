@@ -1,4 +1,4 @@
-// The browser's part of browser_test.py: node browser_test.mjs URL CHROMIUM OUTPUT PACK SLOWDOWN [look]
+// The browser's part of browser_test.py: node browser_test.mjs URL CHROMIUM OUTPUT PACK SLOWDOWN all|look [WORKFLOW ...]
 // Prints a line for each check; the exit status is the number of those that failed.
 import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { createRequire } from 'node:module';
@@ -8,7 +8,7 @@ import path from 'node:path';
 import { lookAtAll } from './browser_look.mjs';
 import { lastingProblems, layout, queueOpenGraph, settled } from './browser_states.mjs';
 
-const [url, executablePath, output, pack, slowdown, only] = process.argv.slice(2);
+const [url, executablePath, output, pack, slowdown, only, ...wanted] = process.argv.slice(2);
 // Installed outside the pack, where an import would not find it.
 const { chromium } = createRequire(path.join(process.env.STEP1X_PLAYWRIGHT, 'package.json'))('playwright-core');
 
@@ -146,7 +146,7 @@ async function runOpenGraph() {
 }
 
 await openEditor();
-const names = await templates();
+const names = (await templates()).filter(name => !wanted.length || wanted.includes(name));
 if (names.length === 0) throw new Error(`${pack} offers no workflows`);
 
 await check('template_browser', async () => {

@@ -105,7 +105,9 @@ def prepare_base(base: Path) -> None:
     (base / "user" / "default" / "comfy.settings.json").write_text(json.dumps(SETTINGS), encoding="utf-8")
 
 
-def test(browser: str, driver: Path, slowdown: float, frontend: Path | None, only_look: bool) -> int:
+def test(
+    browser: str, driver: Path, slowdown: float, frontend: Path | None, only_look: bool, workflows: list[str]
+) -> int:
     from comfy_server import PACK_NAME, ComfyServer
 
     shutil.rmtree(SCREENSHOTS, ignore_errors=True)
@@ -124,7 +126,8 @@ def test(browser: str, driver: Path, slowdown: float, frontend: Path | None, onl
                 str(SCREENSHOTS),
                 PACK_NAME,
                 str(slowdown),
-                *(["look"] if only_look else []),
+                "look" if only_look else "all",
+                *workflows,
             ]
             status = environment.call(command, env={**os.environ, "STEP1X_PLAYWRIGHT": str(driver)})
             shutil.copy(server.log, SCREENSHOTS)
@@ -152,6 +155,7 @@ def main() -> int:
         metavar="FOLDER",
         help="another version of the editor: the folder `static` of the package comfyui-frontend-package",
     )
+    parser.add_argument("workflow", nargs="*", help="without .json; default: all")
     options = parser.parse_args()
     started = time.monotonic()
     try:
@@ -159,7 +163,7 @@ def main() -> int:
     except CannotRun as error:
         print(f"BROWSER TEST NOT RUN: {error}", file=sys.stderr)
         return 2
-    failed = test(browser, driver, options.slowdown, options.frontend, options.look)
+    failed = test(browser, driver, options.slowdown, options.frontend, options.look, options.workflow)
     environment.say(
         f"browser test {'FAILED' if failed else 'passed'} in {time.monotonic() - started:.0f} s; screenshots and the server's log are in {SCREENSHOTS}"
     )

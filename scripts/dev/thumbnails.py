@@ -31,6 +31,7 @@ sys.path += [str(environment.PACK), str(environment.PACK / "benchmarks")]
 from lora_demo import line_pair, write_dataset
 
 from miniature.scenes import pair_at
+from step1x_core.pairs.makers import damage, weather
 
 WORKFLOWS = environment.PACK / "workflows"
 SIDE, MARGIN, CAPTION = 384, 8, 72
@@ -163,6 +164,21 @@ def first_edit(studio):
         2,
         demo_model.SAMPLE_PROMPT,
     )
+
+
+def keep_unedited(studio):
+    """Before, after, the mask, and what the decoder alone changed outside of it, 16 times as strong."""
+    pair = scene("recolour", 1)
+    name = studio.upload(pair.source)
+    plain, = studio.run("step1x_edit", [name], [pair.instruction], Step1XEditDecode={"keep_unedited": "off"})
+    pictures = studio.run("step1x_keep_unedited", [name], [pair.instruction])
+    # In the order of their nodes' ends: the mask is the one without colours, the source is known.
+    mask = next(picture for picture in pictures if not np.ptp(np.asarray(picture), axis=-1).any())
+    source = Image.fromarray(pair.source)
+    after = next(p for p in pictures if p is not mask and np.asarray(p).tobytes() != pair.source.tobytes())
+    drift = np.abs(np.asarray(plain, np.int16) - pair.source) * 16 * (np.asarray(mask) == 0)
+    drift = Image.fromarray(drift.clip(0, 255).astype(np.uint8))
+    return sheet([source, after, mask, drift], 2, "before, after, mask,\nand what is no longer lost (x16)")
 
 
 def lora(studio):
@@ -373,6 +389,36 @@ def propose_pairs(studio):
     )
 
 
+def first_try(studio):
+    """The workflow as it is shipped."""
+    source, edited = studio.run("step1x_first_try")
+    return sheet([source, edited], 2, "a first try\nthat needs no files")
+
+
+def compose(studio):
+    """An object cut out of one scene, pasted into another, and an edit of the two."""
+    first, second = scene("recolour", 0), scene("recolour", 4)
+    mask = (second.source != second.target).any(2)
+    names = [studio.upload(first.source), studio.upload(second.source, mask)]
+    made = studio.run(
+        "step1x_compose",
+        names,
+        ["make the background light green"],
+        ImageScale={"height": 36},
+        ImageCompositeMasked={"x": 10, "y": 10},
+    )
+    return sheet([Image.fromarray(first.source), marked(second.source, mask), *made], 2, "cut out, paste, edit")
+
+
+def restore(studio):
+    """Photographs to be restored. The miniature was not trained for it, so what comes out is not shown."""
+    rng, photo = np.random.default_rng(3), Image.open(environment.PACK / "assets" / "coffee.jpg").convert("RGB")
+    pixels = np.asarray(photo.resize((192, 128), Image.LANCZOS))
+    spoilt = (damage.blur, damage.add_noise, damage.darken, weather.fog, weather.rain, damage.compress)
+    tiles = [Image.fromarray(np.asarray(spoil(pixels, rng)[0], np.uint8)) for spoil in spoilt]
+    return sheet(tiles, 3, "RealRestorer: photographs\nto be restored")
+
+
 MAKERS = {
     "step1x_edit": first_edit,
     "step1x_edit_custom_sampler": lambda studio: plain(
@@ -383,6 +429,7 @@ MAKERS = {
     "step1x_edit_v12_thinking": lambda studio: plain(studio, "step1x_edit", "replace", 7, "v1.2: think, then edit"),
     "step1x_edit_v12_loop": loop,
     "step1x_text_to_image": text_to_image,
+    "step1x_keep_unedited": keep_unedited,
     "step1x_masked_edit": masked,
     "step1x_local_edit": crop_and_stitch,
     "step1x_local_edit_upscale": crop_stitch_upscale,
@@ -405,6 +452,9 @@ MAKERS = {
     ),
     "step1x_gedit_edit": lambda studio: plain(studio, "step1x_edit", "replace", 2, "GEdit-Bench:\nedit its images"),
     "step1x_gedit_judge": lambda studio: plain(studio, "step1x_edit", "replace", 4, "GEdit-Bench:\njudge and report"),
+    "step1x_restore": restore,
+    "step1x_first_try": first_try,
+    "step1x_compose": compose,
     "step1x_region": lambda studio: plain(
         studio, "step1x_region", "recolour", 0, "only the edited region\nis computed"
     ),

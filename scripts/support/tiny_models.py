@@ -19,6 +19,7 @@ V12_FILE = "step1x-edit-v1p2.safetensors"
 MLLM_FILE = "qwen_2.5_vl_7b.safetensors"
 MLLM_FP8_FILE = "qwen_2.5_vl_7b_fp8_scaled.safetensors"
 V12_FOLDER = "Step1X-Edit-v1p2"
+RESTORER_FOLDER = "RealRestorer"
 VAE_FILE = "ae.safetensors"
 LORA_FILE = "step1x-edit-lora.safetensors"
 FEW_STEP_LORA_FILE = "step1x-edit-lightning.safetensors"
@@ -390,6 +391,7 @@ def write_all(models: Path, prefix: str = "", terse: bool = False) -> None:
             partial.replace(path)
     if not prefix:
         write_repository(models)
+        write_restorer(models / "diffusers" / RESTORER_FOLDER)
 
 
 def write_repository(models: Path) -> None:
@@ -405,6 +407,23 @@ def write_repository(models: Path) -> None:
         if not (folder / part / name).exists():
             shutil.copy(models / source / name, folder / part / name)
     (folder / "model_index.json").write_text('{"_class_name": "Step1XEditPipelineV1P2"}', encoding="utf-8")
+
+
+def write_restorer(folder: Path, shards: int = 2) -> None:
+    """The repository of RealRestorer without text encoder and VAE: v1.1's tensors under `inner_model.`, in shards."""
+    weights = random_weights(transformer_shapes("v1.1", TINY_TRANSFORMER), seed=6)
+    part, index = folder / "transformer", {}
+    part.mkdir(parents=True, exist_ok=True)
+    names = sorted(weights)
+    for number in range(shards):
+        file = f"diffusion_pytorch_model-{number + 1:05}-of-{shards:05}.safetensors"
+        save_file({f"inner_model.{name}": weights[name] for name in names[number::shards]}, part / file)
+        index |= {f"inner_model.{name}": file for name in names[number::shards]}
+    (part / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8"
+    )
+    (part / "config.json").write_text("{}", encoding="utf-8")
+    (folder / "model_index.json").write_text('{"_class_name": "RealRestorerPipeline"}', encoding="utf-8")
 
 
 if __name__ == "__main__":

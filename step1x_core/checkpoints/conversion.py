@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -23,23 +23,12 @@ from ..files import write_file
 from ..rounding import multiple_up
 from .detection import CONFIG_KEY, CONNECTOR_KEY
 from .files import check_file, is_safetensors
+from .formats import FORMATS, FP8, fits, marker
 from .keys import diffusers_to_original, is_diffusers_layout
 from .language_model import HEAD_KEY, TEXT_KEY, normalize_keys
-from .prefixes import transformer_names
+from .plain_formats import chunks
+from .prefixes import transformer_names, transformer_prefix
 from .quantised import is_weight_scale
-
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
-INT8_MAX = 127.0
-# The values of a 4-bit float are 0, 0.5, 1, 1.5, 2, 3, 4, 6; these are the midpoints between neighbours.
-FP4_MAX = 6.0
-FP4_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-FP4_BLOCK = 16
-
-# Tensor cores need matrices whose sides are multiples of this.
-ALIGNMENT = 16
-# Number of elements converted to float32 at a time.
-CHUNK = 2**20
 
 READABLE = {
     "F32": torch.float32,
@@ -60,102 +49,19 @@ MODEL_LAYERS = re.compile(
 # A third of the weights but almost no computation. They are applied to one vector per image, so their rounding error
 # affects every token.
 MODULATION_LAYERS = re.compile(r"(double_blocks\.\d+\.(img|txt)_mod|single_blocks\.\d+\.modulation)\.lin\.weight")
+# The language model's vision tower, and its head, which only writing text needs.
+VISION_LAYERS = re.compile(r"visual\.(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.\w+_proj)|merger\.mlp\.[02])\.weight")
+LANGUAGE_HEAD = "lm_head.weight"
+# Formats for layers whose sides do not suit the chosen one.
+INSTEAD = {"w4a4": "int8_convrot", "mxfp8": "fp8"}
 MLLM_LAYERS = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight")
-
-
-def chunks(weight: Tensor) -> Iterator[slice]:
-    """Yield slices of rows with about CHUNK elements each."""
-    rows = max(1, CHUNK // weight.shape[1])
-    return (slice(start, start + rows) for start in range(0, weight.shape[0], rows))
-
-
-def largest(weight: Tensor) -> Tensor:
-    """Return the largest magnitude of [N, K] as float32 [], at least the smallest normal float."""
-    peak = torch.stack([weight[rows].float().abs().amax() for rows in chunks(weight)]).amax()
-    return peak.clamp(min=torch.finfo(torch.float32).tiny)
-
-
-def power_of_two(scale: Tensor) -> Tensor:
-    """Round a scale up to a power of two. The host then multiplies without rounding, even in float16, and a
-    floating-point format loses no precision."""
-    return torch.exp2(torch.ceil(torch.log2(scale)))
-
-
-def quantise_fp8(weight: Tensor) -> dict[str, Tensor]:
-    """Quantise [N, K] to "weight" e4m3 [N, K] and "weight_scale" float32 []. An e4m3 weight is kept unchanged."""
-    if weight.dtype == FP8:
-        return {"weight": weight, "weight_scale": torch.ones((), device=weight.device)}
-    scale = power_of_two(largest(weight) / FP8_MAX)
-    data = torch.empty_like(weight, dtype=FP8)
-    for rows in chunks(weight):
-        data[rows] = (weight[rows].float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
-    return {"weight": data, "weight_scale": scale}
-
-
-def quantise_int8(weight: Tensor) -> dict[str, Tensor]:
-    """Quantise [N, K] to "weight" int8 [N, K] and "weight_scale" float32 [N, 1]."""
-    data = torch.empty_like(weight, dtype=torch.int8)
-    scale = torch.empty((weight.shape[0], 1), device=weight.device)
-    for rows in chunks(weight):
-        values = weight[rows].float()
-        scale[rows] = (values.abs().amax(dim=1, keepdim=True) / INT8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
-        data[rows] = (values / scale[rows]).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
-    return {"weight": data, "weight_scale": scale}
-
-
-def quantise_nvfp4(weight: Tensor) -> dict[str, Tensor]:
-    """Quantise [N, K] to "weight" uint8 [N, K/2], "weight_scale" e4m3 and "weight_scale_2" float32 [].
-
-    A byte of the weight holds two values. "weight_scale" has one scale for 16 values of a row, stored in tiles.
-    """
-    scale = power_of_two(largest(weight) / (FP8_MAX * FP4_MAX))
-    rows, columns = weight.shape
-    data = torch.empty((rows, columns // 2), dtype=torch.uint8, device=weight.device)
-    blocks = torch.empty((rows, columns // FP4_BLOCK), dtype=FP8, device=weight.device)
-    midpoints = torch.tensor(FP4_MIDPOINTS, device=weight.device)
-    for part in chunks(weight):
-        values = weight[part].float().unflatten(1, (-1, FP4_BLOCK))
-        blocks[part] = (values.abs().amax(dim=2) / FP4_MAX / scale).clamp(max=FP8_MAX).to(FP8)
-        # A block of zeros has the scale 0.
-        values = (values / (blocks[part].float() * scale)[..., None]).nan_to_num(0.0, 0.0, 0.0).flatten(1)
-        codes = torch.bucketize(values.abs(), midpoints, out_int32=True) + 8 * values.signbit().int()
-        data[part] = (codes[:, ::2] * 16 + codes[:, 1::2]).to(torch.uint8)
-    return {"weight": data, "weight_scale": tiled(blocks), "weight_scale_2": scale}
-
-
-def tiled(scales: Tensor) -> Tensor:
-    """Reorder block scales [N, C] for tensor cores: tiles of 128 rows and 4 columns, zero-padded to whole tiles."""
-    rows, columns = scales.shape
-    padded = torch.nn.functional.pad(scales.view(torch.uint8), (0, -columns % 4, 0, -rows % 128))
-    tiles = padded.unflatten(1, (-1, 4)).unflatten(0, (-1, 4, 32)).permute(0, 3, 2, 1, 4)
-    return tiles.reshape(padded.shape).view(scales.dtype)
-
-
-# The command's name of a format, the host's, and the function that makes it. fp8 has one scale for each matrix, as the
-# host supports no others.
-FORMATS: dict[str, tuple[str, Callable[[Tensor], dict[str, Tensor]]] | None] = {
-    "bf16": None,
-    "fp8": ("float8_e4m3fn", quantise_fp8),
-    "int8": ("int8_tensorwise", quantise_int8),
-    "nvfp4": ("nvfp4", quantise_nvfp4),
-}
-
-
-def marker(host_format: str, full_precision: bool) -> Tensor:
-    """Return the uint8 tensor that tells the host the format of a layer.
-
-    full_precision: the weight is dequantised before it is multiplied, and the input is not rounded.
-    """
-    text = json.dumps({"format": host_format, **({"full_precision_matrix_mult": True} if full_precision else {})})
-    # Padded to whole words, so that the following data is aligned.
-    return torch.tensor(list(text.ljust(multiple_up(len(text), 8)).encode()), dtype=torch.uint8)
 
 
 class Weights:
     """The tensors of safetensors files under the host's names, read one at a time.
 
-    kind: "model" or "mllm". shapes: native names to empty tensors of that shape and dtype. metadata: of all files.
-    stored: the CONFIG_KEY tensor, if any.
+    kind: "model" or "mllm". prefix: what precedes a transformer's names in the file. shapes: native names to empty
+    tensors of that shape and dtype. metadata: of all files. stored: the CONFIG_KEY tensor, if any.
 
     Raises Step1XError for damaged files, other models and files that are quantised with scales.
     """
@@ -171,6 +77,7 @@ class Weights:
                     self.files[key] = path
                     empty[key] = (entry.get_dtype(), entry.get_shape())
         name = paths[0].name
+        self.prefix = transformer_prefix(name, empty)
         # This pack's tensor names to the names in the file.
         self.stored_names = {short: key for key, short in transformer_names(name, empty).items()} or {
             key: key for key in empty
@@ -229,46 +136,59 @@ def converted(name: str, tensor: Tensor, form: str, full_precision: bool) -> dic
     """
     if FORMATS[form] is None:
         return {name: tensor.to(torch.bfloat16)}
-    host_format, quantise = FORMATS[form]
     module = name.removesuffix("weight")
-    out = {module + kind: value for kind, value in quantise(tensor).items()}
-    if not tensor.is_meta and not all(
-        value.float().isfinite().all() for kind, value in out.items() if "weight_scale" in kind
-    ):
+    out = {module + kind: value for kind, value in FORMATS[form].quantise(tensor).items()}
+    if not tensor.is_meta and not all(tensor[rows].float().isfinite().all() for rows in chunks(tensor)):
         raise Step1XError(f"{name} contains NaN or Inf values. The file may be damaged; download it again.")
-    return out | {module + "comfy_quant": marker(host_format, full_precision)}
+    return out | {module + "comfy_quant": marker(form, tensor.shape[1], full_precision)}
 
 
 def plan(
-    weights: Weights, form: str, keep: list[str], modulation: bool, weights_only: bool
+    weights: Weights,
+    form: str,
+    keep: list[str],
+    modulation: str | None,
+    weights_only: bool,
+    encoder_only: bool = False,
 ) -> dict[str, tuple[str, bool]]:
     """Return the format of each native tensor and whether it computes in full precision, in writing order: quantised
     ones first.
 
     form: a name in FORMATS for the large layers; the rest becomes bf16. keep: shell patterns of layers that also stay
-    bf16. modulation: whether to store the modulation layers as fp8, too, computing in full precision. weights_only:
-    whether all of them compute in full precision.
+    bf16. modulation: the format of the modulation layers, which compute in full precision, or None for bf16.
+    weights_only: whether all of them compute in full precision. encoder_only: leave out the language model's head, and
+    store its vision tower as fp8 that computes in full precision.
 
-    Raises Step1XError for weights_only with int8.
+    Raises Step1XError for encoder_only with a transformer, and for weights_only with a format whose inputs ComfyUI always rounds.
     """
-    if weights_only and form == "int8":
+    if weights_only and form != "bf16" and FORMATS[form].rounds_inputs:
         raise Step1XError(
-            "ComfyUI always rounds the inputs of int8 layers, so --weights-only has no effect. Omit it, or choose fp8."
+            f"ComfyUI always rounds the inputs of {form} layers, so --weights-only has no effect. Omit it, or choose "
+            "fp8."
         )
+    if encoder_only and weights.kind == "model":
+        raise Step1XError("--encoder-only is for language models, but the input is a transformer. Omit it.")
     layers = MODEL_LAYERS if weights.kind == "model" else MLLM_LAYERS
     chosen, rest = {}, {}
     for name, tensor in weights.shapes.items():
-        aligned = tensor.ndim == 2 and all(side % ALIGNMENT == 0 for side in tensor.shape)
-        kept = (
-            not aligned or form == "bf16" or any(fnmatchcase(name.removesuffix(".weight"), pattern) for pattern in keep)
-        )
-        if layers.fullmatch(name) and not kept:
-            chosen[name] = (form, weights_only)
-        elif modulation and MODULATION_LAYERS.fullmatch(name) and not kept:
+        if encoder_only and name == LANGUAGE_HEAD:
+            continue
+        kept = form == "bf16" or any(fnmatchcase(name.removesuffix(".weight"), pattern) for pattern in keep)
+        if layers.fullmatch(name) and not kept and fitting(form, tensor):
+            chosen[name] = (fitting(form, tensor), weights_only)
+        elif modulation and MODULATION_LAYERS.fullmatch(name) and not kept and fits(modulation, tensor.shape):
+            chosen[name] = (modulation, True)
+        elif encoder_only and VISION_LAYERS.fullmatch(name) and not kept and fits("fp8", tensor.shape):
             chosen[name] = ("fp8", True)
         else:
             rest[name] = ("bf16", False)
     return chosen | rest
+
+
+def fitting(form: str, tensor: Tensor) -> str | None:
+    """Return the format for a layer of the chosen one: another if the tensor's sides do not suit it, None if no format
+    does."""
+    return next((one for one in (form, INSTEAD.get(form)) if one and fits(one, tensor.shape)), None)
 
 
 def header(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
@@ -303,14 +223,15 @@ def convert(
     extra: dict[str, Tensor],
     metadata: dict[str, str],
     keep=(),
-    modulation=False,
+    modulation: str | None = None,
     weights_only=False,
+    encoder_only=False,
     force=False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
     """Write the converted file, and its SHA-256 to `OUT.sha256`; returns the SHA-256.
 
-    extra: uint8 tensors to add to the file. form, keep, modulation, weights_only: as for `plan`. force: overwrite an
+    extra: uint8 tensors to add to the file. form, keep, modulation, weights_only, encoder_only: as for `plan`. force: overwrite an
     existing file. progress: called with the number of bytes written and the total.
 
     Peak memory: the source tensors of one native tensor, that tensor, and its quantised form. The file gets its name
@@ -319,7 +240,7 @@ def convert(
     Raises Step1XError for a path that cannot be written, for a full disk, and as `plan` and `converted` do.
     """
     check_output(weights, out, force)
-    formats = plan(weights, form, list(keep), modulation, weights_only)
+    formats = plan(weights, form, list(keep), modulation, weights_only, encoder_only)
     make = {name: partial(converted, name, form=one, full_precision=full) for name, (one, full) in formats.items()}
     laid_out = {key: tensor for name in make for key, tensor in make[name](weights.shapes[name]).items()} | extra
     head = header(laid_out, metadata)

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ..errors import Step1XError
-from ..versions import HEAD_DIM, LAYOUT_V11, LAYOUT_V12, VERSIONS, PromptLayout
+from ..versions import FINE_TUNES, HEAD_DIM, LAYOUT_V11, LAYOUT_V12, VERSIONS, PromptLayout
 from .files import Checkpoint
+from .formats import is_packed
 
 # Name under which a configuration is stored: a safetensors metadata key in small checkpoints, and the uint8 JSON tensor
 # that carries it through the host's loader (like the host's `comfy_quant`).
@@ -147,9 +148,7 @@ def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
 
     def columns(key):
         weight = state_dict[prefix + key]
-        # 4-bit weights are stored two to a byte, as uint8. GGUF loaders also use uint8, but with a tensor class that
-        # reports the unpacked shape.
-        return weight.shape[1] * (2 if weight.dtype == torch.uint8 and type(weight) is torch.Tensor else 1)
+        return weight.shape[1] * (2 if is_packed(prefix + key, weight, state_dict) else 1)
 
     def count(block):
         return len({k[len(prefix) + len(block):].split(".")[0] for k in state_dict if k.startswith(prefix + block)})
@@ -204,7 +203,13 @@ def detect_config(state_dict, prefix: str = "") -> Step1XConfig:
 
 # The class names of diffusers repositories and the prompt layout of their versions
 # (docs/model.md, Telling versions apart).
-PIPELINE_LAYOUTS = {"Step1XEditPipeline": LAYOUT_V11, "Step1XEditPipelineV1P2": LAYOUT_V12}
+PIPELINE_LAYOUTS = {
+    "Step1XEditPipeline": LAYOUT_V11,
+    "Step1XEditPipelineV1P2": LAYOUT_V12,
+    "RealRestorerPipeline": LAYOUT_V11,
+}
+# The prefix of RealRestorer's published weights. Trainers use it, too, so it decides only where no name does.
+FINE_TUNE_PREFIXES = {"inner_model.": "RealRestorer"}
 # How file and folder names spell a version. Without a v only "1.1" and "1p1" count, and not within a longer number:
 # "1-1" and "1_1" may be anything.
 NAMED_LAYOUTS = {
@@ -236,9 +241,17 @@ def named_layout(names) -> PromptLayout | None:
     return layouts[0] if len(layouts) == 1 else None
 
 
-def choose_version(checkpoint: Checkpoint, state_dict) -> str:
+def fine_tune(names) -> str | None:
+    """Return the fine-tune that one of these names contains, as in VERSIONS, or None."""
+    plain = [re.sub(r"[^a-z0-9]", "", str(name).lower()) for name in names]
+    return next((version for word, version in FINE_TUNES.items() if any(word in name for name in plain)), None)
+
+
+def choose_version(checkpoint: Checkpoint, state_dict, prefix: str = "") -> str:
     """Detect the version of a checkpoint: by its tensors if they identify it, else by the pipeline class, the file
-    name, and the folder name.
+    name, the folder name, and the prefix of the tensor names.
+
+    prefix: what stood in front of the tensor names in the file.
 
     Raises Step1XError if nothing distinguishes v1.1 from a v1.2-preview without text-token mapping, and if pipeline
     class and tensors contradict each other.
@@ -261,11 +274,16 @@ def choose_version(checkpoint: Checkpoint, state_dict) -> str:
                 "folder again."
             )
         return "v1.2-preview" if any("preview" in name.lower() for name in names) else "v1.2"
+    tuned = fine_tune((checkpoint.pipeline, *names))
+    if tuned is not None:
+        return tuned
     layout = layout or named_layout(names)
     if layout is not None:
         return "v1.2-preview" if layout is LAYOUT_V12 else "v1.1"
+    if prefix in FINE_TUNE_PREFIXES:
+        return FINE_TUNE_PREFIXES[prefix]
     raise Step1XError(
-        f"{checkpoint.path.name} is Step1X-Edit v1.1 or v1.2-preview: their tensors have the same names and shapes, "
-        "and neither the file name nor a model_index.json identifies the version. Choose the version in 'Load "
+        f"{checkpoint.path.name} is Step1X-Edit v1.1 or v1.2-preview, or a fine-tune of v1.1: their tensors have the "
+        "same names and shapes, and neither the file name nor a model_index.json identifies the version. Choose the version in 'Load "
         "Step1X-Edit Model' instead of auto."
     )

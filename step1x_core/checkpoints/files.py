@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import Step1XError
+from .gguf_files import is_gguf
 
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -85,10 +86,10 @@ def find_checkpoint(path: str | Path, subfolder: str) -> Checkpoint:
     """
     path = Path(path)
     if path.is_file():
-        if not is_safetensors(path):
+        if not is_safetensors(path) and not is_gguf(path):
             raise Step1XError(
-                f"{path.name} is not a safetensors file. Only safetensors files are supported; download the model in "
-                "that format."
+                f"{path.name} is not a safetensors file. Only safetensors files are supported, and GGUF files of the "
+                "model and of the language model; download the model in one of these formats."
             )
         return Checkpoint(path, [path])
     if not path.is_dir():

@@ -60,6 +60,20 @@ _SINGLE_FUSED = {
 _FINAL_MODULATION = "norm_out.linear"
 
 
+def diffusers_modules(module: str) -> tuple[str, ...]:
+    """Return the diffusers name of a linear layer of the original layout; several, in order, if the original fuses
+    matrices. A name that both share is returned as it is."""
+    match = re.fullmatch(r"(double|single)_blocks\.(\d+)\.(.+)", module)
+    if match is None:
+        renamed = {ours: theirs for theirs, ours in _PLAIN.items()} | {"final_layer.adaLN_modulation.1": _FINAL_MODULATION}
+        return (renamed.get(module, module),)
+    kind, number, name = match.groups()
+    single = kind == "single"
+    plain = {ours: (theirs,) for theirs, ours in (_SINGLE if single else _DOUBLE).items()}
+    names = (plain | (_SINGLE_FUSED if single else _DOUBLE_FUSED))[name]
+    return tuple(f"{'single_' if single else ''}transformer_blocks.{number}.{theirs}" for theirs in names)
+
+
 def is_diffusers_layout(keys) -> bool:
     return any(k.startswith("transformer_blocks.") for k in keys)
 

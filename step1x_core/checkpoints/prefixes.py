@@ -78,6 +78,13 @@ def transformer_names(name: str, keys: Iterable[str], anchors: Iterable[str] = (
     )
 
 
+def transformer_prefix(name: str, keys: Iterable[str]) -> str:
+    """Return what precedes the names of a file's transformer, "" if nothing does or there is none. Raises Step1XError
+    as `transformer_names` does."""
+    renamed = transformer_names(name, keys)
+    return next((key.replace(COMPILED, "")[: -len(short)] for key, short in renamed.items()), "")
+
+
 def language_name(key: str) -> str:
     """Normalise a tensor's name in any known layout of Qwen2.5-VL to `model.*`, `visual.*` or, for the head,
     `model.lm_head.*`.

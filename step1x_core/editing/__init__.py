@@ -1,1 +1,1 @@
-"""Batches of edits, and edits of a part of an image."""
+"""Batches of edits, edits of a part of an image, and keeping what was not edited."""

@@ -21,7 +21,7 @@ class SpeedSettings:
 
     threshold: TeaCache's, or None for no TeaCache. region: settings of region denoising, or None. At most one of the
     two.
-    fp8_attention: attention in e4m3. start, end: the guided part of the steps, 0 <= start <= end <= 1.
+    fp8_attention: attention in e4m3. int8_attention: the host's, with queries and keys in int8. start, end: the guided part of the steps, 0 <= start <= end <= 1.
     """
 
     threshold: float | None = None
@@ -29,6 +29,7 @@ class SpeedSettings:
     fp8_attention: bool = False
     start: float = 0.0
     end: float = 1.0
+    int8_attention: bool = False
 
     @property
     def guides_all(self) -> bool:
@@ -57,5 +58,7 @@ def described(mode: str, settings: SpeedSettings, missing: str | None = None) ->
         parts.append(f"guidance {first}to {100 * settings.end:.0f} % of the steps")
     if settings.fp8_attention:
         parts.append("fp8 attention")
+    if settings.int8_attention:
+        parts.append("int8 attention")
     line = f"Step1X-Edit Speed: {mode}: {', '.join(parts) or 'nothing is left out'}"
     return f"{line}; fp8 attention is not available here ({missing})" if missing else line

@@ -123,6 +123,9 @@ SHIPPED = [
     ("step1x_low_vram.json", EDITED),
     ("step1x_fast.json", EDITED),
     ("step1x_region.json", EDITED),
+    ("step1x_restore.json", EDITED),
+    ("step1x_compose.json", EDITED),
+    ("step1x_first_try.json", (128, 128)),
 ]
 # Sizes in the order of the Save Image nodes.
 SHIPPED_BATCHES = {
@@ -130,6 +133,7 @@ SHIPPED_BATCHES = {
     "step1x_social_media_set.json": [(1080, 1080)] * 3 + [(1080, 1350)] * 3 + [(1080, 1920)] * 3,
 }
 LOOP = "step1x_edit_v12_loop.json"
+KEEP = "step1x_keep_unedited.json"
 # Run in test_batch.py.
 BATCH = "step1x_edit_batch.json"
 
@@ -159,8 +163,21 @@ def test_shipped_batch_makes_its_pictures(client, prompt_of, name):
     assert text_of(run, prompt).startswith(f"{edits} of {edits} edits made.")
 
 
+@pytest.mark.once
+def test_keep_unedited_shows_before_after_and_mask(client, prompt_of):
+    """The tiny model's edit is noise all over: it is left whole, and the node says so."""
+    prompt = prompt_of(KEEP)
+    run = client.run(prompt)
+    shown = {node: data["output"] for kind, data in run.events if kind == "executed" for node in [data["node"]]}
+    images = [node for name in ("PreviewImage", "SaveImage", "MaskPreview") for node in find_nodes(prompt, name)]
+    assert len(run.images) == 3 and all(len(shown[node]["images"]) == 1 for node in images)
+    assert {Image.open(io.BytesIO(image)).size for image in run.images} == {EDITED}
+    share, = find_nodes(prompt, "PreviewAny")
+    assert shown[share]["text"] == ["1.0"]
+
+
 def test_every_shipped_workflow_is_tested():
-    here = {*(name for name, _ in SHIPPED), *SHIPPED_BATCHES, LOOP, BATCH}
+    here = {*(name for name, _ in SHIPPED), *SHIPPED_BATCHES, LOOP, KEEP, BATCH}
     others = [path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*_host.py")] + [
         Path(__file__).with_name("test_gate.py").read_text(encoding="utf-8")
     ]
@@ -298,6 +315,9 @@ def test_nodes_of_a_shipped_workflow_exist_with_all_their_inputs(object_info, pa
         # The slots of a growing input are named after it: "images.image0".
         assert set(info["input"].get("required", {})) <= {name.split(".")[0] for name in inputs} <= set(definitions), node["type"]
         values = [value for value in node.get("widgets_values", []) if value not in (*AFTER_GENERATE, "image")]
+        if node["type"] == "CustomCombo":  # the server knows only the choice; the editor adds its entries
+            assert values[0] in values[2:]
+            values = values[:1]
         unlinked = to_api({"nodes": [{**node, "inputs": []}], "links": []}, object_info)[str(node["id"])]["inputs"]
         assert values == list(unlinked.values()), node["type"]
         for name, value in inputs.items():

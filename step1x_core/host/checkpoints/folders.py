@@ -9,6 +9,7 @@ from pathlib import Path
 import folder_paths
 
 from ...checkpoints.files import is_model_folder, is_safetensors
+from ...checkpoints.gguf_files import is_gguf, is_mmproj
 from ...errors import Step1XError
 
 log = logging.getLogger(__name__)
@@ -21,9 +22,19 @@ EARLIER_FOLDERS = {"diffusion_models": "Step1x-Edit", "text_encoders": "MLLM"}
 SETTLED_NS = 2_000_000_000
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
+# The pack's own miniature model, for a first try before anything is downloaded; the loaders list it last.
+MINIATURE = "miniature/"
+MINIATURE_WEIGHTS = Path(__file__).absolute().parents[3] / "miniature" / "weights"
+MINIATURE_FILES = {
+    "diffusion_models": "step1x-edit-demo.safetensors",
+    "text_encoders": "qwen_2.5_vl_demo.safetensors",
+    "vae": "ae_demo.safetensors",
+}
+
 
 # Scan results by folder and subfolder, with the timestamps of all folders that were read.
 _scans: dict[tuple[Path, str], tuple[dict[Path, int], list[Path]]] = {}
+_gguf_scans: dict[str, tuple[dict[str, int], list[tuple[str, str]]]] = {}
 
 
 def folder_time(path: Path) -> int:
@@ -79,7 +90,7 @@ def earlier_folders(folder_name: str) -> list[Path]:
 
 
 def choices(folder_name: str, subfolder: str) -> dict[str, str]:
-    """Return what a loader offers, name -> path: safetensors files in the host's model folders and earlier packs'
+    """Return what a loader offers, name -> path: safetensors and GGUF files in the host's model folders and earlier packs'
     folders, and Hugging Face folders.
 
     A folder is listed as `name/`; its shards are not listed. Diffusers repositories, whose model is in `subfolder`, are
@@ -103,10 +114,13 @@ def choices(folder_name: str, subfolder: str) -> dict[str, str]:
     for root in earlier:
         names, _ = folder_paths.recursive_search(str(root))
         files += [(os.path.join(EARLIER_FOLDERS[folder_name], name), str(root / name)) for name in sorted(names)]
+    for root in folder_paths.get_folder_paths(folder_name):
+        files += gguf_files(root)
     for name, path in files:
         if (
             path is not None
-            and is_safetensors(Path(name))
+            and (is_safetensors(Path(name)) or is_gguf(Path(name)))
+            and not is_mmproj(name)
             and not SHARD.search(name)
             and folders.isdisjoint(Path(path).parents)
         ):
@@ -114,10 +128,42 @@ def choices(folder_name: str, subfolder: str) -> dict[str, str]:
     return found
 
 
+def gguf_files(root: str) -> list[tuple[str, str]]:
+    """Return names and paths of the GGUF models below a folder; the host's own lists leave them out. mmproj files are
+    found beside their model and not listed.
+
+    Read again only after a change, as `model_folders`.
+    """
+    kept = _gguf_scans.get(root)
+    if kept is None or any(folder_time(Path(path)) != changed for path, changed in kept[0].items()):
+        started = time.time_ns()
+        names, folders = folder_paths.recursive_search(root)
+        times = {path: folder_time(Path(path)) for path in folders}
+        found = [(name, os.path.join(root, name)) for name in sorted(names) if is_gguf(Path(name))]
+        found = [(name, path) for name, path in found if not is_mmproj(name)]
+        _gguf_scans.pop(root, None)
+        if all(changed < started - SETTLED_NS for changed in times.values()):
+            _gguf_scans[root] = times, found
+        return found
+    return list(kept[1])
+
+
+def miniature_file(folder_name: str) -> Path:
+    """Return the miniature's file of this kind, a key of MINIATURE_FILES."""
+    return MINIATURE_WEIGHTS / folder_name / MINIATURE_FILES[folder_name]
+
+
+def offered(folder_name: str, subfolder: str) -> list[str]:
+    """Return what a loader lists: the names in `choices`, then the miniature if the pack was installed with it."""
+    return [*choices(folder_name, subfolder), *([MINIATURE] if miniature_file(folder_name).is_file() else [])]
+
+
 def resolve(name: str, folder_name: str, subfolder: str) -> str:
-    """Return the path of a name from `choices` and log it. Raises Step1XError for any other name, so that a workflow
+    """Return the path of a name from `offered` and log it. Raises Step1XError for any other name, so that a workflow
     cannot reach outside the model folders."""
     found = choices(folder_name, subfolder)
+    if name == MINIATURE and name not in found and miniature_file(folder_name).is_file():
+        found[name] = str(miniature_file(folder_name))
     if not isinstance(name, str) or name not in found:
         searched = (
             *folder_paths.get_folder_paths(folder_name),

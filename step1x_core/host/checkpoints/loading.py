@@ -14,7 +14,6 @@ import torch
 from comfy.supported_models_base import ClipTarget
 from comfy.text_encoders.hunyuan_video import llama_detect
 
-from ...checkpoints.conversion import MODEL_LAYERS, SCALES, converted
 from ...checkpoints.detection import (
     CONFIG_KEY,
     CONNECTOR_KEY,
@@ -27,18 +26,23 @@ from ...checkpoints.detection import (
     stored_config,
 )
 from ...checkpoints.files import Checkpoint, check_file, check_tensors, check_types, find_checkpoint, is_model_folder
+from ...checkpoints.formats import is_packed
+from ...checkpoints.gguf_files import is_gguf, read_gguf, read_language_model
 from ...checkpoints.keys import diffusers_to_original, is_diffusers_layout
 from ...checkpoints.language_model import TEXT_KEY, VISION_KEY, MLLMConfig, detect_mllm_config, normalize_keys
 from ...checkpoints.markers import FILE_MARKER, lift_marker, marked_layers, merge_metadata, shorten_metadata
-from ...checkpoints.prefixes import COMPILED, transformer_names
+from ...checkpoints.prefixes import COMPILED, transformer_names, transformer_prefix
 from ...checkpoints.quantised import check_foreign, check_leftovers, multiply_out, unknown_tensors
 from ...errors import Step1XError
 from ...versions import LAYOUT_V11, LAYOUTS
+from ..network.blocks import PAIRED
 from ..network.model import register
 from ..network.transformer import Step1XTransformer
 from ..prompts.qwen import Qwen25VL
 from ..prompts.text_encoder import Step1XTEModel, Step1XTokenizer
 from ..sampling.sampler import with_norm_limiter
+from .folders import miniature_file
+from .quantising import quantised
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +57,6 @@ FLUX_KEYS = (
     ("double_blocks.0.img_attn.qkv.weight",),
     ("x_embedder.weight", "single_transformer_blocks.0.proj_mlp.weight"),
 )
-
-
-# Maximum number of float32 copies of a matrix while it is converted to scaled fp8.
-FLOATS_AT_A_TIME = 4
 
 
 @contextmanager
@@ -86,6 +86,9 @@ def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], di
     """
     state_dict, metadata = {}, {}
     for path in checkpoint.files:
+        if is_gguf(path):
+            state_dict.update(read_gguf(path, comfy.model_management.throw_exception_if_processing_interrupted)[0])
+            continue
         check_file(path)
         tensors, file_metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -138,7 +141,7 @@ def shapes(state_dict) -> dict[str, tuple[int, ...]]:
     shape."""
     out = {}
     for key, tensor in state_dict.items():
-        packed = tensor.dtype == torch.uint8 and key.endswith(".weight")
+        packed = is_packed(key, tensor, state_dict)
         out[key.replace("_norm.scale", "_norm.weight")] = (
             (*tensor.shape[:-1], tensor.shape[-1] * 2) if packed else tuple(tensor.shape)
         )
@@ -168,6 +171,7 @@ def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tupl
     name = checkpoint.path.name
     check_foreign(name, state_dict, checkpoint.config)
     lift_marker(state_dict)
+    prefix = transformer_prefix(name, state_dict)
     state_dict = strip_prefix(name, state_dict)
     metadata = shorten_metadata(
         name, metadata, state_dict, lambda names: {key.replace(COMPILED, ""): value for key, value in names.items()}
@@ -192,7 +196,7 @@ def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tupl
     overrides = stored_config(state_dict) | parse_config(metadata.get(CONFIG_KEY, "{}"))
     overrides |= {name: checkpoint.config[key] for key, name in CONFIG_NAMES.items() if key in checkpoint.config}
     if version is not None or "version" not in overrides:
-        overrides["version"] = version or choose_version(checkpoint, state_dict)
+        overrides["version"] = version or choose_version(checkpoint, state_dict, prefix)
     state_dict[CONFIG_KEY] = config_tensor(overrides)
     with naming(name):
         try:
@@ -214,45 +218,35 @@ def model_state_dict(checkpoint: Checkpoint, version: str | None = None) -> tupl
     return state_dict, metadata
 
 
-def scaled_fp8(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Convert the large matrices of a bf16 or plain fp8 transformer to e4m3 with scales, in the host's format. Weights
-    that already have scales are returned unchanged."""
-    if any(key.split(".")[-1] in SCALES for key in state_dict):
-        return state_dict
-    device = comfy.model_management.get_torch_device()
-    # Frees memory for the float32 copies of one matrix at a time, which the host does not track.
-    largest = max((tensor.numel() for name, tensor in state_dict.items() if MODEL_LAYERS.fullmatch(name)), default=0)
-    comfy.model_management.free_memory(largest * FLOATS_AT_A_TIME * 4, device)
-    out = {}
-    for name, tensor in state_dict.items():
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        if MODEL_LAYERS.fullmatch(name):
-            out |= {
-                key: value.to(tensor.device) for key, value in converted(name, tensor.to(device), "fp8", False).items()
-            }
-        else:
-            out[name] = (
-                tensor.to(torch.bfloat16) if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else tensor
-            )
-    return out
-
-
-def load_model(path, version: str | None = None, model_options={}, disable_dynamic=False, fp8: bool = False):
+def load_model(
+    path,
+    version: str | None = None,
+    model_options={},
+    disable_dynamic=False,
+    fp8: bool = False,
+    quantise: str | None = None,
+    paired: bool = False,
+):
     """Load a Step1X-Edit transformer as a ModelPatcher with norm-limited guidance enabled.
 
-    path: single file (original or diffusers layout, any dtype), model folder, or diffusers repository.
+    path: single file (original or diffusers layout, any dtype, or GGUF), model folder, or diffusers repository.
     version: a name in VERSIONS, or None to detect it.
     model_options, disable_dynamic: as for `comfy.sd.load_diffusion_model`.
-    fp8: whether to convert the large matrices to e4m3 with scales while loading, for fp8 tensor cores if the GPU has
-    them.
+    quantise: what to convert the large matrices to while loading, a name in quantising.CHOICES: "fp8" is e4m3 with
+    scales, for fp8 tensor cores if the GPU has them. None leaves them as they are.
+    fp8: the same as quantise="fp8".
+    paired: whether both prompts' inputs of fp8 layers are rounded as pairs (network/pair_kernels.py), where the GPU has
+    fp8 tensor cores and Triton.
 
-    Raises Step1XError as `model_state_dict` does, for an unknown version, and for weights that the host cannot load.
+    Raises Step1XError as `model_state_dict` and `quantised` do, for an unknown version, and for weights that the host
+    cannot load.
     """
     register()
     checkpoint = find_checkpoint(path, "transformer")
     state_dict, metadata = model_state_dict(checkpoint, version)
-    if fp8:
-        state_dict = scaled_fp8(state_dict)
+    quantise = quantise or ("fp8" if fp8 else None)
+    if quantise:
+        state_dict = quantised(state_dict, quantise)
     with naming(checkpoint.path.name):
         patcher = comfy.sd.load_diffusion_model_state_dict(
             state_dict, model_options=model_options, metadata=metadata, disable_dynamic=disable_dynamic
@@ -262,7 +256,9 @@ def load_model(path, version: str | None = None, model_options={}, disable_dynam
             f"ComfyUI does not recognise {checkpoint.path.name} as a Step1X-Edit model. Restart ComfyUI; if that does "
             "not help, report it with the version of ComfyUI and the name of the file."
         )
-    patcher.cached_patcher_init = (functools.partial(load_model, fp8=fp8), (path, version, model_options))
+    patcher.cached_patcher_init = (functools.partial(load_model, quantise=quantise, paired=paired), (path, version, model_options))
+    if paired:
+        patcher.model_options.setdefault("transformer_options", {})[PAIRED] = True
     return with_norm_limiter(patcher)
 
 
@@ -271,8 +267,12 @@ def mllm_state_dict(checkpoint: Checkpoint) -> tuple[dict, MLLMConfig]:
 
     Raises Step1XError for files that are damaged, of another model, or incomplete.
     """
-    state_dict, metadata = read_checkpoint(checkpoint)
     name = checkpoint.path.name
+    if is_gguf(checkpoint.path):
+        check, metadata = comfy.model_management.throw_exception_if_processing_interrupted, {}
+        state_dict, checkpoint.config = read_language_model(checkpoint.path, check)
+    else:
+        state_dict, metadata = read_checkpoint(checkpoint)
     check_foreign(name, state_dict, checkpoint.config)
     state_dict = normalize_keys(state_dict)
     lift_marker(state_dict)
@@ -308,7 +308,8 @@ def mllm_state_dict(checkpoint: Checkpoint) -> tuple[dict, MLLMConfig]:
 def load_text_encoder(path, layout: str | None = None, model_options={}, disable_dynamic=False) -> comfy.sd.CLIP:
     """Load Qwen2.5-VL as a CLIP object that tokenises and lays out prompts as in Step1X-Edit's training.
 
-    path: the single file that Qwen-Image uses (bf16 or scaled fp8), a Hugging Face folder, or a diffusers repository.
+    path: the single file that Qwen-Image uses (bf16 or scaled fp8), a GGUF file with its mmproj file beside it, a
+    Hugging Face folder, or a diffusers repository.
     layout: "v1.1" (also for v1.0), "v1.2", or None for the layout of the repository's version, else v1.1. Repositories
     of other models contain the same Qwen2.5-VL.
 
@@ -369,9 +370,12 @@ def load_vae(path) -> comfy.sd.VAE:
 
 
 def load_own_vae(path) -> comfy.sd.VAE | None:
-    """The VAE in the vae folder of a diffusers repository. None for a single file and for a folder without one.
+    """The VAE in the vae folder of a diffusers repository, and that of the miniature. None for other single files and
+    for a folder without one.
 
     Raises Step1XError as `load_vae` does.
     """
+    if Path(path) == miniature_file("diffusion_models"):
+        return load_vae(miniature_file("vae"))
     folder = Path(path, "vae")
     return load_vae(folder) if folder.is_dir() and is_model_folder(folder) else None

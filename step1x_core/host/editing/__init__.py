@@ -1,1 +1,1 @@
-"""Batches of edits through ComfyUI."""
+"""Batches of edits through ComfyUI, and keeping what an edit did not change."""

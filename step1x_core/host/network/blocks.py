@@ -30,6 +30,9 @@ TOKENS_READ = "step1x_tokens_read"
 # Entry of transformer_options: an attention function for e4m3 q, k and v, laid out as in `attend`, with an e4m3 result
 # on the scale of v.
 FP8_ATTENTION = "step1x_fp8_attention"
+# Entry of transformer_options: whether the batch holds two prompts of the same images, one in each half, whose inputs
+# of fp8 layers are rounded as pairs (network/pair_kernels.py).
+PAIRED = "step1x_paired_prompts"
 
 
 def plain_needed(transformer_options: dict) -> bool:
@@ -58,6 +61,21 @@ def kernels_on(device: torch.device):
         )
         return None
     return kernels
+
+
+@functools.cache
+def pair_kernels_on(device: torch.device):
+    """Return the module of Triton kernels for paired prompts if they run on this device, else None."""
+    if kernels_on(device) is None:
+        return None
+    try:
+        from ...network import pair_kernels
+
+        pair_kernels.check_agreement(device)
+    except Exception as error:
+        log.warning("The kernels for paired prompts do not work here (%s); they are rounded apart.", error)
+        return None
+    return pair_kernels
 
 
 @functools.cache
@@ -101,8 +119,32 @@ def ready_weight_and_bias(layer: torch.nn.Module, device: torch.device, dtype: t
     return cast_bias_weight(layer, device=device, dtype=dtype, bias_dtype=dtype, offloadable=True, **options)
 
 
+class Paired(NamedTuple):
+    """A product of paired inputs, x [B, S, N]: of the means in its first half, of half the differences in its second;
+    and the layer's bias [N], which is not added yet."""
+
+    x: Tensor
+    bias: Tensor
+
+    def part(self, columns: slice) -> "Paired":
+        return Paired(self.x[..., columns], self.bias[columns])
+
+
 def multiplied_as_fp8(layer: torch.nn.Module, x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Apply a layer to e4m3 x [N, C] times scale []; returns [N, out] in dtype.
+    """Apply a layer to e4m3 x [N, C] times scale []; returns [N, out] in dtype."""
+    return fp8_product(layer, x, scale, dtype)[0]
+
+
+def multiplied_pairs(layer: torch.nn.Module, x: Tensor, scale: Tensor, dtype: torch.dtype, batch: int) -> Paired:
+    """Apply a layer to paired e4m3 x [B * S, C] times scale []; returns B products of S rows."""
+    out, bias = fp8_product(layer, x, scale, dtype, add_bias=False)
+    return Paired(out.unflatten(0, (batch, -1)), bias)
+
+
+def fp8_product(
+    layer: torch.nn.Module, x: Tensor, scale: Tensor, dtype: torch.dtype, add_bias: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Multiply e4m3 x [N, C] times scale [] by a layer's weight; returns [N, out] in dtype, and the layer's bias [out].
 
     The host requests float32 accumulation, for which Hopper leaves its tensor cores. Their own 14 bits are far more
     than the 4 bits of the summands.
@@ -118,15 +160,28 @@ def multiplied_as_fp8(layer: torch.nn.Module, x: Tensor, scale: Tensor, dtype: t
             kind,
             weight._params.scale,
             kind,
-            bias=bias,
+            bias=bias if add_bias else None,
             output_dtype=dtype,
             use_fast_accum=True,
         )
     else:
         params = get_layout_class(FP8_LAYOUT).Params(scale=scale, orig_dtype=dtype, orig_shape=tuple(x.shape))
-        out = functional.linear(QuantizedTensor(x, FP8_LAYOUT, params), weight, bias)
+        out = functional.linear(QuantizedTensor(x, FP8_LAYOUT, params), weight, bias if add_bias else None)
+    # A streamed bias lies in a buffer that the next layer may take.
+    kept = bias if stream is None or add_bias else bias.clone()
     uncast_bias_weight(layer, weight, bias, stream)
-    return out
+    return out, kept
+
+
+def pairs_prompts(layers: list[torch.nn.Module], x: Tensor, transformer_options: dict) -> bool:
+    """Return whether the inputs x [B, S, C] of all these layers are rounded as pairs: if both prompts are in the batch,
+    and kernels and fp8 tensor cores compute them."""
+    return (
+        bool(transformer_options.get(PAIRED))
+        and x.shape[0] % 2 == 0
+        and pair_kernels_on(x.device) is not None
+        and all(layer.bias is not None and fp8_input_scale(layer, x) is not None for layer in layers)
+    )
 
 
 def is_plain(layer: torch.nn.Module) -> bool:
@@ -153,13 +208,16 @@ def gelu_of_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch._addmm_activation(bias, x.flatten(0, 1), weight.t(), use_gelu=True).unflatten(0, x.shape[:2])
 
 
-def modulated(layer: torch.nn.Module, x: Tensor, mod: ModulationOut) -> Tensor:
+def modulated(layer: torch.nn.Module, x: Tensor, mod: ModulationOut, paired: bool = False) -> Tensor | Paired:
     """Apply a layer norm without weights to x [B, S, C], multiply by 1 + mod.scale, add mod.shift ([B, 1, C] each),
-    then apply the layer; returns [B, S, N]."""
+    then apply the layer; returns [B, S, N]. paired: as `pairs_prompts` says for the layer."""
     kernels = kernels_on(x.device)
     if kernels is None:
         return layer(ck.adaln(x, mod.scale, mod.shift, 1e-6))
     scale = fp8_input_scale(layer, x)
+    if paired:
+        pairs = pair_kernels_on(x.device).modulate(x, mod.shift, mod.scale, scale)
+        return multiplied_pairs(layer, pairs.flatten(0, 1), scale, x.dtype, x.shape[0])
     out = kernels.modulate(x, mod.shift, mod.scale, scale)
     return (
         layer(out)
@@ -170,15 +228,34 @@ def modulated(layer: torch.nn.Module, x: Tensor, mod: ModulationOut) -> Tensor:
 
 class Part(NamedTuple):
     """Part of a layer's input: x [B, S, C], whose rows may be strided, times scale [], through GELU (tanh) if
-    requested."""
+    requested. bias [C]: x is the product of a Paired."""
 
     x: Tensor
     scale: Tensor | None = None
     gelu: bool = False
+    bias: Tensor | None = None
 
 
-def projected(layer: torch.nn.Module, parts: list[Part], dtype: torch.dtype) -> Tensor:
-    """Apply a layer to the parts concatenated along their last axis; returns [B, S, N] in dtype."""
+def paired_projection(layer: torch.nn.Module, parts: list[Part], dtype: torch.dtype) -> Paired:
+    """As `projected`, with the inputs rounded as pairs."""
+    x, start = parts[0].x, 0
+    scale = fp8_input_scale(layer, x)
+    columns = sum(part.x.shape[-1] for part in parts)
+    joined = torch.empty((x.shape[0] * x.shape[1], columns), device=x.device, dtype=kernels_on(x.device).FP8)
+    for part in parts:
+        out = joined[:, start:start + part.x.shape[-1]]
+        pair_kernels_on(x.device).copy_rows(part.x, out, scale, part.bias, part.scale, part.gelu)
+        start += part.x.shape[-1]
+    return multiplied_pairs(layer, joined, scale, dtype, x.shape[0])
+
+
+def projected(
+    layer: torch.nn.Module, parts: list[Part], dtype: torch.dtype, paired: bool = False
+) -> Tensor | Paired:
+    """Apply a layer to the parts concatenated along their last axis; returns [B, S, N] in dtype. paired: as
+    `pairs_prompts` says for the layer."""
+    if paired:
+        return paired_projection(layer, parts, dtype)
     x = parts[0].x
     kernels = kernels_on(x.device)
     if kernels is None:
@@ -203,9 +280,15 @@ def projected(layer: torch.nn.Module, parts: list[Part], dtype: torch.dtype) -> 
     )
 
 
-def mlp_of_modulated(mlp: torch.nn.Sequential, x: Tensor, mod: ModulationOut) -> Tensor:
-    """Apply linear, GELU (tanh), linear to the modulated x [B, S, C]; returns [B, S, C]."""
+def mlp_of_modulated(
+    mlp: torch.nn.Sequential, x: Tensor, mod: ModulationOut, paired: bool = False
+) -> Tensor | Paired:
+    """Apply linear, GELU (tanh), linear to the modulated x [B, S, C]; returns [B, S, C]. paired: as `pairs_prompts`
+    says for both layers."""
     kernels = kernels_on(x.device)
+    if paired:
+        hidden = modulated(mlp[0], x, mod, paired)
+        return projected(mlp[2], [Part(hidden.x, gelu=True, bias=hidden.bias)], x.dtype, paired)
     if kernels is None or not is_plain(mlp[0]):
         return projected(mlp[2], [Part(modulated(mlp[0], x, mod), gelu=True)], x.dtype)
     normed = kernels.modulate(x, mod.shift, mod.scale)
@@ -215,10 +298,12 @@ def mlp_of_modulated(mlp: torch.nn.Sequential, x: Tensor, mod: ModulationOut) ->
     return mlp[2](hidden)
 
 
-def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> None:
+def add_gated(x: Tensor, update: Tensor | Paired, gate: Tensor) -> None:
     """Add update * gate to x in place."""
     kernels = kernels_on(x.device)
-    if kernels is not None and x.is_contiguous():
+    if isinstance(update, Paired):
+        pair_kernels_on(x.device).add_gated(x, update.x, update.bias, gate)
+    elif kernels is not None and x.is_contiguous():
         kernels.add_gated(x, update, gate)
     else:
         x.addcmul_(update, gate)
@@ -232,7 +317,7 @@ def with_repeats(x: Tensor, dim: int, text: int, repeats: int) -> Tensor:
 
 
 def queries_keys_values(
-    streams: list[tuple[Tensor, QKNorm]], heads: int, pe: Tensor, transformer_options: dict
+    streams: list[tuple[Tensor | Paired, QKNorm]], heads: int, pe: Tensor, transformer_options: dict
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Split projections [B, S_i, 3 * H * D] into q [B, S, H, D] and k, v [B, S + R, H, D], with norms and rotary
     positions applied. They may share the projections' memory.
@@ -244,9 +329,14 @@ def queries_keys_values(
     """
     text, repeats = transformer_options.get(REPEATED_TEXT, (0, 0))
     kernels = kernels_on(pe.device)
+    biases = [projection.bias if isinstance(projection, Paired) else None for projection, _ in streams]
+    streams = [(projection.x if isinstance(projection, Paired) else projection, norm) for projection, norm in streams]
     dtype = streams[0][0].dtype if FP8_ATTENTION not in transformer_options else kernels.FP8
     v_scale = None
-    in_place = kernels is None or (len(streams) == 1 and not repeats and dtype == streams[0][0].dtype)
+    paired = biases[0] is not None
+    in_place = kernels is None or (
+        not paired and len(streams) == 1 and not repeats and dtype == streams[0][0].dtype
+    )
     if in_place:
         qkv = torch.cat([projection for projection, _ in streams], dim=1) if len(streams) > 1 else streams[0][0]
         q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)
@@ -255,7 +345,10 @@ def queries_keys_values(
         q = torch.empty((batch, pe.shape[2], heads, width // heads // 3), dtype=dtype, device=pe.device)
         k, v = (q.new_empty((batch, pe.shape[2] + repeats, *q.shape[2:])) for _ in range(2))
         if FP8_ATTENTION in transformer_options:
-            v_scale = kernels.fp8_scale([projection[..., 2 * width // 3:] for projection, _ in streams])
+            values = [projection[..., 2 * width // 3:] for projection, _ in streams]
+            values += [bias[None, None, 2 * width // 3:] for bias in biases if paired]
+            # A paired value is the sum of three: 4 is the next power of two.
+            v_scale = kernels.fp8_scale(values) * (4 if paired else 1)
     start = 0
     for number, (projection, norm) in enumerate(streams):
         end = start + projection.shape[1]
@@ -274,16 +367,22 @@ def queries_keys_values(
             # The first stream starts with the text; the repeats follow it directly.
             own, before = ((0, 0), repeats) if number else ((text, repeats), 0)
             places = slice(start + before, end + repeats)
-            kernels.norm_and_rotate(
+            rotate = (
+                functools.partial(pair_kernels_on(pe.device).norm_and_rotate, bias=biases[number])
+                if paired
+                else kernels.norm_and_rotate
+            )
+            rotate(
                 projection.unflatten(-1, (3, heads, -1)),
-                q_weight,
-                k_weight,
-                pe[:, :, start:end],
-                q[:, start:end],
-                k[:, places],
-                None if in_place else v[:, places],
-                v_scale,
-                *own,
+                q_weight=q_weight,
+                k_weight=k_weight,
+                pe=pe[:, :, start:end],
+                q=q[:, start:end],
+                k=k[:, places],
+                v=None if in_place else v[:, places],
+                v_scale=v_scale,
+                text=own[0],
+                repeats=own[1],
             )
         uncast_bias_weight(norm.query_norm, q_weight, None, q_stream)
         uncast_bias_weight(norm.key_norm, k_weight, None, k_stream)
@@ -337,23 +436,33 @@ class FusedDoubleStreamBlock(DoubleStreamBlock):
         txt_mod1, txt_mod2 = self.txt_mod(vec)
         tokens = txt.shape[1]
 
+        paired = pairs_prompts(self.large_layers(), img, transformer_options)
         streams = [
-            (modulated(self.txt_attn.qkv, txt, txt_mod1), self.txt_attn.norm),
-            (modulated(self.img_attn.qkv, img, img_mod1), self.img_attn.norm),
+            (modulated(self.txt_attn.qkv, txt, txt_mod1, paired), self.txt_attn.norm),
+            (modulated(self.img_attn.qkv, img, img_mod1, paired), self.img_attn.norm),
         ]
         *qkv, scale = queries_keys_values(streams, self.num_heads, pe, transformer_options)
         del streams
         attn = attend(*qkv, transformer_options, attn_mask)
         del qkv
 
-        add_gated(img, projected(self.img_attn.proj, [Part(attn[:, tokens:], scale)], img.dtype), img_mod1.gate)
-        add_gated(txt, projected(self.txt_attn.proj, [Part(attn[:, :tokens], scale)], txt.dtype), txt_mod1.gate)
-        del attn
-        add_gated(img, mlp_of_modulated(self.img_mlp, img, img_mod2), img_mod2.gate)
-        add_gated(txt, mlp_of_modulated(self.txt_mlp, txt, txt_mod2), txt_mod2.gate)
+        for x, attention, mod, part in (
+            (img, self.img_attn, img_mod1, attn[:, tokens:]),
+            (txt, self.txt_attn, txt_mod1, attn[:, :tokens]),
+        ):
+            add_gated(x, projected(attention.proj, [Part(part, scale)], x.dtype, paired), mod.gate)
+        del attn, part
+        add_gated(img, mlp_of_modulated(self.img_mlp, img, img_mod2, paired), img_mod2.gate)
+        add_gated(txt, mlp_of_modulated(self.txt_mlp, txt, txt_mod2, paired), txt_mod2.gate)
         if txt.dtype == torch.float16:
             torch.nan_to_num_(txt, nan=0.0, posinf=65504, neginf=-65504)
         return img, txt
+
+
+    def large_layers(self) -> list[torch.nn.Module]:
+        """Return the layers that are applied to every token."""
+        layers = [self.img_attn.qkv, self.img_attn.proj, self.txt_attn.qkv, self.txt_attn.proj]
+        return layers + [self.img_mlp[0], self.img_mlp[2], self.txt_mlp[0], self.txt_mlp[2]]
 
 
 class FusedSingleStreamBlock(SingleStreamBlock):
@@ -370,7 +479,11 @@ class FusedSingleStreamBlock(SingleStreamBlock):
         width = 3 * self.hidden_size
         kernels = kernels_on(x.device)
         split = kernels is not None and is_plain(self.linear1) and is_plain(self.linear2)
-        if split:
+        paired = pairs_prompts([self.linear1, self.linear2], x, transformer_options)
+        if paired:
+            hidden = modulated(self.linear1, x, mod, paired)
+            qkv, mlp = hidden.part(slice(width)), hidden.part(slice(width, None))
+        elif split:
             normed = kernels.modulate(x, mod.shift, mod.scale)
             with weight_and_bias(self.linear1, normed) as (weight, bias):
                 qkv = functional.linear(normed, weight[:width], bias[:width])
@@ -398,7 +511,8 @@ class FusedSingleStreamBlock(SingleStreamBlock):
                 )
             update = update.unflatten(0, attn.shape[:2])
         else:
-            update = projected(self.linear2, [Part(attn, scale), Part(mlp[:, rows], gelu=True)], x.dtype)
+            hidden = Part(mlp.x[:, rows], gelu=True, bias=mlp.bias) if paired else Part(mlp[:, rows], gelu=True)
+            update = projected(self.linear2, [Part(attn, scale), hidden], x.dtype, paired)
         add_gated(x[:, rows], update, mod.gate)
         if x.dtype == torch.float16:
             torch.nan_to_num_(x, nan=0.0, posinf=65504, neginf=-65504)

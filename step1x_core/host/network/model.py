@@ -92,8 +92,16 @@ class Step1XEditModel(comfy.model_base.Flux):
         if kwargs.get("prompt_type") == "positive":
             if not kwargs.get("reference_latents") and not VERSIONS[self.diffusion_model.version].draws:
                 log.warning(
-                    "Step1X-Edit v1.0 only edits images; it was not trained for text to image. Connect an image, or "
-                    "use v1.1."
+                    "Step1X-Edit %s only edits images; it was not trained for text to image. Connect an image, or "
+                    "use v1.1.",
+                    self.diffusion_model.version,
+                )
+            version = self.diffusion_model.version
+            if len(kwargs.get("reference_latents") or []) > 1 and not VERSIONS[version].reference_offset[0]:
+                log.warning(
+                    "Step1X-Edit %s gives all reference images the same positions and cannot tell them apart. Use one "
+                    "image, or v1.1 or v1.2.",
+                    version,
                 )
             if kwargs.get("guidance") is not None:
                 log.warning(

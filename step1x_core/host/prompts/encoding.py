@@ -224,16 +224,33 @@ def decode_edit(vae, latent: dict, source: Tensor | None = None, tiling: str = A
 
     Raises Step1XError for a foreign VAE, a latent of another model, an invalid source image, and damaged weights.
     """
-    check_vae(vae)
     if source is not None:
         check_pictures(source, "source")
+    pictures = decode_at_working_size(vae, latent, tiling)
+    return pictures if source is None else at_source_size(pictures, source, latent)
+
+
+def decode_at_working_size(vae, latent: dict, tiling: str = AUTO) -> Tensor:
+    """Decode a latent dict to images [B, h, w, 3] in 0..1; raises what `decode_edit` raises."""
+    check_vae(vae)
     samples = latent_samples(latent)
     check_latent_shape(samples, LATENT_CHANNELS)
     check_finite(samples, BAD_LATENT)
     pictures = decode(vae, samples.clone(), tiling)
     check_finite(pictures, f"The VAE decoder returned {BAD_VAE}")
-    if source is None or source.shape[1:3] == pictures.shape[1:3]:
+    return pictures
+
+
+def layout_of(latent: dict) -> PromptLayout:
+    """Return the prompt layout that a latent dict was encoded with; v1.1's for a latent from elsewhere."""
+    return LAYOUTS.get(latent.get(LAYOUT_KEY), LAYOUT_V11)
+
+
+def at_source_size(pictures: Tensor, source: Tensor, latent: dict) -> Tensor:
+    """Resize decoded images [B, h, w, 3] to the size of the source [S, H, W, C], as the version of the latent dict
+    does."""
+    if source.shape[1:3] == pictures.shape[1:3]:
         return pictures
     size = (source.shape[2], source.shape[1])
-    layout = LAYOUTS.get(latent.get(LAYOUT_KEY), LAYOUT_V11)
-    return torch.stack([to_output_size(picture, size, truncate=layout.truncates) for picture in pictures])
+    truncate = layout_of(latent).truncates
+    return torch.stack([to_output_size(picture, size, truncate=truncate) for picture in pictures])

@@ -7,6 +7,7 @@ from ...speed.presets import PRESETS, SpeedSettings, described
 from ...speed.region import RegionSettings
 from ..sampling.sampler import set_guidance_interval
 from .fp8_attention import missing_for_fp8, set_fp8_attention
+from .int8_attention import set_int8_attention
 from .region import apply_region
 from .teacache import apply_teacache
 
@@ -20,8 +21,8 @@ def settings_of(choice: dict) -> SpeedSettings:
     region = None
     if "similarity" in choice:
         region = RegionSettings(choice["similarity"], choice["warmup"], choice["refreshes"], choice["reuse"])
-    fp8 = choice.get("attention") == "fp8"
-    return SpeedSettings(choice.get("threshold"), region, fp8, choice["start_percent"], choice["end_percent"])
+    fp8, int8 = (choice.get("attention") == name for name in ("fp8", "int8"))
+    return SpeedSettings(choice.get("threshold"), region, fp8, choice["start_percent"], choice["end_percent"], int8)
 
 
 def apply_speed(model, mode: str, settings: SpeedSettings):
@@ -29,8 +30,8 @@ def apply_speed(model, mode: str, settings: SpeedSettings):
 
     The log says what was chosen.
     What is set takes the place of an earlier setting of its kind; the others stay. A preset goes on without fp8
-    attention where that cannot run. Raises Step1XError where fp8 attention is asked for by itself and cannot run, and
-    if the guided part ends before it starts.
+    attention where that cannot run. Raises Step1XError where fp8 or int8 attention is asked for by itself and cannot
+    run, and if the guided part ends before it starts.
     """
     missing = missing_for_fp8(model.load_device) if settings.fp8_attention and mode in PRESETS else None
     if missing:
@@ -41,6 +42,8 @@ def apply_speed(model, mode: str, settings: SpeedSettings):
         model = apply_region(model, settings.region)
     if settings.fp8_attention:
         model = set_fp8_attention(model)
+    if settings.int8_attention:
+        model = set_int8_attention(model)
     if not settings.guides_all:
         model = set_guidance_interval(model, settings.start, settings.end)
     log.info(described(mode, settings, missing))

@@ -37,6 +37,12 @@ def linear_forward(layer: torch.nn.Module, forward: Callable, lora: LoraLayer | 
     return out + lora(x) if lora is not None and lora.enabled else out
 
 
+def first_forward(layer: torch.nn.Module, forward: Callable, x: Tensor) -> Tensor:
+    """For the layer of the noisy latent, which has gradients where several steps are made: the blocks add to its output
+    in place."""
+    return FrozenLinear.apply(x, layer, forward).clone()
+
+
 def norm_forward(norm: torch.nn.RMSNorm, x: Tensor) -> Tensor:
     weight, bias, stream = comfy.ops.cast_bias_weight(norm, x, offloadable=True)
     # The host's weights are inference tensors, which autograd cannot keep.
@@ -85,6 +91,7 @@ def adapted(transformer: torch.nn.Module, layers: dict[str, LoraLayer], checkpoi
             changed[module] = partial(norm_forward, module)
         elif isinstance(module, torch.nn.LayerNorm):
             changed[module] = partial(copying_forward, module.forward)
+    changed[transformer.img_in] = partial(first_forward, transformer.img_in, transformer.img_in.forward)
     if checkpointing:
         changed |= {block: partial(checkpointed_forward, block.forward) for block in blocks}
     # The host's own bypass puts a forward into the instance, too.

@@ -4,6 +4,7 @@ overwritten by less."""
 import json
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...checkpoints.lora_export import DIFFUSERS, PEFT, export_lora
 from ...errors import Step1XError
 from ...training.cache import write_tensors
 from ...training.objective import (
@@ -29,6 +31,8 @@ from ...training.objective import (
 log = logging.getLogger(__name__)
 
 STATE_FILE, LORA_FILE, PROGRESS_FILE = "state.safetensors", "lora.safetensors", "progress.png"
+# Under which other names the LoRA can be saved beside LORA_FILE, and where: a file, or for PEFT a folder.
+EXPORTS = {DIFFUSERS: "lora_diffusers.safetensors", PEFT: "lora_peft"}
 # Entries of the files' metadata.
 RUN_KEY, STEPS_KEY, BASE_KEY = "step1x_training", "ss_steps", "ss_base_model_version"
 BASE = "step1x-edit-"
@@ -43,8 +47,9 @@ def damaged(path: Path, problem: object) -> Step1XError:
 class Run:
     """The LoRA, the optimiser and the losses so far. All that decides the next step is in the state file.
 
-    origin: what it is trained on. metadata: what else the LoRA's file says of itself. owns_folder: whether what lies in
-    its folder is its own; saved: steps of its files there.
+    origin: what it is trained on. metadata: what else the LoRA's file says of itself. also: names in EXPORTS under
+    which the LoRA is saved, too. owns_folder: whether what lies in its folder is its own; saved: steps of its files
+    there.
     """
 
     def __init__(
@@ -54,8 +59,10 @@ class Run:
         device: torch.device,
         origin: Origin = UNKNOWN,
         metadata: dict[str, str] | None = None,
+        also: tuple[str, ...] = (),
     ):
         self.settings, self.origin, self.metadata = settings, origin, metadata or {}
+        self.also = also
         self.layers = {name: layer.to(device) for name, layer in lora_layers(shapes, settings).items()}
         self.weights = parameters(self.layers)
         # One weight after the other, as on the CPU: all at once take a copy of the moments.
@@ -102,11 +109,14 @@ class Run:
             self.owns_folder = True
 
     def save(self, folder: Path) -> None:
-        """Two files: the state, and the LoRA so far for use. Nothing is written where the run is not ahead of them.
+        """Two files: the state, and the LoRA so far for use, also under other names. Where the run is not ahead of them,
+        only names that are missing are written.
 
         Raises Step1XError where they cannot be written.
         """
         if self.step <= self.saved:
+            if self.owns_folder:
+                self.export(folder, [layout for layout in self.also if not (folder / EXPORTS[layout]).exists()])
             return
         self.claim(folder)
         tensors = {name: weight.detach() for name, weight in self.weights.items()} | {
@@ -120,11 +130,20 @@ class Run:
                 if weight in self.optimiser.state
             }
         write_tensors(folder / STATE_FILE, tensors, {RUN_KEY: json.dumps(asdict(self.settings) | asdict(self.origin))})
-        # kohya's names.
+        write_tensors(folder / LORA_FILE, self.lora(), self.described())
+        self.export(folder, self.also)
+        self.saved = self.step
+
+    def described(self) -> dict[str, str]:
+        """What the LoRA's files say of it, by kohya's names."""
         metadata = {"ss_network_dim": self.settings.rank, "ss_network_alpha": self.settings.alpha, STEPS_KEY: self.step,
                     BASE_KEY: f"{BASE}{self.origin.version}", **self.metadata}
-        write_tensors(folder / LORA_FILE, self.lora(), {name: str(value) for name, value in metadata.items()})
-        self.saved = self.step
+        return {name: str(value) for name, value in metadata.items()}
+
+    def export(self, folder: Path, layouts: Iterable[str]) -> None:
+        """Write the LoRA under other names, as in EXPORTS. Raises Step1XError where that cannot be written."""
+        for layout in layouts:
+            export_lora(self.lora(), folder / EXPORTS[layout], layout, self.described())
 
     def resume(self, folder: Path) -> None:
         """Go on where the state file ends, if there is one.
@@ -208,7 +227,7 @@ def move_aside(folder: Path) -> Path | None:
     The files and not the folder: it may hold more than ours. The LoRA goes first, so that a kill in between loses
     nothing.
     """
-    files = [folder / name for name in (LORA_FILE, STATE_FILE, PROGRESS_FILE) if os.path.lexists(folder / name)]
+    files = [folder / name for name in (LORA_FILE, *EXPORTS.values(), STATE_FILE, PROGRESS_FILE) if os.path.lexists(folder / name)]
     if not files:
         return None
     whole, number = Path(os.path.abspath(folder)), 1

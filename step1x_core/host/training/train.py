@@ -175,6 +175,7 @@ def train(
     validate: Callable | None = None,
     report: Callable | None = None,
     lesson=None,
+    also: tuple[str, ...] = (),
 ) -> Run:
     """Train up to settings.steps. State and LoRA go to the folder every `save_every` steps (0: never), at the end, and
     when the run is cancelled or fails,
@@ -183,7 +184,8 @@ def train(
 
     model: a Step1X-Edit model, of any weight dtype; it is not changed. validate: called as (model, step) every
     `validate_every` steps (0: never) and at the end, in inference mode and with the LoRA in place. report: called with
-    the run after each step. lesson: what is learned in place of the dataset's targets, see `distill.Lesson`.
+    the run after each step. lesson: what is learned in place of the dataset's targets, see `distill.Lesson`. also: as for
+    `Run`.
 
     Raises Step1XError for a model of another kind, with weights that cannot be trained on or of another layout than the
     dataset's, and as `Run.resume` and
@@ -195,7 +197,12 @@ def train(
     origin = Origin(dataset.fingerprint(), transformer.version, "" if lesson is None else lesson.name)
     with torch.inference_mode(False):
         run = Run(
-            settings, linear_shapes(transformer), model.load_device, origin, None if lesson is None else lesson.metadata
+            settings,
+            linear_shapes(transformer),
+            model.load_device,
+            origin,
+            None if lesson is None else lesson.metadata,
+            also,
         )
         if resume:
             run.resume(folder)

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 
 from step1x_core.checkpoints.detection import CONFIG_KEY, config_tensor
-from step1x_core.errors import Step1XError
 from step1x_core.host.checkpoints.loading import load_model
 from step1x_core.host.checkpoints.lora import apply_lora
 from step1x_core.host.network.model import Step1XEditModel, register
@@ -178,9 +177,3 @@ def test_lora_patches_are_found_for_packed_weights():
         unpacked = unpack(model.model.diffusion_model.get_parameter(name), torch.float32)
         merged = comfy.lora.calculate_weight(patches[f"diffusion_model.{name}"], unpacked.clone(), name)
         assert torch.allclose(unpacked, weights[name], atol=0.03) and not torch.allclose(merged, unpacked, atol=0.1)
-
-
-def test_our_own_loader_names_what_it_takes(tmp_path):
-    (tmp_path / "step1x-edit-Q8_0.gguf").write_bytes(b"GGUF")
-    with pytest.raises(Step1XError, match="is not a safetensors file"):
-        load_model(tmp_path / "step1x-edit-Q8_0.gguf")

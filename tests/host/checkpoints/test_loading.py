@@ -21,9 +21,10 @@ from step1x_core.checkpoints.detection import CONNECTOR_KEY, detect_config
 from step1x_core.checkpoints.files import is_model_folder, shard_files
 from step1x_core.checkpoints.keys import diffusers_to_original
 from step1x_core.errors import Step1XError
-from step1x_core.host.checkpoints import loading
+from step1x_core.host.checkpoints import loading, quantising
 from step1x_core.host.checkpoints.folders import choices
 from step1x_core.host.checkpoints.loading import load_model, model_shapes
+from step1x_core.host.checkpoints.quantising import quantised
 from step1x_core.host.network.model import Step1XEdit, Step1XEditModel, register
 from step1x_core.host.sampling.sampler import flow_sigmas, sample
 
@@ -170,11 +171,11 @@ def test_partly_loaded_model_computes_the_same(files):
 
 
 def test_room_is_made_before_matrices_go_to_the_card_to_be_scaled(files, monkeypatch):
-    weights, calls, convert = load_file(files["v1.1"]), [], loading.converted
+    weights, calls, convert = load_file(files["v1.1"]), [], quantising.converted
     device = comfy.model_management.get_torch_device()
     monkeypatch.setattr(comfy.model_management, "free_memory", lambda size, device, *args, **kwargs: calls.append((size, device)))
-    monkeypatch.setattr(loading, "converted", lambda name, tensor, *args: calls.append(tensor.numel()) or convert(name, tensor, *args))
-    loading.scaled_fp8(weights)
+    monkeypatch.setattr(quantising, "converted", lambda name, tensor, *args: calls.append(tensor.numel()) or convert(name, tensor, *args))
+    quantised(weights, "fp8")
     (size, where), *numbers = calls
     assert where == device and numbers and size >= 4 * 4 * max(numbers)
 
@@ -224,7 +225,7 @@ def test_fp8_scaled_packs_the_large_matrices_while_loading(files, tmp_path, stor
 def test_fp8_scaled_leaves_a_scaled_file_as_it_is(files, tmp_path):
     path = tmp_path / "step1x-edit-v1p1-scaled.safetensors"
     with torch.inference_mode():
-        save_file(loading.scaled_fp8(load_file(files["v1.1"])), path)
+        save_file(quantised(load_file(files["v1.1"]), "fp8"), path)
         assert torch.equal(predict(load_model(path, fp8=True)), predict(load_model(path)))
 
 

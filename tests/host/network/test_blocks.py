@@ -136,6 +136,7 @@ def test_gradients_go_through_the_hosts_forward(single, monkeypatch):
     assert gradients[0].abs().max() > 0
 
 
+@pytest.mark.once
 def test_compiling_breaks_no_graph_and_only_new_shapes_compile_again(double, single):
     from torch._dynamo.testing import CompileCounter
 
@@ -159,14 +160,15 @@ def test_compiling_breaks_no_graph_and_only_new_shapes_compile_again(double, sin
 
 
 @pytest.mark.once
-def test_triton_kernels_agree_with_torch():
+@pytest.mark.parametrize("checks, said", [("kernel_checks", "kernels agree"), ("pair_kernel_checks", "pairs agree")])
+def test_triton_kernels_agree_with_torch(checks, said):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     pytest.importorskip("triton", reason="Triton, which is published for Linux only, is not installed")
     done = subprocess.run(
-        [sys.executable, PACK / "tests" / "support" / "kernel_checks.py"],
+        [sys.executable, PACK / "tests" / "support" / f"{checks}.py"],
         env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "kernels agree" in done.stdout
+    assert said in done.stdout

@@ -70,6 +70,7 @@ def run(model, size=16, steps=3, seed=1, cfg=4.0):
     )["samples"]
 
 
+@pytest.mark.once
 def test_only_new_shapes_compile_again_and_nothing_breaks_a_graph(v11):
     fast, counter = compiled(v11)
     for change in ({}, {"seed": 2}, {"steps": 5}, {"cfg": 2.0}):

@@ -167,6 +167,7 @@ def test_what_shapes_do_not_show_comes_from_the_folders_config(v12_file, tmp_pat
     assert network.pe_embedder.axes_dim == [8, 12, 12] and network.connector.S.individual_token_refiner.blocks[0].num_heads == 4
 
 
+@pytest.mark.once
 def test_another_models_repository_lends_its_text_encoder(models, tmp_path):
     folder = tmp_path / "Qwen-Image-Edit"
     (folder / "text_encoder").mkdir(parents=True)

@@ -140,6 +140,7 @@ def test_workflows_only_use_known_nodes_and_connect_them(schemas):
             "EmptySD3LatentImage",
             "MarkdownNote",
             "PreviewAny",
+            "MaskPreview",
             "CreateList",
             "GetImageSize",
             "UpscaleModelLoader",
@@ -178,6 +179,7 @@ def python_without_host(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACK, env=env)
 
 
+@pytest.mark.once
 def test_core_and_pack_import_without_comfyui_and_triton():
     modules = [name for name in core_modules() if not name.startswith("step1x_core.host")]
     assert "step1x_core.prompts.v11" in modules and "step1x_core.network.kernels" in modules

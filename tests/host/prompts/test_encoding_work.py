@@ -237,6 +237,7 @@ def test_a_batch_encodes_the_negative_prompt_only_where_it_is_read(models, vae, 
         assert torch.equal(found, decode_edit(vae, out, image))
 
 
+@pytest.mark.once
 def test_images_of_a_list_get_the_proposals_that_they_get_one_by_one(clip, monkeypatch):
     """With a model of random weights, of whose replies a part is taken for readable: the images need different numbers of tries."""
     def read(reply):

@@ -87,6 +87,7 @@ print("fine")
 """
 
 
+@pytest.mark.once
 def test_kernels_agree_with_torch(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     run = subprocess.run([sys.executable, "-c", PROGRAM], cwd=PACK, capture_output=True, text=True)

@@ -164,6 +164,7 @@ def test_greedy_decoding_equals_transformers(request, references, head, content)
     assert found == reference_reply(references[head], sequence_of(clip, CONTENTS[content]))
 
 
+@pytest.mark.once
 def test_repetition_penalty_equals_transformers_over_prompt_and_reply(tied, references):
     content = CONTENTS["picture"]
     found = greedy(tied, content, repetition_penalty=1.6)
@@ -221,6 +222,7 @@ def moving_weights(monkeypatch):
     monkeypatch.setattr("step1x_core.host.prompts.writing.lend", lambda modules, device: None)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("head", ["untied", "tied"])
 def test_replies_at_a_time_are_those_one_by_one(request, head):
     clip = request.getfixturevalue(head)
@@ -247,6 +249,7 @@ def test_prompts_are_read_together_as_far_as_memory_allows_where_weights_move(un
         assert passes == groups + [(3, 1)] * 11
 
 
+@pytest.mark.once
 def test_each_of_several_replies_is_drawn_by_its_own_seed_and_temperature(untied):
     questions = [
         Question("You judge.", content, seed, heat)

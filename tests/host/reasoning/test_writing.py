@@ -95,6 +95,7 @@ def graphs(monkeypatch):
     return Replayed.made
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_replayed_steps_write_what_called_ones_do(clip, monkeypatch, graphs, temperature):
     found = write(clip, TEXTS, temperature=temperature)
@@ -329,6 +330,7 @@ print("fine")
 """
 
 
+@pytest.mark.once
 def test_a_step_on_kernels_is_the_step_through_modules():
     """In Triton's interpreter, in float16, because it multiplies no bf16."""
     pytest.importorskip("triton", reason="Triton, which is published for Linux only, is not installed")

@@ -141,6 +141,7 @@ def test_caching_goes_on_after_a_cancel(clip, vae, folder, monkeypatch):
     assert cached(clip, vae, folder)[1] == 8
 
 
+@pytest.mark.once
 def test_other_weights_are_encoded_anew(clip, vae, models, folder, tmp_path):
     cached(clip, vae, folder)
     sd = comfy.utils.load_torch_file(str(models / "vae" / tiny_models.VAE_FILE))

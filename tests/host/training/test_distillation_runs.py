@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import comfy.model_management
 import pytest
+import tiny_models
 import torch
 from safetensors import safe_open
 from test_cached_pairs import LEVEL
@@ -73,6 +74,7 @@ def test_the_teacher_edits_as_the_sampler_does(model, dataset, lesson):
     assert torch.allclose(points[1:2], kept[3].cpu(), atol=0.02) and not torch.allclose(points[1:2], points[-1:], atol=0.1)
 
 
+@pytest.mark.once
 def test_trajectories_are_made_once_and_known_by_what_they_are_made_of(model, dataset, lesson):
     assert lesson.made in (0, 7)  # three items twice, one for validation
 
@@ -136,6 +138,22 @@ def test_every_stage_has_gradients_for_the_lora(model, dataset, lesson, random_r
     assert all(layer.enabled for layer in run.layers.values())
 
 
+@pytest.mark.once
+def test_the_direct_match_trains_on_weights_that_were_loaded_in_inference_mode(models, dataset, lesson):
+    """As the nodes load them: autograd cannot keep such weights, and the first layer gets a noisy latent with gradients."""
+    from test_lora_training import with_random_lora
+
+    from step1x_core.host.checkpoints.loading import load_model
+
+    with torch.inference_mode():
+        loaded = load_model(models / "diffusion_models" / tiny_models.V11_FILE)
+    model, run = with_random_lora(loaded)
+    final = Lesson(model, replace(FEW, later="final", share=1.0))
+    final.prepare(prepare_model(model), dataset, SETTINGS)
+    assert losses_of(model, final, dataset, run).min() > 0
+    assert max(weight.grad.abs().max() for weight in run.weights.values()) > 0
+
+
 def test_the_later_stage_begins_late(model, dataset, lesson, random_run, monkeypatch):
     model, run = random_run
     monkeypatch.setattr("step1x_core.host.training.distill.draw_segment", lambda *args: 1)
@@ -168,6 +186,7 @@ def finished(model, dataset, lesson, tmp_path_factory):
         return train(model, dataset, replace(SETTINGS, steps=30, learning_rate=3e-2), folder, lesson=Lesson(model, FEW)), folder
 
 
+@pytest.mark.once
 def test_a_run_brings_the_student_nearer_to_the_teacher(model, dataset, lesson, finished):
     run, folder = finished
     assert len(run.losses) == 30

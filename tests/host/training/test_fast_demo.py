@@ -38,6 +38,7 @@ def test_the_file_is_small_and_names_its_steps_and_teacher():
     assert settings.teacher == {"version": "v1.1", "steps": demo_model.STEPS, "cfg": demo_model.CFG}
 
 
+@pytest.mark.once
 @torch.inference_mode()
 def test_it_edits_held_out_scenes_in_its_steps_with_one_pass_each(demo):
     model = with_norm_limiter(apply_lora_file(demo.model, demo_model.FAST_FILE, 1.0))

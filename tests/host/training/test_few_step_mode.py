@@ -55,11 +55,13 @@ def read(run, clip, vae, **inputs):
     return run("Step1XEditTrainDataset", clip=clip, vae=vae, dataset="sources", size_level=64, validation=1, **inputs)
 
 
+@pytest.mark.once
 def test_sources_and_instructions_become_a_few_step_lora(run, clip, vae, model, tmp_path):
     write_sources(tmp_path / "input" / "sources")
     dataset, report = read(run, clip, vae, sources_only=True)
     assert report.startswith("3 instructions to train on, 1 held out")
-    lora, loss, steps, sheet = run("Step1XEditTrainLora", model=model, dataset=dataset, name="fast", vae=vae, mode=FEW, **TRAINING)
+    lora, loss, steps, sheet = run("Step1XEditTrainLora", model=model, dataset=dataset, name="fast", vae=vae, mode=FEW, also_save="diffusers", **TRAINING)
+    assert (tmp_path / "output" / "step1x_training" / "fast" / "lora_diffusers.safetensors").is_file()
     assert steps == 2 == len(loss["loss"]) and lora
     with safe_open(tmp_path / "output" / "step1x_training" / "fast" / "lora.safetensors", "pt") as file:
         metadata = file.metadata()

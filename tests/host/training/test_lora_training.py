@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
+import comfy.lora
 import comfy.model_management
 import comfy.sd
 import convert
@@ -26,11 +27,13 @@ from test_gguf import load_gguf
 from torch.autograd.graph import saved_tensors_hooks
 
 from step1x_core.checkpoints.lora import ALPHA as ALPHA_KEY
+from step1x_core.checkpoints.lora_export import DIFFUSERS, PEFT
 from step1x_core.errors import Step1XError
 from step1x_core.host.checkpoints.loading import load_model, load_text_encoder
 from step1x_core.host.checkpoints.lora import apply_lora, load_lora_file
 from step1x_core.host.training.adapted import adapted, linear_shapes
 from step1x_core.host.training.cache import cache_pairs
+from step1x_core.host.training.run import EXPORTS
 from step1x_core.host.training.train import (
     LORA_FILE,
     STATE_FILE,
@@ -116,6 +119,7 @@ def loss_of(model, run, dataset, checkpointing=True):
     return loss.item()
 
 
+@pytest.mark.once
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ["bf16", "plain fp8", "scaled fp8"])
 def test_gradients_are_those_of_finite_differences(models, tmp_path, dataset, kind):
@@ -123,11 +127,12 @@ def test_gradients_are_those_of_finite_differences(models, tmp_path, dataset, ki
         base = weight_kind(models, tmp_path, kind)
     model, run = with_random_lora(base)
     loss_of(model, run, dataset)
+    gradients = {name: weight.grad.clone() for name, weight in run.weights.items()}
     g = torch.Generator().manual_seed(0)
     for part in ("double_blocks.0.img_attn.qkv", "double_blocks.0.txt_mod.lin", "single_blocks.1.linear1", "single_blocks.0.linear2"):
         for name in (f"{part}.down", f"{part}.up"):
             weight = run.weights[name]
-            gradient = weight.grad.clone()
+            gradient = gradients[name]
             # Along the gradient, so that the difference stands out from the rounding of float32.
             direction = gradient / gradient.norm() + 0.1 * torch.randn(weight.shape, generator=g) / weight.numel() ** 0.5
             values = []
@@ -139,7 +144,6 @@ def test_gradients_are_those_of_finite_differences(models, tmp_path, dataset, ki
                     weight.sub_(direction, alpha=step)
             difference = (values[0] - values[1]) / 2e-2
             assert difference == pytest.approx((gradient * direction).sum().item(), rel=0.03), name
-            loss_of(model, run, dataset)
 
 
 @pytest.mark.parametrize("kind", ["float32", "float16", "float8_e5m2", *LOADABLE])
@@ -214,6 +218,7 @@ def test_models_and_data_of_inference_mode_are_trained_on(models, dataset, tmp_p
     assert run.weights["single_blocks.0.linear1.up"].abs().max() > 0
 
 
+@pytest.mark.once
 def test_same_seed_same_lora(model, dataset, finished, tmp_path):
     assert_same(train(model, dataset, SETTINGS, tmp_path), finished[0])
     other = train(model, dataset, replace(SETTINGS, seed=8), tmp_path / "other")
@@ -310,6 +315,7 @@ def test_a_killed_run_goes_on_from_what_was_saved(model, dataset, finished, tmp_
     assert_same(resumed, finished[0])
 
 
+@pytest.mark.once
 def test_a_running_mean_goes_on_as_well(model, dataset, tmp_path):
     settings = replace(SETTINGS, ema=0.5)
     whole = train(model, dataset, settings, tmp_path / "whole")
@@ -355,6 +361,27 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_spoils_the_state(model,
 
 
 # The file.
+
+def test_other_names_are_saved_beside_it_and_read_as_the_same_change(model, dataset, tmp_path):
+    settings = Settings(steps=1, learning_rate=1e-2, rank=4, alpha=8.0, seed=7)
+    # What is missing of a finished run is added without a further step.
+    for also in ((), (DIFFUSERS, PEFT)):
+        assert train(model, dataset, settings, tmp_path, also=also).step == 1
+    names = [LORA_FILE, EXPORTS[DIFFUSERS], f"{EXPORTS[PEFT]}/adapter_model.safetensors"]
+    first, *others = ({**apply_lora(model, load_lora_file(tmp_path / name), 1.0).patches} for name in names)
+    key = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
+    weight = model.model.diffusion_model.double_blocks[0].img_attn.qkv.weight.detach().float()
+    expected, *found = (comfy.lora.calculate_weight(patches[key], weight.clone(), key) for patches in (first, *others))
+    assert not torch.equal(expected, weight)
+    assert all(torch.allclose(change, expected, atol=1e-3) and patches.keys() == first.keys() for change, patches in zip(found, others))
+    # A run that starts over moves all of them.
+    train(model, dataset, settings, tmp_path, resume=False)
+    assert {path.name for path in tmp_path.with_name(f"{tmp_path.name}.1").iterdir()} == {
+        LORA_FILE,
+        STATE_FILE,
+        *EXPORTS.values(),
+    }
+
 
 def test_lora_file_is_in_the_official_layout(finished):
     lora = load_file(finished[1] / LORA_FILE)
@@ -420,7 +447,7 @@ def test_the_demo_model_begins_to_learn_a_new_edit(tmp_path):
         demo = demo_host.load_demo()
         pairs = [lora_demo.line_pair(0, index, "train") for index in range(8)]
         data, _ = cache_pairs(demo.clip, demo.vae, read_pairs(lora_demo.write_dataset(tmp_path, pairs)), tmp_path, demo_model.SIZE_LEVEL)
-        run = train(demo.model, data, Settings(steps=24, learning_rate=3e-3, rank=8, alpha=8, batch=2), tmp_path)
+        run = train(demo.model, data, Settings(steps=16, learning_rate=4e-3, rank=8, alpha=8, batch=1), tmp_path)
         trained = apply_lora(demo.model, load_lora_file(tmp_path / LORA_FILE), 1.0)
 
         held_out = lora_demo.line_pair(0, 0, "heldout")
@@ -430,5 +457,5 @@ def test_the_demo_model_begins_to_learn_a_new_edit(tmp_path):
         for name, model in (("before", demo.model), ("after", trained)):
             edited = demo_host.edit(SimpleNamespace(**vars(demo) | {"model": model}), picture, held_out.instruction)[0]
             errors[name] = (edited - target)[0][border].abs().mean().item()
-    assert np.mean(run.losses[-8:]) < 0.7 * np.mean(run.losses[:8])
+    assert np.mean(run.losses[-6:]) < 0.8 * np.mean(run.losses[:6])
     assert errors["after"] < 0.8 * errors["before"]
