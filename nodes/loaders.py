@@ -2,7 +2,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..step1x_core.host.checkpoints.folders import choices, resolve
+from ..step1x_core.host.checkpoints.folders import offered, resolve
 from ..step1x_core.host.checkpoints.loading import load_model, load_own_vae, load_text_encoder
 from ..step1x_core.host.checkpoints.lora import apply_lora_file
 from ..step1x_core.host.sampling.sampler import check_model
@@ -13,6 +13,7 @@ from .widgets import check_widgets
 WEIGHT_DTYPES = {
     "default": {},
     "fp8_scaled": {"quantise": "fp8"},
+    "fp8_paired": {"quantise": "fp8", "paired": True},
     "int8": {"quantise": "int8"},
     "int4": {"quantise": "int4"},
     "fp8_e4m3fn": {"model_options": {"dtype": torch.float8_e4m3fn}},
@@ -36,9 +37,10 @@ class Step1XEditLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "unet_name",
-                    options=list(choices("diffusion_models", "transformer")),
+                    options=offered("diffusion_models", "transformer"),
                     tooltip="A safetensors or GGUF file in models/diffusion_models, or a diffusers folder there or in "
-                            "models/diffusers, up to three levels deep (shown with a slash).",
+                            "models/diffusers, up to three levels deep (shown with a slash). miniature/ is this pack's own "
+                            "tiny model of drawn shapes, for a first try.",
                 ),
                 io.Combo.Input(
                     "version",
@@ -54,7 +56,8 @@ class Step1XEditLoader(io.ComfyNode):
                     default="default",
                     tooltip="Precision the weights are kept in. default keeps the file's. fp8_scaled needs 16 GB in "
                     "place of 25 and is the fastest on GPUs with fp8 tensor cores (RTX 40 series and later), at a "
-                    "small loss of quality. int8 needs the same memory, has less error and is for the RTX 20 and 30 "
+                    "small loss of quality. fp8_paired rounds both prompts' inputs together, which loses less; it was "
+                    "not timed. int8 needs the same memory, has less error and is for the RTX 20 and 30 "
                     "series too. int4 needs 9 GB and has more error. Both need a recent ComfyUI. The others are "
                     "ComfyUI's own fp8 without scales.",
                 ),
@@ -92,9 +95,10 @@ class Step1XEditMLLM(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "clip_name",
-                    options=list(choices("text_encoders", "text_encoder")),
+                    options=offered("text_encoders", "text_encoder"),
                     tooltip="A file in models/text_encoders such as qwen_2.5_vl_7b.safetensors, a GGUF file with its "
-                            "mmproj file beside it, or a Hugging Face folder (shown with a slash).",
+                            "mmproj file beside it, or a Hugging Face folder (shown with a slash). miniature/ belongs to the "
+                            "model of that name.",
                 ),
                 io.Combo.Input(
                     "device",

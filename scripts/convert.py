@@ -65,6 +65,12 @@ def arguments() -> argparse.Namespace:
         help="have ComfyUI unpack the weights and compute in full precision: saves memory, but no time (fp8, nvfp4)",
     )
     parser.add_argument(
+        "--encoder-only",
+        action="store_true",
+        help="of a language model leave out the head, and store the vision tower in fp8: 1.3 GB less. It encodes "
+        "prompts, but cannot think, reflect or judge",
+    )
+    parser.add_argument(
         "--version", help="v1.0, v1.1, v1.2-preview, v1.2 or RealRestorer, where neither the tensors nor the names tell"
     )
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
@@ -188,6 +194,7 @@ def main() -> int:
             keep=options.keep,
             modulation=options.modulation,
             weights_only=options.weights_only,
+            encoder_only=options.encoder_only,
             force=options.force,
             progress=show,
         )

@@ -389,6 +389,12 @@ def propose_pairs(studio):
     )
 
 
+def first_try(studio):
+    """The workflow as it is shipped."""
+    source, edited = studio.run("step1x_first_try")
+    return sheet([source, edited], 2, "a first try\nthat needs no files")
+
+
 def compose(studio):
     """An object cut out of one scene, pasted into another, and an edit of the two."""
     first, second = scene("recolour", 0), scene("recolour", 4)
@@ -447,6 +453,7 @@ MAKERS = {
     "step1x_gedit_edit": lambda studio: plain(studio, "step1x_edit", "replace", 2, "GEdit-Bench:\nedit its images"),
     "step1x_gedit_judge": lambda studio: plain(studio, "step1x_edit", "replace", 4, "GEdit-Bench:\njudge and report"),
     "step1x_restore": restore,
+    "step1x_first_try": first_try,
     "step1x_compose": compose,
     "step1x_region": lambda studio: plain(
         studio, "step1x_region", "recolour", 0, "only the edited region\nis computed"

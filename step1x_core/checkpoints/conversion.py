@@ -49,6 +49,9 @@ MODEL_LAYERS = re.compile(
 # A third of the weights but almost no computation. They are applied to one vector per image, so their rounding error
 # affects every token.
 MODULATION_LAYERS = re.compile(r"(double_blocks\.\d+\.(img|txt)_mod|single_blocks\.\d+\.modulation)\.lin\.weight")
+# The language model's vision tower, and its head, which only writing text needs.
+VISION_LAYERS = re.compile(r"visual\.(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.\w+_proj)|merger\.mlp\.[02])\.weight")
+LANGUAGE_HEAD = "lm_head.weight"
 # Formats for layers whose sides do not suit the chosen one.
 INSTEAD = {"w4a4": "int8_convrot", "mxfp8": "fp8"}
 MLLM_LAYERS = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight")
@@ -141,30 +144,42 @@ def converted(name: str, tensor: Tensor, form: str, full_precision: bool) -> dic
 
 
 def plan(
-    weights: Weights, form: str, keep: list[str], modulation: str | None, weights_only: bool
+    weights: Weights,
+    form: str,
+    keep: list[str],
+    modulation: str | None,
+    weights_only: bool,
+    encoder_only: bool = False,
 ) -> dict[str, tuple[str, bool]]:
     """Return the format of each native tensor and whether it computes in full precision, in writing order: quantised
     ones first.
 
     form: a name in FORMATS for the large layers; the rest becomes bf16. keep: shell patterns of layers that also stay
     bf16. modulation: the format of the modulation layers, which compute in full precision, or None for bf16.
-    weights_only: whether all of them compute in full precision.
+    weights_only: whether all of them compute in full precision. encoder_only: leave out the language model's head, and
+    store its vision tower as fp8 that computes in full precision.
 
-    Raises Step1XError for weights_only with a format whose inputs ComfyUI always rounds.
+    Raises Step1XError for encoder_only with a transformer, and for weights_only with a format whose inputs ComfyUI always rounds.
     """
     if weights_only and form != "bf16" and FORMATS[form].rounds_inputs:
         raise Step1XError(
             f"ComfyUI always rounds the inputs of {form} layers, so --weights-only has no effect. Omit it, or choose "
             "fp8."
         )
+    if encoder_only and weights.kind == "model":
+        raise Step1XError("--encoder-only is for language models, but the input is a transformer. Omit it.")
     layers = MODEL_LAYERS if weights.kind == "model" else MLLM_LAYERS
     chosen, rest = {}, {}
     for name, tensor in weights.shapes.items():
+        if encoder_only and name == LANGUAGE_HEAD:
+            continue
         kept = form == "bf16" or any(fnmatchcase(name.removesuffix(".weight"), pattern) for pattern in keep)
         if layers.fullmatch(name) and not kept and fitting(form, tensor):
             chosen[name] = (fitting(form, tensor), weights_only)
         elif modulation and MODULATION_LAYERS.fullmatch(name) and not kept and fits(modulation, tensor.shape):
             chosen[name] = (modulation, True)
+        elif encoder_only and VISION_LAYERS.fullmatch(name) and not kept and fits("fp8", tensor.shape):
+            chosen[name] = ("fp8", True)
         else:
             rest[name] = ("bf16", False)
     return chosen | rest
@@ -210,12 +225,13 @@ def convert(
     keep=(),
     modulation: str | None = None,
     weights_only=False,
+    encoder_only=False,
     force=False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
     """Write the converted file, and its SHA-256 to `OUT.sha256`; returns the SHA-256.
 
-    extra: uint8 tensors to add to the file. form, keep, modulation, weights_only: as for `plan`. force: overwrite an
+    extra: uint8 tensors to add to the file. form, keep, modulation, weights_only, encoder_only: as for `plan`. force: overwrite an
     existing file. progress: called with the number of bytes written and the total.
 
     Peak memory: the source tensors of one native tensor, that tensor, and its quantised form. The file gets its name
@@ -224,7 +240,7 @@ def convert(
     Raises Step1XError for a path that cannot be written, for a full disk, and as `plan` and `converted` do.
     """
     check_output(weights, out, force)
-    formats = plan(weights, form, list(keep), modulation, weights_only)
+    formats = plan(weights, form, list(keep), modulation, weights_only, encoder_only)
     make = {name: partial(converted, name, form=one, full_precision=full) for name, (one, full) in formats.items()}
     laid_out = {key: tensor for name in make for key, tensor in make[name](weights.shapes[name]).items()} | extra
     head = header(laid_out, metadata)

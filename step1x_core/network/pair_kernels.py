@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..rounding import divided_up, next_power_of_2
+from . import kernels
 from .kernels import COLUMNS, FP8, HEADS, on_its_card
 
 
@@ -124,5 +125,49 @@ def norm_and_rotate(
         HEADS=group,
         WIDTH=width,
         FP8_OUT=v_scale is not None,
-        num_warps=2,
+        num_warps=4,
     )
+
+
+def check_agreement(device: torch.device) -> None:
+    """Launch every kernel once on small inputs. Raises RuntimeError if a result differs from that of single prompts,
+    and whatever Triton raises if it cannot build one."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, device=device).bfloat16()
+
+    one, (x, product), bias = torch.ones((), device=device), random(2, 2, 4, 64), random(96)
+    shift, scale, gate = random(3, 2, 1, 64)
+    mean, half = product.float().chunk(2)
+    whole = (torch.cat((mean + half, mean - half)) + bias[:64].float()).bfloat16()
+    exact, rounded = torch.empty(8, 64, device=device).bfloat16(), torch.empty(8, 64, device=device, dtype=FP8)
+    kernels.copy_rows(whole, exact, gelu=True)
+    copy_rows(product, rounded, one, bias[:64], gelu=True)
+    _check(unpaired(rounded.unflatten(0, (2, 4))), exact.unflatten(0, (2, 4)))
+    _check(unpaired(modulate(x, shift, scale, one)), kernels.modulate(x, shift, scale))
+    expected, found = x.clone(), x.clone()
+    kernels.add_gated(expected, whole, gate)
+    add_gated(found, product, bias[:64], gate)
+    _check(found, expected)
+    qkv, pe, weight = random(2, 4, 96), torch.randn(1, 1, 4, 8, 2, 2, device=device), random(16)
+    mean, half = qkv.float().chunk(2)
+    whole = (torch.cat((mean + half, mean - half)) + bias.float()).bfloat16()
+    results = []
+    for product, given, rotate in ((whole, (), kernels.norm_and_rotate), (qkv, (bias,), norm_and_rotate)):
+        out = [torch.empty(2, 4, 2, 16, device=device).bfloat16() for _ in range(3)]
+        rotate(product.unflatten(-1, (3, 2, 16)), *given, weight, weight, pe, *out)
+        results.append(torch.stack(out))
+    _check(*results)
+
+
+def unpaired(x: Tensor) -> Tensor:
+    """Return both members of the pairs in x [B, ...], as float32."""
+    mean, half = x.float().chunk(2)
+    return torch.cat((mean + half, mean - half))
+
+
+def _check(found: Tensor, expected: Tensor) -> None:
+    """Raise RuntimeError for a difference larger than e4m3's rounding."""
+    if not (found.float() - expected.float()).norm() <= 0.1 * expected.float().norm():
+        raise RuntimeError("a result differs from that for single prompts")

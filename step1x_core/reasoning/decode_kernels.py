@@ -32,13 +32,14 @@ class Tile:
     splits: int = 1
 
 
-# The tiles of a product by bytes of a weight (docs/performance_notes.md). A GPU has 132 multiprocessors with room for
-# some of these programs each, and a layer with 3584 outputs has 112 tiles of 32: only in parts it keeps them all busy.
-QKV = {2: Tile(16, 256, 4, 4), 1: Tile(32, 256, 4, 4, 2)}
-OUT = {2: Tile(16, 256, 4, 4), 1: Tile(32, 256, 4, 4, 3)}
-DOWN = {2: Tile(16, 256, 4, 4), 1: Tile(32, 256, 4, 4, 3)}
+# The tiles of a product by bytes of a weight, the best of some 40 on an H100 (docs/performance_notes.md). Its 132
+# multiprocessors have room for some of these programs each, and a layer with 3584 outputs has 112 tiles of 32: only in
+# parts it keeps them all busy.
+QKV = {2: Tile(32, 128, 4, 4, 2), 1: Tile(32, 128, 4, 4, 4)}
+OUT = {2: Tile(32, 128, 4, 4, 3), 1: Tile(32, 128, 2, 5, 4)}
+DOWN = {2: Tile(32, 128, 4, 4, 3), 1: Tile(32, 128, 2, 5, 4)}
 HEAD = {2: Tile(16, 256, 4, 4), 1: Tile(32, 256, 4, 4)}
-GATE = {2: Tile(32, 256, 4, 4), 1: Tile(32, 256, 4, 4)}
+GATE = {2: Tile(32, 128, 4, 4), 1: Tile(32, 256, 4, 4)}
 
 
 @dataclass(frozen=True)

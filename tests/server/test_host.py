@@ -125,6 +125,7 @@ SHIPPED = [
     ("step1x_region.json", EDITED),
     ("step1x_restore.json", EDITED),
     ("step1x_compose.json", EDITED),
+    ("step1x_first_try.json", (128, 128)),
 ]
 # Sizes in the order of the Save Image nodes.
 SHIPPED_BATCHES = {

@@ -22,6 +22,15 @@ EARLIER_FOLDERS = {"diffusion_models": "Step1x-Edit", "text_encoders": "MLLM"}
 SETTLED_NS = 2_000_000_000
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
+# The pack's own miniature model, for a first try before anything is downloaded; the loaders list it last.
+MINIATURE = "miniature/"
+MINIATURE_WEIGHTS = Path(__file__).absolute().parents[3] / "miniature" / "weights"
+MINIATURE_FILES = {
+    "diffusion_models": "step1x-edit-demo.safetensors",
+    "text_encoders": "qwen_2.5_vl_demo.safetensors",
+    "vae": "ae_demo.safetensors",
+}
+
 
 # Scan results by folder and subfolder, with the timestamps of all folders that were read.
 _scans: dict[tuple[Path, str], tuple[dict[Path, int], list[Path]]] = {}
@@ -139,10 +148,22 @@ def gguf_files(root: str) -> list[tuple[str, str]]:
     return list(kept[1])
 
 
+def miniature_file(folder_name: str) -> Path:
+    """Return the miniature's file of this kind, a key of MINIATURE_FILES."""
+    return MINIATURE_WEIGHTS / folder_name / MINIATURE_FILES[folder_name]
+
+
+def offered(folder_name: str, subfolder: str) -> list[str]:
+    """Return what a loader lists: the names in `choices`, then the miniature if the pack was installed with it."""
+    return [*choices(folder_name, subfolder), *([MINIATURE] if miniature_file(folder_name).is_file() else [])]
+
+
 def resolve(name: str, folder_name: str, subfolder: str) -> str:
-    """Return the path of a name from `choices` and log it. Raises Step1XError for any other name, so that a workflow
+    """Return the path of a name from `offered` and log it. Raises Step1XError for any other name, so that a workflow
     cannot reach outside the model folders."""
     found = choices(folder_name, subfolder)
+    if name == MINIATURE and name not in found and miniature_file(folder_name).is_file():
+        found[name] = str(miniature_file(folder_name))
     if not isinstance(name, str) or name not in found:
         searched = (
             *folder_paths.get_folder_paths(folder_name),

@@ -35,11 +35,13 @@ from ...checkpoints.prefixes import COMPILED, transformer_names, transformer_pre
 from ...checkpoints.quantised import check_foreign, check_leftovers, multiply_out, unknown_tensors
 from ...errors import Step1XError
 from ...versions import LAYOUT_V11, LAYOUTS
+from ..network.blocks import PAIRED
 from ..network.model import register
 from ..network.transformer import Step1XTransformer
 from ..prompts.qwen import Qwen25VL
 from ..prompts.text_encoder import Step1XTEModel, Step1XTokenizer
 from ..sampling.sampler import with_norm_limiter
+from .folders import miniature_file
 from .quantising import quantised
 
 log = logging.getLogger(__name__)
@@ -223,6 +225,7 @@ def load_model(
     disable_dynamic=False,
     fp8: bool = False,
     quantise: str | None = None,
+    paired: bool = False,
 ):
     """Load a Step1X-Edit transformer as a ModelPatcher with norm-limited guidance enabled.
 
@@ -232,6 +235,8 @@ def load_model(
     quantise: what to convert the large matrices to while loading, a name in quantising.CHOICES: "fp8" is e4m3 with
     scales, for fp8 tensor cores if the GPU has them. None leaves them as they are.
     fp8: the same as quantise="fp8".
+    paired: whether both prompts' inputs of fp8 layers are rounded as pairs (network/pair_kernels.py), where the GPU has
+    fp8 tensor cores and Triton.
 
     Raises Step1XError as `model_state_dict` and `quantised` do, for an unknown version, and for weights that the host
     cannot load.
@@ -251,7 +256,9 @@ def load_model(
             f"ComfyUI does not recognise {checkpoint.path.name} as a Step1X-Edit model. Restart ComfyUI; if that does "
             "not help, report it with the version of ComfyUI and the name of the file."
         )
-    patcher.cached_patcher_init = (functools.partial(load_model, quantise=quantise), (path, version, model_options))
+    patcher.cached_patcher_init = (functools.partial(load_model, quantise=quantise, paired=paired), (path, version, model_options))
+    if paired:
+        patcher.model_options.setdefault("transformer_options", {})[PAIRED] = True
     return with_norm_limiter(patcher)
 
 
@@ -363,9 +370,12 @@ def load_vae(path) -> comfy.sd.VAE:
 
 
 def load_own_vae(path) -> comfy.sd.VAE | None:
-    """The VAE in the vae folder of a diffusers repository. None for a single file and for a folder without one.
+    """The VAE in the vae folder of a diffusers repository, and that of the miniature. None for other single files and
+    for a folder without one.
 
     Raises Step1XError as `load_vae` does.
     """
+    if Path(path) == miniature_file("diffusion_models"):
+        return load_vae(miniature_file("vae"))
     folder = Path(path, "vae")
     return load_vae(folder) if folder.is_dir() and is_model_folder(folder) else None

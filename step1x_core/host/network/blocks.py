@@ -63,11 +63,19 @@ def kernels_on(device: torch.device):
     return kernels
 
 
-def pair_kernels():
-    """Return the module of Triton kernels for paired prompts; only where `kernels_on` has kernels."""
-    from ...network import pair_kernels as module
+@functools.cache
+def pair_kernels_on(device: torch.device):
+    """Return the module of Triton kernels for paired prompts if they run on this device, else None."""
+    if kernels_on(device) is None:
+        return None
+    try:
+        from ...network import pair_kernels
 
-    return module
+        pair_kernels.check_agreement(device)
+    except Exception as error:
+        log.warning("The kernels for paired prompts do not work here (%s); they are rounded apart.", error)
+        return None
+    return pair_kernels
 
 
 @functools.cache
@@ -171,7 +179,7 @@ def pairs_prompts(layers: list[torch.nn.Module], x: Tensor, transformer_options:
     return (
         bool(transformer_options.get(PAIRED))
         and x.shape[0] % 2 == 0
-        and kernels_on(x.device) is not None
+        and pair_kernels_on(x.device) is not None
         and all(layer.bias is not None and fp8_input_scale(layer, x) is not None for layer in layers)
     )
 
@@ -208,7 +216,7 @@ def modulated(layer: torch.nn.Module, x: Tensor, mod: ModulationOut, paired: boo
         return layer(ck.adaln(x, mod.scale, mod.shift, 1e-6))
     scale = fp8_input_scale(layer, x)
     if paired:
-        pairs = pair_kernels().modulate(x, mod.shift, mod.scale, scale)
+        pairs = pair_kernels_on(x.device).modulate(x, mod.shift, mod.scale, scale)
         return multiplied_pairs(layer, pairs.flatten(0, 1), scale, x.dtype, x.shape[0])
     out = kernels.modulate(x, mod.shift, mod.scale, scale)
     return (
@@ -236,7 +244,7 @@ def paired_projection(layer: torch.nn.Module, parts: list[Part], dtype: torch.dt
     joined = torch.empty((x.shape[0] * x.shape[1], columns), device=x.device, dtype=kernels_on(x.device).FP8)
     for part in parts:
         out = joined[:, start:start + part.x.shape[-1]]
-        pair_kernels().copy_rows(part.x, out, scale, part.bias, part.scale, part.gelu)
+        pair_kernels_on(x.device).copy_rows(part.x, out, scale, part.bias, part.scale, part.gelu)
         start += part.x.shape[-1]
     return multiplied_pairs(layer, joined, scale, dtype, x.shape[0])
 
@@ -294,7 +302,7 @@ def add_gated(x: Tensor, update: Tensor | Paired, gate: Tensor) -> None:
     """Add update * gate to x in place."""
     kernels = kernels_on(x.device)
     if isinstance(update, Paired):
-        pair_kernels().add_gated(x, update.x, update.bias, gate)
+        pair_kernels_on(x.device).add_gated(x, update.x, update.bias, gate)
     elif kernels is not None and x.is_contiguous():
         kernels.add_gated(x, update, gate)
     else:
@@ -360,7 +368,7 @@ def queries_keys_values(
             own, before = ((0, 0), repeats) if number else ((text, repeats), 0)
             places = slice(start + before, end + repeats)
             rotate = (
-                functools.partial(pair_kernels().norm_and_rotate, bias=biases[number])
+                functools.partial(pair_kernels_on(pe.device).norm_and_rotate, bias=biases[number])
                 if paired
                 else kernels.norm_and_rotate
             )

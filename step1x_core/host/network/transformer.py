@@ -14,6 +14,7 @@ from ..relied_on import BLOCKS, TRANSFORMER, check_intact, intact
 from .attention import cudnn_first, cudnn_is_fastest
 from .blocks import (
     FP8_ATTENTION,
+    PAIRED,
     REPEATED_TEXT,
     TOKENS_READ,
     FusedDoubleStreamBlock,
@@ -152,6 +153,10 @@ class Step1XTransformer(Flux):
             transformer_options.pop(FP8_ATTENTION, None)  # another node has to see q, k and v
         else:
             transformer_options["optimized_attention_override"] = cudnn_first
+        if "cond_or_uncond" in transformer_options:
+            # Without guidance, or with one prompt at a time, there are no pairs.
+            both = sorted(transformer_options["cond_or_uncond"]) == [0, 1]
+            transformer_options[PAIRED] = both and transformer_options.get(PAIRED, False)
         if VERSIONS[self.version].coarse_time:
             timestep = official_time(timestep, x.dtype)
         img, img_ids = self.process_img(x, transformer_options=transformer_options)

@@ -7,9 +7,11 @@ import comfy.cli_args
 import comfy.model_management
 import comfy.utils
 import torch
+from comfy.quant_ops import QuantizedTensor
 from comfy.text_encoders import llama
 from torch import Tensor
 
+from ...reasoning.decode_kernels import FP8
 from ...reasoning.kv_cache import Cache
 from ...reasoning.token_sampling import Sampling, TokenSampler
 from .decoding import KernelSteps, ModuleSteps, causal_attention, kernels_run
@@ -124,12 +126,14 @@ class Writer:
     def read_prompts(self) -> Tensor:
         """Fill the cache with the prompts; returns the states of their last tokens [N, C].
 
-        One by one within each layer, so that each gives the very states that it gives alone; together if the weights
-        move for each use.
+        One by one, so that each gives the very states that it gives alone, and layer by layer if the layers convert
+        their weights; together if the weights move for each use.
         """
         loan = self.borrow()
         limit = PREFILL_TOKENS if loan is None else 0
+        converts = False
         if loan is not None:
+            converts = any(weight.dtype == FP8 or isinstance(weight, QuantizedTensor) for weight, _ in loan.weights.values())
             # The host's layers take the weights for themselves, and after each use they are the host's to move.
             loan.give_back()
         spans, start = [], 0
@@ -139,9 +143,7 @@ class Writer:
                 end += 1
             spans.append((start, end))
             start = end
-        if loan is None:
-            return torch.cat([self.read_spans([span]) for span in spans])
-        return self.read_spans(spans)
+        return self.read_spans(spans) if converts else torch.cat([self.read_spans([span]) for span in spans])
 
     def read_spans(self, spans: list[tuple[int, int]]) -> Tensor:
         """Fill rows of the cache, each span of them as one batch; returns the states of the last tokens [N, C]. The

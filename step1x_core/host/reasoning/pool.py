@@ -46,8 +46,9 @@ def answer_all(
 
     more = True
     while running or more:
-        taken = list(islice(waiting, together - len(running)))
-        more = bool(taken)
+        room = together - len(running)
+        taken = list(islice(waiting, room))
+        more = len(taken) == room  # also where there is no room, for all that run may finish at once
         for number, (asker, steps) in taken:
             yield from go_on(number, asker, steps)
         if not running:

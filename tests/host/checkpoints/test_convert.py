@@ -320,6 +320,21 @@ def test_language_model_is_quantised_but_for_vision_and_embeddings(float_file, p
         command.convert(out, tmp_path / "again.safetensors", form)
 
 
+def test_an_encoder_alone_has_no_head_and_says_so(float_file, source, photo, tmp_path):
+    out = tmp_path / "encoder.safetensors"
+    command.convert(float_file, out, "fp8", encoder_only=True)
+    found, plain = load_file(out), load_file(float_file)
+    vision = {key.removesuffix(".weight") for key in plain if conversion.VISION_LAYERS.fullmatch(key)}
+    stored = {name for name in markers(out) if name.startswith("visual.")}
+    aligned = {name for name in vision if all(side % 16 == 0 for side in plain[f"{name}.weight"].shape)}
+    assert "lm_head.weight" in plain and "lm_head.weight" not in found and stored == aligned and stored
+    clip = load_text_encoder(out)
+    found, expected = (one.encode_from_tokens(one.tokenize("make it red", images=[photo])) for one in (clip, load_text_encoder(float_file)))
+    assert 0 < error(found, expected) < 0.15 and not clip.cond_stage_model.qwen25_7b.transformer.can_generate
+    with pytest.raises(Step1XError, match="--encoder-only is for language models"):
+        command.convert(source, tmp_path / "out.safetensors", "fp8", encoder_only=True)
+
+
 def test_hugging_face_folder_of_the_language_model(float_file, tmp_path):
     folder = tmp_path / "text_encoder"
     folder.mkdir()
