@@ -146,6 +146,7 @@ def test_workflows_only_use_known_nodes_and_connect_them(schemas):
             "GetImageSize",
             "UpscaleModelLoader",
             "ImageUpscaleWithModel",
+            "ImageCompositeMasked",
             "SaveLoRA",
             "PrimitiveStringMultiline",
         }
