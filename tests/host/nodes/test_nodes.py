@@ -141,7 +141,6 @@ def test_workflows_only_use_known_nodes_and_connect_them(schemas):
             "MarkdownNote",
             "PreviewAny",
             "MaskPreview",
-            "ImageCompositeMasked",
             "CreateList",
             "GetImageSize",
             "UpscaleModelLoader",
