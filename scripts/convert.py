@@ -21,7 +21,7 @@ FORMATS = """formats (what computes with them directly; ComfyUI unpacks fp8, mxf
   int8_convrot  int8 with rotated columns, which keeps outliers from costing precision. As int8.
   w4a8          4-bit weights with one scale per 16 values, rotated; inputs in 8 bits. RTX 30 series and newer.
                 ComfyUI 0.33.0 or newer.
-  w4a4          4-bit weights and inputs, rotated: the smallest and the largest error. RTX 20 series and newer.
+  w4a4          4-bit weights and inputs, rotated: the smallest, but its error is too large for CFG. RTX 20 series and newer.
                 ComfyUI 0.30.0 or newer.
   nvfp4         4-bit floats, one scale per 16 values. RTX 50 series and newer.
   bf16          not quantised: for a single file of a diffusers folder, or to halve an fp32 file.

@@ -13,14 +13,14 @@ from step1x_core.errors import Step1XError
 from step1x_core.host.checkpoints import quantising
 from step1x_core.host.checkpoints.loading import load_model
 from step1x_core.host.checkpoints.lora import apply_lora
+from step1x_core.host.network.blocks import PAIRED
 from step1x_core.host.sampling.sampler import flow_sigmas, sample
 from step1x_core.host.speed.region import apply_region, region_denoiser
 from step1x_core.host.speed.teacache import apply_teacache
 from step1x_core.speed.region import RegionSettings
 
-# The largest relative error of an edit's latent against bf16, for random weights; four bits for weights and inputs where
-# the host has nothing better.
-CHOICES = {"int8": 0.04, "int4": 0.1 if "asym_w4a8_int8" in QUANT_ALGOS else 0.25}
+# The largest relative error of an edit's latent against bf16, for random weights.
+CHOICES = {"int8": 0.04, "int4": 0.1}
 MADE = [choice for choice in CHOICES if any(FORMATS[form].host in QUANT_ALGOS for form in quantising.CHOICES[choice])]
 
 
@@ -41,13 +41,13 @@ def expected(source):
         return edit(load_model(source))
 
 
-def edit(model, steps=2):
+def edit(model, steps=2, cfg=6.0):
     generator = torch.Generator().manual_seed(3)
     latent = torch.randn(1, 16, 8, 12, generator=generator)
     extra = {"reference_latents": [latent], "attention_mask": torch.ones(1, 640, dtype=torch.long)}
     positive, negative = ([[torch.randn(1, 640, 64, generator=generator), extra]] for _ in range(2))
     return sample(
-        model, positive, negative, {"samples": latent}, flow_sigmas(steps, latent), 6.0, 1, callback=lambda *args: None
+        model, positive, negative, {"samples": latent}, flow_sigmas(steps, latent), cfg, 1, callback=lambda *args: None
     )["samples"]
 
 
@@ -86,16 +86,13 @@ def test_partly_loaded_it_computes_the_same(source, choice):
     assert partly.model.model_lowvram and torch.equal(edit(partly), edit(whole))
 
 
-@pytest.mark.parametrize("choice", MADE)
+@pytest.mark.parametrize("choice", MADE[-1:])
 def test_region_denoising_and_teacache_skip_work(source, choice):
     model, rows = load_model(source, quantise=choice), []
     part = apply_region(model, RegionSettings(similarity=-0.15, reuse=0.0))
-    exact = edit(model, steps=8)
-    assert torch.isfinite(edit(part, steps=8)).all() and min(region_denoiser(part).step_shares) < 1
+    assert torch.isfinite(edit(part, steps=6)).all() and min(region_denoiser(part).step_shares) < 1
     model.model.diffusion_model.single_blocks[0].register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    assert torch.isfinite(edit(apply_teacache(model, 0.3), steps=8)).all()
-    skipped = sum(rows)
-    assert torch.equal(edit(model, steps=8), exact) and 0 < skipped < sum(rows) - skipped
+    assert torch.isfinite(edit(apply_teacache(model, 0.5), steps=6)).all() and 0 < sum(rows) < 2 * 6
 
 
 @pytest.mark.parametrize("choice", MADE)
@@ -115,11 +112,27 @@ def test_a_lora_acts_on_it(source, choice):
 def test_a_host_without_the_format_refuses_the_choice(source, monkeypatch):
     for host in ("int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8"):
         monkeypatch.delitem(QUANT_ALGOS, host, raising=False)
-    for choice, name in (("int8", "int8_tensorwise"), ("int4", "asym_w4a8_int8 or convrot_w4a4")):
+    for choice, name in (("int8", "int8_tensorwise"), ("int4", "asym_w4a8_int8")):
         with pytest.raises(Step1XError, match=f"'weight_dtype' is {choice}, but this ComfyUI has no {name} layers"):
             load_model(source, quantise=choice)
     monkeypatch.setitem(QUANT_ALGOS, "asym_w4a8_int8", {})
     assert quantising.available_format("int4") == "w4a8"
+
+
+def test_prompts_are_paired_where_both_are_in_the_batch(source):
+    """Without fp8 tensor cores nothing else changes."""
+    plain, paired = (load_model(source, quantise="fp8", paired=one) for one in (False, True))
+    rebuilt = paired.cached_patcher_init[0](*paired.cached_patcher_init[1])
+    for model, cfg, chosen in ((plain, 6.0, False), (paired, 6.0, True), (rebuilt, 6.0, True), (paired, 1.0, True)):
+        seen, block = set(), model.model.diffusion_model.single_blocks[0]
+        handle = block.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.add((kwargs["transformer_options"][PAIRED], len(args[0]))), with_kwargs=True
+        )
+        out = edit(model, cfg=cfg)
+        handle.remove()
+        assert all(pairs == (chosen and prompts == 2) for pairs, prompts in seen)
+        assert (chosen and cfg > 1, 2 if cfg > 1 else 1) in seen
+        assert cfg == 1 or torch.equal(out, edit(plain))
 
 
 def test_a_quantised_file_stays_as_it_is(source):
