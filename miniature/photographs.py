@@ -30,6 +30,8 @@ KINDS = {
     "sepia": "style_change", "pencil": "style_change", "ink": "style_change", "oil": "style_change",
     "cartoon": "style_change", "recolour": "color_alter",
 }
+# Crops that are tried for a pair.
+TRIES = 100
 # A crop's side, as a share of the photograph's shorter one.
 CROPS = (0.45, 1.0)
 # Mean absolute error allowed where the edit changes nothing, 0..1; the autoencoder alone makes some.
@@ -106,11 +108,14 @@ class Photographs:
         kind: str | None = None,
         language: str | None = None,
     ) -> PhotographPair:
-        """The pair at an index of the endless sequence that the seed and the split name; the same on every call."""
+        """The pair at an index of the endless sequence that the seed and the split name; the same on every call.
+
+        Raises ValueError where a kind finds nothing to change in the photographs.
+        """
         number, names = SPLITS[split]
         rng = np.random.default_rng([number, seed, index])
         language = language or str(rng.choice(("en", "zh")))
-        while True:
+        for _ in range(TRIES):
             maker = kind or str(rng.choice(self.kinds))
             picture = draw_crop(rng, photograph(self.folder / str(rng.choice(names))), size[0], split == "train")
             made = carry_out(picture, f"{split} {index}", Order(KINDS[maker], maker, int(rng.integers(1 << 30))), seed)
@@ -118,6 +123,7 @@ class Photographs:
                 said = made.english if language == "en" else made.chinese
                 region = changed_pixels(made.source, made.target)
                 return PhotographPair(made.source, made.target, said, maker, language, region, f"{split} {index}", seed)
+        raise ValueError(f"{kind or 'No edit'} changes none of {TRIES} crops of {', '.join(names)}. Use other photographs.")
 
 
 @lru_cache(maxsize=512)

@@ -18,7 +18,7 @@ import aiohttp
 
 PACK = Path(__file__).absolute().parents[2]
 PACK_NAME = "ComfyUI-Step1X-Edit"
-PACK_PARTS = ("__init__.py", "nodes", "step1x_core", "workflows", "subgraphs", "web", "locales", "pyproject.toml")
+PACK_PARTS = ("__init__.py", "nodes", "step1x_core", "workflows", "subgraphs", "web", "locales", "pyproject.toml", "miniature/weights")
 
 
 class ExecutionError(RuntimeError):

@@ -145,6 +145,8 @@ def test_workflows_only_use_known_nodes_and_connect_them(schemas):
             "GetImageSize",
             "UpscaleModelLoader",
             "ImageUpscaleWithModel",
+            "ImageCompositeMasked",
+            "CustomCombo",
             "SaveLoRA",
             "PrimitiveStringMultiline",
         }
