@@ -3,7 +3,7 @@
 
 Outside a ComfyUI installation the tests run in ComfyUI 0.30.0 and 0.18.2, inside one in that one. The parts of the suite (folders of tests/)
 run side by side, one for each core, the longest first. tests/pure, which needs no ComfyUI, and tests marked `once` run in the first ComfyUI only,
-in the others a test with many cases runs one of n: 4 in tests/host, or what a mark `sampled(n)` says.
+in the others a test with many cases runs one of n (4 in tests/host, or what a mark `sampled(n)` says), and of the other tests of tests/host half run.
 `--comfyui FOLDER` runs them in the ComfyUI of that folder instead, a checkout of a newer one for instance: with the packages that its
 requirements.txt pins, in an environment of its own, which is built once. So does STEP1X_COMFYUI where the Python that runs this has no torch.
 `--browser` also runs the workflows in Chromium (scripts/dev/browser_test.py --install). All output is in output/tests, too, in a file for each part.
@@ -109,7 +109,8 @@ class Run(threading.Thread):
 def run_jobs(jobs: list[Job]) -> list[int]:
     """The exit status of every job, as they end; the longest starts first. Cancelled, it stops what it started."""
     cores = os.cpu_count() or 1
-    together = max(1, min(cores, len(jobs), MOST_TOGETHER))
+    # One more than there are cores: a test that waits for a server leaves its core to another.
+    together = max(1, min(cores + 1, len(jobs), MOST_TOGETHER))
     LOGS.mkdir(parents=True, exist_ok=True)
     waiting, running, found = sorted(jobs, key=lambda job: -job.seconds), [], []
     try:

@@ -14,8 +14,10 @@ PACK = Path(__file__).absolute().parent.parent
 TESTS = PACK / "tests"
 # The parts of the suite are its folders, to be run by path or with `-m`. pure/ needs no ComfyUI and runs once, the others in every ComfyUI.
 PARTS = ("pure", "host", "parity", "server", "stress")
-# A further ComfyUI runs one of so many cases of a test: what differs between releases is the way in and out of the host, not each value.
+# A further ComfyUI runs one of so many cases of a test, and of the tests of a file that have one case each: what differs between releases is the
+# way in and out of the host, which many tests share.
 SAMPLED = {"host": 4}
+SAMPLED_TESTS = {"host": 2}
 
 # The fixtures stop what they started when the tests are terminated, too.
 signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
@@ -80,7 +82,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--once-elsewhere",
         action="store_true",
-        help="another ComfyUI has all tests: leave out those marked `once`, and all but one of n cases of those marked `sampled(n)`",
+        help="another ComfyUI has all tests: leave out those marked `once`, and all but one of n cases of the others in tests/host and of those marked `sampled(n)`",
     )
 
 
@@ -97,15 +99,19 @@ def in_random_order(items: list, seed: int) -> list:
 
 def elsewhere(items: list) -> list:
     """Those that another ComfyUI runs: all marked `once`, and of a test with many cases all but one of every n, as `sampled(n)` says or `SAMPLED` for
-    its part. Which one changes from n cases to the next, so that each value of every parameter has its turn."""
+    its part. Which one changes from n cases to the next, so that each value of every parameter has its turn. `SAMPLED_TESTS` does the same for the
+    tests of a file that have one case, unless they are marked `everywhere`."""
     numbers, found = Counter(), []
     for item in items:
-        sampled = item.get_closest_marker("sampled")
-        test = (item.path, item.originalname)
-        number, numbers[test] = numbers[test], numbers[test] + 1
-        every = sampled.args[0] if sampled else SAMPLED.get(part_of(item.path), 1)
-        if item.get_closest_marker("once") or (number + number // every) % every:
+        part, sampled = part_of(item.path), item.get_closest_marker("sampled")
+        many = hasattr(item, "callspec")
+        every = sampled.args[0] if sampled else (SAMPLED if many else SAMPLED_TESTS).get(part, 1)
+        if item.get_closest_marker("once"):
             found.append(item)
+        elif not item.get_closest_marker("everywhere"):
+            family = (item.path, item.originalname if many else None)
+            number, numbers[family] = numbers[family], numbers[family] + 1
+            found += [item] if (number + number // every) % every else []
     return found
 
 

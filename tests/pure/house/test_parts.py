@@ -50,7 +50,9 @@ def cases(name: str, count: int, part: str = "parity", **markers) -> list[Simple
     """A test's cases as pytest collects them, with these markers and their arguments."""
     found = {marker: SimpleNamespace(args=args) for marker, args in markers.items()}
     return [
-        SimpleNamespace(path=TESTS / part / "test_a.py", originalname=name, number=number, get_closest_marker=found.get)
+        SimpleNamespace(
+            path=TESTS / part / "test_a.py", originalname=name, number=number, get_closest_marker=found.get, callspec=None
+        )
         for number in range(count)
     ]
 
@@ -69,3 +71,13 @@ def test_the_further_hosts_run_one_of_every_n_cases_and_each_value_in_turn():
     # Of a product with three columns each row has one, and each column comes.
     assert [item.number for item in sampled if item not in left_out] == [0, 5, 7, 9]
     assert [item.number for item in other if item not in left_out] == [0]
+
+
+def test_the_further_hosts_run_half_of_the_tests_of_a_file_and_all_marked_everywhere():
+    single = [case for name in "abcdef" for case in cases(name, 1, part="host")]
+    needed = [case for name in "gh" for case in cases(name, 1, part="host", everywhere=())]
+    for case in (*single, *needed):
+        del case.callspec
+    left_out = elsewhere([*single[:3], *needed, *single[3:]])
+    assert [case.originalname for case in single if case not in left_out] == ["a", "d", "e"]
+    assert not [case for case in needed if case in left_out]
