@@ -153,10 +153,9 @@ class Step1XTransformer(Flux):
             transformer_options.pop(FP8_ATTENTION, None)  # another node has to see q, k and v
         else:
             transformer_options["optimized_attention_override"] = cudnn_first
-        if "cond_or_uncond" in transformer_options:
+        if transformer_options.get(PAIRED) and "cond_or_uncond" in transformer_options:
             # Without guidance, or with one prompt at a time, there are no pairs.
-            both = sorted(transformer_options["cond_or_uncond"]) == [0, 1]
-            transformer_options[PAIRED] = both and transformer_options.get(PAIRED, False)
+            transformer_options[PAIRED] = sorted(transformer_options["cond_or_uncond"]) == [0, 1]
         if VERSIONS[self.version].coarse_time:
             timestep = official_time(timestep, x.dtype)
         img, img_ids = self.process_img(x, transformer_options=transformer_options)
