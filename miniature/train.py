@@ -375,7 +375,7 @@ def smoke(args: argparse.Namespace) -> None:
         "pool": 64,
         "least": 64,
         "reuse": 1e9,
-        "count": 8,
+        "count": 2,
         "crop": 32,
         "batch": 8,
         "batch_vae": 8,
