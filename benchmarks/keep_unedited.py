@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How well keep_unedited finds what an edit changed: `python benchmarks/keep_unedited.py --edits edits.npz --photographs FOLDER`.
+"""How well keep_unedited finds what an edit changed: `python benchmarks/keep_unedited.py --edits edits.safetensors --photographs FOLDER`.
 
 --edits: held-out edits of the miniature, from benchmarks/keep_unedited_edits.py. Prints success and the error outside the edit, without and
 with keep_unedited. --photographs: the folder skimage/data of an unpacked scikit-image wheel. Prints how well the region is found in pairs
@@ -21,6 +21,7 @@ PACK = Path(__file__).absolute().parent.parent
 sys.path[:0] = [str(PACK), str(Path(__file__).absolute().parent)]
 
 from edited_photographs import make_pair, photographs
+from safetensors.numpy import load_file
 
 from miniature.scenes import judge, pair_at
 from step1x_core.editing.changes import find_change
@@ -57,7 +58,7 @@ def table(title: str, rows: dict[str, list[dict]]) -> None:
 
 
 def miniature(options: argparse.Namespace) -> None:
-    file = np.load(options.edits)
+    file = load_file(options.edits)
     rows = defaultdict(list)
     for index, edited, round_trip in list(zip(file["index"], file["edited"], file["round_trip"]))[options.skip:]:
         control = index >= CONTROL

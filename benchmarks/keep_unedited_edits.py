@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes held-out edits of the miniature for benchmarks/keep_unedited.py: `python benchmarks/keep_unedited_edits.py edits.npz`.
+"""Makes held-out edits of the miniature for benchmarks/keep_unedited.py: `python benchmarks/keep_unedited_edits.py edits.safetensors`.
 
 For each edit the file holds its index, the decoded edit and the source through the VAE and back, as 8-bit values (truncated). Controls (an empty
 instruction) have their number plus CONTROL as index. --jobs splits the work over so many processes, for a GPU.
@@ -48,6 +48,7 @@ def make(options: argparse.Namespace) -> None:
     import numpy as np
     import torch
     from demo_quality import Demo
+    from safetensors.numpy import save_file
 
     from step1x_core.host.prompts.encoding import decode_at_working_size
     from step1x_core.images import truncate_uint8
@@ -68,8 +69,8 @@ def make(options: argparse.Namespace) -> None:
             if done % 20 == 0:
                 print(f"job {options.job}: {done}/{len(found)}, {time.monotonic() - started:.0f} s", flush=True)
     order = np.argsort(indices)
-    np.savez_compressed(options.file, index=np.array(indices)[order], edited=np.stack(edited)[order],
-                        round_trip=np.stack(round_trips)[order])
+    save_file({"index": np.array(indices)[order], "edited": np.stack(edited)[order],
+               "round_trip": np.stack(round_trips)[order]}, options.file)
 
 
 def main() -> int:
@@ -77,17 +78,18 @@ def main() -> int:
     if options.jobs == 1 or options.job is not None:
         make(options)
         return 0
-    files = [options.file.with_suffix(f".{job}.npz") for job in range(options.jobs)]
+    files = [options.file.with_suffix(f".{job}.safetensors") for job in range(options.jobs)]
     common = [sys.executable, __file__, "--edits", str(options.edits), "--controls", str(options.controls), "--seed",
               str(options.seed), "--jobs", str(options.jobs)]
     running = [subprocess.Popen([*common, "--job", str(job), str(file)]) for job, file in enumerate(files)]
     if any([process.wait() for process in running]):
         return 1
     import numpy as np
+    from safetensors.numpy import load_file, save_file
 
-    parts = [np.load(file) for file in files]
+    parts = [load_file(file) for file in files]
     order = np.argsort(np.concatenate([part["index"] for part in parts]))
-    np.savez_compressed(options.file, **{name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]})
+    save_file({name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}, options.file)
     for file in files:
         file.unlink()
     return 0

@@ -117,7 +117,7 @@ def main(base: Path, report: Path) -> None:
                 sampler_name="euler",
                 denoise=1.0,
             )
-            picture, = run("Step1XEditDecode", samples=latent, vae=vae, source=image)
+            picture = run("Step1XEditDecode", samples=latent, vae=vae, source=image)[0]
             assert picture.shape == image.shape and picture.isfinite().all()
         # Of the nodes that only compute.
         run("Step1XEditSpeedPreset", model=model, mode={"mode": "fast"})

@@ -35,12 +35,15 @@ TRAINED_BYTES = 16
 # at 512x512, without the weights of one layer.
 BACKWARD_FACTOR = 2.5
 
+# Layouts of quantised weights through which ComfyUI passes no gradients, and the converter's name for each.
+NO_GRADIENTS = {"TensorCoreConvRotW4A4Layout": "w4a4"}
+
 
 def prepare_model(model):
     """A clone to train on. Where the host would compute in float16, whose range is too small for gradients, it computes
     in float32.
 
-    Raises Step1XError for weights that the host cannot unpack by itself.
+    Raises Step1XError for weights that the host cannot unpack by itself, and for those without gradients.
     """
     model = model.clone()
     for module in model.model.diffusion_model.modules():
@@ -51,6 +54,10 @@ def prepare_model(model):
         ):
             raise Step1XError("A LoRA cannot be trained on GGUF weights, which only their own loader can unpack. "
                               "Load a safetensors file with 'Load Step1X-Edit Model'; fp8 saves memory.")
+        layout = getattr(getattr(module, "weight", None), "_layout_cls", None)
+        if layout in NO_GRADIENTS:
+            raise Step1XError(f"A LoRA cannot be trained on {NO_GRADIENTS[layout]} weights, whose product has no "
+                              "gradients in ComfyUI. Load an fp8 or int8 file, or set 'weight_dtype' to fp8_scaled.")
     model.model.diffusion_model.requires_grad_(False)
     if model.model.get_dtype_inference() == torch.float16:
         model.set_model_compute_dtype(torch.float32)
