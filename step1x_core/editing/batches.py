@@ -100,8 +100,8 @@ def turn_shown(show_turn: int, turns: int) -> int:
     """
     if show_turn > turns:
         raise Step1XError(
-            f"Input 'show_turn' is {show_turn}, but 'prompts' has only {turns} turns. Choose a number up to {turns}, or 0 "
-            "for the last turn."
+            f"Input 'show_turn' is {show_turn}, but 'prompts' has {turns} turn{'s' * (turns > 1)}. Choose a number up to "
+            f"{turns}, or 0 for the last turn."
         )
     return show_turn or turns
 

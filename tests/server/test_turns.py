@@ -1,10 +1,10 @@
 """Edits in turns: a further line or another turn to show costs no edit that was made before."""
 
 import io
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
-import torch
 from comfy_server import ExecutionError, find_nodes
 from demo_host import demo_prompt, edit, load_demo, to_image, to_pixels
 from PIL import Image
@@ -71,16 +71,23 @@ def test_a_turn_is_the_single_edit_of_the_latent_before_with_the_next_seed(clien
     first, latent = edit(demo, source, PAIR.instruction, 7)
     second, _ = edit(demo, first, INVERT, 8, latent)
     run = client.run(prompt_of(client, [PAIR.instruction, INVERT], seed=7))
-    assert torch.equal(torch.from_numpy(picture_of(run)), torch.from_numpy(to_pixels(second)))
+    # Another process, whose threads may share the sums out otherwise.
+    assert np.abs(picture_of(run).astype(int) - to_pixels(second)).max() <= 1
 
 
 def test_cancel_keeps_the_finished_turns(client):
-    lines, steps = [PAIR.instruction, INVERT], 20
+    prompt = prompt_of(client, [PAIR.instruction, INVERT], seed=11)
 
-    def stop_in_the_second(node, value, most):
-        if node.endswith("turn_2_sampler") and value == 2:
-            client.post("/interrupt", {})
+    def cancel_in_the_second(node, value, most):
+        if node.endswith("turn_2_sampler") and value == 1:
+            urlopen(Request(f"{client.url}/interrupt", method="POST")).close()
 
-    prompt = prompt_of(client, lines, seed=11, steps=steps)
-    cancelled = client.run(prompt, interrupt_at=steps + 1)
-    assert not cancelled.interrupted and sampled(cancelled) == [1, 2]
+    cancelled = client.run(prompt, on_progress=cancel_in_the_second)
+    assert cancelled.interrupted and not cancelled.images and sampled(cancelled) == [1, 2]
+    resumed = client.run(prompt)
+    assert sampled(resumed) == [2] and resumed.images
+
+
+def test_a_turn_that_does_not_exist_is_refused(client):
+    with pytest.raises(ExecutionError, match="'show_turn' is 3, but 'prompts' has 1 turn"):
+        client.run(prompt_of(client, [INVERT, "// " + TINT], show_turn=3))
