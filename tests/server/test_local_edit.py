@@ -7,7 +7,7 @@ import pytest
 import torch
 from comfy.sample import prepare_noise
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
-from comfy_server import ExecutionError, find_nodes
+from comfy_server import ExecutionError
 from demo_host import demo_prompt, edit, load_demo, to_image, to_pixels
 from PIL import Image
 
