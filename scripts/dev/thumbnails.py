@@ -255,7 +255,7 @@ def in_turns(studio):
     return sheet(
         [Image.fromarray(pair.source), *(picture for pictures in turns for picture in pictures)],
         3,
-        "one edit after the other,\none instruction per line",
+        "one edit after the other",
     )
 
 
