@@ -16,6 +16,7 @@ from .sampling import Step1XEditGuidance, Step1XEditSampler, Step1XEditScheduler
 from .speed import Step1XEditSpeedPreset
 from .thinking import Step1XEditReflectOnEdit, Step1XEditThinkPrompt
 from .training import Step1XEditTrainDataset, Step1XEditTrainLora
+from .turns import Step1XEditTurnResult
 
 
 class Step1XEditExtension(ComfyExtension):
@@ -40,6 +41,7 @@ class Step1XEditExtension(ComfyExtension):
             Step1XEditCropToMask,
             Step1XEditStitchCrop,
             Step1XEditBatchImages,
+            Step1XEditTurnResult,
             Step1XEditTrainDataset,
             Step1XEditTrainLora,
             Step1XEditContentGate,

@@ -90,9 +90,11 @@ def add_edit(
     seed: int,
     suffix: str = "",
     only_positive: bool = False,
+    latent=None,
 ):
-    """Add the nodes of one edit to the graph -> the link to the picture, at the size of the source.
+    """Add the nodes of one edit to the graph -> the links to the picture, at the size of the source, and to its latent.
 
+    latent: the link to the latent of the picture, where there is one.
     only_positive: whether sampling does not read the negative prompt, so that it need not be encoded.
     """
     encode = graph.node(
@@ -101,6 +103,7 @@ def add_edit(
         image=image,
         prompt=prompt,
         **({"model": inputs["model"]} if only_positive else {}),
+        **({} if latent is None else {"latent": latent}),
         **{key: inputs[key] for key in ("clip", "vae", "negative_prompt", "size_level")},
     )
     sampler = graph.node(
@@ -113,9 +116,10 @@ def add_edit(
         denoise=1.0,
         **{key: inputs[key] for key in ("model", "steps", "cfg", "sampler_name")},
     )
-    return graph.node(
+    decode = graph.node(
         f"Step1XEditDecode{suffix}", f"{name}_decode", samples=sampler.out(0), vae=inputs["vae"], source=inputs["image"]
-    ).out(0)
+    )
+    return decode.out(0), sampler.out(0)
 
 
 class Step1XEditReflectionLoop(io.ComfyNode):
@@ -260,7 +264,7 @@ class Step1XEditReflectionLoop(io.ComfyNode):
             )
             thought, prompt, text = {"instruction": prompt}, rewritten.out(0), rewritten.out(1)
         only_positive = not reads_negative(with_norm_limiter(values["model"]), values["cfg"])
-        picture = add_edit(graph, "round_1", inputs, image, prompt, seed, only_positive=only_positive)
+        picture, _ = add_edit(graph, "round_1", inputs, image, prompt, seed, only_positive=only_positive)
         if not reflect:
             return io.NodeOutput(picture, picture, text, prompt, expand=graph.finalize())
 
@@ -272,7 +276,7 @@ class Step1XEditReflectionLoop(io.ComfyNode):
             name, round_seed = f"round_{number}", (seed + number - 1) % SEEDS
             if number > 1:
                 step = graph.node("Step1XEditLoopStep", f"{name}_step", state=state, source=image, latest=picture)
-                picture = add_edit(graph, name, inputs, step.out(0), step.out(1), round_seed, GUARDED, only_positive)
+                picture, _ = add_edit(graph, name, inputs, step.out(0), step.out(1), round_seed, GUARDED, only_positive)
             state = graph.node(
                 "Step1XEditLoopJudge",
                 f"{name}_judge",

@@ -247,9 +247,13 @@ def distill(studio):
 
 def in_turns(studio):
     pair = scene("recolour", 3)
-    prompts = [pair.instruction, "make the background light green"]
+    name, prompts = studio.upload(pair.source), f"{pair.instruction}\nmake the background light green"
+    turns = [
+        studio.run("step1x_edit_in_turns", [name], Step1XEditBatchImages={"prompts": prompts, "show_turn": turn})
+        for turn in (1, 2)
+    ]
     return sheet(
-        [Image.fromarray(pair.source), *studio.run("step1x_edit_in_turns", [studio.upload(pair.source)], prompts)],
+        [Image.fromarray(pair.source), *(picture for pictures in turns for picture in pictures)],
         3,
         "one edit after the other",
     )

@@ -9,7 +9,9 @@ from ..checks import check_pictures
 from ..errors import Step1XError
 
 # How pictures and instructions are brought together.
-PAIRS, ALL = "pairs", "all"
+PAIRS, ALL, TURNS = "pairs", "all", "turns"
+# How a line begins that is no turn.
+COMMENTS = ("#", "//")
 SEEDS = 2**64
 
 
@@ -35,7 +37,15 @@ def split_prompts(texts: list[str]) -> list[str]:
 
 def combine(pictures: list[Tensor], prompts: list[str], mode: str) -> Iterator[tuple[int, str]]:
     """Indices of pictures and the prompts for them. `ALL`: every prompt on every picture. `PAIRS`: one each in turn; a
-    single one goes with all others."""
+    single one goes with all others. `TURNS`: every prompt on the one picture, each on the result of the one before."""
+    if mode == TURNS:
+        if len(pictures) != 1:
+            raise Step1XError(
+                f"Input 'images' has {len(pictures)} images, but combine is {TURNS}, which edits one image step by "
+                f"step. Connect one image, or set combine to {PAIRS} or {ALL}."
+            )
+        yield from ((0, prompt) for prompt in prompts)
+        return
     if mode == ALL:
         yield from ((index, prompt) for index in range(len(pictures)) for prompt in prompts)
         return
@@ -50,13 +60,16 @@ def combine(pictures: list[Tensor], prompts: list[str], mode: str) -> Iterator[t
 def lay_out(images: list[Tensor], texts: list[str], seeds: list[int], mode: str = PAIRS) -> list[Item]:
     """The edits of a batch, in order. A single seed counts up from edit to edit; else there is one for each.
 
-    images: batches [B, H, W, C] of any sizes. texts: see `split_prompts`. mode: see `combine`.
+    images: batches [B, H, W, C] of any sizes. texts: see `split_prompts`. mode: see `combine`; with `TURNS` lines that
+    begin with one of `COMMENTS` do not count, so that a turn can be left out without losing its words.
 
     Raises Step1XError if there are no pictures or instructions, and for numbers that do not go together.
     """
     for image in images:
         check_pictures(image, "images")
     pictures, prompts = split_pictures(images), split_prompts(texts)
+    if mode == TURNS:
+        prompts = [prompt for prompt in prompts if not prompt.startswith(COMMENTS)]
     if not pictures:
         raise Step1XError("There is no picture to edit: the list of images is empty. Connect pictures.")
     if not prompts:
@@ -77,4 +90,25 @@ def describe(items: list[Item], problems: list[str | None]) -> str:
     for count, (item, problem) in enumerate(zip(items, problems), 1):
         outcome = "made" if problem is None else f"FAILED: {problem}"
         lines.append(f'{count}. picture {item.number}, seed {item.seed}, "{item.prompt}": {outcome}')
+    return "\n".join(lines)
+
+
+def turn_shown(show_turn: int, turns: int) -> int:
+    """The number of the turn to show, from 1. show_turn: 0 for the last.
+
+    Raises Step1XError if there is no such turn.
+    """
+    if show_turn > turns:
+        raise Step1XError(
+            f"Input 'show_turn' is {show_turn}, but 'prompts' has {turns} turn{'s' * (turns > 1)}. Choose a number up to "
+            f"{turns}, or 0 for the last turn."
+        )
+    return show_turn or turns
+
+
+def describe_turns(items: list[Item], shown: int) -> str:
+    """The report on turns as plain text; the turns after the one shown are marked."""
+    lines = [f"Turn {shown} of {len(items)} shown."]
+    for count, item in enumerate(items, 1):
+        lines.append(f'{count}. seed {item.seed}, "{item.prompt}"' + (": not shown" if count > shown else ""))
     return "\n".join(lines)

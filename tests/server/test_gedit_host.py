@@ -245,7 +245,7 @@ def test_the_command_starts_a_comfyui_of_its_own_and_a_local_judge_answers(serve
     [
         (["--set", "Step1XEditSampler.speed=9"], "has no such node or input"),
         (
-            ["--workflow", str(PACK / "workflows" / "step1x_edit_in_turns.json")],
+            ["--workflow", str(PACK / "workflows" / "step1x_interior_material.json")],
             "not clear which node of the workflow saves the result; found: .*--output-node",
         ),
         (["--workflow", "nothing.json"], "The workflow nothing.json cannot be read"),

@@ -85,7 +85,7 @@ def test_pack_is_loaded_without_complaint(server, object_info, client):
     assert len(ours) == len(list((PACK / "web" / "docs").glob("*.md"))) and all(
         info["python_module"].startswith("custom_nodes.") for info in ours.values()
     )
-    # The loop's own nodes are kept out of the menu.
+    # The nodes that the loop and the turns are expanded to are kept out of the menu.
     assert {name for name, info in object_info.items() if name.startswith("Step1X") and info.get("dev_only")} == {
         "Step1XEditEncodeGuarded",
         "Step1XEditSamplerGuarded",
@@ -94,6 +94,7 @@ def test_pack_is_loaded_without_complaint(server, object_info, client):
         "Step1XEditLoopStep",
         "Step1XEditLoopJudge",
         "Step1XEditLoopResult",
+        "Step1XEditTurnResult",
     }
     for name in ours:
         assert f"# {ours[name]['display_name']}" in client.get_text(f"/extensions/ComfyUI-Step1X-Edit/docs/{name}.md")
@@ -115,7 +116,6 @@ SHIPPED = [
     ("step1x_edit_v12_thinking.json", EDITED),
     ("step1x_masked_edit.json", EDITED),
     ("step1x_local_edit.json", EDITED),
-    ("step1x_edit_in_turns.json", EDITED),
     ("step1x_local_edit_upscale.json", (1200, 800)),
     ("step1x_interior_material.json", EDITED),
     ("step1x_lora.json", EDITED),
@@ -136,6 +136,8 @@ LOOP = "step1x_edit_v12_loop.json"
 KEEP = "step1x_keep_unedited.json"
 # Run in test_batch.py.
 BATCH = "step1x_edit_batch.json"
+# Run in test_turns.py.
+TURNS = "step1x_edit_in_turns.json"
 
 
 @pytest.mark.sampled(2)
@@ -177,7 +179,7 @@ def test_keep_unedited_shows_before_after_and_mask(client, prompt_of):
 
 
 def test_every_shipped_workflow_is_tested():
-    here = {*(name for name, _ in SHIPPED), *SHIPPED_BATCHES, LOOP, KEEP, BATCH}
+    here = {*(name for name, _ in SHIPPED), *SHIPPED_BATCHES, LOOP, KEEP, BATCH, TURNS}
     others = [path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*_host.py")] + [
         Path(__file__).with_name("test_gate.py").read_text(encoding="utf-8")
     ]

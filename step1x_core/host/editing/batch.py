@@ -18,6 +18,14 @@ PREVIEW_FORMAT = "JPEG"
 TOGETHER = 32
 
 
+def check_parts(model, clip, vae, steps: int, cfg: float) -> None:
+    """Refuse models of another kind with a Step1XError and show what sampling with steps and cfg comes to."""
+    check_model(model)
+    check_text_encoder(clip)
+    check_vae(vae)
+    show_settings(model, steps, cfg)
+
+
 def edit_batch(
     node_id: str,
     model,
@@ -40,10 +48,7 @@ def edit_batch(
     Raises Step1XError for models of another kind and if all items failed, and the host's exception when the run is
     cancelled.
     """
-    check_model(model)
-    check_text_encoder(clip)
-    check_vae(vae)
-    show_settings(model, steps, cfg)
+    check_parts(model, clip, vae, steps, cfg)
     steps, cfg = version_defaults(model, steps, cfg)
     model = with_norm_limiter(model)
     with_negative = reads_negative(model, cfg)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from step1x_core.editing.batches import ALL, PAIRS, SEEDS, lay_out
+from step1x_core.editing.batches import ALL, PAIRS, SEEDS, TURNS, describe_turns, lay_out, turn_shown
 from step1x_core.errors import Step1XError
 
 
@@ -29,3 +29,21 @@ def test_one_instruction_on_many_pictures_and_many_on_one():
 def test_what_does_not_go_together_is_refused(images, prompts, seeds, message):
     with pytest.raises(Step1XError, match=message):
         lay_out(images, prompts, seeds)
+
+
+def test_turns_are_the_lines_in_order_without_comments():
+    items = lay_out([torch.zeros(1, 8, 8, 3)], ["red\n# blue\n\n  // green\nmake #1 gold"], [SEEDS - 1], TURNS)
+    assert [(item.number, item.prompt, item.seed) for item in items] == [(1, "red", SEEDS - 1), (1, "make #1 gold", 0)]
+    assert [turn_shown(number, 2) for number in (0, 1, 2)] == [2, 1, 2]
+    assert describe_turns(items, 1).splitlines()[1:] == [
+        f'1. seed {SEEDS - 1}, "red"', '2. seed 0, "make #1 gold": not shown',
+    ]
+
+
+def test_turns_need_one_picture_and_a_turn_that_exists():
+    with pytest.raises(Step1XError, match="'images' has 2 images, but combine is turns"):
+        lay_out([torch.zeros(2, 8, 8, 3)], ["red"], [1], TURNS)
+    with pytest.raises(Step1XError, match="There is no instruction"):
+        lay_out([torch.zeros(1, 8, 8, 3)], ["# red"], [1], TURNS)
+    with pytest.raises(Step1XError, match="'show_turn' is 3, but 'prompts' has 2 turns"):
+        turn_shown(3, 2)
