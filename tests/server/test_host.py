@@ -136,7 +136,7 @@ LOOP = "step1x_edit_v12_loop.json"
 KEEP = "step1x_keep_unedited.json"
 # Run in test_batch.py.
 BATCH = "step1x_edit_batch.json"
-# Run in test_turns.py.
+# Run in test_edit_turns.py.
 TURNS = "step1x_edit_in_turns.json"
 
 
