@@ -126,7 +126,7 @@ def test_prompts_are_paired_where_both_are_in_the_batch(source):
     for model, cfg, chosen in ((plain, 6.0, False), (paired, 6.0, True), (rebuilt, 6.0, True), (paired, 1.0, True)):
         seen, block = set(), model.model.diffusion_model.single_blocks[0]
         handle = block.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.add((kwargs["transformer_options"][PAIRED], len(args[0]))), with_kwargs=True
+            lambda module, args, kwargs: seen.add((kwargs["transformer_options"].get(PAIRED, False), len(args[0]))), with_kwargs=True
         )
         out = edit(model, cfg=cfg)
         handle.remove()
