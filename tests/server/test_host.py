@@ -116,7 +116,6 @@ SHIPPED = [
     ("step1x_edit_v12_thinking.json", EDITED),
     ("step1x_masked_edit.json", EDITED),
     ("step1x_local_edit.json", EDITED),
-    ("step1x_local_edit_upscale.json", (1200, 800)),
     ("step1x_interior_material.json", EDITED),
     ("step1x_lora.json", EDITED),
     ("step1x_lightning.json", EDITED),
@@ -126,6 +125,8 @@ SHIPPED = [
     ("step1x_restore.json", EDITED),
     ("step1x_compose.json", EDITED),
     ("step1x_first_try.json", (128, 128)),
+    # Not after step1x_local_edit, whose edit is the same and would come from the cache.
+    ("step1x_local_edit_upscale.json", (1200, 800)),
 ]
 # Sizes in the order of the Save Image nodes.
 SHIPPED_BATCHES = {
