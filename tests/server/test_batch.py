@@ -86,6 +86,7 @@ def test_a_picture_and_the_negative_prompt_are_encoded_once_and_few_edits_wait(d
     assert latents == [1, 0, 0, 1, 0, 0, 0, 0]
 
 
+@pytest.mark.once
 def test_running_out_of_memory_is_reported_and_the_models_make_room(demo, monkeypatch):
     decode, loaded = demo.vae.decode, []
 
@@ -204,6 +205,7 @@ def test_batch_workflow_makes_every_instruction_on_every_picture(client, tmp_pat
     assert not client.run(prompt).executed
 
 
+@pytest.mark.once
 def test_a_bad_picture_is_reported_and_tried_again_in_the_next_run(client, tmp_path):
     upload(client, tmp_path, "scene.png", recolouring(3).source)
     upload(client, tmp_path, "narrow.png", np.zeros((4, 2048, 3), np.uint8))
@@ -247,6 +249,7 @@ def test_only_pictures_prompts_and_seeds_may_be_lists(client, tmp_path):
         client.run(prompt)
 
 
+@pytest.mark.once
 def test_references_node_takes_several_pictures(client, tmp_path):
     for index in (1, 3, 5):
         upload(client, tmp_path, f"{index}.png", recolouring(index).source)

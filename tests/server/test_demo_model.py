@@ -61,6 +61,7 @@ def test_held_out_edits_are_right(client, tmp_path):
     assert EDITS - len(wrong) >= LEAST_RIGHT, wrong
 
 
+@pytest.mark.once
 def test_the_few_step_lora_edits_right_too(client, tmp_path):
     pairs = [pair_at(1, index, "heldout") for index in range(4)]
     results = [edit(client, tmp_path, pair.source, pair.instruction, lora=demo_model.FAST_FILE.name) for pair in pairs]
@@ -68,6 +69,7 @@ def test_the_few_step_lora_edits_right_too(client, tmp_path):
     assert len(wrong) <= 1, wrong
 
 
+@pytest.mark.once
 def test_an_empty_instruction_changes_nothing(client, tmp_path):
     for index in range(3):
         pair = pair_at(2, index, "heldout", kind="none")

@@ -75,6 +75,7 @@ def test_a_turn_is_the_single_edit_of_the_latent_before_with_the_next_seed(clien
     assert np.abs(picture_of(run).astype(int) - to_pixels(second)).max() <= 1
 
 
+@pytest.mark.once
 def test_cancel_keeps_the_finished_turns(client):
     prompt = prompt_of(client, [PAIR.instruction, INVERT], seed=11)
 
@@ -88,6 +89,7 @@ def test_cancel_keeps_the_finished_turns(client):
     assert sampled(resumed) == [2] and resumed.images
 
 
+@pytest.mark.once
 def test_a_turn_that_does_not_exist_is_refused(client):
     with pytest.raises(ExecutionError, match="'show_turn' is 3, but 'prompts' has 1 turn"):
         client.run(prompt_of(client, [INVERT, "// " + TINT], show_turn=3))

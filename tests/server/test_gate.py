@@ -319,6 +319,7 @@ def test_a_classifier_with_independent_labels_and_one_that_was_exchanged(models_
         check(RED, classifier="independent", labels="very red")
 
 
+@pytest.mark.once
 def test_the_shipped_workflow_in_the_host(tiny_server, models_dir):
     base, server = tiny_server.base, tiny_server
     (base / "models" / "image_classification").mkdir()

@@ -77,6 +77,7 @@ def texts(run, prompt) -> list[str]:
     ]
 
 
+@pytest.mark.once
 def test_the_shipped_workflows_edit_and_judge_the_miniature(server, client, prompt_of):
     method = {"Step1XEditGEditItems": {"method": "shipped", "language": "cn", "task_types": "subject-add, text_change", "limit": 1}}
     prompt = prompt_of("step1x_gedit_edit.json", **method)
@@ -138,6 +139,7 @@ def test_pictures_that_went_missing_are_not_stored_under_other_items(client, pro
         client.run(prompt)
 
 
+@pytest.mark.once
 def test_the_command_from_dataset_to_report_with_a_judge_that_fails(server, data, tmp_path, capsys, monkeypatch):
     results = tmp_path / "results"
     choice = [

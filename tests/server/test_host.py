@@ -289,6 +289,7 @@ def test_loop_without_thinking_and_reflection_is_the_plain_edit(client, prompt_o
     assert np.array_equal(pixels(client.run(plain)), pixels(run))
 
 
+@pytest.mark.once
 def test_cancel_in_a_loop_and_go_on(client, prompt_of):
     prompt = prompt_of(LOOP, Step1XEditReflectionLoop={"reflect": False, "steps": 60, "seed": 9})
     # The rewrite ends before its thirtieth token.
@@ -436,6 +437,7 @@ def test_reference_latent_node_and_text_only_encoder(client, prompt_of):
     assert not np.array_equal(pixels(client.run(prompt)), without)
 
 
+@pytest.mark.once
 def test_unload_and_load_another_version(client, prompt_of):
     first = pixels(client.run(prompt_of("step1x_edit.json")))
     client.free()

@@ -131,6 +131,7 @@ def test_a_crop_of_a_larger_picture_is_edited_at_the_models_resolution(demo, wal
     assert torch.equal(out[0][mask[0] == 0], image[0][mask[0] == 0]) and judge(pairs[1], small).success
 
 
+@pytest.mark.once
 def test_stock_noise_mask_and_differential_diffusion_keep_to_the_crops_mask(demo):
     """An edit of the whole picture happens in the mask only; with the stock nodes the model itself leaves the rest alone."""
     source = recolouring(0).source

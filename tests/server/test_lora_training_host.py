@@ -45,6 +45,7 @@ def steps_done(folder):
     return len(load_file(folder / STATE)["losses"])
 
 
+@pytest.mark.once
 def test_the_shipped_workflow_trains_is_cancelled_and_goes_on(client, prompt, base):
     data = write_folder(base / "input" / "my_pairs", 4)
     (trainer,), (reader,) = find_nodes(prompt, "Step1XEditTrainLora"), find_nodes(prompt, "Step1XEditTrainDataset")
@@ -75,6 +76,7 @@ def test_the_shipped_workflow_trains_is_cancelled_and_goes_on(client, prompt, ba
     assert (run_folder / LORA).read_bytes() == finished
 
 
+@pytest.mark.once
 def test_the_shipped_distillation_makes_a_lora_that_names_its_steps(client, base):
     folder = base / "input" / "my_sources" / "source"
     for i in range(3):
