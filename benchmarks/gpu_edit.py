@@ -285,7 +285,7 @@ def load_parts(options, paths: dict[str, Path], mode: str, float32: dict) -> dic
 
     settings = MODES[mode]
     dtype = {"dtype": torch.float32} if settings.get("float32") else {}
-    model = load_model(paths["transformer"], options.version, model_options=dtype, fp8=settings.get("fp8", False))
+    model = load_model(paths["transformer"], options.version, model_options=dtype, quantise="fp8" if settings.get("fp8") else None)
     if settings.get("attention"):
         model = set_fp8_attention(model)
     if settings.get("teacache"):

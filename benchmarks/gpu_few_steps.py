@@ -275,7 +275,7 @@ def measure_edits(options, paths: dict, folder: Path, clip, vae, record: Record)
             base = None
             comfy.model_management.unload_all_models()
             comfy.model_management.soft_empty_cache()
-            base, loaded_as = load_model(paths["transformer"], options.version, fp8=fp8), fp8
+            base, loaded_as = load_model(paths["transformer"], options.version, quantise="fp8" if fp8 else None), fp8
         missing = missing_for_fp8(base.load_device) if mode == "fp8 attention" else None
         if missing:
             say(f"{mode}: left out ({missing})")
@@ -368,7 +368,7 @@ def measure_distillation(options, paths: dict, folder: Path, record: Record) -> 
 
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
-    model = load_model(paths["transformer"], options.version, fp8=True)
+    model = load_model(paths["transformer"], options.version, quantise="fp8")
     width = model.model.diffusion_model.connector.S.c_embedder.linear_1.in_features
     for size in options.distill_sizes:
         if not record.has_time(f"distillation at {size}"):

@@ -102,7 +102,7 @@ def main() -> int:
         path = write_models(
             folder, options.version, options.tiny, device, only_sampling=True
         )["transformer"]
-        model = load_model(path, options.version, fp8=options.fp8)
+        model = load_model(path, options.version, quantise="fp8" if options.fp8 else None)
         for size in options.sizes:
             plain = measure(model, options, size, None)
             print(

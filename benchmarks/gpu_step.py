@@ -138,7 +138,7 @@ def main() -> int:
     ):
         path = gpu_edit.write_models(folder, "v1.1", options.tiny, device, only_sampling=True)["transformer"]
         for fp8 in (False, True):
-            model = load_model(path, "v1.1", fp8=fp8)
+            model = load_model(path, "v1.1", quantise="fp8" if fp8 else None)
             comfy.model_management.load_models_gpu([model], force_full_load=True)
             transformer = model.model.diffusion_model
             kwargs = inputs(transformer, options.size, device)

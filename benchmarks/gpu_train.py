@@ -122,7 +122,8 @@ def main() -> int:
             folder, options.version, options.tiny, device, only_sampling=True
         )["transformer"]
         dtype = {"dtype": torch.float8_e4m3fn} if options.weight_dtype == "float8_e4m3fn" else {}
-        model = load_model(path, options.version, dtype, fp8=options.weight_dtype == "fp8_scaled")
+        quantise = "fp8" if options.weight_dtype == "fp8_scaled" else None
+        model = load_model(path, options.version, dtype, quantise=quantise)
         for size in options.sizes:
             for place, context in places.items():
                 torch.autograd.graph.save_on_cpu = context

@@ -93,7 +93,7 @@ def main() -> int:
         path = demo_model.FOLDER / "diffusion_models" / demo_model.MODEL_FILE
         demo = demo_quality.Demo(demo_model.FOLDER, options.steps, options.cfg, path)
         if options.fp8:
-            demo.model = load_model(path, fp8=True)
+            demo.model = load_model(path, quantise="fp8")
         if options.fp8_attention:
             demo.model = set_fp8_attention(demo.model)
         drawn = ((index, pair_at(options.seed, index, "heldout")) for index in itertools.count())

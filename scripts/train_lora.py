@@ -137,7 +137,8 @@ def main() -> int:
         try:
             pairs = (read_pairs if options.few_steps is None else read_sources)(options.dataset)
             dtype = {"dtype": getattr(torch, options.weight_dtype)} if options.weight_dtype.startswith("float8") else {}
-            model = load_model(options.model, options.version, dtype, fp8=options.weight_dtype == "fp8_scaled")
+            quantise = "fp8" if options.weight_dtype == "fp8_scaled" else None
+            model = load_model(options.model, options.version, dtype, quantise=quantise)
             layout = VERSIONS[model.model.diffusion_model.version].layout.name
             clip, vae = load_text_encoder(options.mllm, layout), load_vae(options.vae)
             folder = options.dataset if options.dataset.is_dir() else options.dataset.parent

@@ -179,7 +179,7 @@ def check_fp8_layer():
     """What is e4m3 already, a part of a larger tensor, is multiplied as it is, however small its scale makes it; joined with another part it takes the layer's scale."""
     with tempfile.TemporaryDirectory() as folder:
         tiny_models.write_transformer(Path(folder) / "step1x-edit-v1p1.safetensors", "v1.1")
-        transformer = load_model(Path(folder) / "step1x-edit-v1p1.safetensors", fp8=True).model.diffusion_model.to(torch.bfloat16)
+        transformer = load_model(Path(folder) / "step1x-edit-v1p1.safetensors", quantise="fp8").model.diffusion_model.to(torch.bfloat16)
     for layer, scale in ((transformer.double_blocks[0].img_attn.proj, 2.0**-12), (transformer.single_blocks[0].linear2, 2.0)):
         layer._full_precision_mm = False
         layer.bias.zero_()

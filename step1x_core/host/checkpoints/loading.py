@@ -223,7 +223,6 @@ def load_model(
     version: str | None = None,
     model_options={},
     disable_dynamic=False,
-    fp8: bool = False,
     quantise: str | None = None,
     paired: bool = False,
 ):
@@ -234,7 +233,6 @@ def load_model(
     model_options, disable_dynamic: as for `comfy.sd.load_diffusion_model`.
     quantise: what to convert the large matrices to while loading, a name in quantising.CHOICES: "fp8" is e4m3 with
     scales, for fp8 tensor cores if the GPU has them. None leaves them as they are.
-    fp8: the same as quantise="fp8".
     paired: whether both prompts' inputs of fp8 layers are rounded as pairs (network/pair_kernels.py), where the GPU has
     fp8 tensor cores and Triton.
 
@@ -244,7 +242,6 @@ def load_model(
     register()
     checkpoint = find_checkpoint(path, "transformer")
     state_dict, metadata = model_state_dict(checkpoint, version)
-    quantise = quantise or ("fp8" if fp8 else None)
     if quantise:
         state_dict = quantised(state_dict, quantise)
     with naming(checkpoint.path.name):

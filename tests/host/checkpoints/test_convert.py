@@ -68,7 +68,7 @@ def files(source, tmp_path_factory):
     return {form: folder / f"{form}.safetensors" for form in conversion.FORMATS}
 
 
-def edit(model, steps=2):
+def edit(model, steps=2, cfg=6.0):
     generator = torch.Generator().manual_seed(3)
     latent = torch.randn(1, 16, 8, 12, generator=generator)
     extra = {"reference_latents": [latent], "attention_mask": torch.ones(1, 640, dtype=torch.long)}
@@ -79,7 +79,7 @@ def edit(model, steps=2):
         negative,
         {"samples": latent},
         flow_sigmas(steps, latent),
-        6.0,
+        cfg,
         seed=1,
         callback=lambda *args: None,
     )["samples"]

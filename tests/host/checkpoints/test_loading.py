@@ -15,6 +15,7 @@ import tiny_models
 import torch
 from diffusers_layout import diffusers_repository, to_diffusers
 from safetensors.torch import load_file, save_file
+from test_convert import edit
 
 from step1x_core.checkpoints.conversion import MODEL_LAYERS
 from step1x_core.checkpoints.detection import CONNECTOR_KEY, detect_config
@@ -26,7 +27,6 @@ from step1x_core.host.checkpoints.folders import choices
 from step1x_core.host.checkpoints.loading import load_model, model_shapes
 from step1x_core.host.checkpoints.quantising import quantised
 from step1x_core.host.network.model import Step1XEdit, Step1XEditModel, register
-from step1x_core.host.sampling.sampler import flow_sigmas, sample
 
 FLOAT8 = torch.float8_e4m3fn
 
@@ -126,40 +126,17 @@ def test_plain_fp8_file_and_fp8_weight_dtype_compute_the_same(files, tmp_path):
     assert cast.model.get_dtype_inference() != FLOAT8
     # An initial scale_factor of -0.91 is -0.9375 in e4m3: the factor falls from 0.09 to 0.0625 as in the official code.
     assert float(cast.model.diffusion_model.connector.scale_factor.float()) == -0.9375
-    loops = [short_edit(m) for m in (from_file, cast, load_model(files["v1.0"]))]
+    loops = [edit(m) for m in (from_file, cast, load_model(files["v1.0"]))]
     assert (loops[0] - loops[1]).norm() / loops[1].norm() < 2e-2
     assert 1e-3 < (loops[2] - loops[1]).norm() / loops[2].norm() < 0.5
-
-
-def short_edit(model, steps=2):
-    generator = torch.Generator().manual_seed(3)
-    latent = torch.randn(1, 16, 8, 12, generator=generator)
-    cond = [
-        [
-            torch.randn(1, 640, 64, generator=generator),
-            {"reference_latents": [latent], "attention_mask": torch.ones(1, 640, dtype=torch.long)},
-        ]
-        for _ in range(2)
-    ]
-    positive, negative = [cond[0]], [cond[1]]
-    return sample(
-        model,
-        positive,
-        negative,
-        {"samples": latent},
-        flow_sigmas(steps, latent),
-        6.0,
-        seed=1,
-        callback=lambda *args: None,
-    )["samples"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_files_are_close_to_float32(files, tmp_path, dtype):
     path = tmp_path / "half-v1.1.safetensors"
     save_file({k: v.to(dtype) for k, v in load_file(files["v1.1"]).items()}, path)
-    expected = short_edit(load_model(files["v1.1"]))
-    assert 0 < (short_edit(load_model(path)) - expected).norm() / expected.norm() < 0.05
+    expected = edit(load_model(files["v1.1"]))
+    assert 0 < (edit(load_model(path)) - expected).norm() / expected.norm() < 0.05
 
 
 def test_partly_loaded_model_computes_the_same(files):
@@ -192,7 +169,7 @@ def test_scaled_fp8_file_loads_through_the_hosts_quantised_format(files, tmp_pat
             scaled[key] = weight
     path = tmp_path / "scaled-v1p1.safetensors"
     save_file(scaled, path)
-    found, expected = short_edit(load_model(path)), short_edit(load_model(files["v1.1"]))
+    found, expected = edit(load_model(path)), edit(load_model(files["v1.1"]))
     assert 0 < (found - expected).norm() / expected.norm() < 0.2
 
 
@@ -207,7 +184,7 @@ def test_fp8_scaled_packs_the_large_matrices_while_loading(files, tmp_path, stor
     path = tmp_path / "step1x-edit-v1p1-stored.safetensors"
     save_file(weights, path)
     with torch.inference_mode():
-        patcher = load_model(path, fp8=True)
+        patcher = load_model(path, quantise="fp8")
         rebuilt = patcher.cached_patcher_init[0](*patcher.cached_patcher_init[1])
     for model in (patcher, rebuilt):
         packed = {
@@ -226,7 +203,7 @@ def test_fp8_scaled_leaves_a_scaled_file_as_it_is(files, tmp_path):
     path = tmp_path / "step1x-edit-v1p1-scaled.safetensors"
     with torch.inference_mode():
         save_file(quantised(load_file(files["v1.1"]), "fp8"), path)
-        assert torch.equal(predict(load_model(path, fp8=True)), predict(load_model(path)))
+        assert torch.equal(predict(load_model(path, quantise="fp8")), predict(load_model(path)))
 
 
 def test_diffusers_folder_with_shards_equals_the_original_file(files, repository):

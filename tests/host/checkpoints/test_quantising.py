@@ -6,6 +6,7 @@ import tiny_models
 import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from safetensors.torch import load_file
+from test_convert import edit, error
 
 from step1x_core.checkpoints.conversion import MODEL_LAYERS, MODULATION_LAYERS
 from step1x_core.checkpoints.formats import FORMATS
@@ -14,7 +15,6 @@ from step1x_core.host.checkpoints import quantising
 from step1x_core.host.checkpoints.loading import load_model
 from step1x_core.host.checkpoints.lora import apply_lora
 from step1x_core.host.network.blocks import PAIRED
-from step1x_core.host.sampling.sampler import flow_sigmas, sample
 from step1x_core.host.speed.region import apply_region, region_denoiser
 from step1x_core.host.speed.teacache import apply_teacache
 from step1x_core.speed.region import RegionSettings
@@ -39,20 +39,6 @@ def source(models):
 def expected(source):
     with torch.inference_mode():
         return edit(load_model(source))
-
-
-def edit(model, steps=2, cfg=6.0):
-    generator = torch.Generator().manual_seed(3)
-    latent = torch.randn(1, 16, 8, 12, generator=generator)
-    extra = {"reference_latents": [latent], "attention_mask": torch.ones(1, 640, dtype=torch.long)}
-    positive, negative = ([[torch.randn(1, 640, 64, generator=generator), extra]] for _ in range(2))
-    return sample(
-        model, positive, negative, {"samples": latent}, flow_sigmas(steps, latent), cfg, 1, callback=lambda *args: None
-    )["samples"]
-
-
-def error(found, expected):
-    return float((found - expected).norm() / expected.norm())
 
 
 def formats(model):

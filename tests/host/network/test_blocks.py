@@ -63,7 +63,7 @@ def fp8_block(tmp_path_factory):
     path = tmp_path_factory.mktemp("fp8") / "step1x-edit-v1p1.safetensors"
     write_transformer(path, "v1.1")
     with torch.inference_mode():
-        return load_model(path, fp8=True).model.diffusion_model.single_blocks[0].to(torch.bfloat16)
+        return load_model(path, quantise="fp8").model.diffusion_model.single_blocks[0].to(torch.bfloat16)
 
 
 @pytest.mark.parametrize("bias_dtype", [torch.bfloat16, torch.float32])

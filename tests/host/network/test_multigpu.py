@@ -110,7 +110,7 @@ def test_a_guidance_interval_leaves_one_device_idle_outside(model, first_blocks)
 
 
 def test_scaled_fp8_is_made_again_for_the_second_device(tmp_path):
-    model = loud_model(tmp_path, "v1.1", fp8=True)
+    model = loud_model(tmp_path, "v1.1", quantise="fp8")
     both = split(model)
     weights = [part.model.diffusion_model.single_blocks[0].linear1.weight for part in parts(both)]
     assert all(isinstance(weight, QuantizedTensor) for weight in weights) and weights[0] is not weights[1]

@@ -206,7 +206,7 @@ def test_masks_and_batches(model, clip, vae, photo, edit, files):
 
 
 def test_fp8_weights_and_the_mark_of_fp8_attention(models, edit, files):
-    fp8 = load_model(models / "diffusion_models" / tiny_models.V11_FILE, fp8=True)
+    fp8 = load_model(models / "diffusion_models" / tiny_models.V11_FILE, quantise="fp8")
     fast, rows = counting(apply_lora_file(fp8, files["four"], 1.0))
     fast.model_options["transformer_options"][FP8_ATTENTION] = lambda q, k, v: pytest.fail("not on this device")
     out = run(fast, edit)
